@@ -1,0 +1,29 @@
+"""tinyllama: pretrain and fine-tune LLaMA models on tinygrad, on any machine.
+
+from tinyllama import Llama, LlamaConfig
+model = Llama(LlamaConfig.toy_124m())
+logits = model(tokens)  # tokens (B, T) int32 Tensor -> (B, T, vocab) float32
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from tinyllama.config import LlamaConfig
+
+if TYPE_CHECKING:
+    from tinyllama.model import Llama
+
+__all__ = ["Llama", "LlamaConfig"]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    # The device is chosen when the model is first asked for, so that GPU=1, CPU=1, ... are
+    # understood in scripts as they are on the command line, and importing us stays instant.
+    if name == "Llama":
+        from tinyllama import device
+
+        device.select()
+        from tinyllama.model import Llama
+
+        return Llama
+    raise AttributeError(f"module 'tinyllama' has no attribute {name!r}")

@@ -1,0 +1,180 @@
+"""`python -m tinyllama.bench`: times training steps, ours and PyTorch's in turn."""
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tinyllama import device
+from tinyllama.bench import machine, report, text
+from tinyllama.bench.flops import model_flops
+from tinyllama.bench.protocol import Spec
+from tinyllama.bench.runner import (
+    WARM_UP_STEPS,
+    Answer,
+    contenders,
+    race,
+    speed_ratio,
+    summarise,
+)
+from tinyllama.config import Config, load_config
+from tinyllama.errors import ConfigError, TinyllamaError
+
+# What a step holds where neither an option nor --set says: enough to keep every kernel busy.
+DEFAULT_TOKENS = 512
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's options."""
+    parse = argparse.ArgumentParser(prog="tinyllama bench", description=__doc__)
+    parse.add_argument("config", nargs="?", default="configs/124m.toml", help="TOML configuration")
+    parse.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
+    parse.add_argument("--batch", type=_positive, help="rows a step (default: fills 512 tokens)")
+    parse.add_argument("--context", type=_positive, help="tokens a row (default: at most 512)")
+    parse.add_argument("--dtype", choices=DTYPES, help="of activations (default: training.dtype)")
+    parse.add_argument("--steps", type=_positive, default=5, help="timed steps after 2 to warm up")
+    parse.add_argument("--threads", type=_positive, help="default: every core")
+    parse.add_argument("--peer", choices=("torch", "torch-compile"), help="compare with PyTorch")
+    parse.add_argument("--peer-python", metavar="PATH", help="interpreter that has PyTorch")
+    parse.add_argument("--peer-dtype", choices=DTYPES, help="default: the same as ours")
+    parse.add_argument("--ops", action="store_true", help="each operation alone, in GFLOPS")
+    parse.add_argument("--json", action="store_true", help="print one JSON object")
+    return parse
+
+
+def _positive(word: str) -> int:
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"got {word!r}, must be 1 or more")
+    return int(word)
+
+
+def resolve(options: argparse.Namespace) -> Config:
+    """The configuration with one micro-batch a step, of the size asked for. Raises ConfigError.
+
+    An option or a --set counts; what the file alone says is cut down to DEFAULT_TOKENS, since its
+    batches are meant for hours of training.
+    """
+    named = {override.partition("=")[0].strip() for override in options.set}
+    config = load_config(options.config, options.set)
+    context = options.context or config.context_length
+    if not options.context and "data.context_length" not in named:
+        context = min(context, DEFAULT_TOKENS)
+    batch = options.batch or config.training.micro_batch
+    asked = {"training.batch_size", "training.micro_batch_size"} & named
+    if not options.batch and not asked:
+        batch = max(1, min(batch, DEFAULT_TOKENS // context))
+    if context > config.model.max_seq_len:
+        raise ConfigError(
+            f"--context: got {context}, must be at most model.max_seq_len,"
+            f" which is {config.model.max_seq_len}"
+        )
+    training = dataclasses.replace(
+        config.training,
+        batch_size=batch,
+        micro_batch_size=batch,
+        dtype=options.dtype or config.training.dtype,
+    )
+    data = dataclasses.replace(config.data, context_length=context)
+    return dataclasses.replace(config, training=training, data=data)
+
+
+def make_spec(config: Config, options: argparse.Namespace, data_file: Path) -> Spec:
+    """What the workers are told."""
+    model, lora = config.model, config.lora
+    names = {
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_heads,
+        "num_key_value_heads": model.kv_heads,
+        "intermediate_size": model.intermediate_size,
+        "rope_theta": model.rope_theta,
+        "rms_norm_eps": model.rms_norm_eps,
+        "tie_word_embeddings": model.tie_word_embeddings,
+    }
+    adapters = None
+    if lora is not None:
+        adapters = {**dataclasses.asdict(lora), "target_modules": list(lora.modules)}
+    return Spec(
+        model=names,
+        training=dataclasses.asdict(config.training),
+        batch=config.training.micro_batch,
+        context=config.context_length,
+        dtype=config.training.dtype,
+        threads=options.threads or device.threads(),
+        seed=config.training.seed,
+        data=str(data_file),
+        lora=adapters,
+        config=config.to_toml(),
+        compile=options.peer == "torch-compile",
+    )
+
+
+def measure(config: Config, options: argparse.Namespace) -> dict[str, Any]:
+    """Run the contenders; the result is what --json prints."""
+    batch, context = config.training.micro_batch, config.context_length
+    rows, data = text.batches(config, WARM_UP_STEPS + options.steps, batch, context)
+    flops = model_flops(config.model, batch * context, context, config.lora)
+    with tempfile.TemporaryDirectory() as folder:
+        data_file = Path(folder) / "tokens.npy"
+        np.save(data_file, rows)
+        spec = make_spec(config, options, data_file)
+        theirs = dataclasses.replace(spec, dtype=options.peer_dtype or spec.dtype)
+        commands = contenders(options.peer, options.peer_python)
+        specs = {name: spec if name == "tinyllama" else theirs for name in commands}
+        workers = race(commands, specs, options.steps, _show_progress)
+    result = summarise(workers[0], spec, flops)
+    if len(workers) > 1:
+        result["peer"] = {**summarise(workers[1], theirs, flops), "dtype": theirs.dtype}
+        result["ratio"] = speed_ratio(workers[0], workers[1])
+        result["memory_ratio"] = result["peak_memory_bytes"] / result["peer"]["peak_memory_bytes"]
+    run = {"config": options.config, "batch": batch, "context": context, "dtype": spec.dtype}
+    run |= {"steps": options.steps, "warm_up_steps": WARM_UP_STEPS, "model_flops": flops}
+    return {**result, "data": data, "run": run, "machine": machine.describe(spec.threads)}
+
+
+def _show_progress(name: str, index: int, answer: Answer) -> None:
+    print(f"{name} step {index}: {answer.seconds:.3f} s, loss {answer.loss:.4f}", file=sys.stderr)
+
+
+def _ops(config: Config, options: argparse.Namespace) -> int:
+    from tinyllama.bench import ops
+
+    threads = options.threads or device.threads()
+    python = options.peer_python or sys.executable
+    has_torch = options.peer or options.peer_python or importlib.util.find_spec("torch")
+    found = ops.measure(config, threads, python if has_torch else None)
+    here = machine.describe(threads)
+    if options.json:
+        print(json.dumps({"operations": found, "machine": here}))
+    else:
+        print(f"{machine.line(here)}\n\n{ops.text(found)}")
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    options = parser().parse_args(arguments)
+    try:
+        device.select()
+        config = resolve(options)
+        if options.ops:
+            return _ops(config, options)
+        result = measure(config, options)
+    except TinyllamaError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(json.dumps(result) if options.json else report.text(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""Our worker process: the trainer's own step, one a request."""
+
+import sys
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tinyllama import device
+from tinyllama.bench.protocol import Contender, Spec, Step, serve
+from tinyllama.config import config_from_toml
+from tinyllama.data import Batch
+from tinyllama.errors import ConfigError
+
+
+class OurContender:
+    """The model, optimizer and step that `python -m tinyllama.train` would use."""
+
+    def __init__(self, spec: Spec) -> None:
+        self.choice = device.select()
+        device.set_threads(spec.threads)
+        from tinygrad import dtypes
+
+        from tinyllama.model import Llama
+        from tinyllama.optim import AdamW
+        from tinyllama.step import TrainStep
+
+        self.config = config_from_toml(spec.config, "benchmark")
+        if self.config.lora is not None or self.config.qlora is not None:
+            raise ConfigError("[lora], [qlora]: adapters cannot be trained yet; remove the section")
+        training = self.config.training
+        dtype = getattr(dtypes, spec.dtype)
+        self.model = Llama(self.config.model, dtype=dtype, seed=spec.seed)
+        self.model.checkpoint_activations = training.checkpoint_activations
+        self.optimizer = AdamW(self.model.state_dict(), training)
+        self.train = TrainStep(self.model, self.optimizer, micro_batches=1)
+        self.done = 0
+
+    def describe(self) -> dict[str, Any]:
+        from importlib.metadata import version
+
+        return {
+            "library": f"tinyllama on tinygrad {version('tinygrad')}",
+            "device": self.choice.device,
+            "threads": device.threads(),
+            "parameters": self.model.count_parameters(),
+            "trainable": sum(t.numel() for t in self.optimizer.parameters.values()),
+        }
+
+    def step(self, tokens: NDArray[np.int32]) -> Step:
+        from tinygrad.helpers import GlobalCounters
+
+        inputs, targets = tokens[:, :-1].copy(), tokens[:, 1:].copy()
+        batch = Batch(inputs, targets, np.zeros_like(inputs))  # each row is one document
+        GlobalCounters.reset()
+        self.done += 1
+        result = self.train([batch], self.done, self.config.training.learning_rate)
+        return Step(result.loss, self.kernels(), GlobalCounters.global_ops)
+
+    def kernels(self) -> int:
+        """Kernels one step launches; tinygrad's own counter takes a graph of many for one."""
+        calls = self.train._whole.captured.linear.src
+        graphs = [call.src[0] for call in calls if call.src[0].op.name == "CUSTOM_FUNCTION"]
+        return len(calls) - len(graphs) + sum(len(graph.src[0].src) for graph in graphs)
+
+
+def build(spec: Spec) -> Contender:
+    """Our trainer, ready. Raises DeviceError or ConfigError."""
+    return OurContender(spec)
+
+
+if __name__ == "__main__":
+    sys.exit(serve(build))

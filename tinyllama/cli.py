@@ -1,0 +1,177 @@
+"""The command line: `tinyllama train|generate|evaluate|bench|backends`, one parser each.
+
+A mistake of the user ends as one message on standard error and exit code 2.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from tinyllama import device
+from tinyllama.config import load_config
+from tinyllama.errors import TinyllamaError
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run one command and exit: 0 done, 2 the user's mistake, 130 interrupted."""
+    commands: dict[str, Callable[[list[str]], None]] = {
+        "train": train,
+        "generate": generate,
+        "evaluate": evaluate,
+        "bench": bench,
+        "backends": backends,
+    }
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] not in commands:
+        asked = words[0] if words else ""
+        usage = f"usage: tinyllama {{{','.join(commands)}}} ..."
+        if asked in ("-h", "--help"):
+            print(f"{usage}\n\n{__doc__}")
+            sys.exit(0)
+        print(f"{usage}\ntinyllama: no command {asked!r}", file=sys.stderr)
+        sys.exit(2)
+    try:
+        commands[words[0]](words[1:])
+    except TinyllamaError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(0)
+
+
+def train(words: list[str]) -> None:
+    """Pretrain or fine-tune as a TOML file says."""
+    parser = _parser("train", "Train a LLaMA as a TOML configuration says.")
+    parser.add_argument("config", help="TOML file, e.g. configs/124m.toml")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override an option"
+    )
+    parser.add_argument(
+        "--resume", nargs="?", const="latest", help="continue the latest checkpoint, or this folder"
+    )
+    parser.add_argument(
+        "--budget", type=float, metavar="SECONDS", help="shorten the schedule to fit this time"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    asked = _parse(parser, words)
+    config = load_config(asked.config, asked.set)
+    choice = _select(asked)
+    from tinyllama.train import Trainer, check_fresh, resume_folder, with_base
+
+    warn = _to_stderr
+    resume = None if asked.resume is None else resume_folder(config, asked.resume, warn)
+    if resume is None:
+        check_fresh(config)
+        config = with_base(config)
+    print(choice.line(), flush=True)
+    trainer = Trainer(config, resume=resume, budget_seconds=asked.budget, show=not asked.quiet)
+    if resume is not None:
+        print(f"resuming {resume} at step {trainer.step}", flush=True)
+    print(trainer.summary(), flush=True)
+    outcome = trainer.run()
+    if outcome.finished:
+        print(f"finished: step {outcome.step}, saved {outcome.checkpoint}")
+    else:
+        print(
+            f"stopped after step {outcome.step}, saved {outcome.checkpoint}; continue with: "
+            f"python -m tinyllama.train {asked.config} --resume "
+            + " ".join(f"--set {override}" for override in asked.set)
+        )
+
+
+def generate(words: list[str]) -> None:
+    """Continue a prompt."""
+    parser = _parser("generate", "Continue a prompt with a trained model, streaming its tokens.")
+    parser.add_argument("--model", required=True, type=Path, help="checkpoint folder")
+    parser.add_argument("--prompt", default="", help="text to continue")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest")
+    parser.add_argument("--top-k", type=int, help="draw among the k likeliest")
+    parser.add_argument("--top-p", type=float, help="draw among those that reach this probability")
+    parser.add_argument("--seed", type=int, default=0)
+    asked = _parse(parser, words)
+    choice = _select(asked)
+    from tinyllama.generate import Generator, Sampling
+    from tinyllama.model import Llama
+    from tinyllama.tokenizer import load_tokenizer
+
+    sampling = Sampling(asked.temperature, asked.top_k, asked.top_p, asked.seed)
+    tokenizer = load_tokenizer(asked.model)
+    model = Llama.from_pretrained(asked.model)
+    print(choice.line(), file=sys.stderr, flush=True)
+    prompt = [tokenizer.bos_id, *tokenizer.encode(asked.prompt)]
+    room = model.config.max_seq_len - len(prompt)
+    generator = Generator(model, len(prompt) + min(asked.max_new_tokens, max(room, 0)))
+    decoder = tokenizer.stream()
+    print("".join(decoder.push(token) for token in prompt), end="", flush=True)
+    new_tokens = min(asked.max_new_tokens, max(room, 1))
+    for token in generator.tokens(prompt, new_tokens, sampling, stop=[tokenizer.eos_id]):
+        print(decoder.push(token), end="", flush=True)
+    print(decoder.flush())
+
+
+def evaluate(words: list[str]) -> None:
+    """Print held-out loss as JSON."""
+    parser = _parser("evaluate", "Loss, perplexity and bits per byte of a model on text, as JSON.")
+    parser.add_argument("--model", required=True, type=Path, help="checkpoint folder")
+    parser.add_argument("--data", required=True, nargs="+", help="files, folders or patterns")
+    parser.add_argument("--context", type=int, help="tokens a window (default: the model's)")
+    parser.add_argument("--batch", type=int, default=1, help="windows at once")
+    parser.add_argument("--cache-dir", default=".cache/tinyllama", help="for tokenized text")
+    asked = _parse(parser, words)
+    _select(asked)
+    from tinyllama.data import prepare
+    from tinyllama.evaluate import Evaluator
+    from tinyllama.model import Llama
+    from tinyllama.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(asked.model)
+    dataset = prepare(asked.data, tokenizer, asked.cache_dir)
+    model = Llama.from_pretrained(asked.model)
+    context = min(asked.context or model.config.max_seq_len, model.config.max_seq_len)
+    result = Evaluator(model, dataset, context, asked.batch).run(progress=True)
+    print(json.dumps(result._asdict()))
+
+
+def bench(words: list[str]) -> None:
+    """Measure training speed; see tinyllama.bench."""
+    from tinyllama.bench.__main__ import main as run
+
+    sys.exit(run(words))
+
+
+def backends(words: list[str]) -> None:
+    """Say which devices answer here."""
+    _parser("backends", "The devices that answer on this machine, best first.").parse_args(words)
+    found = device.available()
+    for choice in found:
+        print(f"{choice.device:<8}{choice.description} (renderer {choice.renderer})")
+    for name in ("METAL", "CUDA", "AMD", "CL", "CPU"):
+        if name not in [choice.device for choice in found]:
+            print(f"{name:<8}not available; needs {device.INSTALL[name]}")
+
+
+def _parser(command: str, description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"tinyllama {command}", description=description)
+    parser.add_argument("--threads", type=int, help="threads of CPU kernels (default: every core)")
+    return parser
+
+
+def _parse(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namespace:
+    return parser.parse_args(words)
+
+
+def _select(asked: argparse.Namespace) -> device.DeviceChoice:
+    choice = device.select()
+    if asked.threads is not None:
+        device.set_threads(asked.threads)
+    return choice
+
+
+def _to_stderr(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)

@@ -1,0 +1,238 @@
+"""Which device a run uses, decided once, before tinygrad is imported, and said out loud.
+
+tinygrad 0.13 reads `DEV=CPU`, `DEV=CL`, ...; it ignores `GPU=1` and refuses `CPU=1`. Here all of
+`DEV=...`, `GPU=1`, `CPU=1`, `METAL=1`, `CUDA=1`, `CL=1` work. What is asked for and absent is an
+error that lists what is there; nothing falls back silently. This is the only module that reads
+the environment.
+"""
+
+import functools
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from tinyllama.errors import DeviceError
+
+# What GPU=1 tries, best first, and what to install for each backend.
+GPU_ORDER = ("METAL", "CUDA", "NV", "AMD", "CL")
+FLAGS = ("CPU", "METAL", "CUDA", "NV", "AMD", "CL", "WEBGPU", "QCOM", "NULL")
+INSTALL = {
+    "CPU": "a C compiler: `apt-get install clang` (Debian), `xcode-select --install` (macOS)",
+    "METAL": "macOS on Apple Silicon",
+    "CUDA": "an NVIDIA driver and the CUDA toolkit (libcuda, libnvrtc)",
+    "NV": "an NVIDIA card whose driver files /dev/nvidia* are open to you",
+    "AMD": "an AMD card with the amdgpu driver (/dev/kfd)",
+    "CL": "an OpenCL driver: `apt-get install pocl-opencl-icd` (processor), or your card's own",
+    "WEBGPU": "the dawn library (libwebgpu_dawn)",
+    "QCOM": "a Qualcomm Adreno GPU (/dev/kgsl-3d0)",
+}
+
+
+@dataclass(frozen=True)
+class DeviceChoice:
+    """A device that answered: tinygrad's name, what renders its kernels, and why it was taken."""
+
+    device: str
+    renderer: str
+    description: str
+    reason: str
+
+    def line(self) -> str:
+        """The first line a run prints."""
+        return (
+            f"backend {self.device}, {self.description}, renderer {self.renderer} ({self.reason})"
+        )
+
+
+def wanted(environ: Mapping[str, str]) -> tuple[tuple[str, ...], str]:
+    """Candidates in order of preference, and the reason for them, from environment variables.
+
+    Raises DeviceError when two variables contradict each other.
+    """
+    flags = [name for name in (*FLAGS, "GPU") if environ.get(name, "") not in ("", "0")]
+    target = environ.get("DEV", "")
+    if target and not flags:
+        return (target,), f"DEV={target}"
+    if target and [target.partition(":")[0].upper()] != flags:
+        raise DeviceError(f"DEV={target} and {flags[0]}=1 contradict each other: set one of them")
+    if len(flags) > 1:
+        both = " and ".join(f"{name}=1" for name in flags)
+        raise DeviceError(f"{both} contradict each other: set one of them")
+    if flags == ["GPU"]:
+        return GPU_ORDER, "GPU=1 takes the best there is"
+    if flags:
+        return ((target or flags[0]),), f"{flags[0]}=1"
+    return (*GPU_ORDER, "CPU"), "nothing asked for: the best there is"
+
+
+def select(environ: MutableMapping[str, str] = os.environ) -> DeviceChoice:
+    """Choose the device, tell tinygrad, and return what was chosen.
+
+    Sets `DEV` in `environ`, so that child processes choose the same, and removes the variables
+    tinygrad would refuse. Raises DeviceError, naming what is available and what to install.
+    """
+    candidates, reason = wanted(environ)
+    for name in (*FLAGS, "GPU"):
+        environ.pop(name, None)
+    environ.pop("DEV", None)
+    failures: dict[str, str] = {}
+    for target in candidates:
+        try:
+            choice = _open(target, reason)
+        except DeviceError as error:
+            failures[target] = str(error)
+            continue
+        if len(candidates) > len(GPU_ORDER) and _is_processor_opencl(choice):
+            continue  # without being asked, OpenCL on a processor loses to the processor itself
+        environ["DEV"] = target
+        return choice
+    name = candidates[0].partition(":")[0].upper()
+    there = ", ".join(choice.device for choice in available()) or "none"
+    if len(candidates) > 1:
+        raise DeviceError(
+            f"{reason}: no GPU answered. Available here: {there}. "
+            f"Tried {', '.join(candidates)}; a GPU needs its driver, e.g. {INSTALL['CL']}"
+        )
+    what = INSTALL.get(name, f"one of {', '.join(FLAGS)} as DEV")
+    raise DeviceError(
+        f"{reason}: {name} is not available ({failures[candidates[0]]}). "
+        f"Available here: {there}. To use it, install {what}"
+    )
+
+
+def available() -> list[DeviceChoice]:
+    """Every backend that answers on this machine, best first."""
+    found = []
+    for target in (*GPU_ORDER, "CPU"):
+        try:
+            found.append(_open(target, "available"))
+        except DeviceError:
+            continue  # absent: not in the list, which is what the list is for
+    return found
+
+
+@functools.cache
+def _open(target: str, reason: str) -> DeviceChoice:
+    """Open a device as a program would; DeviceError says why it does not answer."""
+    name, _, rest = target.partition(":")
+    name = name.upper()
+    if name not in FLAGS:
+        raise DeviceError(f"there is no backend called {name!r}")
+    compiler = os.environ.get("CC", "clang")
+    if name == "CPU" and not rest and shutil.which(compiler) is None:
+        raise DeviceError(f"the C compiler {compiler!r} is not installed")
+    from tinygrad.device import Device
+    from tinygrad.helpers import DEV
+
+    previous, DEV.value = DEV.value, target
+    try:
+        opened = Device[name]
+        renderer = type(opened.renderer).__name__.removesuffix("Renderer")
+    # tinygrad's backends fail in many ways (a library that does not load, a driver that is not
+    # there, no permission); each means that the device cannot be used, and the text is shown.
+    except Exception as error:
+        DEV.value = previous
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DeviceError(first_line[:160]) from error
+    return DeviceChoice(name, renderer, _describe(name, opened), reason)
+
+
+def _describe(name: str, opened: object) -> str:
+    """What the device calls itself, in a few words."""
+    if name == "CPU":
+        return f"{processor_name()}, {threads()} threads, {instruction_set()}"
+    return str(getattr(opened, "device_name", None) or getattr(opened, "arch", None) or name)
+
+
+def _is_processor_opencl(choice: DeviceChoice) -> bool:
+    """True for OpenCL drivers that run on the processor (pocl calls itself by the CPU's name)."""
+    words = choice.description.lower()
+    return choice.device == "CL" and any(word in words for word in ("pthread", "cpu", "basic"))
+
+
+@functools.cache
+def processor_name() -> str:
+    """The processor's model name, e.g. "AMD EPYC"."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+@functools.cache
+def instruction_set() -> str:
+    """The widest vector instructions our kernels have a tile for, by the processor's own flags."""
+    if platform.machine().lower() in ("arm64", "aarch64"):
+        return "NEON"
+    flags: set[str] = set()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("flags"):
+                flags = set(line.partition(":")[2].split())
+                break
+    elif sys.platform == "darwin":
+        return "generic"
+    if {"avx512f", "avx512bw", "avx512vl", "avx512dq"} <= flags:
+        return "AVX-512-BF16" if "avx512_bf16" in flags else "AVX-512"
+    return "AVX2" if {"avx2", "fma", "f16c"} <= flags else "generic"
+
+
+def threads() -> int:
+    """How many threads a CPU kernel is split over (NUM_CPU_THREADS, else every core we may use)."""
+    from tinygrad.helpers import CPU_COUNT
+
+    asked = os.environ.get("NUM_CPU_THREADS", "")
+    return set_threads(int(asked)) if asked.isdigit() and int(asked) > 0 else int(CPU_COUNT.value)
+
+
+def set_threads(count: int) -> int:
+    """Split CPU kernels over `count` threads from here on. Raises DeviceError below one."""
+    from tinygrad.helpers import CPU_COUNT
+    from tinygrad.renderer.cstyle import ClangRenderer
+
+    if count < 1:
+        raise DeviceError(f"--threads: got {count}, must be 1 or more")
+    os.environ["NUM_CPU_THREADS"] = str(count)
+    CPU_COUNT.value = count
+    ClangRenderer.global_max = (count, 0, 0)
+    return count
+
+
+def kernels_enabled() -> bool:
+    """False when TINYLLAMA_KERNELS=0 asks for the portable form of every operation."""
+    return os.environ.get("TINYLLAMA_KERNELS", "1") != "0"
+
+
+def cache_folder() -> Path:
+    """Where tokenized data and other things that can be made again are kept."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "tinyllama"
+
+
+def resident_bytes(peak: bool = False) -> int:
+    """Resident memory of this process in bytes, now or at its highest."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        key = "VmHWM:" if peak else "VmRSS:"
+        for line in status.read_text().splitlines():
+            if line.startswith(key):
+                return int(line.split()[1]) * 1024
+    import resource
+
+    highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return highest if sys.platform == "darwin" else highest * 1024
+
+
+def memory_in_use_bytes() -> int:
+    """Bytes the run holds on its device: resident memory on the CPU, buffers elsewhere."""
+    from tinygrad.device import Device
+    from tinygrad.helpers import GlobalCounters
+
+    return resident_bytes() if Device.DEFAULT == "CPU" else int(GlobalCounters.mem_used)

@@ -1,0 +1,45 @@
+"""Every mistake a user can make, as one small tree; anything else that escapes is our bug.
+
+    TinyllamaError            the command line prints str(error) on one line and exits with 2
+    |-- ConfigError           a configuration file, an override, a size that does not fit
+    |-- DeviceError           a device that is absent or cannot do what was asked
+    |-- DataError             text files: missing, empty, undecodable, too short
+    |-- TokenizerError        a tokenizer file that is missing, damaged or of the wrong kind
+    |-- CheckpointError       a checkpoint folder that is missing, incomplete or damaged
+    |-- WeightsError          tensors that are missing, extra, misshapen or of an unknown type
+    `-- TrainingError         a run that cannot go on, such as a loss that is no longer finite
+
+A message names the file (or the override), what was found and what is allowed.
+"""
+
+
+class TinyllamaError(Exception):
+    """What a user can put right; `str(error)` is the whole message, fit for a terminal."""
+
+
+class ConfigError(TinyllamaError):
+    """A configuration that cannot be read or holds a value that is not allowed."""
+
+
+class DeviceError(TinyllamaError):
+    """A device that is absent, or that cannot do what was asked of it."""
+
+
+class DataError(TinyllamaError):
+    """Training or evaluation text that is missing, empty, undecodable or too short."""
+
+
+class TokenizerError(TinyllamaError):
+    """A tokenizer file that is missing, damaged or of a kind that is not supported."""
+
+
+class CheckpointError(TinyllamaError):
+    """A checkpoint folder that is missing, incomplete or damaged."""
+
+
+class WeightsError(TinyllamaError):
+    """Tensors that are missing, extra, of the wrong shape or of an unknown type."""
+
+
+class TrainingError(TinyllamaError):
+    """A run that cannot go on, such as a loss that is no longer finite."""

@@ -1,0 +1,63 @@
+"""Held-out loss, perplexity and bits per byte of a model on text.
+
+    loss = mean over tokens of -ln p(token | the tokens before it in its window and document)
+    perplexity = exp(loss);  bits per byte = summed loss / (ln 2 * UTF-8 bytes of the text)
+
+Bits per byte counts the bits for the ends of documents too, and does not depend on the
+tokenizer, so it can be laid beside a compressor's.
+"""
+
+import math
+import sys
+from typing import NamedTuple
+
+from tinygrad import Tensor
+from tqdm import tqdm
+
+from tinyllama.data import TokenDataset, sequential
+from tinyllama.model import Llama
+from tinyllama.step import captured
+
+
+class Evaluation(NamedTuple):
+    """loss in nats a token; bits_per_byte of text; tokens predicted."""
+
+    loss: float
+    perplexity: float
+    bits_per_byte: float
+    tokens: int
+
+
+class Evaluator:
+    """Evaluates a model on one text, as often as asked, with one compiled graph."""
+
+    def __init__(
+        self, model: Llama, dataset: TokenDataset, context_length: int, batch_size: int
+    ) -> None:
+        self.model, self.dataset = model, dataset
+        self.context_length, self.batch_size = context_length, batch_size
+        self._summed_loss = captured(self._forward)
+
+    def run(self, *, progress: bool = False) -> Evaluation:
+        """Every token of the text once, in windows of context_length."""
+        total, tokens = 0.0, 0
+        windows = self.dataset.window_count(self.context_length)
+        with tqdm(total=windows, desc="Evaluating", unit="window", disable=not progress) as bar:
+            for batch in sequential(self.dataset, self.context_length, self.batch_size):
+                inputs = [Tensor(part).realize() for part in batch]
+                total += float(self._summed_loss(*inputs).item())
+                tokens += int((batch.targets >= 0).sum())
+                bar.update(self.batch_size)
+        loss = total / max(tokens, 1)
+        bits_per_byte = total / math.log(2) / max(self.dataset.text_bytes, 1)
+        perplexity = math.exp(loss) if loss < 700 else math.inf
+        return Evaluation(loss, perplexity, bits_per_byte, tokens)
+
+    def _forward(self, tokens: Tensor, targets: Tensor, starts: Tensor) -> Tensor:
+        return self.model.token_losses(tokens, targets, starts).sum().realize()
+
+
+if __name__ == "__main__":
+    from tinyllama.cli import main
+
+    main(["evaluate", *sys.argv[1:]])

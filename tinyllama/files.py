@@ -1,0 +1,132 @@
+"""Files that are either whole or absent, whenever the power fails.
+
+The order is the one POSIX asks for: write beside the target, fsync the data, rename over the
+name (atomic within one file system), fsync the folder so that the new name itself is on disk.
+"""
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_PARTIAL = ".partial-"
+_READ_BYTES = 1 << 20
+
+
+def sha256_file(path: str | os.PathLike[str]) -> str:
+    """Hex SHA-256 of a file's bytes, read 1 MiB at a time. Raises OSError."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_READ_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
+    """Replace `path` by `data`: a reader, or a crash, sees the old bytes or the new ones.
+
+    The folder must exist. A link is followed, and the permissions of a file that is replaced
+    are kept. Raises OSError, and then leaves `path` as it was.
+    """
+    final = Path(os.path.realpath(path))
+    partial = _partial_beside(final)
+    try:
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            if final.exists():
+                os.chmod(partial, final.stat().st_mode & 0o7777)
+            os.fsync(file.fileno())
+        os.replace(partial, final)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    _fsync_path(final.parent)
+
+
+@contextmanager
+def atomic_directory(final: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a folder to fill; it takes the name `final` only when the block ends without error.
+
+    Every file and folder in it is on disk before the rename. `final` must not exist (else
+    FileExistsError, before anything is written); its parents are made. An error in the block
+    removes the partial folder and passes on.
+    """
+    final = Path(final)
+    _refuse_existing(final)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    partial = _partial_beside(final)
+    if partial.exists():  # left by a dead process that had our id
+        shutil.rmtree(partial)
+    partial.mkdir()
+    try:
+        yield partial
+        _fsync_tree(partial)
+        # rename(2) would replace an empty folder that appeared while we were writing.
+        _refuse_existing(final)
+        os.rename(partial, final)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    _fsync_path(final.parent)
+
+
+def remove_partials(parent: str | os.PathLike[str]) -> list[Path]:
+    """Remove what killed processes left half-written directly in `parent`; returns the paths.
+
+    A partial whose process is still alive is left alone: it may be in the middle of a save.
+    """
+    removed = []
+    for path in sorted(Path(parent).glob(f".*{_PARTIAL}*")):
+        process = path.name.rpartition(_PARTIAL)[2]
+        if not process.isdecimal() or _is_other_live_process(int(process)):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+        removed.append(path)
+    return removed
+
+
+def _partial_beside(final: Path) -> Path:
+    return final.with_name(f".{final.name}{_PARTIAL}{os.getpid()}")
+
+
+def _refuse_existing(final: Path) -> None:
+    if os.path.lexists(final):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(final))
+
+
+def _is_other_live_process(process: int) -> bool:
+    """Whether a process of that id runs here; our own is excluded, since we are not saving now."""
+    if process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)  # signal 0 only asks
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # it runs, as somebody else
+        return True
+    return True
+
+
+def _fsync_tree(root: Path) -> None:
+    """fsync every regular file below `root`, then every folder, innermost first."""
+    for folder, _, names in os.walk(root, topdown=False):
+        for name in names:
+            path = Path(folder, name)
+            if path.is_file() and not path.is_symlink():
+                _fsync_path(path)
+        _fsync_path(Path(folder))
+
+
+def _fsync_path(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

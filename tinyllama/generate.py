@@ -1,0 +1,125 @@
+"""Text from a model, a token at a time, with a cache of keys and values.
+
+The prompt is read in chunks of PROMPT_CHUNK tokens and continued one token at a time: two
+compiled graphs in all, whatever the lengths.
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from tinygrad import Tensor
+
+from tinyllama.errors import ConfigError
+from tinyllama.model import Llama
+from tinyllama.step import captured
+
+PROMPT_CHUNK = 32
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn from softmax(logits / temperature).
+
+    temperature 0 takes the likeliest; top_k keeps the k likeliest; top_p keeps the likeliest that
+    together reach that probability (Holtzman et al. 2020).
+    """
+
+    temperature: float = 0.8
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ConfigError(f"temperature: got {self.temperature}, must be 0 or more")
+        if self.top_k is not None and self.top_k < 1:
+            raise ConfigError(f"top_k: got {self.top_k}, must be 1 or more")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p: got {self.top_p}, must be above 0 and at most 1")
+
+
+class Generator:
+    """Generates from one model; its compiled graphs serve every prompt."""
+
+    def __init__(self, model: Llama, length: int | None = None) -> None:
+        """`length` bounds prompt and new tokens together; by default the model's own limit."""
+        config = model.config
+        self.length = min(length or config.max_seq_len, config.max_seq_len)
+        slots = -(-self.length // PROMPT_CHUNK) * PROMPT_CHUNK
+        shape = (2, 1, slots, config.kv_heads, config.head_dim)
+        self.model = model
+        self._caches = [
+            Tensor.zeros(*shape, dtype=model.dtype).contiguous().realize()
+            for _ in range(config.num_layers)
+        ]
+        self._prompt, self._next = captured(self._forward), captured(self._forward)
+
+    def tokens(
+        self, prompt: Sequence[int], new_tokens: int, sampling: Sampling, stop: Sequence[int] = ()
+    ) -> Iterator[int]:
+        """Up to new_tokens ids that follow `prompt`, ending before an id in `stop`.
+
+        Raises ConfigError if the prompt is empty or does not fit the model's context.
+        """
+        if not prompt:
+            raise ConfigError("the prompt holds no token")
+        if len(prompt) + new_tokens > self.length:
+            raise ConfigError(
+                f"{len(prompt)} prompt tokens and {new_tokens} new ones are more than the "
+                f"{self.length} tokens of context"
+            )
+        generator = np.random.Generator(np.random.PCG64(sampling.seed))
+        logits = self._read_prompt(prompt)
+        for position in range(len(prompt), len(prompt) + new_tokens):
+            token = sample(logits, sampling, generator)
+            if token in stop:
+                return
+            yield token
+            if position + 1 < len(prompt) + new_tokens:
+                logits = self._run(self._next, [token], position)[0]
+
+    def _read_prompt(self, prompt: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Logits (vocab,) that follow the prompt. Padding of the last chunk writes cache slots
+        past the prompt, which the tokens to come overwrite before anything attends to them."""
+        for start in range(0, len(prompt), PROMPT_CHUNK):
+            part = list(prompt[start : start + PROMPT_CHUNK])
+            padded = part + [0] * (PROMPT_CHUNK - len(part))
+            logits = self._run(self._prompt, padded, start)[len(part) - 1]
+        return logits
+
+    def _run(
+        self, graph: Callable[..., Tensor], tokens: list[int], position: int
+    ) -> npt.NDArray[np.float32]:
+        ids = Tensor(np.array([tokens], np.int32)).realize()
+        at = Tensor(np.array([position], np.int32)).realize()
+        logits: npt.NDArray[np.float32] = graph(ids, at).numpy()[0]
+        return logits
+
+    def _forward(self, tokens: Tensor, position: Tensor) -> Tensor:
+        return self.model.cached(tokens, self._caches, position).contiguous().realize()
+
+
+def sample(
+    logits: npt.NDArray[np.float32], sampling: Sampling, generator: np.random.Generator
+) -> int:
+    """Draw one id from logits (vocab,)."""
+    if sampling.temperature == 0:
+        return int(logits.argmax())
+    scaled = logits.astype(np.float64) / sampling.temperature
+    order = np.argsort(-scaled, kind="stable")[: sampling.top_k]
+    weights = np.exp(scaled[order] - scaled[order[0]])
+    probabilities = weights / weights.sum()
+    if sampling.top_p is not None:
+        before = np.cumsum(probabilities) - probabilities
+        kept = int((before < sampling.top_p).sum())  # the first always stays
+        order, probabilities = order[:kept], probabilities[:kept] / probabilities[:kept].sum()
+    return int(generator.choice(order, p=probabilities))
+
+
+if __name__ == "__main__":
+    from tinyllama.cli import main
+
+    main(["generate", *sys.argv[1:]])

@@ -1,0 +1,44 @@
+"""The weights a new model starts from.
+
+Normal with standard deviation 0.02, the two projections that write into the residual stream
+0.02 / sqrt(2 L) (GPT-2, Radford et al. 2019), norms 1. Numbers come from numpy, from the seed and
+the parameter's name alone, so that every backend and every number of threads starts equal.
+"""
+
+import math
+import zlib
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from tinygrad import Tensor
+
+from tinyllama.ops import storage
+
+STANDARD_DEVIATION = 0.02
+RESIDUAL_PROJECTIONS = ("o_proj.weight", "down_proj.weight")
+# Numbers one generator makes: parts of this size are made side by side.
+PART_ELEMENTS = 1 << 20
+
+
+def initialize(tensors: Mapping[str, Tensor], num_layers: int, seed: int) -> None:
+    """Give every tensor (by its Hugging Face name) its first values, in place."""
+    with ThreadPoolExecutor() as pool:
+        for name, tensor in tensors.items():
+            if tensor.ndim == 1:
+                storage.write(tensor, np.ones(tensor.shape, np.float32))
+                continue
+            deviation = STANDARD_DEVIATION
+            if name.endswith(RESIDUAL_PROJECTIONS):
+                deviation /= math.sqrt(2 * num_layers)
+            values = np.empty(tensor.numel(), np.float32)
+            starts = range(0, values.size, PART_ELEMENTS)
+            list(pool.map(lambda i: _fill(values, i, deviation, seed, name), starts))  # noqa: B023
+            storage.write(tensor, values.reshape(tensor.shape))
+
+
+def _fill(values: np.ndarray, start: int, deviation: float, seed: int, name: str) -> None:
+    part = values[start : start + PART_ELEMENTS]
+    key = np.random.SeedSequence([seed, zlib.crc32(name.encode()), start])
+    np.random.Generator(np.random.SFC64(key)).standard_normal(out=part, dtype=np.float32)
+    part *= np.float32(deviation)

@@ -1,0 +1,60 @@
+"""What a run reports: metrics.jsonl, one object a step, and the progress bar."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from tinyllama.errors import CheckpointError
+
+
+class MetricsLog:
+    """metrics.jsonl of a run. Each line reaches the file before the next step begins."""
+
+    def __init__(self, path: Path, first_step: int) -> None:
+        """Open for steps first_step, first_step + 1, ...; lines of those steps, left by a run
+        that was killed after its last checkpoint, are dropped."""
+        self.path = path
+        _drop_from(path, first_step)
+        self._file = open(path, "a", encoding="utf-8")
+
+    def write(self, values: dict[str, Any]) -> None:
+        """Append one object."""
+        self._file.write(json.dumps(values) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Put everything on disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The objects of a metrics.jsonl; a last line cut short by a kill is left out."""
+    lines = path.read_text(encoding="utf-8").split("\n")
+    whole = [line for line in lines[:-1] if line]
+    try:
+        return [json.loads(line) for line in whole]
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not a metrics file: {error}") from error
+
+
+def _drop_from(path: Path, first_step: int) -> None:
+    if not path.exists():
+        return
+    kept = [line for line in read_metrics(path) if line["step"] < first_step]
+    text = "".join(json.dumps(line) + "\n" for line in kept)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def progress(total: int, done: int, shown: bool) -> "tqdm[None]":
+    """A bar over optimizer steps, on standard error."""
+    return tqdm(
+        total=total, initial=done, desc="Training", unit="step", dynamic_ncols=True,
+        disable=not shown, smoothing=0.1,
+    )  # fmt: skip

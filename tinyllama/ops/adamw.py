@@ -1,0 +1,58 @@
+"""AdamW (Loshchilov & Hutter 2019), one pass over each parameter, in torch.optim.AdamW's order.
+
+g <- grad_scale g
+p <- p - lr weight_decay p                       (2-D weights only)
+m <- beta1 m + (1 - beta1) g
+v <- beta2 v + (1 - beta2) g^2
+p <- p - lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+"""
+
+from tinygrad import Tensor, dtypes
+
+from tinyllama.ops import kernel
+
+# Order of the numbers an update reads, one float32 tensor on the device.
+SCALARS = (
+    "lr",
+    "beta1",
+    "beta2",
+    "eps",
+    "weight_decay",
+    "bias_correction1",
+    "bias_correction2",
+    "grad_scale",
+)
+
+
+def adamw(
+    p: Tensor, m: Tensor, v: Tensor, grad: Tensor, scalars: Tensor, decay: bool
+) -> list[Tensor]:
+    """Update p, m, v (float32, one shape) in place; returns what must be realized for it."""
+    if kernel.uses_kernels(p, m, v, grad):
+        defines = {"COUNT": p.numel(), "DECAY": int(decay)}
+        return kernel.run(
+            "adamw.c", defines, [p, m, v], [grad, scalars], flops=12 * p.numel(), also_read=True
+        )
+    lr, beta1, beta2, eps, weight_decay, correction1, correction2, scale = scalars.split(1)
+    g = grad.float() * scale.reshape(*(1,) * p.ndim)
+    ones = (1,) * p.ndim
+    new_m = (m * beta1.reshape(ones) + g * (1 - beta1).reshape(ones)).contiguous()
+    new_v = (v * beta2.reshape(ones) + g * g * (1 - beta2).reshape(ones)).contiguous()
+    denominator = new_v.sqrt() / correction2.sqrt().reshape(ones) + eps.reshape(ones)
+    start = p * (1 - lr * weight_decay).reshape(ones) if decay else p
+    new_p = start - (lr / correction1).reshape(ones) * new_m / denominator
+    return [p.assign(new_p), m.assign(new_m), v.assign(new_v)]
+
+
+def square_sum(grads: list[Tensor]) -> Tensor:
+    """Sum of the squares of all elements of all tensors: a float32 scalar."""
+    parts = []
+    for grad in grads:
+        if kernel.uses_kernels(grad):
+            defines = {"COUNT": grad.numel()}
+            count = 2 * grad.numel()
+            out = kernel.run("square_sum.c", defines, [kernel.threaded(1)], [grad], flops=count)
+            parts.append(out[0].reshape(-1))
+        else:
+            parts.append((grad.float() * grad.float()).sum().reshape(1).contiguous())
+    return parts[0].cat(*parts[1:]).cast(dtypes.float32).sum()

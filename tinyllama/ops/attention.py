@@ -1,0 +1,83 @@
+"""Causal attention among the tokens of one document (flash attention, Dao et al. 2022).
+
+    S = q k^T / sqrt(D),  P = softmax(S) over starts[t] <= s <= t,  out = P v
+
+`starts` keeps documents that are packed into one row from seeing each other. With grouped-query
+attention, H query heads share KV key/value heads, H / KV each. The CPU kernels keep only out and
+the log-sum-exp of S; no T x T matrix exists. Backward (delta = rowsum(dout out)):
+    dv = P^T dout,  dS = P (dout v^T - delta),  dq = dS k / sqrt(D),  dk = dS^T q / sqrt(D)
+"""
+
+import math
+
+from tinygrad import Tensor
+from tinygrad.uop.ops import UOp
+
+from tinyllama import device
+from tinyllama.ops import kernel
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> Tensor:
+    """q (B, T, H, D), k and v (B, T, KV, D), starts (B, T) int32 -> (B, T, H, D) like q."""
+    if kernel.uses_kernels(q, k, v):
+        return _attention_cpu(q, k, v, starts)
+    T = q.shape[1]
+    position = Tensor.arange(T, device=q.device)
+    keys, queries = position.reshape(1, 1, T), position.reshape(1, T, 1)
+    mask = (keys <= queries) & (keys >= starts.reshape(*starts.shape, 1))  # (B, T, T)
+    return masked_attention(q, k, v, mask)
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """The portable form for any mask: q (B, T, H, D), k, v (B, S, KV, D), mask (B, T, S) bool."""
+    B, T, H, D = q.shape
+    S, KV = k.shape[1], k.shape[2]
+    heads = q.reshape(B, T, KV, H // KV, D).permute(0, 2, 3, 1, 4)  # (B, KV, H/KV, T, D)
+    keys = k.permute(0, 2, 3, 1).reshape(B, KV, 1, D, S)
+    values = v.permute(0, 2, 1, 3).reshape(B, KV, 1, S, D)
+    scores = (heads.contiguous() @ keys.contiguous()).float() / math.sqrt(D)
+    scores = mask.reshape(B, 1, 1, T, S).where(scores, -math.inf)
+    weights = scores.contiguous().softmax(-1).cast(q.dtype).contiguous()
+    out = weights @ values.contiguous()  # (B, KV, H/KV, T, D)
+    return out.permute(0, 3, 1, 2, 4).reshape(B, T, H, D).contiguous()
+
+
+def _attention_cpu(q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> Tensor:
+    B, T, H, D = q.shape
+    KV = k.shape[2]
+    defines = {"B": B, "T": T, "H": H, "KV": KV, "D": D}
+    defines |= {"SCALE": f"{1 / math.sqrt(D)!r}f", "ACT": kernel.TYPE_CODE[q.dtype]}
+    pairs = B * H * T * (T + 1) // 2  # query-key pairs that causality allows
+
+    def gradient(grad: UOp, call: UOp) -> tuple[UOp | None, ...]:
+        out, lse = (Tensor(u.after(call)) for u in call.src[1:3])
+        queries, keys, values, first = (Tensor(u) for u in call.src[4:])
+        outputs = [kernel.empty(*t.shape, dtype=t.dtype) for t in (queries, keys, values)]
+        dq, dk, dv, _ = kernel.run(
+            "attention_backward.c",
+            defines,
+            [*outputs, kernel.empty(_scratch_floats(T, D, 4, 5, 2))],
+            [Tensor(grad), out, lse, queries, keys, values, first],
+            flops=10 * D * pairs,
+            headers=("attention.h",),
+        )
+        return None, None, None, dq.uop, dk.uop, dv.uop, None
+
+    scratch = kernel.empty(_scratch_floats(T, D, 2, 3, 1))
+    return kernel.run(
+        "attention_forward.c",
+        defines,
+        [kernel.empty(B, T, H, D, dtype=q.dtype), kernel.empty(B, H, T), scratch],
+        [q, k, v, starts],
+        flops=4 * D * pairs,
+        headers=("attention.h",),
+        gradient=gradient,
+    )[0]
+
+
+def _scratch_floats(T: int, D: int, sequences: int, tiles: int, scores: int) -> int:
+    """Floats of packed tiles all threads need, on any instruction set (see cpu/attention.h)."""
+    tile = 96
+    rows = tile * (-(-D // 32) * 32 + 16)
+    sequence = -(-T // tile) * rows
+    return device.threads() * (sequences * sequence + tiles * rows + scores * tile * tile) + 16

@@ -1,0 +1,45 @@
+/* One step of AdamW in place, as torch.optim.AdamW takes it:
+
+     g = g * grad_scale                      p = p * (1 - lr * weight_decay)
+     m = m + (1 - beta1) * (g - m)           v = beta2 * v + (1 - beta2) * g^2
+     p = p - lr / bias_correction1 * m / (sqrt(v) / sqrt(bias_correction2) + eps)
+
+   Loshchilov and Hutter 2017, arXiv:1711.05101. DECAY=0 leaves the decay out.
+   scalars = [lr, beta1, beta2, eps, weight_decay, bias_correction1 (1 - beta1^t),
+   bias_correction2 (1 - beta2^t), grad_scale]: on the device, so that a step is never recompiled.
+   Macros: COUNT elements, NT, DECAY. Threads split the elements. */
+
+typedef struct {
+  vf grad_scale, keep, rest1, beta2, rest2, step, root, eps;
+} adamw_factors;
+
+INLINE void adamw_step(float *p, float *m, float *v, const float *g, const adamw_factors *f,
+                       int n) {
+  vf gradient = LOADN(0, g, n) * f->grad_scale;
+  vf mean = LOADN(0, m, n), square = LOADN(0, v, n), parameter = LOADN(0, p, n);
+  if (DECAY) parameter *= f->keep;
+  mean = vfma(gradient - mean, f->rest1, mean);
+  square = vfma(gradient * f->rest2, gradient, square * f->beta2);
+  vf size = vfma(vsqrt(square), f->root, f->eps);
+  STOREN(0, p, parameter - f->step * mean / size, n);
+  STOREN(0, m, mean, n);
+  STOREN(0, v, square, n);
+}
+
+void KERNEL(float *restrict p, float *restrict m, float *restrict v, const float *restrict g,
+            const float *restrict scalars, int core_id) {
+  double lr = scalars[0], beta1 = scalars[1], beta2 = scalars[2], weight_decay = scalars[4];
+  const adamw_factors factors = {
+      .grad_scale = vset(scalars[7]),
+      .keep = vset(1.0 - lr * weight_decay),
+      .rest1 = vset(1.0 - beta1),
+      .beta2 = vset(beta2),
+      .rest2 = vset(1.0 - beta2),
+      .step = vset(lr / scalars[5]),
+      .root = vset(1.0f / __builtin_sqrtf(scalars[6])),
+      .eps = vset(scalars[3]),
+  };
+  long i = split(COUNT, 64, core_id, NT), end = split(COUNT, 64, core_id + 1, NT);
+  for (; i + VW <= end; i += VW) adamw_step(p + i, m + i, v + i, g + i, &factors, VW);
+  if (i < end) adamw_step(p + i, m + i, v + i, g + i, &factors, end - i);
+}

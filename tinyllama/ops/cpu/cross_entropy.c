@@ -1,0 +1,80 @@
+/* loss = log(sum(exp(x))) - x[target] and its gradient over a chunk of logits x [N, V]:
+
+     dx = softmax(x) - onehot(target)
+
+   written over the logits. A row whose target is -1 has loss 0 and gradient 0. The sum of the
+   losses is the objective: whoever calls divides by the number of trained tokens.
+   The maximum and the sum come from one pass that rescales the sum when the maximum grows
+   (Milakov and Gimelshein 2018, arXiv:1805.02867), a cached block at a time.
+   GRADIENT=0 leaves the logits as they are. Targets must be -1 or in [0, V).
+   Macros: N rows, V width, ACT (of the logits), NT, GRADIENT. Threads split the rows. */
+
+#define CROSS_ENTROPY_BLOCK 1024
+/* Below every finite logit but finite, so that x - max is never inf - inf. */
+#define CROSS_ENTROPY_LOWEST -0x1.fffffep127f
+
+INLINE vf cross_entropy_tail(const ELEM(ACT) *x, int n) {
+  vf v = LOADN(ACT, x, n), lowest = vset(-__builtin_inff());
+  for (int k = 0; k < n; k++) lowest[k] = v[k];
+  return lowest;
+}
+
+INLINE float cross_entropy_max(const ELEM(ACT) *x, long n, float start) {
+  vf best[4] = {vset(start), vset(start), vset(start), vset(start)};
+  long i = 0;
+  for (; i + 4 * VW <= n; i += 4 * VW) {
+    for (int k = 0; k < 4; k++) best[k] = vmax(LOAD(ACT, x + i + k * VW), best[k]);
+  }
+  for (; i + VW <= n; i += VW) best[0] = vmax(LOAD(ACT, x + i), best[0]);
+  if (i < n) best[0] = vmax(cross_entropy_tail(x + i, n - i), best[0]);
+  return hmax(vmax(vmax(best[0], best[1]), vmax(best[2], best[3])));
+}
+
+INLINE float cross_entropy_sum(const ELEM(ACT) *x, long n, float max) {
+  vf sum[2] = {{0}, {0}};
+  long i = 0;
+  for (; i + 2 * VW <= n; i += 2 * VW) {
+    __builtin_prefetch(x + i + CROSS_ENTROPY_BLOCK); /* the next block, while this one computes */
+    sum[0] += vexp_nonpositive(LOAD(ACT, x + i) - max);
+    sum[1] += vexp_nonpositive(LOAD(ACT, x + i + VW) - max);
+  }
+  for (; i + VW <= n; i += VW) sum[0] += vexp_nonpositive(LOAD(ACT, x + i) - max);
+  if (i < n) sum[1] += vexp_nonpositive(cross_entropy_tail(x + i, n - i) - max);
+  return hsum(sum[0] + sum[1]);
+}
+
+/* x becomes exp(x - max) / sum, and 1 less at the target. */
+INLINE void cross_entropy_gradient(ELEM(ACT) *x, float max, float sum, int target) {
+  float scale = 1.0f / sum, at_target = LOAD1(ACT, x + target) - max;
+  long i = 0;
+  for (; i + VW <= V; i += VW) {
+    STORE(ACT, x + i, vexp_nonpositive(LOAD(ACT, x + i) - max) * scale);
+  }
+  if (V % VW) {
+    vf tail = vexp_nonpositive(LOADN(ACT, x + i, V % VW) - max) * scale;
+    STOREN(ACT, x + i, tail, V % VW);
+  }
+  STORE1(ACT, x + target, vexp_nonpositive(vset(at_target))[0] * scale - 1.0f);
+}
+
+void KERNEL(ELEM(ACT) *restrict logits, float *restrict loss, const int *restrict targets,
+            int core_id) {
+  for (long row = split(N, 1, core_id, NT); row < split(N, 1, core_id + 1, NT); row++) {
+    ELEM(ACT) *x = logits + row * V;
+    if (targets[row] < 0) {
+      loss[row] = 0.0f;
+      for (long i = 0; GRADIENT && i < V; i++) x[i] = 0;
+      continue;
+    }
+    float max = CROSS_ENTROPY_LOWEST, sum = 0.0f;
+    for (long i = 0; i < V; i += CROSS_ENTROPY_BLOCK) {
+      long n = V - i < CROSS_ENTROPY_BLOCK ? V - i : CROSS_ENTROPY_BLOCK;
+      float higher = cross_entropy_max(x + i, n, max);
+      sum *= vexp_nonpositive(vset(max - higher))[0];
+      max = higher;
+      sum += cross_entropy_sum(x + i, n, max);
+    }
+    loss[row] = log1(sum) + (max - LOAD1(ACT, x + targets[row]));
+    if (GRADIENT) cross_entropy_gradient(x, max, sum, targets[row]);
+  }
+}

@@ -1,0 +1,54 @@
+/* Register tile and cache blocks of the matrix product (gemm.c), for one instruction set.
+
+   A tile of C is MR rows of NR columns, held in MR * NR / VW vector registers while k runs; what is
+   left of the register file holds NR / VW vectors of B and one broadcast value of A.
+     KC  depth of a packed panel: KC * NR of B stays in the L1 cache, beside MR * KC of A
+     MC  rows of a packed block of A: MC * KC stays in the L2 cache
+     KB  depth of a packed block of B, as whole panels; BC  its size in floats: stays in the L3 cache
+   Any of them can be set with -D. TILE_AVX512, TILE_AVX2, TILE_NEON or TILE_GENERIC chooses a set
+   (with the VW to go with it, which common.h must then be told too). */
+
+#if !defined(TILE_AVX512) && !defined(TILE_AVX2) && !defined(TILE_NEON) && !defined(TILE_GENERIC)
+#if defined(__AVX512F__)
+#define TILE_AVX512
+#elif defined(__AVX2__) && defined(__FMA__)
+#define TILE_AVX2
+#elif defined(__ARM_NEON)
+#define TILE_NEON
+#else
+#define TILE_GENERIC
+#endif
+#endif
+
+#if defined(TILE_AVX512) /* 24 of 32 registers */
+#define TILE_ROWS 12
+#define TILE_COLS 32
+#elif defined(TILE_NEON) /* 24 of 32 registers */
+#define TILE_ROWS 8
+#define TILE_COLS 12
+#elif defined(TILE_AVX2) /* 12 of 16 registers */
+#define TILE_ROWS 6
+#define TILE_COLS 16
+#else /* 12 of 16 registers of 4 floats */
+#define TILE_ROWS 6
+#define TILE_COLS 8
+#endif
+
+#ifndef MR
+#define MR TILE_ROWS
+#endif
+#ifndef NR
+#define NR TILE_COLS
+#endif
+#ifndef KC
+#define KC 320
+#endif
+#ifndef MC
+#define MC 144
+#endif
+#ifndef KB
+#define KB 2048
+#endif
+#ifndef BC
+#define BC 1048576
+#endif

@@ -1,0 +1,107 @@
+"""Softmax cross entropy of x W^T against targets, summed, without keeping the logits.
+
+The logits (tokens x vocabulary) are the largest tensor of a small model. They are made for a
+chunk of tokens at a time; the same pass turns them into their gradient, softmax - one_hot, and
+multiplies that back, so that loss, dx and dW leave together and the chunk is forgotten.
+A target of -1 is not trained: its loss and gradient are zero.
+"""
+
+import itertools
+
+from tinygrad import Tensor, dtypes
+from tinygrad.function import function
+from tinygrad.uop.ops import UOp
+
+from tinyllama.ops import kernel
+from tinyllama.ops.matmul import NN, TN, gemm, linear
+
+# Largest chunk of logits, in elements: 64 MB of float32.
+CHUNK_ELEMENTS = 16 * 1024 * 1024
+
+
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, *, weight_gradient: bool = True
+) -> Tensor:
+    """x (N, H), weight (V, H) float32, targets (N,) int32 -> summed loss, a float32 scalar.
+
+    Unit: nats, summed over the trained tokens; the caller divides once, by their number.
+    """
+
+    def gradient(grad: UOp, call: UOp) -> tuple[UOp | None, ...]:
+        scale = Tensor(grad)
+        dx = Tensor(call.gettuple(1)) * scale.cast(x.dtype)
+        dw = (Tensor(call.gettuple(2)) * scale).uop if weight_gradient else None
+        return dx.uop, dw, None
+
+    forward = function(_loss_and_gradients, precompile=True, grad_fxn=gradient)
+    return forward(x, weight, targets, weight_gradient)[0]
+
+
+def token_losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """The loss of each token, for evaluation: shapes as above -> (N,) float32 nats."""
+    parts = []
+    for begin, end in _chunks(x.shape[0], weight.shape[0]):
+        logits = linear(x[begin:end].contiguous(), weight)
+        loss, _ = _softmax_loss(logits, targets[begin:end], gradient=False)
+        parts.append(loss)
+    return parts[0].cat(*parts[1:]) if len(parts) > 1 else parts[0]
+
+
+def _loss_and_gradients(
+    x: Tensor, weight: Tensor, targets: Tensor, weight_gradient: bool
+) -> tuple[Tensor, ...]:
+    losses, dxs, dw = [], [], None
+    for begin, end in _chunks(x.shape[0], weight.shape[0]):
+        rows = x[begin:end].contiguous()
+        loss, dlogits = _softmax_loss(linear(rows, weight), targets[begin:end], gradient=True)
+        losses.append(loss.sum())
+        dxs.append(_product(NN, dlogits, weight, rows))
+        if weight_gradient:
+            dw = _add_product(dlogits, rows, dw)
+    total = sum(losses[1:], losses[0])
+    dx = dxs[0].cat(*dxs[1:], dim=0).contiguous() if len(dxs) > 1 else dxs[0]
+    return (total, dx, dw) if dw is not None else (total, dx)
+
+
+def _chunks(tokens: int, vocab_size: int) -> list[tuple[int, int]]:
+    """Row ranges of nearly equal size whose logits stay under CHUNK_ELEMENTS."""
+    count = max(1, -(-tokens * vocab_size // CHUNK_ELEMENTS))
+    edges = [tokens * i // count for i in range(count + 1)]
+    return [(a, b) for a, b in itertools.pairwise(edges) if b > a]
+
+
+def _softmax_loss(logits: Tensor, targets: Tensor, *, gradient: bool) -> tuple[Tensor, Tensor]:
+    """Loss of each row (N,) float32, and the logits turned into their gradient (N, V)."""
+    if kernel.uses_kernels(logits):
+        N, V = logits.shape
+        defines = {"N": N, "V": V, "ACT": kernel.TYPE_CODE[logits.dtype], "GRADIENT": int(gradient)}
+        outputs = [logits, kernel.empty(N)]
+        out = kernel.run(
+            "cross_entropy.c", defines, outputs, [targets], flops=6 * N * V, also_read=True
+        )
+        return out[1], out[0]
+    scores = logits.float()
+    trained = targets >= 0
+    one_hot = Tensor.arange(scores.shape[1], device=scores.device) == targets.reshape(-1, 1)
+    shifted = scores - scores.max(-1, keepdim=True)
+    exps = shifted.exp()
+    total = exps.sum(-1, keepdim=True).contiguous()
+    picked = one_hot.where(shifted, 0).sum(-1)
+    loss = trained.where(total.reshape(-1).log() - picked, 0).contiguous()
+    dlogits = trained.reshape(-1, 1).where(exps / total - one_hot.cast(dtypes.float32), 0)
+    return loss, dlogits.cast(logits.dtype).contiguous()
+
+
+def _product(layout: int, a: Tensor, b: Tensor, like: Tensor) -> Tensor:
+    """a b, of the type of `like`."""
+    if kernel.uses_kernels(a, b):
+        return gemm(layout, a, b, dtype=like.dtype)
+    return (a @ b.cast(a.dtype)).cast(like.dtype).contiguous()
+
+
+def _add_product(dlogits: Tensor, rows: Tensor, onto: Tensor | None) -> Tensor:
+    """onto + dlogits^T rows, float32 (V, H)."""
+    if kernel.uses_kernels(dlogits, rows):
+        return gemm(TN, dlogits, rows, onto=onto)
+    product = dlogits.transpose().matmul(rows, dtype=dtypes.float32)
+    return (product if onto is None else onto + product).contiguous()

@@ -1,0 +1,124 @@
+"""C kernels inside tinygrad's graph: assembled here, compiled and run by tinygrad itself.
+
+A kernel is a C file of `ops/cpu/` whose sizes are macros. tinygrad compiles it with clang, caches
+the object by its text, plans its memory, and calls it on every thread with that thread's number
+(`core_id`). See `ops/cpu/common.h` for the rules a kernel obeys.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import resources
+from typing import Any, Literal
+
+from tinygrad import Tensor, dtypes
+from tinygrad.device import Device
+from tinygrad.dtype import DType
+from tinygrad.helpers import Context
+from tinygrad.renderer import Estimates
+from tinygrad.uop.ops import KernelInfo, Ops, ProgramInfo, UOp
+
+from tinyllama import device
+
+Form = Literal["portable", "cpu"]
+_forced: list[Form] = []
+
+# Type codes shared with ops/cpu/common.h.
+TYPE_CODE = {dtypes.float32: 0, dtypes.bfloat16: 1, dtypes.float16: 2}
+
+
+@contextlib.contextmanager
+def forced(form: Form) -> Iterator[None]:
+    """Make every operation take one form, whatever the device. For tests and benchmarks."""
+    _forced.append(form)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def uses_kernels(*tensors: Tensor) -> bool:
+    """Whether the CPU kernels apply: tensors on the CPU, compiled by clang, not switched off."""
+    if _forced:
+        return _forced[-1] == "cpu"
+    if any(t.device != "CPU" or t.dtype not in TYPE_CODE for t in tensors):
+        return False
+    return device.kernels_enabled() and _clang_compiles()
+
+
+@functools.cache
+def _clang_compiles() -> bool:
+    """Whether tinygrad's CPU backend renders C for clang (DEV=CPU:LLVM does not)."""
+    with Context(ALLOW_DEVICE_USAGE=1):
+        return type(Device["CPU"].renderer).__name__ == "ClangJITRenderer"
+
+
+def has_bf16_products() -> bool:
+    """Whether this processor multiplies bfloat16 itself; elsewhere it is storage alone."""
+    return device.instruction_set() == "AVX-512-BF16"
+
+
+@functools.cache
+def source(file: str) -> str:
+    """Text of a file of `ops/cpu/`."""
+    return (resources.files("tinyllama.ops") / "cpu" / file).read_text()
+
+
+def run(
+    file: str,
+    defines: Mapping[str, int | float | str],
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    *,
+    flops: int = 0,
+    also_read: bool = False,
+    headers: Sequence[str] = (),
+    gradient: Callable[..., tuple[UOp | None, ...]] | None = None,
+) -> list[Tensor]:
+    """Run one C kernel: KERNEL(outputs..., inputs..., core_id). Returns the written outputs.
+
+    outputs are buffers to write (`empty(...)`, or existing tensors that are updated in place, then
+    `also_read`). gradient(*grads, call=) returns one UOp or None for each output and input.
+    """
+    threads = device.threads()
+    text = {"NT": threads, **defines}
+    name = "_".join([file.removesuffix(".c"), *(_word(v) for v in defines.values())])
+    lines = [f"#define {key} {value}" for key, value in text.items()]
+    lines += [f"#define KERNEL {name}", source("common.h"), *map(source, headers), source(file)]
+    code = "\n".join(lines)
+    moved = sum(t.numel() * t.dtype.itemsize for t in (*outputs, *inputs))
+    estimates = Estimates(ops=flops, lds=moved, mem=moved)
+    writes = tuple(range(len(outputs)))
+    reads = tuple(range(0 if also_read else len(outputs), len(outputs) + len(inputs)))
+
+    def program(*buffers: UOp) -> UOp:
+        core = UOp.variable("core_id", 0, threads - 1, dtypes.int)
+        info = ProgramInfo(
+            name, (threads, 1, 1), (1, 1, 1), (core,), tuple(range(len(buffers))), writes, reads
+        )
+        sink = UOp.sink(*buffers, core, arg=KernelInfo(name=name, estimates=estimates))
+        parts = (
+            sink,
+            UOp(Ops.DEVICE, arg="CPU"),
+            UOp(Ops.LINEAR, src=(*sink.src, sink)),
+            UOp(Ops.SOURCE, arg=code),
+        )
+        return UOp(Ops.PROGRAM, src=parts, arg=info)
+
+    results = Tensor.custom_kernel(*outputs, *inputs, fxn=program, grad_fxn=gradient)
+    return list(results[: len(outputs)])
+
+
+def empty(*shape: int, dtype: DType = dtypes.float32) -> Tensor:
+    """An anonymous buffer for a kernel to write; tinygrad's planner gives it memory."""
+    return Tensor.invalids(*shape, dtype=dtype, device="CPU")
+
+
+def _word(value: Any) -> str:
+    """A macro's value as part of a C name."""
+    return "".join(c if c.isalnum() else "_" for c in str(value))
+
+
+def threaded(width: int) -> Tensor:
+    """A buffer with one row of `width` floats for each thread's partial sum."""
+    return empty(device.threads(), width)

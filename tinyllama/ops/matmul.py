@@ -1,0 +1,82 @@
+"""y = x W^T, the product every layer is made of, with its two gradients.
+
+Backward: dx = dy W and dW = dy^T x. On the CPU all three are one blocked kernel (`cpu/gemm.c`);
+elsewhere they are tinygrad's own, with boundaries at the inputs so that the scheduler does not
+recompute whatever produced them once per output element.
+"""
+
+from collections.abc import Callable
+
+from tinygrad import Tensor, dtypes
+from tinygrad.dtype import DType
+from tinygrad.uop.ops import UOp
+
+from tinyllama.ops import kernel
+
+# Layouts of cpu/gemm.c: C[M,N] = A[M,K] B[N,K]^T, A[M,K] B[K,N], A[K,M]^T B[K,N].
+NT, NN, TN = 0, 1, 2
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x (..., in) in the activation type, weight (out, in) float32 -> (..., out) like x."""
+    if kernel.uses_kernels(x, weight):
+        return _linear_cpu(x, weight)
+    x = x.contiguous()
+    return (x @ weight.cast(x.dtype).transpose()).contiguous().contiguous_backward()
+
+
+def _linear_cpu(x: Tensor, weight: Tensor) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])  # (N, in)
+
+    def gradient(grad: UOp, call: UOp) -> tuple[UOp | None, ...]:
+        dy, inputs, w = Tensor(grad), Tensor(call.src[-2]), Tensor(call.src[-1])
+        dx = gemm(NN, dy, w, dtype=inputs.dtype)
+        dw = gemm(TN, dy, inputs, dtype=w.dtype)
+        return None, None, dx.uop, dw.uop
+
+    out = gemm(NT, rows, weight, dtype=x.dtype, gradient=gradient)
+    return out.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def gemm(
+    layout: int,
+    a: Tensor,
+    b: Tensor,
+    *,
+    dtype: DType = dtypes.float32,
+    gradient: Callable[..., tuple[UOp | None, ...]] | None = None,
+    onto: Tensor | None = None,
+) -> Tensor:
+    """One product on the CPU: a and b as `layout` names them, result (M, N) of type `dtype`.
+
+    With `onto`, a float32 (M, N), the product is added to it in place.
+    """
+    m, k = a.shape[::-1] if layout == TN else a.shape
+    n = b.shape[0] if layout == NT else b.shape[1]
+    out = kernel.empty(m, n, dtype=dtype) if onto is None else onto
+    scratch = _scratch_floats(m, n, k, out.dtype.itemsize == 2)
+    defines = {"M": m, "N": n, "K": k, "LAYOUT": layout, "ACCUMULATE": int(onto is not None)}
+    defines |= {"A_T": kernel.TYPE_CODE[a.dtype], "B_T": kernel.TYPE_CODE[b.dtype]}
+    defines |= {"C_T": kernel.TYPE_CODE[out.dtype], "SCRATCH_FLOATS": scratch}
+    defines |= {"COMPUTE_BF16": int(a.dtype == dtypes.bfloat16 and kernel.has_bf16_products())}
+    return kernel.run(
+        "gemm.c",
+        defines,
+        [out, kernel.threaded(scratch)],
+        [a, b],
+        flops=2 * m * n * k,
+        also_read=onto is not None,
+        headers=("tile.h",),
+        gradient=gradient,
+    )[0]
+
+
+def _scratch_floats(m: int, n: int, k: int, narrow: bool) -> int:
+    """Floats of packed panels a thread needs, on any instruction set (see cpu/gemm.c)."""
+    panels = -(-k // 320)
+    block = min(1 << 20, (k + 4 * panels) * (n + 31))
+    partial = 0
+    if narrow and k > 320:  # sums of several panels wait in float32 before they are narrowed
+        columns = min(n + 31, (1 << 20) // min(k, 2048))
+        partial = (m + 13 if k > 2048 else 168) * columns
+    return -(-(block + 65536 + partial) // 1024) * 1024

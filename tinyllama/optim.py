@@ -1,0 +1,90 @@
+"""AdamW with global-norm clipping, and the learning rate as a pure function of the step.
+
+grad = (sum of gradients) / (trained tokens)            divided once, here
+clip = min(1, grad_clip / (||grad|| + 1e-6))             as torch.nn.utils.clip_grad_norm_
+AdamW on clip * grad, decay on 2-D weights only          (ops/adamw.py)
+"""
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+from tinygrad import Tensor
+
+from tinyllama.config import LRScheduleConfig, TrainingConfig
+from tinyllama.ops.adamw import SCALARS, adamw, square_sum
+from tinyllama.ops.storage import fill_zero
+
+
+def learning_rate(step: int, total_steps: int, peak: float, schedule: LRScheduleConfig) -> float:
+    """Rate of optimizer step 1, 2, ... total_steps: linear warm-up, then down to min_lr.
+
+    cosine: min_lr + (peak - min_lr) (1 + cos(pi r)) / 2 with r from 0 at the end of the warm-up
+    to 1 at the last step (Loshchilov & Hutter 2017); linear: straight; constant: the peak.
+    """
+    if step < schedule.warmup_steps:
+        return peak * step / schedule.warmup_steps
+    if schedule.type == "constant":
+        return peak
+    span = max(1, total_steps - max(1, schedule.warmup_steps))
+    r = min(1.0, max(0.0, (step - max(1, schedule.warmup_steps)) / span))
+    share = (1 + math.cos(math.pi * r)) / 2 if schedule.type == "cosine" else 1 - r
+    return schedule.min_lr + (peak - schedule.min_lr) * share
+
+
+class AdamW:
+    """Optimizer state of named parameters: exp_avg and exp_avg_sq, float32, like each of them."""
+
+    def __init__(self, parameters: Mapping[str, Tensor], config: TrainingConfig) -> None:
+        self.config = config
+        self.parameters = dict(parameters)
+        self.exp_avg = {name: _zeros_like(p) for name, p in self.parameters.items()}
+        self.exp_avg_sq = {name: _zeros_like(p) for name, p in self.parameters.items()}
+
+    def hyperparameters(self, step: int, lr: float, trained_tokens: int) -> np.ndarray:
+        """What `update` reads, for step 1, 2, ...: float32 in the order of SCALARS.
+
+        grad_scale is 1 / trained_tokens; `update` multiplies the clipping into it.
+        """
+        c = self.config
+        values = {
+            "lr": lr,
+            "beta1": c.beta1,
+            "beta2": c.beta2,
+            "eps": c.epsilon,
+            "weight_decay": c.weight_decay,
+            "bias_correction1": 1 - c.beta1**step,
+            "bias_correction2": 1 - c.beta2**step,
+            "grad_scale": 1 / trained_tokens,
+        }
+        return np.array([values[name] for name in SCALARS], np.float32)
+
+    def update(
+        self, grads: Mapping[str, Tensor], hyperparameters: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        """One step from summed gradients, in place.
+
+        Returns the norm of the mean gradient before clipping (a float32 scalar), and the tensors
+        to realize together with it.
+        """
+        scale = hyperparameters[-1]
+        norm = (square_sum(list(grads.values())).sqrt() * scale).contiguous()
+        if self.config.grad_clip:
+            scale = scale * (self.config.grad_clip / (norm + 1e-6)).minimum(1.0)
+        scalars = hyperparameters[:-1].cat(scale.reshape(1)).contiguous()
+        changed = []
+        for name, p in self.parameters.items():
+            m, v = self.exp_avg[name], self.exp_avg_sq[name]
+            changed += adamw(p, m, v, grads[name], scalars, decay=p.ndim >= 2)
+        return norm, changed
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """exp_avg.NAME and exp_avg_sq.NAME for every parameter."""
+        first = {f"exp_avg.{name}": t for name, t in self.exp_avg.items()}
+        return first | {f"exp_avg_sq.{name}": t for name, t in self.exp_avg_sq.items()}
+
+
+def _zeros_like(tensor: Tensor) -> Tensor:
+    zeros = Tensor.empty(*tensor.shape, device=tensor.device)
+    fill_zero(zeros)
+    return zeros

@@ -1,0 +1,188 @@
+"""The machinery under config.py: one declaration per option gives its check, its words, its text.
+
+An option is a dataclass field with a type hint that holds its limits and a help text; msgspec
+converts a value by that hint. Nothing here knows a section, a key or a file of ours.
+"""
+
+import dataclasses
+import difflib
+import functools
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+import msgspec
+
+_NOUNS = {int: "an integer", float: "a finite number", bool: "true or false", str: "a string"}
+_LIMITS = {
+    "ge": "of {} or more",
+    "gt": "more than {}",
+    "le": "at most {}",
+    "lt": "less than {}",
+    "multiple_of": "a multiple of {}",
+}
+_SHOWN_CHARACTERS = 100
+_DECIMAL_BITS = 4096  # Python refuses to write far larger integers in decimal
+
+
+class Option(NamedTuple):
+    """One key of one section: `key` is dotted, `hint` the type with its limits."""
+
+    key: str
+    name: str
+    default: Any
+    hint: Any
+    help: str
+
+
+class Relation(NamedTuple):
+    """What must hold between options; `words` may name their values as {0}, {1}, ..."""
+
+    keys: tuple[str, ...]
+    holds: Callable[..., bool]
+    words: str
+
+    def problem(self, values: Mapping[str, Any]) -> str | None:
+        """What is wrong with the values; None when it holds or when a value is not known."""
+        if any(key not in values for key in self.keys):
+            return None
+        found = [values[key] for key in self.keys]
+        if self.holds(*found):
+            return None
+        return got(found[0], self.words.format(*map(shown, found)))
+
+
+def problems_of(
+    relations: Iterable[Relation],
+    values: Mapping[str, Any],
+    label: Callable[[tuple[str, ...]], str] = lambda keys: keys[0],
+) -> list[str]:
+    """One line for each relation that does not hold; `label` says where its values came from."""
+    found = ((relation.keys, relation.problem(values)) for relation in relations)
+    return [f"{label(keys)}: {problem}" for keys, problem in found if problem]
+
+
+def option(default: Any, help_text: str) -> Any:
+    """A dataclass field with its default and the sentence that the tables and the help show."""
+    return dataclasses.field(default=default, metadata={"help": help_text})
+
+
+@functools.cache
+def options_of(section: str, cls: type) -> tuple[Option, ...]:
+    """The options that a dataclass declares, in the order of its fields."""
+    hints = get_type_hints(cls, include_extras=True)
+    return tuple(
+        Option(
+            f"{section}.{field.name}",
+            field.name,
+            field.default,
+            hints[field.name],
+            field.metadata["help"],
+        )
+        for field in dataclasses.fields(cls)
+    )
+
+
+def convert(value: object, hint: Any) -> Any:
+    """The value as the hint's type: integers become floats, lists tuples, nothing else changes.
+
+    Raises ValueError for another type, a value outside the limits, an infinity, a NaN, and text
+    that no file could hold (a NUL or half of a surrogate pair).
+    """
+    try:
+        converted = msgspec.convert(value, hint)
+    except msgspec.ValidationError as error:
+        raise ValueError(str(error)) from error
+    if not _is_storable(converted):
+        raise ValueError("not a finite number or not valid text")
+    return converted
+
+
+def _is_storable(value: object) -> bool:
+    if isinstance(value, float):
+        return math.isfinite(value)
+    if isinstance(value, str):
+        return "\0" not in value and not any("\ud800" <= char <= "\udfff" for char in value)
+    if isinstance(value, tuple):
+        return all(map(_is_storable, value))
+    return True
+
+
+def allowed(hint: Any) -> str:
+    """What a hint lets through, in words: `an integer of 1 or more`."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return _limited(arguments[0], arguments[1])
+    if origin in (Union, UnionType):
+        return " or ".join(allowed(part) for part in arguments if part is not NoneType)
+    if origin is Literal:
+        return listed(map(to_toml, arguments))
+    if origin is tuple:
+        return f"a list, each item {allowed(arguments[0])}"
+    return _NOUNS[hint]
+
+
+def _limited(base: Any, meta: msgspec.Meta) -> str:
+    if base is str:
+        return "a string that is not empty"
+    if get_origin(base) is tuple:
+        return f"a list of one or more, each {allowed(get_args(base)[0])}"
+    limits = ((words, getattr(meta, name)) for name, words in _LIMITS.items())
+    phrases = [words.format(limit) for words, limit in limits if limit is not None]
+    return f"{allowed(base)} {' and '.join(phrases)}"
+
+
+def listed(words: Iterable[str]) -> str:
+    """`a, b or c`."""
+    *front, last = words
+    return f"{', '.join(front)} or {last}" if front else last
+
+
+def got(value: object, must_be: str) -> str:
+    """The sentence that every refused value gets."""
+    return f"got {shown(value)}, must be {must_be}"
+
+
+def shown(value: object) -> str:
+    """A value for a message: as TOML writes it, and shortened where it is long."""
+    text = "nothing" if value is None else to_toml(value)
+    if len(text) > _SHOWN_CHARACTERS:
+        return f"{text[:_SHOWN_CHARACTERS]}..."
+    return text
+
+
+def nearest(word: str, candidates: Iterable[str]) -> str:
+    """The candidate most like `word`, in its letters or in its initials: lr is learning_rate."""
+
+    def likeness(candidate: str) -> float:
+        initials = "".join(part[:1] for part in candidate.split("_"))
+        return max(difflib.SequenceMatcher(None, word, s).ratio() for s in (candidate, initials))
+
+    return max(candidates, key=likeness)
+
+
+def to_toml(value: object) -> str:
+    """A value as TOML text that reads back as the same value; repr for what TOML has no form of."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        # JSON's escapes are TOML's, but for DEL, which JSON leaves as it is.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, int) and value.bit_length() > _DECIMAL_BITS:
+        return hex(value)
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(to_toml, value))}]"
+    if isinstance(value, dict):
+        pairs = (f"{to_toml(str(key))} = {to_toml(item)}" for key, item in value.items())
+        return f"{{{', '.join(pairs)}}}"
+    return repr(value) if isinstance(value, int | float) else str(value)
+
+
+def markdown_rows(options: Iterable[Option]) -> Iterator[str]:
+    """One table row an option: key, default, what is allowed, what it is for."""
+    for key, _, default, hint, help_text in options:
+        default_text = "not set" if default is None else f"`{to_toml(default)}`"
+        cells = (f"`{key}`", default_text, allowed(hint), help_text)
+        yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

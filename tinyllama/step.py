@@ -1,0 +1,102 @@
+"""One optimizer step: gradients of the summed loss over the micro-batches, then the update.
+
+    grads = sum over micro-batches of d(summed loss)/d(parameters)
+    parameters, state = AdamW(grads / trained tokens, clipped)
+
+A batch that fits memory is one compiled graph; otherwise one graph adds a micro-batch's gradients
+into buffers and another updates. Each graph is captured at its first call, so nothing is compiled
+or scheduled twice, and one small tensor (loss, norm) is read back a step.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from tinygrad import Tensor, TinyJit
+
+from tinyllama.data import Batch
+from tinyllama.model import Llama
+from tinyllama.ops.storage import fill_zero
+from tinyllama.optim import AdamW
+
+
+class StepResult(NamedTuple):
+    """What a step saw: mean loss in nats, norm of the mean gradient, trained tokens."""
+
+    loss: float
+    grad_norm: float
+    tokens: int
+
+
+class TrainStep:
+    """Trains `optimizer.parameters` of `model`; call it with the micro-batches of one step."""
+
+    def __init__(self, model: Llama, optimizer: AdamW, micro_batches: int) -> None:
+        self.model, self.optimizer = model, optimizer
+        self.micro_batches = micro_batches
+        self._whole = captured(self._whole_step)
+        self._accumulate = captured(self._accumulate_step)
+        self._update = captured(self._update_step)
+        self._sums: dict[str, Tensor] = {}
+        self._summed_loss = Tensor.empty(1)
+        if micro_batches > 1:
+            self._sums = {name: Tensor.empty(*p.shape) for name, p in optimizer.parameters.items()}
+
+    def __call__(self, batches: Sequence[Batch], step: int, lr: float) -> StepResult:
+        """Run optimizer step number `step` (1, 2, ...) on its micro-batches."""
+        assert len(batches) == self.micro_batches
+        tokens = sum(int((b.targets >= 0).sum()) for b in batches)
+        numbers = self.optimizer.hyperparameters(step, lr, max(tokens, 1))
+        hyperparameters = Tensor(numbers).realize()
+        if self.micro_batches == 1:
+            result = self._whole(*_tensors(batches[0]), hyperparameters)
+        else:
+            self._clear_sums()
+            for batch in batches:
+                self._accumulate(*_tensors(batch))
+            result = self._update(hyperparameters)
+        summed_loss, norm = result.numpy().tolist()
+        return StepResult(summed_loss / max(tokens, 1), norm, tokens)
+
+    def _gradients(
+        self, tokens: Tensor, targets: Tensor, starts: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Summed loss (1,) and its gradient by parameter name."""
+        parameters = self.optimizer.parameters
+        loss = self.model.loss(tokens, targets, starts)
+        grads = loss.gradient(*parameters.values())
+        return loss.reshape(1), dict(zip(parameters, grads, strict=True))
+
+    def _whole_step(
+        self, tokens: Tensor, targets: Tensor, starts: Tensor, hyperparameters: Tensor
+    ) -> Tensor:
+        loss, grads = self._gradients(tokens, targets, starts)
+        return self._finish(loss, grads, hyperparameters)
+
+    def _accumulate_step(self, tokens: Tensor, targets: Tensor, starts: Tensor) -> None:
+        loss, grads = self._gradients(tokens, targets, starts)
+        sums = [self._sums[name].assign(self._sums[name] + g) for name, g in grads.items()]
+        Tensor.realize(self._summed_loss.assign(self._summed_loss + loss), *sums)
+
+    def _update_step(self, hyperparameters: Tensor) -> Tensor:
+        return self._finish(self._summed_loss, self._sums, hyperparameters)
+
+    def _finish(self, loss: Tensor, grads: Mapping[str, Tensor], hyperparameters: Tensor) -> Tensor:
+        norm, changed = self.optimizer.update(grads, hyperparameters)
+        result = loss.cat(norm.reshape(1)).contiguous()
+        Tensor.realize(result, *changed)
+        return result
+
+    def _clear_sums(self) -> None:
+        for tensor in (self._summed_loss, *self._sums.values()):
+            fill_zero(tensor)
+
+
+def captured(function: Callable[..., Any]) -> Any:
+    """A compiled graph that is captured at its first call instead of its second."""
+    jit = TinyJit(function)
+    jit.cnt = 1
+    return jit
+
+
+def _tensors(batch: Batch) -> list[Tensor]:
+    return [Tensor(part).realize() for part in batch]

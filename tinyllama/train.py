@@ -1,0 +1,257 @@
+"""The training loop: text in, checkpoints and metrics out.
+
+    for each step:  loss, grads -> AdamW -> one line of metrics
+    once in a while:  validate, save
+
+Everything that decides the numbers is in the configuration, the position in the data, and the
+tensors of a checkpoint, so a run that is resumed continues bit for bit.
+"""
+
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from tinygrad import dtypes
+from tqdm import tqdm
+
+from tinyllama import device, runs
+from tinyllama.config import Config
+from tinyllama.data import Batch, Batches, prepare
+from tinyllama.errors import CheckpointError, ConfigError, TrainingError
+from tinyllama.evaluate import Evaluation, Evaluator
+from tinyllama.metrics import MetricsLog, progress
+from tinyllama.model import Llama
+from tinyllama.optim import AdamW, learning_rate
+from tinyllama.step import StepResult, TrainStep
+from tinyllama.tokenizer import Tokenizer
+from tinyllama.weights.hf_read import open_folder
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: its last checkpoint, the step, whether the schedule was completed."""
+
+    checkpoint: Path
+    step: int
+    finished: bool
+
+
+class Trainer:
+    """A run: everything it needs, made or restored; `run` trains to the end or to a signal."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        resume: Path | None = None,
+        budget_seconds: float | None = None,
+        show: bool = True,
+    ) -> None:
+        """`resume` is a checkpoint folder to continue; `budget_seconds` shortens the schedule."""
+        self.config = _supported(config)
+        self.show, self.budget_seconds = show, budget_seconds
+        self.folder = Path(config.checkpointing.checkpoint_dir)
+        self.tokenizer = _tokenizer(config, resume, show)
+        t, context = config.training, config.context_length
+        cache = config.data.cache_dir
+        train = prepare(config.data.train_path, self.tokenizer, cache, progress=show)
+        self.batches = Batches(train, context, t.batch_size, t.seed)
+        self.total_steps = self.batches.steps_per_epoch * t.num_epochs
+        if t.max_steps is not None:
+            self.total_steps = min(self.total_steps, t.max_steps)
+        self.model = _model(self.config, resume)
+        self.optimizer = AdamW(self.model.state_dict(), t)
+        self.train_step = TrainStep(self.model, self.optimizer, t.accumulation_steps)
+        self.evaluator = None
+        if config.data.val_path is not None:
+            val = prepare(config.data.val_path, self.tokenizer, cache, progress=show)
+            self.evaluator = Evaluator(self.model, val, context, t.micro_batch)
+        self.step = runs.restore(resume, self.optimizer, self.batches) if resume else 0
+        self.saved: Path | None = resume
+
+    def run(self) -> Outcome:
+        """Train until the schedule ends, or a signal asks to stop after the current step."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        runs.write_config(self.folder, self.config)
+        metrics = MetricsLog(self.folder / "metrics.jsonl", self.step + 1)
+        started = time.monotonic()
+        with (
+            _stop_on_signals() as stopping,
+            progress(self.total_steps, self.step, self.show) as bar,
+        ):
+            while self.step < self.total_steps and not stopping():
+                self._one_step(metrics, bar)
+                self._shorten(started, bar)
+        metrics.close()
+        finished = self.step >= self.total_steps
+        name = "final" if finished else runs.step_name(self.step)
+        if self.saved is None or self.saved.name != name:
+            self.save(name)
+        assert self.saved is not None
+        return Outcome(self.saved, self.step, finished)
+
+    def summary(self) -> str:
+        """What is about to be trained, in one line."""
+        t, context = self.config.training, self.config.context_length
+        return (
+            f"{self.model.count_parameters():,} parameters, {self.total_steps:,} steps of "
+            f"{t.batch_size} x {context} tokens, {t.dtype}"
+        )
+
+    def _one_step(self, metrics: MetricsLog, bar: "tqdm[None]") -> None:
+        t = self.config.training
+        epoch, batch = self.batches.epoch + 1, self.batches.next()
+        step = self.step + 1
+        lr = learning_rate(step, self.total_steps, t.learning_rate, self.config.lr_schedule)
+        begun = time.perf_counter()
+        result = self.train_step(_micro_batches(batch, t.micro_batch), step, lr)
+        seconds = time.perf_counter() - begun
+        self._check_finite(result, step, lr)
+        self.step = step
+        line: dict[str, Any] = {"step": step, "loss": result.loss, "lr": lr}
+        line |= {"grad_norm": result.grad_norm, "tokens_per_second": result.tokens / seconds}
+        line |= {"memory_bytes": device.memory_in_use_bytes(), "epoch": epoch}
+        if self._validates(step, epoch):
+            line["val_loss"] = self._validate().loss
+        metrics.write(line)
+        shown = {"loss": f"{result.loss:.4f}", "tok/s": f"{line['tokens_per_second']:.0f}"}
+        if "val_loss" in line:
+            shown["val"] = f"{line['val_loss']:.4f}"
+        bar.set_postfix(shown, refresh=False)
+        bar.update()
+        if step % self.config.checkpointing.save_every == 0 and step < self.total_steps:
+            self.save(runs.step_name(step))
+
+    def _validates(self, step: int, epoch: int) -> bool:
+        if self.evaluator is None:
+            return False
+        every = self.config.training.eval_every
+        last = step == self.total_steps
+        return last or (self.batches.epoch + 1 != epoch if every is None else step % every == 0)
+
+    def _validate(self) -> Evaluation:
+        assert self.evaluator is not None
+        return self.evaluator.run(progress=False)
+
+    def _check_finite(self, result: StepResult, step: int, lr: float) -> None:
+        if math.isfinite(result.loss) and math.isfinite(result.grad_norm):
+            return
+        last = f"the last good checkpoint is {self.saved}" if self.saved else "nothing was saved"
+        raise TrainingError(
+            f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}, learning rate "
+            f"{lr:.3g}: the numbers are no longer finite, so training stops; {last}. "
+            "A lower training.learning_rate or a longer lr_schedule.warmup_steps may help"
+        )
+
+    def _shorten(self, started: float, bar: "tqdm[None]") -> None:
+        """With a time budget, end the schedule at the step that the budget reaches."""
+        if self.budget_seconds is None or self.step < 2:
+            return
+        elapsed = time.monotonic() - started
+        left = max(0.0, self.budget_seconds - elapsed) / (elapsed / self.step)
+        self.total_steps = max(self.step, min(bar.total, self.step + int(left)))
+
+    def save(self, name: str) -> Path:
+        """Save the run as it stands under `name`."""
+        keep = self.config.checkpointing.keep_last_n
+        self.saved = runs.save(
+            self.folder / name, self.model, self.optimizer, self.tokenizer,
+            {"step": self.step, "data": self.batches.state()}, keep,
+        )  # fmt: skip
+        return self.saved
+
+
+def resume_folder(config: Config, asked: str, warn: Callable[[str], None]) -> Path:
+    """The checkpoint `--resume` means: a folder by name, or "latest" in the run's folder."""
+    return runs.resume_folder(Path(config.checkpointing.checkpoint_dir), asked, warn)
+
+
+def with_base(config: Config) -> Config:
+    """The configuration with the sizes of `model.base`, if there is one."""
+    if config.model.base is None:
+        return config
+    folder = open_folder(config.model.base)
+    return config.with_base(folder.config, str(folder.path / "config.json"))
+
+
+def check_fresh(config: Config) -> None:
+    """A new run must not mix with an old one: CheckpointError if its folder holds checkpoints."""
+    folder = Path(config.checkpointing.checkpoint_dir)
+    found = runs.list_checkpoints(folder)
+    if found:
+        raise CheckpointError(
+            f"{folder} already holds {found[-1].name}: continue it with --resume, or choose "
+            "another folder with --set checkpointing.checkpoint_dir=..."
+        )
+
+
+def _supported(config: Config) -> Config:
+    for name, section in (("lora", config.lora), ("qlora", config.qlora)):
+        if section is not None:
+            raise ConfigError(f"[{name}]: adapters cannot be trained yet; remove the section")
+    if config.training.devices > 1:
+        raise ConfigError(f"training.devices: got {config.training.devices}, must be 1 for now")
+    return config
+
+
+def _tokenizer(config: Config, resume: Path | None, show: bool) -> Tokenizer:
+    tokenizer = runs.find_tokenizer(config, resume, show)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size: got {config.model.vocab_size}, must be at least the tokenizer's "
+            f"{tokenizer.vocab_size} ({config.tokenizer_source})"
+        )
+    return tokenizer
+
+
+def _model(config: Config, resume: Path | None) -> Llama:
+    t = config.training
+    dtype = getattr(dtypes, t.dtype)
+    source = resume or config.model.base
+    if source is None:
+        model = Llama(config.model, dtype=dtype, seed=t.seed)
+    else:
+        model = Llama.from_pretrained(source, dtype=dtype)
+        sizes = replace(model.config, base=config.model.base, max_seq_len=config.model.max_seq_len)
+        if resume and sizes != replace(config.model, num_kv_heads=config.model.kv_heads):
+            raise ConfigError(f"[model] differs from {resume}/config.json: {sizes} is saved there")
+        model.config = config.model
+    model.checkpoint_activations = t.checkpoint_activations
+    return model
+
+
+def _micro_batches(batch: Batch, size: int) -> list[Batch]:
+    """The rows of a batch in parts of `size`."""
+    starts = range(0, len(batch.tokens), size)
+    return [Batch(*(part[i : i + size] for part in batch)) for i in starts]
+
+
+@contextmanager
+def _stop_on_signals() -> Iterator[Callable[[], bool]]:
+    """SIGINT and SIGTERM ask to stop after the current step; a second one stops at once."""
+    asked: list[int] = []
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    previous = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+if __name__ == "__main__":
+    from tinyllama.cli import main
+
+    main(["train", *sys.argv[1:]])
