@@ -177,6 +177,14 @@ def test_resuming_on_other_data_is_refused(
     assert message in str(error.value)
 
 
+def test_the_last_token_needs_no_window_of_its_own(tokenizer: Tokenizer) -> None:
+    dataset = make_dataset(tokenizer, ["1234", "56789"])
+    length = dataset.n_tokens
+    assert Batches(dataset, length - 1, 1, seed=0).steps_per_epoch == 1
+    assert Batches(dataset, length - 2, 1, seed=0).steps_per_epoch == 2
+    assert Batches(dataset, length - 2, 2, seed=0).steps_per_epoch == 1
+
+
 def test_a_text_shorter_than_one_context_is_refused(tokenizer: Tokenizer) -> None:
     dataset = make_dataset(tokenizer, ["abc"])
     length = dataset.n_tokens

@@ -98,6 +98,7 @@ def test_empty_rows_and_empty_files_of_a_folder_are_left_out_and_counted(
         ("a.jsonl", '{"text": "a"}\n\n{"text": b}\n', "a.jsonl, line 3: not valid JSON: Expecting"),
         ("a.jsonl", '{"text": "a"}\n["a"]', 'line 2: must be an object {"text": ...}, got list'),
         ("a.jsonl", "[" * 100_000, "line 1: nested too deeply"),
+        ("a.jsonl", '{"a":' + "[" * 100_000, "line 1: nested too deeply"),
         ("a.jsonl", '{"text": 3}', 'line 1: "text" must be a string, got int'),
         ("a.jsonl", r'{"text": "\ud800"}', 'line 1: "text" holds half of a surrogate pair'),
         ("a.jsonl", "{}", 'a.jsonl, line 1: no "text"; keys found: none'),
@@ -204,6 +205,9 @@ def test_cuts_at_line_ends_leave_the_tokens_of_the_whole(
     write("a.txt", text)
     monkeypatch.setattr(sources, "CHUNK_BYTES", 100)
     ids = [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]
+    chunks = list(sources.cut(sources.find_sources("a.txt")[0]))
+    assert len(chunks) > 10
+    assert all(text[: chunk.end].endswith("\n") for chunk in chunks)
     assert load(tokenizer, "a.txt").tokens.tolist() == ids
 
 

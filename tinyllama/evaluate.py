@@ -15,6 +15,7 @@ from tinygrad import Tensor
 from tqdm import tqdm
 
 from tinyllama.data import TokenDataset, sequential
+from tinyllama.gradients import StagedLoss
 from tinyllama.model import Llama
 from tinyllama.step import captured
 
@@ -36,7 +37,7 @@ class Evaluator:
     ) -> None:
         self.model, self.dataset = model, dataset
         self.context_length, self.batch_size = context_length, batch_size
-        self._summed_loss = captured(self._forward)
+        self._summed_loss = captured(StagedLoss(model).loss)
 
     def run(self, *, progress: bool = False) -> Evaluation:
         """Every token of the text once, in windows of context_length."""
@@ -52,9 +53,6 @@ class Evaluator:
         bits_per_byte = total / math.log(2) / max(self.dataset.text_bytes, 1)
         perplexity = math.exp(loss) if loss < 700 else math.inf
         return Evaluation(loss, perplexity, bits_per_byte, tokens)
-
-    def _forward(self, tokens: Tensor, targets: Tensor, starts: Tensor) -> Tensor:
-        return self.model.token_losses(tokens, targets, starts).sum().realize()
 
 
 if __name__ == "__main__":

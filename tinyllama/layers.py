@@ -4,13 +4,11 @@ Every linear layer, plain or wrapped, meets one contract: `in_features`, `out_fe
 `__call__(x)` and `dense_weight()`; model.py knows no more than that.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 from tinygrad import Tensor
 from tinygrad.dtype import DType
-from tinygrad.function import function
-from tinygrad.uop.ops import Ops
 
 from tinyllama.ops.embedding import embedding
 from tinyllama.ops.matmul import linear
@@ -76,36 +74,3 @@ def named_tensors(module: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]
             yield path, child
         elif isinstance(child, list) or hasattr(child, "__dict__"):
             yield from named_tensors(child, f"{path}.")
-
-
-def compiled_once(body: Callable[..., Tensor], *, recompute: bool = False) -> Callable[..., Tensor]:
-    """Make `body` a graph that is scheduled and compiled once for all calls of one shape.
-
-    tinygrad schedules in Python, so twelve equal layers cost twelve times one; as a function that
-    is called with each layer's weights they cost one. Whatever the forward pass puts into memory
-    is returned as well, so that the backward pass reads it instead of computing it again; with
-    `recompute` only the result is kept (activation checkpointing, Chen et al. 2016).
-    """
-
-    def forward(*args: Any) -> tuple[Tensor, ...]:
-        out = body(*args).contiguous()
-        return (out,) if recompute else (out, *_materialized(out, args))
-
-    call = function(forward, precompile=True, precompile_backward=True)
-    return lambda *args: call(*args)[0]
-
-
-def _materialized(out: Tensor, args: tuple[Any, ...]) -> list[Tensor]:
-    """Tensors that computing `out` from `args` writes to memory, other than `out` itself."""
-    inputs = {t.uop for arg in args for _, t in named_tensors([arg])}
-    found = []
-    for uop in out.uop.toposort(gate=lambda u: u not in inputs):
-        written = uop.op is Ops.CONTIGUOUS or (uop.op is Ops.AFTER and uop.src[1].op is Ops.CALL)
-        if written and uop is not out.uop and uop not in inputs and not _is_blank(uop):
-            found.append(Tensor(uop))
-    return found
-
-
-def _is_blank(uop: Any) -> bool:
-    """A buffer that a kernel is about to fill: nothing to keep."""
-    return uop.op is Ops.CONTIGUOUS and uop.src[0].base.op is Ops.CONST

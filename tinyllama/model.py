@@ -24,11 +24,10 @@ from tinyllama.layers import (
     Linear,
     LinearLike,
     RMSNorm,
-    compiled_once,
     named_tensors,
 )
 from tinyllama.ops.attention import attention, masked_attention
-from tinyllama.ops.cross_entropy import linear_cross_entropy, token_losses
+from tinyllama.ops.cross_entropy import linear_cross_entropy
 from tinyllama.ops.matmul import linear
 from tinyllama.ops.rope import rope, tables
 from tinyllama.ops.storage import read, write
@@ -158,13 +157,16 @@ class Llama:
         x = self.hidden(tokens, tokens.zeros_like())
         return self.head(x)
 
+    def embed(self, embed_tokens: Embedding, tokens: Tensor) -> Tensor:
+        """tokens (B, T) int32 -> (B, T, hidden) in the activation type."""
+        return embed_tokens(tokens, self.dtype)
+
     def hidden(self, tokens: Tensor, starts: Tensor) -> Tensor:
         """tokens, starts (B, T) int32 -> the last norm's output (B, T, hidden)."""
         cos, sin = self.rotations(tokens.shape[1])
-        x = self.model.embed_tokens(tokens, self.dtype)
+        x = self.embed(self.model.embed_tokens, tokens)
         for layer in self.model.layers:
-            step = compiled_once(type(layer).__call__, recompute=self.checkpoint_activations)
-            x = step(layer, x, cos, sin, starts)
+            x = layer(x, cos, sin, starts)
         return self.model.norm(x)
 
     def cached(self, tokens: Tensor, caches: list[Tensor], position: Tensor) -> Tensor:
@@ -197,11 +199,6 @@ class Llama:
         return linear_cross_entropy(
             x.reshape(-1, x.shape[-1]), self.head_weight(), targets.reshape(-1)
         )
-
-    def token_losses(self, tokens: Tensor, targets: Tensor, starts: Tensor) -> Tensor:
-        """The loss of each token (B * T,) in nats, 0 where targets are -1; no gradient."""
-        x = self.hidden(tokens, starts)
-        return token_losses(x.reshape(-1, x.shape[-1]), self.head_weight(), targets.reshape(-1))
 
     def rotations(self, length: int) -> tuple[Tensor, Tensor]:
         """cos and sin of the rotary angles of positions 0 .. length - 1, each (length, D/2)."""

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from tinygrad import Tensor, TinyJit
 
 from tinyllama.data import Batch
+from tinyllama.gradients import StagedLoss
 from tinyllama.model import Llama
 from tinyllama.ops.storage import fill_zero
 from tinyllama.optim import AdamW
@@ -31,7 +32,8 @@ class TrainStep:
     """Trains `optimizer.parameters` of `model`; call it with the micro-batches of one step."""
 
     def __init__(self, model: Llama, optimizer: AdamW, micro_batches: int) -> None:
-        self.model, self.optimizer = model, optimizer
+        self.optimizer = optimizer
+        self.staged = StagedLoss(model, optimizer.parameters)
         self.micro_batches = micro_batches
         self._whole = captured(self._whole_step)
         self._accumulate = captured(self._accumulate_step)
@@ -61,10 +63,7 @@ class TrainStep:
         self, tokens: Tensor, targets: Tensor, starts: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Summed loss (1,) and its gradient by parameter name."""
-        parameters = self.optimizer.parameters
-        loss = self.model.loss(tokens, targets, starts)
-        grads = loss.gradient(*parameters.values())
-        return loss.reshape(1), dict(zip(parameters, grads, strict=True))
+        return self.staged.gradients(tokens, targets, starts)
 
     def _whole_step(
         self, tokens: Tensor, targets: Tensor, starts: Tensor, hyperparameters: Tensor

@@ -40,7 +40,8 @@ def _matmul(sizes: dict[str, int], layout: str, dtype: Any) -> Run:
 def _adamw(sizes: dict[str, int]) -> Run:
     p = torch.randn(sizes["N"], sizes["H"], requires_grad=True)
     p.grad = torch.randn_like(p)
-    return torch.optim.AdamW([p], fused=True).step
+    optimizer = torch.optim.AdamW([p], fused=True)
+    return lambda: optimizer.step()
 
 
 def _differentiable(kind: str, sizes: dict[str, int], dtype: Any, *, backward: bool) -> Run:

@@ -12,10 +12,11 @@ from tinygrad.device import Device
 from tinygrad.dtype import DType
 
 from tinyllama import device
-from tinyllama.bench.operations import Operation, best_seconds, operations
+from tinyllama.bench.flops import linear_shapes
+from tinyllama.bench.operations import LAYOUTS, Operation, best_seconds
 from tinyllama.bench.report import table
 from tinyllama.bench.runner import worker_command
-from tinyllama.config import Config
+from tinyllama.config import Config, LlamaConfig
 from tinyllama.errors import TrainingError
 from tinyllama.ops import kernel
 from tinyllama.ops.adamw import SCALARS, adamw
@@ -56,6 +57,30 @@ def measure(config: Config, threads: int, torch_python: str | None) -> list[dict
         }
         for i, op in enumerate(every)
     ]
+
+
+def operations(config: LlamaConfig, batch: int, context: int) -> list[Operation]:
+    """Every operation of a step on `batch` rows of `context` tokens, each size once."""
+    tokens, hidden, vocab = batch * context, config.hidden_size, config.vocab_size
+    inner, heads = config.intermediate_size, config.num_heads
+    shapes = dict.fromkeys([*linear_shapes(config).values(), (vocab, hidden)])
+    found = [
+        Operation(
+            f"matmul {layout}", {"M": tokens, "N": rows, "K": columns}, 2 * tokens * rows * columns
+        )
+        for layout in LAYOUTS
+        for rows, columns in shapes
+    ]
+    sizes = {"B": batch, "T": context, "H": heads, "KV": config.kv_heads, "D": config.head_dim}
+    pairs = 2 * config.head_dim * batch * heads * context * (context + 1)  # of query and key
+    found.append(Operation("attention forward", sizes, pairs))
+    found.append(Operation("attention both", sizes, 3 * pairs))
+    loss = {"N": tokens, "V": vocab, "H": hidden}
+    found.append(Operation("cross_entropy both", loss, 6 * tokens * vocab * (hidden + 1)))
+    found.append(Operation("rms_norm both", {"N": tokens, "H": hidden}, 14 * tokens * hidden))
+    found.append(Operation("swiglu both", {"N": tokens, "I": inner}, 23 * tokens * inner))
+    found.append(Operation("adamw", {"N": inner, "H": hidden}, 12 * inner * hidden))
+    return found
 
 
 def text(results: Sequence[dict[str, Any]]) -> str:
@@ -114,14 +139,15 @@ def _with_backward(function: Callable[..., list[Tensor]]) -> Callable[..., list[
 
 
 def _compiled(function: Callable[..., list[Tensor]], inputs: Sequence[Tensor]) -> Run:
-    @TinyJit
     def step(*tensors: Tensor) -> list[Tensor]:
         results = function(*tensors)
         Tensor.realize(*results)
         return results
 
+    compiled = TinyJit(step)
+
     def run() -> None:
-        step(*inputs)
+        compiled(*inputs)
         Device[Device.DEFAULT].synchronize()
 
     return run

@@ -20,10 +20,16 @@ from tinyllama.bench.protocol import Spec
 from tinyllama.errors import TrainingError
 
 WARM_UP_STEPS = 2  # the first builds and compiles, the second captures the step's graph
-# Ours goes last on the path: an interpreter that is not ours keeps its own packages before ours.
-BOOTSTRAP = (
-    "import runpy, sys; sys.path.append({root!r}); runpy.run_module({module!r}, None, '__main__')"
-)
+# The package's own __init__ is passed over, since an interpreter that has PyTorch may lack what it
+# imports; and our path goes last, so that such an interpreter keeps its own packages before ours.
+BOOTSTRAP = """
+import runpy, sys, types
+package = types.ModuleType("tinyllama")
+package.__path__ = [{root!r} + "/tinyllama"]
+sys.modules["tinyllama"] = package
+sys.path.append({root!r})
+runpy.run_module({module!r}, None, "__main__")
+"""
 
 
 def worker_command(python: str, module: str) -> list[str]:

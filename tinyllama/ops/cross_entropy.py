@@ -33,7 +33,7 @@ def linear_cross_entropy(
         dw = (Tensor(call.gettuple(2)) * scale).uop if weight_gradient else None
         return dx.uop, dw, None
 
-    forward = function(_loss_and_gradients, precompile=True, grad_fxn=gradient)
+    forward = function(loss_and_gradients, precompile=True, grad_fxn=gradient)
     return forward(x, weight, targets, weight_gradient)[0]
 
 
@@ -47,9 +47,10 @@ def token_losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return parts[0].cat(*parts[1:]) if len(parts) > 1 else parts[0]
 
 
-def _loss_and_gradients(
+def loss_and_gradients(
     x: Tensor, weight: Tensor, targets: Tensor, weight_gradient: bool
 ) -> tuple[Tensor, ...]:
+    """Summed loss, its gradient of x and, if asked for, of the weight, in one pass over chunks."""
     losses, dxs, dw = [], [], None
     for begin, end in _chunks(x.shape[0], weight.shape[0]):
         rows = x[begin:end].contiguous()

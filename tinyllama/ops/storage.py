@@ -7,11 +7,15 @@ import numpy.typing as npt
 from tinygrad import Tensor, dtypes
 from tinygrad.device import Buffer
 
+from tinyllama.ops.memory import use_huge_pages
+
 NumpyArray = npt.NDArray[Any]
 
 
 def buffer_of(tensor: Tensor) -> Buffer:
     """The memory behind a tensor that is a whole buffer, allocated now if it was not."""
+    if tensor.device == "CPU":
+        use_huge_pages()
     buffer = tensor.uop.base.buffer
     assert isinstance(buffer, Buffer), "tensor is spread over several devices"
     return buffer.ensure_allocated()

@@ -7,6 +7,8 @@
    Loshchilov and Hutter 2017, arXiv:1711.05101. DECAY=0 leaves the decay out.
    scalars = [lr, beta1, beta2, eps, weight_decay, bias_correction1 (1 - beta1^t),
    bias_correction2 (1 - beta2^t), grad_scale]: on the device, so that a step is never recompiled.
+   The corrections must be of the betas as float32 has them: 1 - 0.999f is off by 1.3e-5 of itself,
+   and only corrections that are off with it cancel that.
    Macros: COUNT elements, NT, DECAY. Threads split the elements. */
 
 typedef struct {

@@ -10,10 +10,10 @@
 #define FORWARD_SCRATCH_FLOATS (2 * SEQUENCE_FLOATS + 3 * ROWS_FLOATS + SCORE_FLOATS)
 
 typedef struct {
-  float *keys, *values;  /* (T, STRIDE) */
-  float *queries, *out;  /* (TILE, STRIDE) */
-  float *panels;         /* (TILE / NR, WIDTH, NR) */
-  float *scores;         /* (TILE keys, TILE queries) */
+  float *keys, *values; /* (T, STRIDE) */
+  float *queries, *out; /* (TILE, STRIDE) */
+  float *panels;        /* (TILE / NR, WIDTH, NR) */
+  float *scores;        /* (TILE keys, TILE queries) */
 } forward_space;
 
 typedef struct {

@@ -206,14 +206,15 @@ INLINE void pack_a(slot *restrict out, a_ptr restrict A, int k0, int depth, int 
 
 #define COLS (NR / VW)
 
-INLINE vf multiply_add(slot a, vf b, vf sum) {
+/* a stays in memory: an AVX-512 product reads and broadcasts it in one instruction. */
+INLINE vf multiply_add(const slot *a, vf b, vf sum) {
 #if !COMPUTE_BF16
-  return vfma(vset(a), b, sum);
+  return vfma(vset(*a), b, sum);
 #elif defined(__AVX512BF16__) && VW == 16
-  __asm__("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(b), "m"(a));
+  __asm__("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(b), "m"(*a));
   return sum;
 #else
-  vi x = (vi)vset(a), y = (vi)b;
+  vi x = (vi)vset(*a), y = (vi)b;
   sum = vfma((vf)(x << 16), (vf)(y << 16), sum);
   return vfma((vf)(x & -65536), (vf)(y & -65536), sum);
 #endif
@@ -226,7 +227,7 @@ INLINE void tile_step(vf sum[MR][COLS], const slot *a, const slot *b) {
 #pragma clang loop unroll(full)
   for (int i = 0; i < MR; i++)
 #pragma clang loop unroll(full)
-    for (int j = 0; j < COLS; j++) sum[i][j] = multiply_add(a[i * A_ROW_STEP], row[j], sum[i][j]);
+    for (int j = 0; j < COLS; j++) sum[i][j] = multiply_add(a + i * A_ROW_STEP, row[j], sum[i][j]);
 }
 
 INLINE void tile_product(vf sum[MR][COLS], const slot *a, const slot *b, int depth) {

@@ -30,33 +30,15 @@ INLINE float rms_norm_dot(const ELEM(ACT) *dy, const ELEM(ACT) *x, const float *
   return hsum((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
 
-/* Columns i to i + n of `rows` rows from `row` on: dw is read and written once for all of them. */
+/* Columns i to i + n of a row. */
 INLINE void rms_norm_columns(ELEM(ACT) *dx, float *dw, const ELEM(ACT) *dy, const ELEM(ACT) *x,
-                             const ELEM(ACT) *dres, const float *w, const float *rstd,
-                             const float *pull, int rows, long i, int n) {
-  vf weight = LOADN(0, w + i, n), sum = {0};
-#pragma unroll
-  for (int r = 0; r < rows; r++) {
-    vf gradient = LOADN(ACT, dy + r * H + i, n), value = LOADN(ACT, x + r * H + i, n);
-    vf result = gradient * weight * rstd[r] - value * pull[r];
-    sum = vfma(gradient, value * rstd[r], sum);
-    if (RESIDUAL) result += LOADN(ACT, dres + r * H + i, n);
-    STOREN(ACT, dx + r * H + i, result, n);
-  }
-  STOREN(0, dw + i, LOADN(0, dw + i, n) + sum, n);
-}
-
-INLINE void rms_norm_rows(ELEM(ACT) *dx, float *dw, const ELEM(ACT) *dy, const ELEM(ACT) *x,
-                          const ELEM(ACT) *dres, const float *w, const float *rstd, int rows) {
-  float pull[4]; /* mean(dy * w * n) * rstd^2, what x is multiplied with */
-  for (int r = 0; r < rows; r++) {
-    pull[r] = rms_norm_dot(dy + r * H, x + r * H, w) / H * rstd[r] * rstd[r] * rstd[r];
-  }
-  long i = 0;
-  for (; i + VW <= H; i += VW) {
-    rms_norm_columns(dx, dw, dy, x, dres, w, rstd, pull, rows, i, VW);
-  }
-  if (H % VW) rms_norm_columns(dx, dw, dy, x, dres, w, rstd, pull, rows, i, H % VW);
+                             const ELEM(ACT) *dres, const float *w, float rstd, float pull, long i,
+                             int n) {
+  vf gradient = LOADN(ACT, dy + i, n), value = LOADN(ACT, x + i, n);
+  vf result = gradient * LOADN(0, w + i, n) * rstd - value * pull;
+  if (RESIDUAL) result += LOADN(ACT, dres + i, n);
+  STOREN(ACT, dx + i, result, n);
+  STOREN(0, dw + i, vfma(gradient, value * rstd, LOADN(0, dw + i, n)), n);
 }
 
 void KERNEL(ELEM(ACT) *restrict dx, float *restrict dw_partial, const ELEM(ACT) *restrict dy,
@@ -67,13 +49,18 @@ void KERNEL(ELEM(ACT) *restrict dx, float *restrict dw_partial, const ELEM(ACT) 
 #endif
   float *dw = dw_partial + (long)core_id * H;
   for (long i = 0; i < H; i++) dw[i] = 0.0f;
-  long row = split(N, 1, core_id, NT), end = split(N, 1, core_id + 1, NT);
-  for (; row + 4 <= end; row += 4) {
-    long at = row * H;
-    rms_norm_rows(dx + at, dw, dy + at, x + at, dres + at, w, rstd + row, 4);
-  }
-  for (; row < end; row++) {
-    long at = row * H;
-    rms_norm_rows(dx + at, dw, dy + at, x + at, dres + at, w, rstd + row, 1);
+  long end = split(N, 1, core_id + 1, NT);
+  for (long row = split(N, 1, core_id, NT); row < end; row++) {
+    const long at = row * H;
+    const float scale = rstd[row];
+    /* what x is multiplied with: mean(dy * w * n) * rstd^2 */
+    float pull = rms_norm_dot(dy + at, x + at, w) / H * scale * scale * scale;
+    long i = 0;
+    for (; i + VW <= H; i += VW) {
+      rms_norm_columns(dx + at, dw, dy + at, x + at, dres + at, w, scale, pull, i, VW);
+    }
+    if (H % VW) {
+      rms_norm_columns(dx + at, dw, dy + at, x + at, dres + at, w, scale, pull, i, H % VW);
+    }
   }
 }

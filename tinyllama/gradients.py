@@ -1,0 +1,139 @@
+"""Loss and gradients of the model, stage by stage: embedding, layers, head, and back.
+
+Every layer is the same piece of work, so it is scheduled and compiled once (ops/stage.py). What
+the forward pass of a layer writes to memory is kept for its backward pass; with activation
+checkpointing only the layer's input is, and the rest is computed again (Chen et al. 2016).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from tinygrad import Tensor
+
+from tinyllama.layers import named_tensors
+from tinyllama.model import Llama
+from tinyllama.ops.cross_entropy import loss_and_gradients, token_losses
+from tinyllama.ops.stage import Stage, materialized, replaced
+
+Function = Callable[..., Tensor]
+
+
+class StagedLoss:
+    """The summed loss of a model, and its gradient with respect to some of its weights."""
+
+    def __init__(self, model: Llama, wanted: Mapping[str, Tensor] | None = None) -> None:
+        """`wanted` are the weights, by name, that gradients are asked for."""
+        self.model = model
+        self.names = {_key(tensor): name for name, tensor in (wanted or {}).items()}
+        self._forward, self._backward = Stage(), Stage()
+        self._head, self._sum = Stage(), Stage()
+
+    def loss(self, tokens: Tensor, targets: Tensor, starts: Tensor) -> Tensor:
+        """Loss summed over targets >= 0, in nats, shape (1,): tokens, targets, starts (B, T)."""
+        x = self._hidden(tokens, starts)[-1][-1]
+        weight = self.model.head_weight()
+
+        def build() -> list[Tensor]:
+            losses = token_losses(x.reshape(-1, x.shape[-1]), weight, targets.reshape(-1))
+            return [losses.sum().reshape(1)]
+
+        return self._head([x, weight, targets], build, "loss")[0]
+
+    def gradients(
+        self, tokens: Tensor, targets: Tensor, starts: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Summed loss (1,) and the gradient of each wanted weight, by name, float32."""
+        grads: dict[str, Tensor] = {}
+        tape = self._hidden(tokens, starts, keep=True)
+        loss, dx = self._head_gradients(tape[-1][-1], targets, grads)
+        for function, module, inputs, saved, _ in reversed(tape):
+            dx = self._pull_back(function, module, inputs, saved, dx, grads)
+        return loss, grads
+
+    def _hidden(self, tokens: Tensor, starts: Tensor, keep: bool = False) -> list[tuple[Any, ...]]:
+        """Run embedding, layers and norm; the tape of (function, module, inputs, saved, out)."""
+        model = self.model
+        cos, sin = model.rotations(tokens.shape[1])
+        tape: list[tuple[Any, ...]] = []
+
+        def run(function: Function, module: Any, *inputs: Tensor) -> Tensor:
+            recompute = model.checkpoint_activations or not keep
+            out, *saved = self._run(function, module, inputs, recompute)
+            tape.append((function, module, inputs, saved, out))
+            return out
+
+        x = run(model.embed, model.model.embed_tokens, tokens)
+        for layer in model.model.layers:
+            x = run(type(layer).__call__, layer, x, cos, sin, starts)
+        run(type(model.model.norm).__call__, model.model.norm, x)
+        return tape
+
+    def _run(
+        self, function: Function, module: Any, inputs: Sequence[Tensor], recompute: bool
+    ) -> list[Tensor]:
+        """Output of function(module, *inputs), then what it wrote on the way unless `recompute`."""
+        known = [*inputs, *(t for _, t in named_tensors(module))]
+
+        def build() -> list[Tensor]:
+            out = function(module, *inputs).contiguous()
+            return [out] if recompute else [out, *materialized(out, known)]
+
+        return self._forward(known, build, (function.__qualname__, recompute))
+
+    def _pull_back(
+        self,
+        function: Function,
+        module: Any,
+        inputs: Sequence[Tensor],
+        saved: Sequence[Tensor],
+        dout: Tensor,
+        grads: dict[str, Tensor],
+    ) -> Tensor:
+        """Gradient with respect to inputs[0] from that of the output; adds weights' to `grads`."""
+        weights = [t for _, t in named_tensors(module)]
+        trained = [t for t in weights if _key(t) in self.names]
+        through = [inputs[0]] if inputs[0].dtype == dout.dtype else []  # not through token ids
+        known = [*inputs, *weights]
+
+        def build() -> list[Tensor]:
+            out = function(module, *inputs).contiguous()
+            found = out.gradient(*through, *trained, gradient=dout)
+            old = materialized(out, known) if saved else []
+            return [g.contiguous() for g in replaced(found, old, saved)]
+
+        positions = tuple(i for i, t in enumerate(weights) if _key(t) in self.names)
+        key = (function.__qualname__, positions)
+        found = self._backward([*known, *saved, dout], build, key)
+        for tensor, grad in zip(trained, found[len(through) :], strict=True):
+            self._add(grads, tensor, grad)
+        return found[0] if through else dout
+
+    def _head_gradients(
+        self, x: Tensor, targets: Tensor, grads: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Summed loss (1,) and the gradient of x (B, T, hidden); adds the head's to `grads`."""
+        weight = self.model.head_weight()
+        trained = _key(weight) in self.names
+
+        def build() -> list[Tensor]:
+            rows = x.reshape(-1, x.shape[-1])
+            loss, dx, *dw = loss_and_gradients(rows, weight, targets.reshape(-1), trained)
+            return [loss.reshape(1).contiguous(), dx.reshape(x.shape).contiguous(), *dw]
+
+        loss, dx, *dw = self._head([x, weight, targets], build, trained)
+        for grad in dw:
+            self._add(grads, weight, grad)
+        return loss, dx
+
+    def _add(self, grads: dict[str, Tensor], weight: Tensor, grad: Tensor) -> None:
+        """A tied weight is used twice, so its two gradients are summed."""
+        name = self.names[_key(weight)]
+        if name in grads:
+            first = grads[name]
+            grad = self._sum([first, grad], lambda: [(first + grad).contiguous()])[0]
+        grads[name] = grad
+
+
+def _key(tensor: Tensor) -> Any:
+    """What makes a weight the same weight: its buffer."""
+    return tensor.uop.base

@@ -1,0 +1,37 @@
+"""Large CPU buffers in huge pages: fewer page faults at the start, fewer TLB misses ever after.
+
+tinygrad maps its CPU buffers as shared memory, for which Linux gives 4 KiB pages: touching the
+2.6 GB of a 124M model's training state for the first time costs seconds. Private memory with
+MADV_HUGEPAGE costs a tenth of it. Elsewhere than on Linux nothing changes.
+"""
+
+import functools
+import mmap
+from typing import Any
+
+from tinygrad.device import BufferSpec, Device
+from tinygrad.helpers import mv_address
+from tinygrad.runtime.support.hcq import HCQBuffer, MMIOInterface
+
+HUGE_PAGE_BYTES = 2 << 20
+
+
+@functools.cache
+def use_huge_pages() -> None:
+    """From here on, CPU buffers of a huge page and more lie in huge pages where Linux has them."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return
+    allocator: Any = Device["CPU"].allocator
+    allocate = allocator._alloc
+
+    def allocate_huge(size: int, options: BufferSpec) -> HCQBuffer:
+        if options.external_ptr is not None or size < HUGE_PAGE_BYTES:
+            return allocate(size, options)
+        # One page more than asked, so that the buffer can begin at a huge page's address.
+        memory = mmap.mmap(-1, size + HUGE_PAGE_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANON)
+        memory.madvise(mmap.MADV_HUGEPAGE)
+        address = -(-mv_address(memory) // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
+        view = MMIOInterface(address, size, fmt="B")
+        return HCQBuffer(address, size, meta=memory, view=view, owner=allocator.dev)
+
+    allocator._alloc = allocate_huge
