@@ -4,15 +4,19 @@ Every linear layer, plain or wrapped, meets one contract: `in_features`, `out_fe
 `__call__(x)` and `dense_weight()`; model.py knows no more than that.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 from tinygrad import Tensor
 from tinygrad.dtype import DType
 
+from tinyllama.config import ALL_LINEAR
 from tinyllama.ops.embedding import embedding
 from tinyllama.ops.matmul import linear
 from tinyllama.ops.rms_norm import rms_norm
+
+# Attribute in which a layer that wraps another holds it; the inner one's tensors keep their names.
+WRAPPED = "base"
 
 
 class LinearLike(Protocol):
@@ -72,5 +76,35 @@ def named_tensors(module: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]
         path = f"{prefix}{name}"
         if isinstance(child, Tensor):
             yield path, child
+        elif name == WRAPPED:
+            yield from named_tensors(child, prefix)
         elif isinstance(child, list) or hasattr(child, "__dict__"):
             yield from named_tensors(child, f"{path}.")
+
+
+def structure(module: Any) -> tuple[tuple[str, object], ...]:
+    """The paths of a module's tensors and the numbers beside them, such as an adapter's scale.
+
+    Modules of equal structure compute the same function of their tensors.
+    """
+    found: list[tuple[str, object]] = []
+    children = enumerate(module) if isinstance(module, list) else vars(module).items()
+    for name, child in children:
+        if isinstance(child, Tensor):
+            found.append((str(name), None))
+        elif isinstance(child, list) or hasattr(child, "__dict__"):
+            found.append((str(name), structure(child)))
+        else:
+            found.append((str(name), child))
+    return tuple(found)
+
+
+def block_linears(layers: Iterable[Any]) -> Iterator[tuple[str, Any, str]]:
+    """(path, owner, attribute) of every linear layer of a model's blocks, wrapped or not.
+
+    Setting `owner.attribute` replaces the layer, whose tensors' names begin with the path.
+    """
+    for number, block in enumerate(layers):
+        for part, owner in (("self_attn", block.self_attn), ("mlp", block.mlp)):
+            for name in (name for name in ALL_LINEAR if name in vars(owner)):
+                yield f"model.layers.{number}.{part}.{name}", owner, name

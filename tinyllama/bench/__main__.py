@@ -64,6 +64,10 @@ def resolve(options: argparse.Namespace) -> Config:
     """
     named = {override.partition("=")[0].strip() for override in options.set}
     config = load_config(options.config, options.set)
+    if config.model.base is not None:
+        from tinyllama.train import with_base
+
+        config = with_base(config)
     context = options.context or config.context_length
     if not options.context and "data.context_length" not in named:
         context = min(context, DEFAULT_TOKENS)

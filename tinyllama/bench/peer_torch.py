@@ -145,8 +145,9 @@ class PeerLlama:
         return x.unflatten(-1, (heads, self.head_dim))  # (B, T, H, D)
 
     def norm(self, x: Tensor, path: str) -> Tensor:
-        weight = self.weights[f"{path}.weight"]
-        return F.rms_norm(x, weight.shape, weight, self.model["rms_norm_eps"])
+        # F.rms_norm takes a tenth longer on a CPU.
+        rstd = torch.rsqrt(x.square().mean(-1, keepdim=True) + self.model["rms_norm_eps"])
+        return x * rstd * self.weights[f"{path}.weight"]
 
     def linear(self, x: Tensor, path: str) -> Tensor:
         y = F.linear(x, self.weights[f"{path}.weight"])

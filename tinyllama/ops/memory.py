@@ -27,10 +27,12 @@ def use_huge_pages() -> None:
     def allocate_huge(size: int, options: BufferSpec) -> HCQBuffer:
         if options.external_ptr is not None or size < HUGE_PAGE_BYTES:
             return allocate(size, options)
-        # One page more than asked, so that the buffer can begin at a huge page's address.
+        # One page more than asked, so that the buffer can begin at a huge page's address; what
+        # does not fill a huge page at its end is left to small ones, so that no memory is wasted.
         memory = mmap.mmap(-1, size + HUGE_PAGE_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANON)
-        memory.madvise(mmap.MADV_HUGEPAGE)
-        address = -(-mv_address(memory) // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
+        start = -mv_address(memory) % HUGE_PAGE_BYTES
+        memory.madvise(mmap.MADV_HUGEPAGE, start, size // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES)
+        address = mv_address(memory) + start
         view = MMIOInterface(address, size, fmt="B")
         return HCQBuffer(address, size, meta=memory, view=view, owner=allocator.dev)
 

@@ -45,7 +45,9 @@
    of the thread's when B is not packed in its whole depth. */
 #define PARTIAL (C_T != 0 && SLOTS > DEPTH)
 #define B_SLOTS (BLOCK_PANELS * DEPTH * BLOCK_COLS)
-#define A_SLOTS (BLOCK_ROWS * DEPTH + ROUND(MR, VW))
+/* Rows are packed in whole vectors, which reach beyond the last of a panel's MR. */
+#define A_PANEL (MR * DEPTH + (LAYOUT == 2 ? VW : 0))
+#define A_SLOTS (BLOCK_ROWS / MR * A_PANEL)
 #define PARTIAL_ROWS (SLOTS > BLOCK_PANELS * DEPTH ? ROUND(M, MR) : BLOCK_ROWS)
 #define PARTIAL_FLOATS (PARTIAL ? PARTIAL_ROWS * BLOCK_COLS : 0)
 
@@ -86,10 +88,12 @@ DEFINE_PACK_ROW(pack_a_row, A_T)
 DEFINE_PACK_ROW(pack_b_row, B_T)
 
 /* The slots at depth k of VW columns from `column` on, of X[K, width], where columns are contiguous.
-   Lanes past the matrix's end are 0; lanes past the row's end may be anything. */
+   Lanes past the row's end may be anything, past the matrix's end they are 0. `inside` promises
+   that the matrix does not end there: all rows but the last, if a row is as wide as any tile. */
+#define INSIDE(k, width) ((width) >= 32 && ((k) + 1) * PAIR < K)
 #define DEFINE_SLOTS_AT(name, code, width)                                                   \
-  INLINE vf name(const ELEM(code) *X, long k, long column) {                                 \
-    long left = (K - k * PAIR) * (width)-column;                                             \
+  INLINE vf name(const ELEM(code) *X, long k, long column, int inside) {                     \
+    long left = inside ? 2L * (width) : (K - k * PAIR) * (width)-column;                     \
     const ELEM(code) *p = X + k * PAIR * (width) + column;                                   \
     if (left <= 0) return (vf){0};                                                           \
     if (!COMPUTE_BF16) return left >= VW ? LOAD(code, p) : LOADN(code, p, left);             \
@@ -97,7 +101,7 @@ DEFINE_PACK_ROW(pack_b_row, B_T)
     low = __builtin_convertvector(left >= VW ? ENCODED(code, p) : ENCODEDN(code, p, left), vu); \
     left -= (width);                                                                         \
     p += (width);                                                                            \
-    if (k * PAIR + 1 < K && left > 0)                                                        \
+    if (inside || (k * PAIR + 1 < K && left > 0))                                            \
       high = __builtin_convertvector(left >= VW ? ENCODED(code, p) : ENCODEDN(code, p, left), vu); \
     return (vf)(low | high << 16);                                                           \
   }
@@ -165,7 +169,10 @@ INLINE void transpose_rows(slot *restrict out, const slot *const *row, int depth
 INLINE void pack_b(slot *restrict out, B_PARAMS, int k0, int depth, int n0) {
 #if LAYOUT != 0
   for (int k = 0; k < depth; k++)
-    for (int j = 0; j < NR; j += VW) vstore(out + k * NR + j, b_slots(B, k0 + k, n0 + j));
+    if (INSIDE(k0 + k, N))
+      for (int j = 0; j < NR; j += VW) vstore(out + k * NR + j, b_slots(B, k0 + k, n0 + j, 1));
+    else
+      for (int j = 0; j < NR; j += VW) vstore(out + k * NR + j, b_slots(B, k0 + k, n0 + j, 0));
 #else
   const slot *row[NR];
 #if B_T == 0 && !COMPUTE_BF16
@@ -186,19 +193,31 @@ INLINE void pack_b(slot *restrict out, B_PARAMS, int k0, int depth, int n0) {
 }
 #endif
 
-/* MR rows of A from m0 on, slots k0 .. k0 + depth: as out[MR][DEPTH] where k is contiguous in A, as
-   out[k][MR] where rows are. Rows past M become anything. */
+/* Rows m0 .. m1 of A, slots k0 .. k0 + depth, in panels of MR rows: as panel[MR][DEPTH] where k is
+   contiguous in A, as panel[k][MR] where rows are. Rows past M become anything. */
 #define A_ROW_STEP (LAYOUT == 2 ? 1 : DEPTH)
 #define A_K_STEP (LAYOUT == 2 ? MR : 1)
-INLINE void pack_a(slot *restrict out, a_ptr restrict A, int k0, int depth, int m0) {
+INLINE void pack_a(slot *restrict out, a_ptr restrict A, int k0, int depth, int m0, int m1) {
 #if LAYOUT == 2
-  /* The vectors are wider than MR; what they write too much the next k overwrites. */
-  for (int k = 0; k < depth; k++)
-    for (int i = 0; i < MR; i += VW) vstore(out + k * MR + i, a_slots(A, k0 + k, m0 + i));
+  /* Some k at a time for all panels, so that a cache line of A is read once. What a
+     vector writes beyond MR the next k overwrites. */
+  enum { STEP = 8 };
+  for (int first = 0; first < depth; first += STEP)
+    for (int m = m0; m < m1; m += MR) {
+      slot *panel = out + (m - m0) / MR * A_PANEL;
+      int end = MIN(first + STEP, depth);
+      for (int k = first; k < end; k++)
+        if (INSIDE(k0 + k, M))
+          for (int i = 0; i < MR; i += VW)
+            vstore(panel + k * MR + i, a_slots(A, k0 + k, m + i, 1));
+        else
+          for (int i = 0; i < MR; i += VW)
+            vstore(panel + k * MR + i, a_slots(A, k0 + k, m + i, 0));
+    }
 #else
   int count = MIN(depth * PAIR, K - k0 * PAIR);
-  for (int i = 0; i < MR && m0 + i < M; i++)
-    pack_a_row(out + i * DEPTH, A + (long)(m0 + i) * K + k0 * PAIR, count);
+  for (int m = m0; m < m1; m++)
+    pack_a_row(out + (m - m0) * DEPTH, A + (long)m * K + k0 * PAIR, count);
 #endif
 }
 
@@ -321,7 +340,7 @@ INLINE void multiply_panel(target t, const slot *a, const slot *b, int depth, in
     for (int i = 0; i < MR; i++) __builtin_prefetch((const char *)(t.C + (long)(m + i) * N + n), 1);
     tile_product(sum, a, b, depth);
     put_tile(t, sum, m, n, at_partial);
-    a += MR * DEPTH;
+    a += A_PANEL;
     at_partial += MR * BLOCK_COLS;
   }
 }
@@ -336,7 +355,7 @@ INLINE void multiply_block(target t, slot *b_block, slot *a_block, a_ptr A, B_PA
     long partial_row = SLOTS > BLOCK_PANELS * DEPTH ? m0 - r.m0 : 0;
     for (int k = k0; k < k1; k += DEPTH) {
       int depth = MIN(DEPTH, k1 - k);
-      for (int m = m0; m < m1; m += MR) pack_a(a_block + (m - m0) * DEPTH, A, k, depth, m);
+      pack_a(a_block, A, k, depth, m0, m1);
       t.first = k == 0, t.last = k + depth == SLOTS;
       for (int n = n0; n < n1; n += NR) {
         slot *b = b_block + (k - k0) * BLOCK_COLS + (n - n0) * DEPTH;

@@ -1,0 +1,85 @@
+# Two commands matter: `make demo` trains a LLaMA on real text, `make test` runs every test.
+# The rest is for people who change the code; `make` alone lists it.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BUDGET ?= 300
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+PYTEST := $(PY) -m pytest
+
+# tools/system.sh puts a clang-NN there as clang, where that is all there is.
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export PYTHON VENV
+
+# Tests that need no compiler and take milliseconds: tier1 runs them.
+FAST_TESTS := tests/test_architecture.py tests/test_config.py tests/test_config_errors.py \
+  tests/test_config_overrides.py tests/test_files.py tests/test_safetensors.py
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test tier1 tier2 tier3 ci lint coverage conformance tinygrad clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
+
+demo: $(VENV)/.demo ## train a LLaMA on Python's own source, BUDGET=300 seconds long
+	@tools/system.sh clang
+	@$(PY) tools/demo.py --budget $(BUDGET)
+
+test: $(VENV)/.dev ## install what is missing and run every test
+	@tools/system.sh clang opencl sanitizers
+	$(PYTEST)
+
+tier1: lint ## format, lint, types, unit tests: 5 seconds
+	$(PYTEST) -q $(FAST_TESTS)
+
+tier2: lint ## and the integration tests: 30 seconds
+	$(PYTEST) -q -m "not slow"
+
+tier3: lint test ## everything: 5 minutes
+
+ci: ## what CI runs: lint, tests, a minute of the demo
+	.ci/run
+
+lint: $(VENV)/.dev ## format, lint and types alone
+	$(VENV)/bin/ruff format --check --quiet .
+	$(VENV)/bin/ruff check --quiet .
+	$(VENV)/bin/mypy
+
+coverage: $(VENV)/.dev ## every test, and the share of lines they reach
+	@tools/system.sh clang opencl sanitizers
+	$(PYTEST) --cov=tinyllama --cov-report=term-missing:skip-covered --cov-fail-under=90
+
+conformance: $(VENV)-conformance/.made ## compare with torch, transformers and peft (a large download)
+	@tools/system.sh clang
+	$(VENV)-conformance/bin/python -m pytest -k conformance
+
+tinygrad: $(VENV)/.created ## measure the pinned tinygrad beside the newest (VERSIONS=...)
+	@tools/system.sh clang
+	@$(PY) tools/check_tinygrad.py $(VERSIONS)
+
+clean: ## remove everything that make made, .venv too
+	rm -rf $(VENV) $(VENV)-conformance .demo build *.egg-info .coverage .benchmarks
+	rm -rf .hypothesis .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A venv is made once; the packages are installed again only when pyproject.toml changes.
+$(VENV)/.created:
+	@tools/system.sh venv
+	@echo "Making $(VENV) with $$($(PYTHON) --version) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.demo $(VENV)/.dev: $(VENV)/.%: pyproject.toml $(VENV)/.created
+	@echo "Installing tinyllama[$*] into $(VENV) ..."
+	@$(PIP) --editable '.[$*]'
+	@touch $@
+
+$(VENV)-conformance/.made: pyproject.toml
+	@tools/system.sh venv
+	@echo "Installing tinyllama[dev,conformance] into $(VENV)-conformance ..."
+	@$(PYTHON) -m venv $(VENV)-conformance
+	@$(VENV)-conformance/bin/python -m pip install --quiet --disable-pip-version-check \
+	  --editable '.[dev,conformance]'
+	@touch $@

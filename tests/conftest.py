@@ -1,0 +1,7 @@
+"""Every test runs on the CPU backend unless it starts a process of its own."""
+
+import os
+
+for name in ("GPU", "CPU", "METAL", "CUDA", "NV", "AMD", "CL"):
+    os.environ.pop(name, None)
+os.environ["DEV"] = "CPU"

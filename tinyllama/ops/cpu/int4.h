@@ -1,0 +1,110 @@
+/* The matrix B of gemm.c held in 4 bits and widened where a panel of it is packed, so that nothing
+   larger than the thread's block of panels ever holds it in full precision. Goes before gemm.c.
+
+     W[row, i] = (q - 8) * scale[row, i / BLOCK]        exact in float32: 4 bits times 11
+
+   packed  [rows][WIDTH / 2] bytes, q of an even i in the low half, of the next in the high half
+   scales  [rows][WIDTH / BLOCK] float16
+   LAYOUT 0: W is B[N,K], WIDTH is K.  LAYOUT 1: W is B[K,N], WIDTH is N.
+   Macros: BLOCK, even, a divisor of WIDTH; those of gemm.c, COMPUTE_BF16 always, B_T not used. */
+
+#define B_IS_PACKED_OTHERWISE
+#define B_PARAMS const unsigned char *restrict packed, const unsigned short *restrict scales
+#define B_ARGS packed, scales
+#ifndef B_T
+#define B_T 0
+#endif
+#define INT4_WIDTH (LAYOUT == 0 ? K : N)
+#define INT4_STEP 64 /* slots of a row that are widened at a time */
+
+typedef unsigned short int4_half __attribute__((aligned(1), may_alias));
+typedef unsigned int4_word __attribute__((aligned(1), may_alias));
+typedef unsigned short int4_pair __attribute__((may_alias));
+
+/* q - 8 of the VW values that begin with the low half of *p. */
+INLINE vf int4_values(const unsigned char *p) {
+#if VW == 4
+  vu word = (vu){0} + *(const int4_half *)p;
+  vu q = word >> (vu){0, 4, 8, 12};
+#elif VW == 8
+  vu word = (vu){0} + *(const int4_word *)p;
+  vu q = word >> (vu){0, 4, 8, 12, 16, 20, 24, 28};
+#else
+  vu low = (vu){0} + *(const int4_word *)p, high = (vu){0} + *(const int4_word *)(p + 4);
+  vu word = __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
+  vu q = word >> (vu){0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28};
+#endif
+  return __builtin_convertvector((vi)(q & 15) - 8, vf);
+}
+
+/* W[row, i .. i + count] for an even i. */
+INLINE void int4_run(float *restrict out, B_PARAMS, long row, int i, int count) {
+  const unsigned char *byte = packed + row * (INT4_WIDTH / 2);
+  const unsigned short *scale = scales + row * (INT4_WIDTH / BLOCK);
+  for (int end = i + count; i < end;) {
+    int group = i / BLOCK, left = (group + 1) * BLOCK;
+    int stop = left < end ? left : end;
+    vf s = vset(LOAD1(2, scale + group));
+    for (; i + VW <= stop; i += VW, out += VW) vstore(out, int4_values(byte + i / 2) * s);
+    for (; i < stop; i++) *out++ = (float)((byte[i / 2] >> i % 2 * 4 & 15) - 8) * s[0];
+  }
+}
+
+#if LAYOUT == 0
+INLINE void transpose_rows(float *restrict out, const float *const *row, int depth);
+
+/* Row `row` from slot `first` on, `count` slots: floats, or pairs of bfloat16. */
+INLINE void int4_slots(float *restrict out, B_PARAMS, long row, int first, int count) {
+#if !COMPUTE_BF16
+  int4_run(out, B_ARGS, row, first, count);
+#else
+  float value[2 * INT4_STEP + VW];
+  int4_run(value, B_ARGS, row, 2 * first, 2 * count);
+  int4_pair *half = (int4_pair *)out;
+  for (int i = 0; i < 2 * count; i += VW) *(vh_mem *)(half + i) = bf16_encode(vload(value + i));
+#endif
+}
+
+/* See pack_b of gemm.c: out[k][NR], transposed from NR rows of W. K is even, so pairs are whole. */
+INLINE void pack_b(float *restrict out, B_PARAMS, int k0, int depth, int n0) {
+  float block[NR][INT4_STEP + VW];
+  const float *row[NR];
+  for (int i = 0; i < NR; i++) row[i] = block[i];
+  for (int k = 0; k < depth; k += INT4_STEP) {
+    int step = depth - k < INT4_STEP ? depth - k : INT4_STEP;
+    for (int i = 0; i < NR; i++)
+      int4_slots(block[i], B_ARGS, n0 + i < N ? n0 + i : N - 1, k0 + k, step);
+    transpose_rows(out + k * NR, row, step);
+  }
+}
+#else
+/* NR columns of row k of W from n0 on; those past N stay as they are. */
+INLINE void int4_columns(float *restrict out, B_PARAMS, long k, int n0) {
+  if (BLOCK % NR == 0 && N % NR == 0) { /* all in one group */
+    const unsigned char *byte = packed + (k * N + n0) / 2;
+    vf s = vset(LOAD1(2, scales + (k * N + n0) / BLOCK));
+    for (int j = 0; j < NR; j += VW) vstore(out + j, int4_values(byte + j / 2) * s);
+    return;
+  }
+  int4_run(out, B_ARGS, k, n0, N - n0 < NR ? N - n0 : NR);
+}
+
+INLINE void pack_b(float *restrict out, B_PARAMS, int k0, int depth, int n0) {
+#if !COMPUTE_BF16
+  for (int k = 0; k < depth; k++) int4_columns(out + k * NR, B_ARGS, k0 + k, n0);
+#else
+  float low[NR] = {0}, high[NR] = {0};
+  for (int k = 0; k < depth; k++) {
+    long first = 2L * (k0 + k);
+    int4_columns(low, B_ARGS, first, n0);
+    if (first + 1 < K) int4_columns(high, B_ARGS, first + 1, n0);
+    else for (int j = 0; j < NR; j++) high[j] = 0;
+    for (int j = 0; j < NR; j += VW) {
+      vu a = __builtin_convertvector(bf16_encode(vload(low + j)), vu);
+      vu b = __builtin_convertvector(bf16_encode(vload(high + j)), vu);
+      vstore(out + k * NR + j, (vf)(a | b << 16));
+    }
+  }
+#endif
+}
+#endif

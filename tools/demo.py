@@ -1,0 +1,146 @@
+"""The demo: learn Python from the source of Python's own standard library, then show what came out.
+
+    corpus -> train configs/demo.toml -> held-out bits per byte, beside gzip -9 -> curve -> sample
+
+python tools/demo.py --budget 300      everything it writes lies in .demo/
+"""
+
+import argparse
+import gzip
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+
+import demo_corpus
+import plot_loss
+
+from tinyllama.metrics import read_metrics
+
+CONFIG = "configs/demo.toml"
+DEMO = Path(".demo")
+RUN = DEMO / "run"
+MODEL = RUN / "final"
+HELD_OUT = DEMO / "val.jsonl"
+# Validation while training reads one part in so many of each held-out file, since it takes
+# time from the budget; the verdict at the end reads all of them.
+PART = 12
+PROMPT = "def "
+
+
+class Stopped(Exception):
+    """A step ended otherwise than well; its exit code is ours."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--budget", type=float, default=300, help="seconds of training")
+    options = parser.parse_args(arguments)
+    try:
+        run_demo(options.budget)
+    except Stopped as stopped:
+        return int(stopped.args[0])
+    return 0
+
+
+def run_demo(budget_seconds: float) -> None:
+    """All steps, in the order of the way of the data."""
+    say("1. The text: the source of Python's standard library, 1 file in 20 held out")
+    if demo_corpus.main([str(DEMO)]) != 0:
+        raise Stopped(2)
+    part = DEMO / "val_part.jsonl"
+    write_part(HELD_OUT, part)
+    shutil.rmtree(RUN, ignore_errors=True)
+
+    say(f"2. Training {CONFIG} for {budget_seconds:g} seconds")
+    tinyllama("train", CONFIG, "--budget", f"{budget_seconds:g}", "--set", f"data.val_path={part}")
+    if not MODEL.exists():
+        raise Stopped(130)  # stopped by Ctrl-C: the run says itself how to go on
+
+    say("3. Held-out text: every token of it, predicted once")
+    cache = ["--cache-dir", str(DEMO / "cache"), "--batch", "8"]
+    words = ["evaluate", "--model", str(MODEL), "--data", str(HELD_OUT), *cache]
+    evaluation = json.loads(tinyllama(*words, capture=True))
+    gzip_bits = gzip_bits_per_byte(HELD_OUT)
+    draw_curve(evaluation, gzip_bits)
+
+    say(f"4. A sample that begins with {PROMPT!r}")
+    words = ["generate", "--model", str(MODEL), "--prompt", PROMPT, "--temperature", "0.8"]
+    tinyllama(*words, "--max-new-tokens", "120")
+
+    say("5. The result, in bits per byte of held-out text (less is better)")
+    report(evaluation["bits_per_byte"], gzip_bits)
+
+
+def say(text: str) -> None:
+    print(f"\n== {text}", flush=True)
+
+
+def tinyllama(*words: str, capture: bool = False) -> str:
+    """Run a tinyllama command in a process of its own; returns what it printed, if captured."""
+    # Ctrl-C reaches the child too, which saves what it has; we wait for it to finish.
+    previous = signal.signal(signal.SIGINT, lambda number, frame: None)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "tinyllama", *words],
+            stdout=subprocess.PIPE if capture else None, text=True, cwd=ROOT, check=False,
+        )  # fmt: skip
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if done.returncode != 0:
+        raise Stopped(done.returncode if done.returncode > 0 else 1)
+    return done.stdout or ""
+
+
+def texts(path: Path) -> list[str]:
+    """The text of each row of a .jsonl file."""
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line)["text"] for line in file]
+
+
+def write_part(held_out: Path, part: Path) -> None:
+    """One part in PART of each held-out text, from its middle, a row each."""
+    with open(part, "w", encoding="utf-8") as file:
+        for text in texts(held_out):
+            length = max(1, len(text) // PART)
+            begin = (len(text) - length) // 2
+            file.write(json.dumps({"text": text[begin : begin + length]}) + "\n")
+
+
+def gzip_bits_per_byte(held_out: Path) -> float:
+    """What gzip -9 makes of all held-out files as one stream, which packs tighter than each
+    file by itself."""
+    data = "".join(texts(held_out)).encode()
+    return 8 * len(gzip.compress(data, compresslevel=9)) / len(data)
+
+
+def draw_curve(evaluation: dict[str, Any], gzip_bits: float) -> None:
+    """.demo/loss.png: the run's loss, with gzip's as a line."""
+    per_nat = evaluation["bits_per_byte"] / evaluation["loss"]
+    reference = plot_loss.Reference("gzip -9", gzip_bits, per_nat)
+    rows = read_metrics(RUN / "metrics.jsonl")
+    title = f"configs/demo.toml: {evaluation['bits_per_byte']:.2f} bits per byte of held-out text"
+    plot_loss.draw(rows, DEMO / "loss.png", title, reference)
+
+
+def report(bits: float, gzip_bits: float) -> None:
+    """The verdict, and where things lie."""
+    print(f"this model       {bits:.3f}")
+    print(f"gzip -9          {gzip_bits:.3f}   (all held-out files as one stream)")
+    if bits < gzip_bits:
+        print(f"The model beats gzip: {100 * (1 - bits / gzip_bits):.0f} % fewer bits.")
+    else:
+        print("gzip is ahead: the model needs more time, e.g. make demo BUDGET=300.")
+    print(f"loss curve       {DEMO / 'loss.png'}")
+    print(f"model            {MODEL} (a Hugging Face folder)")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

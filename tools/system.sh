@@ -1,0 +1,123 @@
+#!/usr/bin/env bash
+# Gets what pip cannot: a C compiler, an OpenCL driver, the sanitizers' runtime, Python's venv.
+#
+#   tools/system.sh [--required] [clang] [opencl] [sanitizers] [venv]
+#
+# On Debian and its kin apt-get installs what is missing, where root or a sudo without a password
+# allows it. Elsewhere it takes what is there, or says in one sentence what to type and, for what
+# cannot be done without (clang, venv, and with --required everything), ends with exit code 1.
+set -euo pipefail
+
+PYTHON=${PYTHON:-$(command -v python3.11 || command -v python3)}
+VENV=${VENV:-.venv}
+required=false
+packages=()   # what apt-get is to install
+missing=()    # what stays missing without it, in words
+
+main() {
+  for word in "$@"; do
+    case $word in
+      --required) required=true ;;
+      clang | opencl | sanitizers | venv) "has_$word" || missing+=("$word") ;;
+      *) echo "usage: tools/system.sh [--required] [clang] [opencl] [sanitizers] [venv]" >&2; exit 2 ;;
+    esac
+  done
+  if [ ${#missing[@]} -eq 0 ]; then return; fi
+  install_missing
+  for word in "${missing[@]}"; do "has_$word" || complain "$word"; done
+}
+
+install_missing() {
+  local apt
+  apt=$(apt_command) || return 0
+  for word in "${missing[@]}"; do packages+=("$("package_$word")"); done
+  echo "Installing ${packages[*]} with apt-get ..."
+  local log
+  log=$(mktemp)
+  # The lists of a fresh machine are empty; each try may meet another apt-get at work.
+  if $apt update >"$log" 2>&1 && $apt install -y --no-install-recommends "${packages[@]}" >>"$log" 2>&1
+  then
+    # Its name depends on clang's version, which may only be known now.
+    if [[ " ${missing[*]} " == *" sanitizers "* ]] && ! has_sanitizers; then
+      $apt install -y --no-install-recommends "$(package_sanitizers)" >>"$log" 2>&1 || tail -n 20 "$log" >&2
+    fi
+  else
+    tail -n 20 "$log" >&2
+  fi
+  rm -f "$log"
+}
+
+# How this user may run apt-get; fails where it is not there or not allowed.
+apt_command() {
+  command -v apt-get >/dev/null || return 1
+  local options="-o DPkg::Lock::Timeout=300 -o Acquire::Retries=3"
+  if [ "$(id -u)" -eq 0 ]; then
+    echo "env DEBIAN_FRONTEND=noninteractive apt-get $options"
+  elif command -v sudo >/dev/null && sudo -n true 2>/dev/null; then
+    echo "sudo -n env DEBIAN_FRONTEND=noninteractive apt-get $options"
+  else
+    return 1
+  fi
+}
+
+has_clang() {
+  # Xcode's stub is there before Xcode's tools are, so the compiler has to answer.
+  if clang --version >/dev/null 2>&1; then return 0; fi
+  local found
+  found=$(versioned_clang) || return 1
+  # Only a clang with a version in its name: make, demo and tests find it as clang in .venv/bin.
+  mkdir -p "$VENV/bin" && ln -sf "$found" "$VENV/bin/clang"
+}
+
+versioned_clang() {
+  local version
+  for version in 22 21 20 19 18 17 16 15 14; do
+    command -v "clang-$version" && return 0
+  done
+  return 1
+}
+
+has_opencl() {
+  [ "$(uname)" = Darwin ] || compgen -G "/etc/OpenCL/vendors/*.icd" >/dev/null
+}
+
+has_sanitizers() {
+  has_clang || return 1
+  echo 'int main(void) { return 0; }' |
+    clang -x c -fsanitize=address,undefined - -o /dev/null 2>/dev/null
+}
+
+has_venv() {
+  "$PYTHON" -c 'import ensurepip, venv' 2>/dev/null
+}
+
+package_clang() { echo clang; }
+package_opencl() { echo pocl-opencl-icd; }
+package_venv() { "$PYTHON" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])'; }
+
+package_sanitizers() {
+  local version=14 # Debian 12's
+  if clang --version >/dev/null 2>&1; then
+    version=$(clang -dumpversion | cut -d. -f1)
+  fi
+  echo "libclang-rt-$version-dev"
+}
+
+complain() {
+  local what
+  case $1 in
+    clang) what="tinygrad's CPU backend needs the C compiler clang" ;;
+    opencl) what="the OpenCL tests need an OpenCL driver" ;;
+    sanitizers) what="the kernels' sanitizer tests need clang's runtime library" ;;
+    venv) what="$PYTHON cannot make virtual environments" ;;
+  esac
+  if [ "$(uname)" = Darwin ]; then
+    echo "$what: type  xcode-select --install  and then run make again." >&2
+  else
+    echo "$what: type  sudo apt-get install $("package_$1")  (or what your system calls it)" \
+      "and then run make again." >&2
+  fi
+  if $required || [ "$1" = clang ] || [ "$1" = venv ]; then exit 1; fi
+}
+
+main "$@"
