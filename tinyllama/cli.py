@@ -67,7 +67,7 @@ def train(words: list[str]) -> None:
     resume = None if asked.resume is None else resume_folder(config, asked.resume, warn)
     if resume is None:
         check_fresh(config)
-        config = with_base(config)
+    config = with_base(config)
     print(choice.line(), flush=True)
     trainer = Trainer(config, resume=resume, budget_seconds=asked.budget, show=not asked.quiet)
     if resume is not None:
@@ -97,12 +97,12 @@ def generate(words: list[str]) -> None:
     asked = _parse(parser, words)
     choice = _select(asked)
     from tinyllama.generate import Generator, Sampling
-    from tinyllama.model import Llama
+    from tinyllama.lora import load_model, tokenizer_folder
     from tinyllama.tokenizer import load_tokenizer
 
     sampling = Sampling(asked.temperature, asked.top_k, asked.top_p, asked.seed)
-    tokenizer = load_tokenizer(asked.model)
-    model = Llama.from_pretrained(asked.model)
+    tokenizer = load_tokenizer(tokenizer_folder(asked.model))
+    model = load_model(asked.model)
     print(choice.line(), file=sys.stderr, flush=True)
     prompt = [tokenizer.bos_id, *tokenizer.encode(asked.prompt)]
     room = model.config.max_seq_len - len(prompt)
@@ -127,12 +127,12 @@ def evaluate(words: list[str]) -> None:
     _select(asked)
     from tinyllama.data import prepare
     from tinyllama.evaluate import Evaluator
-    from tinyllama.model import Llama
+    from tinyllama.lora import load_model, tokenizer_folder
     from tinyllama.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(asked.model)
+    tokenizer = load_tokenizer(tokenizer_folder(asked.model))
     dataset = prepare(asked.data, tokenizer, asked.cache_dir)
-    model = Llama.from_pretrained(asked.model)
+    model = load_model(asked.model)
     context = min(asked.context or model.config.max_seq_len, model.config.max_seq_len)
     result = Evaluator(model, dataset, context, asked.batch).run(progress=True)
     print(json.dumps(result._asdict()))

@@ -10,9 +10,10 @@ from typing import Any
 
 from tinygrad import Tensor
 
-from tinyllama.layers import named_tensors
+from tinyllama.layers import named_tensors, structure
 from tinyllama.model import Llama
 from tinyllama.ops.cross_entropy import loss_and_gradients, token_losses
+from tinyllama.ops.kernel import in_memory
 from tinyllama.ops.stage import Stage, materialized, replaced
 
 Function = Callable[..., Tensor]
@@ -46,9 +47,15 @@ class StagedLoss:
         grads: dict[str, Tensor] = {}
         tape = self._hidden(tokens, starts, keep=True)
         loss, dx = self._head_gradients(tape[-1][-1], targets, grads)
-        for function, module, inputs, saved, _ in reversed(tape):
-            dx = self._pull_back(function, module, inputs, saved, dx, grads)
+        # Nothing is pulled back below the lowest part that is trained (adapters on a frozen base).
+        lowest = next((i for i, part in enumerate(tape) if self._trained(part[1])), len(tape))
+        for i, (function, module, inputs, saved, _) in reversed([*enumerate(tape)][lowest:]):
+            dx = self._pull_back(function, module, inputs, saved, dx, grads, i > lowest)
         return loss, grads
+
+    def _trained(self, module: Any) -> list[Tensor]:
+        """The weights of a module that gradients are asked for."""
+        return [t for _, t in named_tensors(module) if _key(t) in self.names]
 
     def _hidden(self, tokens: Tensor, starts: Tensor, keep: bool = False) -> list[tuple[Any, ...]]:
         """Run embedding, layers and norm; the tape of (function, module, inputs, saved, out)."""
@@ -75,10 +82,10 @@ class StagedLoss:
         known = [*inputs, *(t for _, t in named_tensors(module))]
 
         def build() -> list[Tensor]:
-            out = function(module, *inputs).contiguous()
+            out = in_memory(function(module, *inputs))
             return [out] if recompute else [out, *materialized(out, known)]
 
-        return self._forward(known, build, (function.__qualname__, recompute))
+        return self._forward(known, build, (function.__qualname__, structure(module), recompute))
 
     def _pull_back(
         self,
@@ -88,21 +95,25 @@ class StagedLoss:
         saved: Sequence[Tensor],
         dout: Tensor,
         grads: dict[str, Tensor],
+        further: bool,
     ) -> Tensor:
-        """Gradient with respect to inputs[0] from that of the output; adds weights' to `grads`."""
+        """Gradient with respect to inputs[0], if it goes `further`, from that of the output.
+
+        Adds the weights' gradients to `grads`.
+        """
         weights = [t for _, t in named_tensors(module)]
-        trained = [t for t in weights if _key(t) in self.names]
-        through = [inputs[0]] if inputs[0].dtype == dout.dtype else []  # not through token ids
+        trained = self._trained(module)
+        through = [inputs[0]] if further else []
         known = [*inputs, *weights]
 
         def build() -> list[Tensor]:
-            out = function(module, *inputs).contiguous()
+            out = in_memory(function(module, *inputs))
             found = out.gradient(*through, *trained, gradient=dout)
             old = materialized(out, known) if saved else []
-            return [g.contiguous() for g in replaced(found, old, saved)]
+            return [in_memory(g) for g in replaced(found, old, saved)]
 
         positions = tuple(i for i, t in enumerate(weights) if _key(t) in self.names)
-        key = (function.__qualname__, positions)
+        key = (function.__qualname__, structure(module), positions, further)
         found = self._backward([*known, *saved, dout], build, key)
         for tensor, grad in zip(trained, found[len(through) :], strict=True):
             self._add(grads, tensor, grad)
@@ -118,7 +129,7 @@ class StagedLoss:
         def build() -> list[Tensor]:
             rows = x.reshape(-1, x.shape[-1])
             loss, dx, *dw = loss_and_gradients(rows, weight, targets.reshape(-1), trained)
-            return [loss.reshape(1).contiguous(), dx.reshape(x.shape).contiguous(), *dw]
+            return [loss.reshape(1).contiguous(), in_memory(dx.reshape(x.shape)), *dw]
 
         loss, dx, *dw = self._head([x, weight, targets], build, trained)
         for grad in dw:

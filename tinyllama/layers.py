@@ -76,7 +76,7 @@ def named_tensors(module: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]
         path = f"{prefix}{name}"
         if isinstance(child, Tensor):
             yield path, child
-        elif name == WRAPPED:
+        elif name == WRAPPED and hasattr(child, "__dict__"):
             yield from named_tensors(child, prefix)
         elif isinstance(child, list) or hasattr(child, "__dict__"):
             yield from named_tensors(child, f"{path}.")
@@ -106,5 +106,6 @@ def block_linears(layers: Iterable[Any]) -> Iterator[tuple[str, Any, str]]:
     """
     for number, block in enumerate(layers):
         for part, owner in (("self_attn", block.self_attn), ("mlp", block.mlp)):
-            for name in (name for name in ALL_LINEAR if name in vars(owner)):
-                yield f"model.layers.{number}.{part}.{name}", owner, name
+            for name in ALL_LINEAR:
+                if name in vars(owner):
+                    yield f"model.layers.{number}.{part}.{name}", owner, name

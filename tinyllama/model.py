@@ -204,7 +204,12 @@ class Llama:
         """cos and sin of the rotary angles of positions 0 .. length - 1, each (length, D/2)."""
         if length not in self._rotations:
             pair = tables(self.config.head_dim, self.config.rope_theta, length)
-            self._rotations[length] = (Tensor(pair[0]).realize(), Tensor(pair[1]).realize())
+            # Written at once: a step that is being captured would take a copy for one of its own
+            # kernels, and keep the table in memory that only the step may read.
+            cos, sin = (Tensor.empty(*table.shape) for table in pair)
+            write(cos, pair[0])
+            write(sin, pair[1])
+            self._rotations[length] = (cos, sin)
         return self._rotations[length]
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -47,14 +47,16 @@ class AdamW:
         grad_scale is 1 / trained_tokens; `update` multiplies the clipping into it.
         """
         c = self.config
+        # The kernel decays by the betas as float32 has them, so the corrections must use those.
+        beta1, beta2 = float(np.float32(c.beta1)), float(np.float32(c.beta2))
         values = {
             "lr": lr,
             "beta1": c.beta1,
             "beta2": c.beta2,
             "eps": c.epsilon,
             "weight_decay": c.weight_decay,
-            "bias_correction1": 1 - c.beta1**step,
-            "bias_correction2": 1 - c.beta2**step,
+            "bias_correction1": 1 - beta1**step,
+            "bias_correction2": 1 - beta2**step,
             "grad_scale": 1 / trained_tokens,
         }
         return np.array([values[name] for name in SCALARS], np.float32)

@@ -18,12 +18,14 @@ from tinyllama.config import Config
 from tinyllama.data import Batches
 from tinyllama.errors import CheckpointError, WeightsError
 from tinyllama.files import atomic_write
+from tinyllama.lora import adapter_tensors, write_adapter
 from tinyllama.manifest import Digests
 from tinyllama.model import Llama
 from tinyllama.ops.storage import read, write
 from tinyllama.optim import AdamW
 from tinyllama.sources import content_digests, find_sources, read_texts
 from tinyllama.tokenizer import MODEL_FILE, Tokenizer, load_tokenizer, train_tokenizer
+from tinyllama.weights.peft import AdapterConfig
 from tinyllama.weights.safetensors import SafetensorsFile, write_safetensors
 
 __all__ = ["list_checkpoints", "restore", "resume_folder", "save", "step_name"]
@@ -38,18 +40,27 @@ def save(
     tokenizer: Tokenizer,
     state: dict[str, Any],
     keep_last_n: int,
+    adapter: AdapterConfig | None = None,
 ) -> Path:
-    """Save a checkpoint folder: a Hugging Face model, the optimizer, the position in the data."""
+    """Save a checkpoint folder: weights, the optimizer, the position in the data.
+
+    The weights are a Hugging Face model, or PEFT's two files where there is an `adapter`.
+    """
     moments = optimizer.state_dict()
 
     def fill(partial: Path) -> Digests:
-        digests = model.write_folder(partial, tokenizer)
+        if adapter is None:
+            digests = model.write_folder(partial, tokenizer)
+        else:
+            digests = write_adapter(partial, model, adapter)
+            tokenizer.save(partial)
         sources = {name: (lambda t=t: read(t)) for name, t in moments.items()}
         digests[OPTIMIZER] = write_safetensors(partial / OPTIMIZER, sources)
         write_state(partial, state)
         return digests
 
-    needed = 4 * (model.count_parameters() + sum(t.numel() for t in moments.values()))
+    weights = model.state_dict() if adapter is None else adapter_tensors(model)
+    needed = 4 * sum(t.numel() for t in (*weights.values(), *moments.values()))
     return save_checkpoint(folder.parent, folder.name, fill, keep_last_n, needed_bytes=needed)
 
 

@@ -9,6 +9,7 @@ or scheduled twice, and one small tensor (loss, norm) is read back a step.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 from tinygrad import Tensor, TinyJit
@@ -31,8 +32,15 @@ class StepResult(NamedTuple):
 class TrainStep:
     """Trains `optimizer.parameters` of `model`; call it with the micro-batches of one step."""
 
-    def __init__(self, model: Llama, optimizer: AdamW, micro_batches: int) -> None:
-        self.optimizer = optimizer
+    def __init__(
+        self,
+        model: Llama,
+        optimizer: AdamW,
+        micro_batches: int,
+        around: Callable[[int, int], AbstractContextManager[None]] = lambda *_: nullcontext(),
+    ) -> None:
+        """`around(step, micro_batch)` is entered for each pass forward and back (dropout)."""
+        self.optimizer, self.around = optimizer, around
         self.staged = StagedLoss(model, optimizer.parameters)
         self.micro_batches = micro_batches
         self._whole = captured(self._whole_step)
@@ -50,11 +58,13 @@ class TrainStep:
         numbers = self.optimizer.hyperparameters(step, lr, max(tokens, 1))
         hyperparameters = Tensor(numbers).realize()
         if self.micro_batches == 1:
-            result = self._whole(*_tensors(batches[0]), hyperparameters)
+            with self.around(step, 0):
+                result = self._whole(*_tensors(batches[0]), hyperparameters)
         else:
             self._clear_sums()
-            for batch in batches:
-                self._accumulate(*_tensors(batch))
+            for number, batch in enumerate(batches):
+                with self.around(step, number):
+                    self._accumulate(*_tensors(batch))
             result = self._update(hyperparameters)
         summed_loss, norm = result.numpy().tolist()
         return StepResult(summed_loss / max(tokens, 1), norm, tokens)

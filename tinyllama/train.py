@@ -21,7 +21,7 @@ from typing import Any
 from tinygrad import dtypes
 from tqdm import tqdm
 
-from tinyllama import device, runs
+from tinyllama import device, lora, runs
 from tinyllama.config import Config
 from tinyllama.data import Batch, Batches, prepare
 from tinyllama.errors import CheckpointError, ConfigError, TrainingError
@@ -32,6 +32,7 @@ from tinyllama.optim import AdamW, learning_rate
 from tinyllama.step import StepResult, TrainStep
 from tinyllama.tokenizer import Tokenizer
 from tinyllama.weights.hf_read import open_folder
+from tinyllama.weights.peft import AdapterConfig
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,13 @@ class Trainer:
         self.total_steps = self.batches.steps_per_epoch * t.num_epochs
         if t.max_steps is not None:
             self.total_steps = min(self.total_steps, t.max_steps)
+        self.planned_steps = self.total_steps  # what a time budget shortens
         self.model = _model(self.config, resume)
-        self.optimizer = AdamW(self.model.state_dict(), t)
-        self.train_step = TrainStep(self.model, self.optimizer, t.accumulation_steps)
+        self.adapter = _adapter(self.config, self.model, resume)
+        trained = lora.adapter_tensors(self.model) if self.adapter else self.model.state_dict()
+        self.optimizer = AdamW(trained, t)
+        dropping = lora.dropping(self.model, t.seed)
+        self.train_step = TrainStep(self.model, self.optimizer, t.accumulation_steps, dropping)
         self.evaluator = None
         if config.data.val_path is not None:
             val = prepare(config.data.val_path, self.tokenizer, cache, progress=show)
@@ -100,8 +105,11 @@ class Trainer:
     def summary(self) -> str:
         """What is about to be trained, in one line."""
         t, context = self.config.training, self.config.context_length
+        trained = sum(p.numel() for p in self.optimizer.parameters.values())
+        frozen = sum(p.numel() for p in lora.base_tensors(self.model).values())
+        what = f"{trained:,} adapter parameters on {frozen:,} frozen" if self.adapter else None
         return (
-            f"{self.model.count_parameters():,} parameters, {self.total_steps:,} steps of "
+            f"{what or f'{trained:,} parameters'}, {self.total_steps:,} steps of "
             f"{t.batch_size} x {context} tokens, {t.dtype}"
         )
 
@@ -156,14 +164,15 @@ class Trainer:
             return
         elapsed = time.monotonic() - started
         left = max(0.0, self.budget_seconds - elapsed) / (elapsed / self.step)
-        self.total_steps = max(self.step, min(bar.total, self.step + int(left)))
+        self.total_steps = max(self.step, min(self.planned_steps, self.step + int(left)))
+        bar.total = self.total_steps
 
     def save(self, name: str) -> Path:
         """Save the run as it stands under `name`."""
         keep = self.config.checkpointing.keep_last_n
         self.saved = runs.save(
             self.folder / name, self.model, self.optimizer, self.tokenizer,
-            {"step": self.step, "data": self.batches.state()}, keep,
+            {"step": self.step, "data": self.batches.state()}, keep, self.adapter,
         )  # fmt: skip
         return self.saved
 
@@ -193,9 +202,13 @@ def check_fresh(config: Config) -> None:
 
 
 def _supported(config: Config) -> Config:
-    for name, section in (("lora", config.lora), ("qlora", config.qlora)):
-        if section is not None:
-            raise ConfigError(f"[{name}]: adapters cannot be trained yet; remove the section")
+    if config.lora is not None and config.model.base is None:
+        raise ConfigError(
+            "[lora]: adapters are trained on a checkpoint: name its folder with model.base in the "
+            "file or --set model.base=DIR, or remove the section to train a whole model"
+        )
+    if config.qlora is not None and config.qlora.quantize_base:
+        raise ConfigError("[qlora]: a packed base cannot be trained on yet; remove the section")
     if config.training.devices > 1:
         raise ConfigError(f"training.devices: got {config.training.devices}, must be 1 for now")
     return config
@@ -214,17 +227,26 @@ def _tokenizer(config: Config, resume: Path | None, show: bool) -> Tokenizer:
 def _model(config: Config, resume: Path | None) -> Llama:
     t = config.training
     dtype = getattr(dtypes, t.dtype)
-    source = resume or config.model.base
+    source = config.model.base if config.lora else resume or config.model.base
     if source is None:
         model = Llama(config.model, dtype=dtype, seed=t.seed)
     else:
         model = Llama.from_pretrained(source, dtype=dtype)
         sizes = replace(model.config, base=config.model.base, max_seq_len=config.model.max_seq_len)
-        if resume and sizes != replace(config.model, num_kv_heads=config.model.kv_heads):
-            raise ConfigError(f"[model] differs from {resume}/config.json: {sizes} is saved there")
+        # An adapter's folder holds no sizes: its base's must be the ones it was trained with.
+        fixed = resume is not None or config.lora is not None
+        if fixed and sizes != replace(config.model, num_kv_heads=config.model.kv_heads):
+            raise ConfigError(f"[model] differs from {source}/config.json: {sizes} is saved there")
         model.config = config.model
     model.checkpoint_activations = t.checkpoint_activations
     return model
+
+
+def _adapter(config: Config, model: Llama, resume: Path | None) -> AdapterConfig | None:
+    if config.lora is None:
+        return None
+    assert config.model.base is not None
+    return lora.start(model, config.lora, Path(config.model.base), config.training.seed, resume)
 
 
 def _micro_batches(batch: Batch, size: int) -> list[Batch]:

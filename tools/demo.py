@@ -8,6 +8,7 @@ python tools/demo.py --budget 300      everything it writes lies in .demo/
 import argparse
 import gzip
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -16,14 +17,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import demo_corpus
 import plot_loss
 
 from tinyllama.metrics import read_metrics
 
+ROOT = Path(__file__).resolve().parents[1]
 CONFIG = "configs/demo.toml"
 DEMO = Path(".demo")
 RUN = DEMO / "run"
@@ -43,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--budget", type=float, default=300, help="seconds of training")
     options = parser.parse_args(arguments)
+    os.chdir(ROOT)  # the configuration's paths start there
     try:
         run_demo(options.budget)
     except Stopped as stopped:
@@ -90,7 +93,7 @@ def tinyllama(*words: str, capture: bool = False) -> str:
     try:
         done = subprocess.run(
             [sys.executable, "-m", "tinyllama", *words],
-            stdout=subprocess.PIPE if capture else None, text=True, cwd=ROOT, check=False,
+            stdout=subprocess.PIPE if capture else None, text=True, check=False,
         )  # fmt: skip
     finally:
         signal.signal(signal.SIGINT, previous)

@@ -105,8 +105,33 @@ def run(
         )
         return UOp(Ops.PROGRAM, src=parts, arg=info)
 
-    results = Tensor.custom_kernel(*outputs, *inputs, fxn=program, grad_fxn=gradient)
-    return list(results[: len(outputs)])
+    def shaped_gradient(*grads: UOp, call: UOp | None = None) -> tuple[UOp | None, ...]:
+        # tinygrad passes the call by position where one output has a gradient, by name otherwise.
+        *grads_in, node = grads if call is None else (*grads, call)
+        assert gradient is not None
+        found = gradient(*grads_in, call=node)
+        pairs = zip(found, node.src[1:], strict=True)
+        return tuple(None if g is None else g.reshape(source.shape) for g, source in pairs)
+
+    places = [written(t) for t in (*outputs, *inputs)]
+    results = Tensor.custom_kernel(*places, fxn=program, grad_fxn=shaped_gradient)
+    return [r.reshape(t.shape) for r, t in zip(results, outputs, strict=False)]
+
+
+def written(tensor: Tensor) -> Tensor:
+    """What a kernel wrote, without the reshapes behind it, which tinygrad would copy for.
+
+    Kernels read flat memory, so a shape is nothing to them. Other tensors come back as they are.
+    """
+    uop = tensor.uop
+    while uop.op is Ops.RESHAPE:
+        uop = uop.src[0]
+    return Tensor(uop) if uop.op is Ops.AFTER else tensor
+
+
+def in_memory(tensor: Tensor) -> Tensor:
+    """The tensor, put into memory unless a kernel has written it there already."""
+    return tensor if written(tensor).uop.op is Ops.AFTER else tensor.contiguous()
 
 
 def empty(*shape: int, dtype: DType = dtypes.float32) -> Tensor:

@@ -29,7 +29,8 @@ def _linear_cpu(x: Tensor, weight: Tensor) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])  # (N, in)
 
     def gradient(grad: UOp, call: UOp) -> tuple[UOp | None, ...]:
-        dy, inputs, w = Tensor(grad), Tensor(call.src[-2]), Tensor(call.src[-1])
+        dy, w = Tensor(grad), Tensor(call.src[-1])
+        inputs = Tensor(call.src[-2]).reshape(rows.shape)
         dx = gemm(NN, dy, w, dtype=inputs.dtype)
         dw = gemm(TN, dy, inputs, dtype=w.dtype)
         return None, None, dx.uop, dw.uop
@@ -54,11 +55,8 @@ def gemm(
     m, k = a.shape[::-1] if layout == TN else a.shape
     n = b.shape[0] if layout == NT else b.shape[1]
     out = kernel.empty(m, n, dtype=dtype) if onto is None else onto
-    scratch = _scratch_floats(m, n, k, out.dtype.itemsize == 2)
-    defines = {"M": m, "N": n, "K": k, "LAYOUT": layout, "ACCUMULATE": int(onto is not None)}
-    defines |= {"A_T": kernel.TYPE_CODE[a.dtype], "B_T": kernel.TYPE_CODE[b.dtype]}
-    defines |= {"C_T": kernel.TYPE_CODE[out.dtype], "SCRATCH_FLOATS": scratch}
-    defines |= {"COMPUTE_BF16": int(a.dtype == dtypes.bfloat16 and kernel.has_bf16_products())}
+    defines, scratch = gemm_defines(layout, m, n, k, a.dtype, b.dtype, out.dtype)
+    defines["ACCUMULATE"] = int(onto is not None)
     return kernel.run(
         "gemm.c",
         defines,
@@ -69,6 +67,17 @@ def gemm(
         headers=("tile.h",),
         gradient=gradient,
     )[0]
+
+
+def gemm_defines(
+    layout: int, m: int, n: int, k: int, a: DType, b: DType, c: DType
+) -> tuple[dict[str, int], int]:
+    """Macros of cpu/gemm.c for operands and a result of these types; a thread's scratch floats."""
+    scratch = _scratch_floats(m, n, k, c.itemsize == 2)
+    defines = {"M": m, "N": n, "K": k, "LAYOUT": layout, "SCRATCH_FLOATS": scratch}
+    defines |= {"A_T": kernel.TYPE_CODE[a], "B_T": kernel.TYPE_CODE[b], "C_T": kernel.TYPE_CODE[c]}
+    defines["COMPUTE_BF16"] = int(a == dtypes.bfloat16 and kernel.has_bf16_products())
+    return defines, scratch
 
 
 def _scratch_floats(m: int, n: int, k: int, narrow: bool) -> int:

@@ -69,12 +69,14 @@ class Stage:
 def materialized(out: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
     """Tensors that computing `out` from `inputs` writes to memory, other than `out` itself."""
     known = {t.uop for t in inputs}
-    found = []
+    found: dict[UOp, None] = {}
     for uop in out.uop.toposort(gate=lambda u: u not in known):
-        written = uop.op is Ops.CONTIGUOUS or (uop.op is Ops.AFTER and uop.src[1].op is Ops.CALL)
-        if written and uop is not out.uop and uop not in known and not _is_blank(uop):
-            found.append(Tensor(uop))
-    return found
+        if uop.op is Ops.AFTER and uop.src[1].op is Ops.CALL:
+            call = uop.src[1]  # all that the kernel wrote, also what only a gradient reads
+            found |= {call.src[1 + i].after(call): None for i in call.src[0].arg.outs}
+        elif uop.op is Ops.CONTIGUOUS and not _is_blank(uop):
+            found[uop] = None
+    return [Tensor(uop) for uop in found if uop is not out.uop and uop not in known]
 
 
 def replaced(

@@ -1,0 +1,69 @@
+"""y = x W^T with a frozen W held in 4 bits, and the gradient of x.
+
+    W[o, i] = (q[o, i] - 8) scale[o, i // block_size]        q in 0 .. 15, scale float16
+
+Two values share a byte, the one with the even i in the low half. On the CPU the product widens W
+where it packs a panel of it (`cpu/int4.h`); elsewhere W is widened into a buffer of one layer.
+"""
+
+from collections.abc import Callable
+
+from tinygrad import Tensor, dtypes
+from tinygrad.dtype import DType
+from tinygrad.uop.ops import UOp
+
+from tinyllama.ops import kernel
+from tinyllama.ops.matmul import NN, NT, gemm_defines
+
+
+def int4_linear(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
+    """x (..., in), packed (out, in / 2) uint8, scales (out, in / block) float16 -> (..., out).
+
+    The result is of the type of x. Only x has a gradient.
+    """
+    if kernel.uses_kernels(x, scales):
+        rows = x.reshape(-1, x.shape[-1])  # (N, in)
+        return _forward(rows, packed, scales).reshape(*x.shape[:-1], packed.shape[0])
+    weight = dequantize(packed, scales).cast(x.dtype).contiguous().detach()
+    return (x.contiguous() @ weight.transpose()).contiguous().contiguous_backward()
+
+
+def dequantize(packed: Tensor, scales: Tensor) -> Tensor:
+    """packed (out, in / 2) uint8, scales (out, in / block) float16 -> (out, in) float32, exactly."""
+    rows, groups = scales.shape
+    q = Tensor.stack(packed & 15, packed >> 4, dim=-1)  # (out, in / 2, 2)
+    values = q.reshape(rows, groups, -1).cast(dtypes.float32) - 8
+    return (values * scales.cast(dtypes.float32).unsqueeze(-1)).reshape(rows, -1)
+
+
+def _forward(rows: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
+    def gradient(grad: UOp, call: UOp) -> tuple[UOp | None, ...]:
+        dx = _product(NN, Tensor(grad), Tensor(call.src[-2]), Tensor(call.src[-1]), rows.dtype)
+        return None, None, dx.uop, None, None
+
+    return _product(NT, rows, packed, scales, rows.dtype, gradient)
+
+
+def _product(
+    layout: int,
+    a: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    dtype: DType,
+    gradient: Callable[..., tuple[UOp | None, ...]] | None = None,
+) -> Tensor:
+    """a (M, in) W^T (NT), or a (M, out) W (NN), of type `dtype`."""
+    outputs, inputs = packed.shape[0], 2 * packed.shape[1]
+    m, k = a.shape
+    n = outputs if layout == NT else inputs
+    defines, scratch = gemm_defines(layout, m, n, k, a.dtype, dtypes.float32, dtype)
+    defines["BLOCK"] = inputs // scales.shape[1]
+    return kernel.run(
+        "gemm.c",
+        defines,
+        [kernel.empty(m, n, dtype=dtype), kernel.threaded(scratch)],
+        [a, packed, scales],
+        flops=2 * m * n * k,
+        headers=("tile.h", "int4.h"),
+        gradient=gradient,
+    )[0]
