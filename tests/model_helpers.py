@@ -1,4 +1,4 @@
-"""What the tests of the model share: small models, batches, and LLaMA in numpy, from its formula."""
+"""What the tests of the model share: small models, batches, and LLaMA in numpy by its formula."""
 
 import functools
 
@@ -88,12 +88,12 @@ def loss_and_gradients(config, form="cpu", dtype=dtypes.float32, checkpoint=Fals
         return float(loss.item()), {name: read(g).copy() for name, g in grads.items()}
 
 
-def difference(found, expected):
-    """Largest difference, relative to the largest expected value."""
+def difference(found, expected, floor=1e-30):
+    """Largest difference, relative to the largest expected value, or to `floor` if that is less."""
     expected = np.asarray(expected, np.float64)
     assert found.shape == expected.shape
     worst = np.abs(np.asarray(found, np.float64) - expected).max()
-    return float(worst / max(np.abs(expected).max(), 1e-30))
+    return float(worst / max(np.abs(expected).max(), floor))
 
 
 def reference_logits(weights, config, tokens, starts=None):
@@ -103,7 +103,6 @@ def reference_logits(weights, config, tokens, starts=None):
     x += Wdown (silu(Wgate n) * (Wup n)), n = norm(x);  logits = W norm(x).
     """
     w = {name: np.asarray(values, np.float64) for name, values in weights.items()}
-    B, T = tokens.shape
     x = w[EMBEDDING][tokens]
     for i in range(config.num_layers):
         part = {n.split(f"layers.{i}.")[1]: v for n, v in w.items() if f"layers.{i}." in n}

@@ -1,6 +1,5 @@
 """The benchmark: its formula, its workers and what it reports; contenders small or fake."""
 
-import dataclasses
 import json
 import math
 import subprocess
@@ -10,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from bench_helpers import SMALL_OPTIONS, resolved, small_spec
 
 from tinyllama import device
+from tinyllama.accounting import adapter_parameters, model_flops, product_parameters
 from tinyllama.bench import __main__ as command
 from tinyllama.bench import report, text
-from tinyllama.bench.flops import adapter_parameters, model_flops, product_parameters
 from tinyllama.bench.protocol import Spec
 from tinyllama.bench.runner import (
     WARM_UP_STEPS,
@@ -24,20 +24,8 @@ from tinyllama.bench.runner import (
     summarise,
     worker_command,
 )
-from tinyllama.config import Config, LlamaConfig, LoraConfig, load_config
+from tinyllama.config import LlamaConfig, LoraConfig, load_config
 from tinyllama.errors import ConfigError, TrainingError
-
-SMALL = {
-    "model.vocab_size": 300,
-    "model.hidden_size": 64,
-    "model.num_layers": 2,
-    "model.num_heads": 4,
-    "model.num_kv_heads": 2,
-    "model.intermediate_size": 96,
-    "data.context_length": 32,
-    "training.batch_size": 2,
-}
-SMALL_OPTIONS = [word for key, value in SMALL.items() for word in ("--set", f"{key}={value}")]
 
 # A contender that needs neither library: step i takes SECONDS[i] and the loss is the first token.
 FAKE = """
@@ -67,15 +55,7 @@ def fake_command(folder: Path, name: str, seconds: list[float], fault: str = "pa
 
 @pytest.fixture
 def spec(tmp_path: Path) -> Spec:
-    options = command.parser().parse_args(["configs/124m.toml", *SMALL_OPTIONS])
-    config = command.resolve(options)
-    rows, _ = text.batches(config, 5, 2, 32)
-    np.save(tmp_path / "tokens.npy", rows)
-    return command.make_spec(config, options, tmp_path / "tokens.npy")
-
-
-def resolved(*words: str) -> Config:
-    return command.resolve(command.parser().parse_args(["configs/124m.toml", *words]))
+    return small_spec(tmp_path)
 
 
 def test_model_flops_of_124m_follow_the_closed_formula() -> None:
@@ -209,6 +189,13 @@ def test_without_a_tokenizer_the_text_is_bytes_of_the_standard_library() -> None
     assert name == "source of Python's standard library, one id a byte"
 
 
+def test_a_short_text_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.py").write_text("é!", encoding="utf-8")
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    rows, _ = text.batches(resolved(*SMALL_OPTIONS), 1, 1, 6)
+    assert rows.tolist() == [[[195, 169, 33, 195, 169, 33, 195]]]
+
+
 def test_the_peer_runs_in_the_interpreter_that_was_named() -> None:
     assert list(contenders(None, None)) == ["tinyllama"]
     commands = contenders("torch", "/opt/torch/bin/python")
@@ -233,6 +220,19 @@ def test_our_worker_trains_and_reports(capsys: pytest.CaptureFixture[str]) -> No
     shown = report.text(result)
     assert "2 x 32 tokens a step, float32" in shown
     assert result["machine"]["processor"] in shown
+
+
+def test_a_lora_section_trains_the_adapters_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    adapters = ["--set", "lora.rank=4", "--set", "lora.target_modules=all-linear"]
+    steps = ["--steps", "1", "--json"]
+    code = command.main(["configs/124m.toml", *SMALL_OPTIONS, *adapters, *steps])
+    assert code == 0
+    result: dict[str, Any] = json.loads(capsys.readouterr().out)
+    sides = 2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 96)
+    assert result["trainable"] == 2 * 4 * sides
+    assert result["parameters"] == 2 * 300 * 64 + 2 * (64 * (2 * 64 + 2 * 32 + 3 * 96)) + 5 * 64
+    full = model_flops(resolved(*SMALL_OPTIONS).model, 64, 32)
+    assert result["run"]["model_flops"] < full
 
 
 def test_the_table_shows_both_contenders_and_the_ratio(tmp_path: Path, spec: Spec) -> None:
@@ -268,75 +268,3 @@ def test_each_operation_is_timed_beside_numpy() -> None:
     assert all(entry["gflops"]["tinyllama"] > 0 for entry in found)
     assert found[0]["gflops"]["numpy"] > 0 and found[-1]["seconds"]["numpy"] is None
     assert ops.text(found).splitlines()[0].split()[-2:] == ["tinyllama", "numpy"]
-
-
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("kv_heads", [4, 2])
-def test_the_peer_equals_transformers(tied: bool, kv_heads: int) -> None:
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    from tinyllama.bench.peer_torch import PeerLlama, random_weights
-
-    sizes = {"vocab_size": 99, "hidden_size": 64, "num_hidden_layers": 2, "rms_norm_eps": 1e-5}
-    sizes |= {"num_attention_heads": 4, "num_key_value_heads": kv_heads, "intermediate_size": 96}
-    model = {**sizes, "rope_theta": 10000.0, "tie_word_embeddings": tied}
-    reference = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(**sizes, tie_word_embeddings=tied)
-    )
-    weights = random_weights(model, seed=3)
-    missing = reference.load_state_dict(weights, strict=False).missing_keys
-    assert missing == (["lm_head.weight"] if tied else [])
-    tokens = torch.randint(0, 99, (2, 33))
-    peer = PeerLlama(model, weights)
-    wanted = reference(tokens).logits
-    assert (peer(tokens) - wanted).abs().max() < 1e-5
-    again = PeerLlama(model, weights, checkpoint_activations=True)
-    peer.loss(tokens).backward()
-    first = weights["model.layers.0.self_attn.k_proj.weight"].grad.clone()
-    again.loss(tokens).backward()
-    both = weights["model.layers.0.self_attn.k_proj.weight"].grad
-    assert torch.allclose(both, 2 * first, atol=1e-7) and first.abs().max() > 0
-
-
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_the_peers_adapters_equal_peft() -> None:
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    peft = pytest.importorskip("peft")
-    from tinyllama.bench.peer_torch import PeerLlama, random_adapters, random_weights
-
-    sizes = {"vocab_size": 99, "hidden_size": 64, "num_hidden_layers": 2, "rms_norm_eps": 1e-5}
-    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 96}
-    model = {**sizes, "rope_theta": 10000.0, "tie_word_embeddings": False}
-    lora = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "target_modules": ["q_proj", "down_proj"]}
-    weights = random_weights(model, seed=3)
-    adapters = random_adapters(model, lora, seed=4)
-    for name, tensor in adapters.items():
-        if name.endswith("lora_B.weight"):
-            tensor.normal_()
-    reference = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
-    reference.load_state_dict(weights)
-    wanted = peft.LoraConfig(r=4, lora_alpha=8, target_modules=lora["target_modules"])
-    adapted = peft.get_peft_model(reference, wanted)
-    named = {f"base_model.model.{name}": tensor for name, tensor in adapters.items()}
-    peft.set_peft_model_state_dict(adapted, named)
-    tokens = torch.randint(0, 99, (2, 33))
-    peer = PeerLlama(model, weights, lora, adapters)
-    assert (peer(tokens) - adapted(tokens).logits).abs().max() < 1e-5
-    assert len(peer.trainable()) == 2 * 2 * 2
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_the_peer_learns(tmp_path: Path, spec: Spec, dtype: str) -> None:
-    pytest.importorskip("torch")
-    rows = np.load(spec.data)
-    np.save(spec.data, np.repeat(rows[:1], 8, axis=0))
-    lora = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "target_modules": ["v_proj", "down_proj"]}
-    fast = {**spec.training, "learning_rate": 1e-2}
-    spec = dataclasses.replace(spec, dtype=dtype, training=fast)
-    command_line = worker_command(sys.executable, "tinyllama.bench.worker_torch")
-    for adapters in (None, lora):
-        told = dataclasses.replace(spec, lora=adapters)
-        worker = race({"peer": command_line}, {"peer": told}, 4)[0]
-        assert worker.answers[-1].loss < worker.answers[0].loss - 0.01
-    assert worker.ready["trainable"] == 2 * 4 * (64 + 32 + 96 + 64)

@@ -137,7 +137,6 @@ def test_narrow_activations_give_nearly_the_same_gradients(dtype, tolerance):
     narrow_loss, narrow = loss_and_gradients(GROUPED, dtype=dtype)
     assert narrow_loss == pytest.approx(loss, rel=tolerance / 10)
     for name, grad in grads.items():
-        print(name, np.linalg.norm(narrow[name] - grad)/np.linalg.norm(grad))
         assert narrow[name].dtype == np.float32
         assert np.linalg.norm(narrow[name] - grad) < tolerance * np.linalg.norm(grad), name
 

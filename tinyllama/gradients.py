@@ -79,13 +79,14 @@ class StagedLoss:
         self, function: Function, module: Any, inputs: Sequence[Tensor], recompute: bool
     ) -> list[Tensor]:
         """Output of function(module, *inputs), then what it wrote on the way unless `recompute`."""
-        known = [*inputs, *(t for _, t in named_tensors(module))]
+        weights = [t for _, t in named_tensors(module)]
 
         def build() -> list[Tensor]:
             out = in_memory(function(module, *inputs))
-            return [out] if recompute else [out, *materialized(out, known)]
+            return [out] if recompute else [out, *materialized(out, inputs, weights)]
 
-        return self._forward(known, build, (function.__qualname__, structure(module), recompute))
+        key = (function.__qualname__, structure(module), recompute)
+        return self._forward([*inputs, *weights], build, key)
 
     def _pull_back(
         self,
@@ -109,7 +110,7 @@ class StagedLoss:
         def build() -> list[Tensor]:
             out = in_memory(function(module, *inputs))
             found = out.gradient(*through, *trained, gradient=dout)
-            old = materialized(out, known) if saved else []
+            old = materialized(out, inputs, weights) if saved else []
             return [in_memory(g) for g in replaced(found, old, saved)]
 
         positions = tuple(i for i, t in enumerate(weights) if _key(t) in self.names)

@@ -30,7 +30,7 @@ from tinyllama.ops.attention import attention, masked_attention
 from tinyllama.ops.cross_entropy import linear_cross_entropy
 from tinyllama.ops.matmul import linear
 from tinyllama.ops.rope import rope, tables
-from tinyllama.ops.storage import read, write
+from tinyllama.ops.storage import later, read, settle, write, write_new
 from tinyllama.ops.swiglu import swiglu
 from tinyllama.tokenizer import MODEL_FILE, Tokenizer
 from tinyllama.weights.hf_read import open_folder
@@ -140,9 +140,17 @@ class Llama:
     """A LLaMA language model: `Llama(config)` with new weights, `from_pretrained` with others'."""
 
     def __init__(
-        self, config: LlamaConfig, *, dtype: DType = dtypes.float32, seed: int | None = 0
+        self,
+        config: LlamaConfig,
+        *,
+        dtype: DType = dtypes.float32,
+        seed: int | None = 0,
+        background: bool = False,
     ) -> None:
-        """dtype is the type of activations; seed None leaves the weights for a checkpoint."""
+        """dtype is the type of activations; seed None leaves the weights for a checkpoint.
+
+        With `background` the weights are still being made when this returns (ops/storage.later).
+        """
         self.config, self.dtype = config, dtype
         self.checkpoint_activations = False
         self._rotations: dict[int, tuple[Tensor, Tensor]] = {}
@@ -150,7 +158,9 @@ class Llama:
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size)
         if seed is not None:
-            initialize(self.state_dict(), config.num_layers, seed)
+            later(partial(initialize, self.state_dict(), config.num_layers, seed))
+        if not background:
+            settle()
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """tokens (B, T) int32 -> logits (B, T, vocab) float32."""
@@ -207,8 +217,8 @@ class Llama:
             # Written at once: a step that is being captured would take a copy for one of its own
             # kernels, and keep the table in memory that only the step may read.
             cos, sin = (Tensor.empty(*table.shape) for table in pair)
-            write(cos, pair[0])
-            write(sin, pair[1])
+            write_new(cos, pair[0])
+            write_new(sin, pair[1])
             self._rotations[length] = (cos, sin)
         return self._rotations[length]
 

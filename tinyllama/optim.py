@@ -12,8 +12,9 @@ import numpy as np
 from tinygrad import Tensor
 
 from tinyllama.config import LRScheduleConfig, TrainingConfig
-from tinyllama.ops.adamw import SCALARS, adamw, square_sum
-from tinyllama.ops.storage import fill_zero
+from tinyllama.ops.adamw import SCALARS, adamw, add_square_sum
+from tinyllama.ops.stage import Stage
+from tinyllama.ops.storage import fill_zero, later, settle
 
 
 def learning_rate(step: int, total_steps: int, peak: float, schedule: LRScheduleConfig) -> float:
@@ -35,11 +36,17 @@ def learning_rate(step: int, total_steps: int, peak: float, schedule: LRSchedule
 class AdamW:
     """Optimizer state of named parameters: exp_avg and exp_avg_sq, float32, like each of them."""
 
-    def __init__(self, parameters: Mapping[str, Tensor], config: TrainingConfig) -> None:
+    def __init__(
+        self, parameters: Mapping[str, Tensor], config: TrainingConfig, *, blank: bool = False
+    ) -> None:
+        """A `blank` state holds no memory yet; it is for planning a run."""
         self.config = config
         self.parameters = dict(parameters)
-        self.exp_avg = {name: _zeros_like(p) for name, p in self.parameters.items()}
-        self.exp_avg_sq = {name: _zeros_like(p) for name, p in self.parameters.items()}
+        self.exp_avg = {name: _empty_like(p) for name, p in self.parameters.items()}
+        self.exp_avg_sq = {name: _empty_like(p) for name, p in self.parameters.items()}
+        self._norm_stage, self._step_stage = Stage(), Stage()
+        if not blank:
+            later(self._reset)
 
     def hyperparameters(self, step: int, lr: float, trained_tokens: int) -> np.ndarray:
         """What `update` reads, for step 1, 2, ...: float32 in the order of SCALARS.
@@ -61,24 +68,46 @@ class AdamW:
         }
         return np.array([values[name] for name in SCALARS], np.float32)
 
-    def update(
-        self, grads: Mapping[str, Tensor], hyperparameters: Tensor
-    ) -> tuple[Tensor, list[Tensor]]:
+    def update(self, grads: Mapping[str, Tensor], hyperparameters: Tensor) -> Tensor:
         """One step from summed gradients, in place.
 
-        Returns the norm of the mean gradient before clipping (a float32 scalar), and the tensors
-        to realize together with it.
+        Returns the norm of the mean gradient before clipping, (1,) float32.
         """
-        scale = hyperparameters[-1]
-        norm = (square_sum(list(grads.values())).sqrt() * scale).contiguous()
-        if self.config.grad_clip:
-            scale = scale * (self.config.grad_clip / (norm + 1e-6)).minimum(1.0)
-        scalars = hyperparameters[:-1].cat(scale.reshape(1)).contiguous()
-        changed = []
+        settle()
+        squares = None
+        for name in self.parameters:
+            squares = self._add_squares(squares, grads[name])
+        assert squares is not None, "there is nothing to train"
+        norm, scalars = self._scale(squares, hyperparameters)
         for name, p in self.parameters.items():
-            m, v = self.exp_avg[name], self.exp_avg_sq[name]
-            changed += adamw(p, m, v, grads[name], scalars, decay=p.ndim >= 2)
-        return norm, changed
+            self._step(p, self.exp_avg[name], self.exp_avg_sq[name], grads[name], scalars)
+        return norm
+
+    # Each piece below is scheduled once for all parameters of a shape (ops/stage.py).
+
+    def _add_squares(self, total: Tensor | None, grad: Tensor) -> Tensor:
+        known = [grad] if total is None else [total, grad]
+        return self._norm_stage(known, lambda: [add_square_sum(total, grad)])[0]
+
+    def _scale(self, squares: Tensor, hyperparameters: Tensor) -> tuple[Tensor, Tensor]:
+        def build() -> list[Tensor]:
+            scale = hyperparameters[-1:]
+            norm = (squares.sum().sqrt().reshape(1) * scale).contiguous()
+            if self.config.grad_clip:
+                scale = scale * (self.config.grad_clip / (norm + 1e-6)).minimum(1.0)
+            return [norm, hyperparameters[:-1].cat(scale).contiguous()]
+
+        norm, scalars = self._norm_stage([squares, hyperparameters], build, "scale")
+        return norm, scalars
+
+    def _step(self, p: Tensor, m: Tensor, v: Tensor, grad: Tensor, scalars: Tensor) -> None:
+        decay = p.ndim >= 2
+        known = [p, m, v, grad, scalars]
+        self._step_stage(known, lambda: adamw(p, m, v, grad, scalars, decay))
+
+    def _reset(self) -> None:
+        for tensor in self.state_dict().values():
+            fill_zero(tensor)
 
     def state_dict(self) -> dict[str, Tensor]:
         """exp_avg.NAME and exp_avg_sq.NAME for every parameter."""
@@ -86,7 +115,5 @@ class AdamW:
         return first | {f"exp_avg_sq.{name}": t for name, t in self.exp_avg_sq.items()}
 
 
-def _zeros_like(tensor: Tensor) -> Tensor:
-    zeros = Tensor.empty(*tensor.shape, device=tensor.device)
-    fill_zero(zeros)
-    return zeros
+def _empty_like(tensor: Tensor) -> Tensor:
+    return Tensor.empty(*tensor.shape, device=tensor.device)

@@ -17,6 +17,9 @@ from tinygrad import Tensor, TinyJit
 from tinyllama.data import Batch
 from tinyllama.gradients import StagedLoss
 from tinyllama.model import Llama
+from tinyllama.ops.plan import Plan, plan
+from tinyllama.ops.precompile import finishing
+from tinyllama.ops.stage import Stage
 from tinyllama.ops.storage import fill_zero
 from tinyllama.optim import AdamW
 
@@ -46,6 +49,7 @@ class TrainStep:
         self._whole = captured(self._whole_step)
         self._accumulate = captured(self._accumulate_step)
         self._update = captured(self._update_step)
+        self._add_stage = Stage()
         self._sums: dict[str, Tensor] = {}
         self._summed_loss = Tensor.empty(1)
         if micro_batches > 1:
@@ -69,6 +73,19 @@ class TrainStep:
         summed_loss, norm = result.numpy().tolist()
         return StepResult(summed_loss / max(tokens, 1), norm, tokens)
 
+    def sums(self) -> list[Tensor]:
+        """The sums of gradients that are kept between the micro-batches of a step."""
+        return list(self._sums.values())
+
+    def plans(self, *batch: Tensor, hyperparameters: Tensor) -> list[Plan]:
+        """Memory of the graphs that a step runs, for a micro-batch's three tensors; runs none."""
+        if self.micro_batches == 1:
+            return [plan(self._whole_step, *batch, hyperparameters)]
+        return [
+            plan(self._accumulate_step, *batch),
+            plan(self._update_step, hyperparameters),
+        ]
+
     def _gradients(
         self, tokens: Tensor, targets: Tensor, starts: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -83,17 +100,19 @@ class TrainStep:
 
     def _accumulate_step(self, tokens: Tensor, targets: Tensor, starts: Tensor) -> None:
         loss, grads = self._gradients(tokens, targets, starts)
-        sums = [self._sums[name].assign(self._sums[name] + g) for name, g in grads.items()]
-        Tensor.realize(self._summed_loss.assign(self._summed_loss + loss), *sums)
+        self._add(self._summed_loss, loss)
+        for name, grad in grads.items():
+            self._add(self._sums[name], grad)
+
+    def _add(self, total: Tensor, part: Tensor) -> None:
+        self._add_stage([total, part], lambda: [total.assign(total + part)])
 
     def _update_step(self, hyperparameters: Tensor) -> Tensor:
         return self._finish(self._summed_loss, self._sums, hyperparameters)
 
     def _finish(self, loss: Tensor, grads: Mapping[str, Tensor], hyperparameters: Tensor) -> Tensor:
-        norm, changed = self.optimizer.update(grads, hyperparameters)
-        result = loss.cat(norm.reshape(1)).contiguous()
-        Tensor.realize(result, *changed)
-        return result
+        norm = self.optimizer.update(grads, hyperparameters)
+        return loss.cat(norm).contiguous().realize()
 
     def _clear_sums(self) -> None:
         for tensor in (self._summed_loss, *self._sums.values()):
@@ -102,7 +121,7 @@ class TrainStep:
 
 def captured(function: Callable[..., Any]) -> Any:
     """A compiled graph that is captured at its first call instead of its second."""
-    jit = TinyJit(function)
+    jit = TinyJit(finishing(function))
     jit.cnt = 1
     return jit
 

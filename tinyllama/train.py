@@ -21,7 +21,7 @@ from typing import Any
 from tinygrad import dtypes
 from tqdm import tqdm
 
-from tinyllama import device, lora, runs
+from tinyllama import device, lora, quantize, runs
 from tinyllama.config import Config
 from tinyllama.data import Batch, Batches, prepare
 from tinyllama.errors import CheckpointError, ConfigError, TrainingError
@@ -207,8 +207,11 @@ def _supported(config: Config) -> Config:
             "[lora]: adapters are trained on a checkpoint: name its folder with model.base in the "
             "file or --set model.base=DIR, or remove the section to train a whole model"
         )
-    if config.qlora is not None and config.qlora.quantize_base:
-        raise ConfigError("[qlora]: a packed base cannot be trained on yet; remove the section")
+    if config.qlora is not None and config.qlora.quantize_base and config.lora is None:
+        raise ConfigError(
+            "[qlora]: a packed base is frozen: add a [lora] section, whose adapters are trained, "
+            "or remove [qlora]"
+        )
     if config.training.devices > 1:
         raise ConfigError(f"training.devices: got {config.training.devices}, must be 1 for now")
     return config
@@ -229,9 +232,12 @@ def _model(config: Config, resume: Path | None) -> Llama:
     dtype = getattr(dtypes, t.dtype)
     source = config.model.base if config.lora else resume or config.model.base
     if source is None:
-        model = Llama(config.model, dtype=dtype, seed=t.seed)
+        model = Llama(config.model, dtype=dtype, seed=t.seed, background=True)
     else:
-        model = Llama.from_pretrained(source, dtype=dtype)
+        if config.qlora is not None and config.qlora.quantize_base:
+            model = quantize.load_quantized(source, config.qlora, dtype=dtype)
+        else:
+            model = Llama.from_pretrained(source, dtype=dtype)
         sizes = replace(model.config, base=config.model.base, max_seq_len=config.model.max_seq_len)
         # An adapter's folder holds no sizes: its base's must be the ones it was trained with.
         fixed = resume is not None or config.lora is not None

@@ -50,6 +50,7 @@ static int NT;
 #include "../../tinyllama/ops/cpu/cross_entropy.c"
 #undef KERNEL
 #define KERNEL square_sum
+#define ACCUMULATE 0
 #include "../../tinyllama/ops/cpu/square_sum.c"
 #undef KERNEL
 #define KERNEL adamw

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from tinyllama import device
+from tinyllama.accounting import model_flops
 from tinyllama.bench import machine, report, text
-from tinyllama.bench.flops import model_flops
 from tinyllama.bench.protocol import Spec
 from tinyllama.bench.runner import (
     WARM_UP_STEPS,

@@ -12,7 +12,7 @@ from tinygrad.device import Device
 from tinygrad.dtype import DType
 
 from tinyllama import device
-from tinyllama.bench.flops import linear_shapes
+from tinyllama.accounting import linear_shapes
 from tinyllama.bench.operations import LAYOUTS, Operation, best_seconds
 from tinyllama.bench.report import table
 from tinyllama.bench.runner import worker_command

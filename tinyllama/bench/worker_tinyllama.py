@@ -1,16 +1,19 @@
 """Our worker process: the trainer's own step, one a request."""
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tinyllama import device
 from tinyllama.bench.protocol import Contender, Spec, Step, serve
-from tinyllama.config import config_from_toml
+from tinyllama.config import LoraConfig, config_from_toml
 from tinyllama.data import Batch
 from tinyllama.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tinyllama.model import Llama
 
 
 class OurContender:
@@ -21,19 +24,26 @@ class OurContender:
         device.set_threads(spec.threads)
         from tinygrad import dtypes
 
+        from tinyllama import lora
         from tinyllama.model import Llama
         from tinyllama.optim import AdamW
         from tinyllama.step import TrainStep
 
         self.config = config_from_toml(spec.config, "benchmark")
-        if self.config.lora is not None or self.config.qlora is not None:
-            raise ConfigError("[lora], [qlora]: adapters cannot be trained yet; remove the section")
+        if self.config.qlora is not None and self.config.qlora.quantize_base:
+            raise ConfigError("[qlora]: a packed base cannot be trained on yet; remove the section")
         training = self.config.training
         dtype = getattr(dtypes, spec.dtype)
-        self.model = Llama(self.config.model, dtype=dtype, seed=spec.seed)
+        self.model = Llama(self.config.model, dtype=dtype, seed=spec.seed, background=True)
         self.model.checkpoint_activations = training.checkpoint_activations
-        self.optimizer = AdamW(self.model.state_dict(), training)
-        self.train = TrainStep(self.model, self.optimizer, micro_batches=1)
+        self.base_parameters = self.model.count_parameters()
+        trained = self.model.state_dict()
+        if self.config.lora is not None:
+            attach_adapters(self.model, self.config.lora, spec.seed)
+            trained = lora.adapter_tensors(self.model)
+        self.optimizer = AdamW(trained, training)
+        dropping = lora.dropping(self.model, spec.seed)
+        self.train = TrainStep(self.model, self.optimizer, 1, dropping)
         self.done = 0
 
     def describe(self) -> dict[str, Any]:
@@ -43,7 +53,7 @@ class OurContender:
             "library": f"tinyllama on tinygrad {version('tinygrad')}",
             "device": self.choice.device,
             "threads": device.threads(),
-            "parameters": self.model.count_parameters(),
+            "parameters": self.base_parameters,
             "trainable": sum(t.numel() for t in self.optimizer.parameters.values()),
         }
 
@@ -62,6 +72,17 @@ class OurContender:
         calls = self.train._whole.captured.linear.src
         graphs = [call.src[0] for call in calls if call.src[0].op.name == "CUSTOM_FUNCTION"]
         return len(calls) - len(graphs) + sum(len(graph.src[0].src) for graph in graphs)
+
+
+def attach_adapters(model: "Llama", section: LoraConfig, seed: int) -> None:
+    """Wrap the layers that a [lora] section names, over any base: its weights cost the same."""
+    from tinyllama import lora
+    from tinyllama.layers import block_linears
+    from tinyllama.weights.peft import AdapterConfig, Placement
+
+    paths = (path for path, _, name in block_linears(model.model.layers) if name in section.modules)
+    placed = dict.fromkeys(paths, Placement(section.rank, section.alpha))
+    lora.attach(model, AdapterConfig(placed, section.use_rslora, section.dropout), seed)
 
 
 def build(spec: Spec) -> Contender:

@@ -46,13 +46,21 @@ def adamw(
 
 def square_sum(grads: list[Tensor]) -> Tensor:
     """Sum of the squares of all elements of all tensors: a float32 scalar."""
-    parts = []
+    total = None
     for grad in grads:
-        if kernel.uses_kernels(grad):
-            defines = {"COUNT": grad.numel()}
-            count = 2 * grad.numel()
-            out = kernel.run("square_sum.c", defines, [kernel.threaded(1)], [grad], flops=count)
-            parts.append(out[0].reshape(-1))
-        else:
-            parts.append((grad.float() * grad.float()).sum().reshape(1).contiguous())
-    return parts[0].cat(*parts[1:]).cast(dtypes.float32).sum()
+        total = add_square_sum(total, grad)
+    assert total is not None
+    return total.sum()
+
+
+def add_square_sum(total: Tensor | None, grad: Tensor) -> Tensor:
+    """total plus the sum of grad's squares, both in parts whose sum is meant: (parts,) float32."""
+    if kernel.uses_kernels(grad):
+        defines = {"COUNT": grad.numel(), "ACCUMULATE": int(total is not None)}
+        outputs = [kernel.threaded(1).reshape(-1) if total is None else total]
+        count = 2 * grad.numel()
+        return kernel.run(
+            "square_sum.c", defines, outputs, [grad], flops=count, also_read=total is not None
+        )[0]
+    squares = (grad.float() * grad.float()).sum().reshape(1)
+    return (squares if total is None else total + squares).cast(dtypes.float32).contiguous()

@@ -66,7 +66,7 @@ def loss_and_gradients(
 
 def _chunks(tokens: int, vocab_size: int) -> list[tuple[int, int]]:
     """Row ranges of nearly equal size whose logits stay under CHUNK_ELEMENTS."""
-    count = max(1, -(-tokens * vocab_size // CHUNK_ELEMENTS))
+    count = -(-tokens // max(1, CHUNK_ELEMENTS // vocab_size))
     edges = [tokens * i // count for i in range(count + 1)]
     return [(a, b) for a, b in itertools.pairwise(edges) if b > a]
 

@@ -8,7 +8,10 @@ from tinyllama.ops import kernel
 
 
 def embedding(ids: Tensor, weight: Tensor, dtype: DType) -> Tensor:
-    """ids (B, T) int32 in [0, V), weight (V, H) float32 -> (B, T, H) of type `dtype`."""
+    """ids (B, T) int32 in [0, V), weight (V, H) -> (B, T, H) of type `dtype`.
+
+    A weight that is trained is float32; a frozen one may be narrower.
+    """
     if kernel.uses_kernels(weight):
         return _embedding_cpu(ids, weight, dtype)
     return weight[ids].cast(dtype).contiguous().contiguous_backward()
@@ -17,6 +20,7 @@ def embedding(ids: Tensor, weight: Tensor, dtype: DType) -> Tensor:
 def _embedding_cpu(ids: Tensor, weight: Tensor, dtype: DType) -> Tensor:
     vocab_size, width = weight.shape
     defines = {"N": ids.numel(), "V": vocab_size, "H": width, "ACT": kernel.TYPE_CODE[dtype]}
+    storage = {"W_T": kernel.TYPE_CODE[weight.dtype]}
 
     def gradient(grad: UOp, call: UOp) -> tuple[UOp | None, ...]:
         dw = kernel.run(
@@ -29,4 +33,6 @@ def _embedding_cpu(ids: Tensor, weight: Tensor, dtype: DType) -> Tensor:
         return None, dw.uop, None
 
     out = kernel.empty(*ids.shape, width, dtype=dtype)
-    return kernel.run("embedding_forward.c", defines, [out], [weight, ids], gradient=gradient)[0]
+    return kernel.run(
+        "embedding_forward.c", defines | storage, [out], [weight, ids], gradient=gradient
+    )[0]

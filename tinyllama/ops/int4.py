@@ -1,9 +1,10 @@
 """y = x W^T with a frozen W held in 4 bits, and the gradient of x.
 
-    W[o, i] = (q[o, i] - 8) scale[o, i // block_size]        q in 0 .. 15, scale float16
+    W[o, i] = q[o, i] scale[o, i // block_size]        q in -8 .. 7, scale float16
 
-Two values share a byte, the one with the even i in the low half. On the CPU the product widens W
-where it packs a panel of it (`cpu/int4.h`); elsewhere W is widened into a buffer of one layer.
+Two q share a byte as signed 4 bit numbers, the one with the even i in the low half. On the CPU the
+product widens W where it packs a panel of it (`cpu/int4.h`); elsewhere W is widened into a buffer
+of one layer.
 """
 
 from collections.abc import Callable
@@ -29,9 +30,9 @@ def int4_linear(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
 
 
 def dequantize(packed: Tensor, scales: Tensor) -> Tensor:
-    """packed (out, in / 2) uint8, scales (out, in / block) float16 -> (out, in) float32, exactly."""
+    """packed (out, in / 2) uint8, scales (out, in / block) float16 -> (out, in) float32, exact."""
     rows, groups = scales.shape
-    q = Tensor.stack(packed & 15, packed >> 4, dim=-1)  # (out, in / 2, 2)
+    q = Tensor.stack(packed & 15, packed >> 4, dim=-1) ^ 8  # (out, in / 2, 2), each 8 too large
     values = q.reshape(rows, groups, -1).cast(dtypes.float32) - 8
     return (values * scales.cast(dtypes.float32).unsqueeze(-1)).reshape(rows, -1)
 

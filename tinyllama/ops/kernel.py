@@ -19,6 +19,8 @@ from tinygrad.renderer import Estimates
 from tinygrad.uop.ops import KernelInfo, Ops, ProgramInfo, UOp
 
 from tinyllama import device
+from tinyllama.ops import precompile
+from tinyllama.ops import bfloat16
 
 Form = Literal["portable", "cpu"]
 _forced: list[Form] = []
@@ -39,6 +41,7 @@ def forced(form: Form) -> Iterator[None]:
 
 def uses_kernels(*tensors: Tensor) -> bool:
     """Whether the CPU kernels apply: tensors on the CPU, compiled by clang, not switched off."""
+    bfloat16.store_as_integers()  # every operation asks here before it makes a graph
     if _forced:
         return _forced[-1] == "cpu"
     if any(t.device != "CPU" or t.dtype not in TYPE_CODE for t in tensors):
@@ -86,6 +89,7 @@ def run(
     lines = [f"#define {key} {value}" for key, value in text.items()]
     lines += [f"#define KERNEL {name}", source("common.h"), *map(source, headers), source(file)]
     code = "\n".join(lines)
+    precompile.start(code)
     moved = sum(t.numel() * t.dtype.itemsize for t in (*outputs, *inputs))
     estimates = Estimates(ops=flops, lds=moved, mem=moved)
     writes = tuple(range(len(outputs)))

@@ -75,6 +75,8 @@ def _purposes(pieces: list[UOp], held: set[UOp]) -> tuple[int, int, int]:
     kept: list[tuple[int, int, int]] = []
     work: list[tuple[int, int, int]] = []
     for buffer, uses in lives.items():
+        if buffer.arg == 1:
+            continue  # a loss or a norm
         (first_piece, begin), (last_piece, end) = uses[0], uses[-1]
         group = work if first_piece == last_piece else carried if last_piece == last else kept
         group.append((begin, end, buffer.arg * buffer.dtype.itemsize))

@@ -20,8 +20,7 @@ class _Template:
     """A scheduled piece: its kernels over the buffers of the tensors it was made from."""
 
     def __init__(self, tensors: Sequence[Tensor], build: Build) -> None:
-        self.inputs = [_buffer(t) for t in tensors]
-        assert len(set(self.inputs)) == len(self.inputs), "a stage got the same tensor twice"
+        self.inputs = _buffers(tensors)
         outputs = list(build())
         pending = [t for t in outputs if not t.uop.has_buffer_identity()]
         # Planning memory is left to the step that the pieces become part of.
@@ -34,7 +33,7 @@ class _Template:
 
     def run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The piece on these tensors; its outputs are new, or inputs that were updated."""
-        places = dict(zip(self.inputs, map(_buffer, tensors), strict=True))
+        places = dict(zip(self.inputs, _buffers(tensors), strict=True))
         places |= {b: UOp.new_buffer(b.device, b.arg, b.dtype) for b in self.internal}
         kernels = self.kernels.substitute(places, walk=True)
         if capturing:
@@ -66,11 +65,20 @@ class Stage:
         return template.run(tensors)
 
 
-def materialized(out: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Tensors that computing `out` from `inputs` writes to memory, other than `out` itself."""
-    known = {t.uop for t in inputs}
+def materialized(
+    out: Tensor, inputs: Sequence[Tensor], weights: Sequence[Tensor] = ()
+) -> list[Tensor]:
+    """Tensors that computing `out` from `inputs` writes to memory, other than `out` itself.
+
+    What is made of `weights` alone (a packed one that was widened) is not to be kept either.
+    """
+    known = {t.uop for t in (*inputs, *weights)}
+    varying = {t.uop for t in inputs}
     found: dict[UOp, None] = {}
     for uop in out.uop.toposort(gate=lambda u: u not in known):
+        if varying.isdisjoint(uop.src):
+            continue
+        varying.add(uop)
         if uop.op is Ops.AFTER and uop.src[1].op is Ops.CALL:
             call = uop.src[1]  # all that the kernel wrote, also what only a gradient reads
             found |= {call.src[1 + i].after(call): None for i in call.src[0].arg.outs}
@@ -97,3 +105,10 @@ def _buffer(tensor: Tensor) -> UOp:
     base: UOp = tensor.uop.base
     assert base.op is Ops.BUFFER, f"a stage works on whole buffers, not on {base.op}"
     return base
+
+
+def _buffers(tensors: Sequence[Tensor]) -> list[UOp]:
+    """All different: one that is updated in place must not be another input of the same piece."""
+    found = [_buffer(t) for t in tensors]
+    assert len(set(found)) == len(found), "a stage got the same tensor twice"
+    return found

@@ -1,5 +1,10 @@
 """Moving numbers between numpy and a tensor's own memory, without a graph."""
 
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -9,7 +14,32 @@ from tinygrad.device import Buffer
 
 from tinyllama.ops.memory import use_huge_pages
 
+_WRITER = "writer"
 NumpyArray = npt.NDArray[Any]
+
+
+_pending: list[Future[None]] = []
+
+
+def later(fill: Callable[[], None]) -> None:
+    """Run `fill`, which writes tensors, on another thread, while the step's graph is built.
+
+    `settle` waits for it; reading or writing a tensor here and running a captured step do so.
+    """
+    _pending.append(_writer().submit(fill))
+
+
+def settle() -> None:
+    """Wait until everything given to `later` is written; an error in it is raised here."""
+    if threading.current_thread().name.startswith(_WRITER):
+        return  # the writer itself
+    while _pending:
+        _pending.pop(0).result()
+
+
+@functools.cache
+def _writer() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, thread_name_prefix=_WRITER)
 
 
 def buffer_of(tensor: Tensor) -> Buffer:
@@ -23,9 +53,15 @@ def buffer_of(tensor: Tensor) -> Buffer:
 
 def write(tensor: Tensor, array: NumpyArray) -> None:
     """Overwrite a tensor by an array of its shape and item size (bfloat16 as uint16), in place."""
+    settle()
+    write_new(tensor, array)
+
+
+def write_new(tensor: Tensor, array: NumpyArray) -> None:
+    """As `write`, for a tensor that nothing given to `later` touches: waits for nothing."""
     assert array.shape == tensor.shape and array.itemsize == tensor.dtype.itemsize
     if tensor.device == "CPU":
-        read(tensor)[...] = array
+        _memory(tensor)[...] = array
         return
     values = np.require(array, requirements=["C", "W"])  # tinygrad asks for writable memory
     buffer_of(tensor).copyin(memoryview(values.reshape(-1).view(np.uint8)))  # type: ignore[arg-type]
@@ -33,10 +69,23 @@ def write(tensor: Tensor, array: NumpyArray) -> None:
 
 def fill_zero(tensor: Tensor) -> None:
     """Overwrite a tensor by zeros, in place."""
+    settle()
     if tensor.device == "CPU":
-        read(tensor)[...] = 0
+        _memory(tensor)[...] = 0
     else:
-        write(tensor, np.zeros(tensor.shape, np.dtype(tensor.dtype.fmt)))
+        write_new(tensor, np.zeros(tensor.shape, _numpy_type(tensor)))
+
+
+@contextmanager
+def filling(tensor: Tensor) -> Iterator[NumpyArray]:
+    """An array to put a tensor's numbers into, part by part: on the CPU the memory itself."""
+    settle()
+    if tensor.device == "CPU":
+        yield _memory(tensor)
+        return
+    values = np.empty(tensor.shape, _numpy_type(tensor))
+    yield values
+    write_new(tensor, values)
 
 
 def read(tensor: Tensor) -> NumpyArray:
@@ -44,6 +93,14 @@ def read(tensor: Tensor) -> NumpyArray:
 
     bfloat16 comes as uint16, since numpy has no such type.
     """
-    dtype = np.uint16 if tensor.dtype == dtypes.bfloat16 else np.dtype(tensor.dtype.fmt)
+    settle()
+    return _memory(tensor)
+
+
+def _memory(tensor: Tensor) -> NumpyArray:
     memory = buffer_of(tensor).as_memoryview(allow_zero_copy=True)
-    return np.frombuffer(memory, dtype=dtype)[: tensor.numel()].reshape(tensor.shape)
+    return np.frombuffer(memory, dtype=_numpy_type(tensor))[: tensor.numel()].reshape(tensor.shape)
+
+
+def _numpy_type(tensor: Tensor) -> npt.DTypeLike:
+    return np.uint16 if tensor.dtype == dtypes.bfloat16 else np.dtype(tensor.dtype.fmt)

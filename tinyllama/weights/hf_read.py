@@ -42,6 +42,11 @@ class HfFolder:
         """Names of the tensors."""
         return tuple(self._file_of)
 
+    @property
+    def files(self) -> dict[str, list[str]]:
+        """Names of the tensors in each file."""
+        return {f: [n for n in self.names if self._file_of[n] == f] for f in self._file_of.values()}
+
     def dtype(self, name: str) -> str:
         """The type a tensor is stored as, such as "BF16"."""
         return self._open(name).dtype(name)

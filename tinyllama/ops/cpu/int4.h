@@ -1,9 +1,10 @@
 /* The matrix B of gemm.c held in 4 bits and widened where a panel of it is packed, so that nothing
    larger than the thread's block of panels ever holds it in full precision. Goes before gemm.c.
 
-     W[row, i] = (q - 8) * scale[row, i / BLOCK]        exact in float32: 4 bits times 11
+     W[row, i] = q[row, i] * scale[row, i / BLOCK]      exact in float32: 4 bits times 11
 
-   packed  [rows][WIDTH / 2] bytes, q of an even i in the low half, of the next in the high half
+   packed  [rows][WIDTH / 2] bytes, two signed q each: of an even i in the low half, of the next
+           in the high half
    scales  [rows][WIDTH / BLOCK] float16
    LAYOUT 0: W is B[N,K], WIDTH is K.  LAYOUT 1: W is B[K,N], WIDTH is N.
    Macros: BLOCK, even, a divisor of WIDTH; those of gemm.c, COMPUTE_BF16 always, B_T not used. */
@@ -21,20 +22,21 @@ typedef unsigned short int4_half __attribute__((aligned(1), may_alias));
 typedef unsigned int4_word __attribute__((aligned(1), may_alias));
 typedef unsigned short int4_pair __attribute__((may_alias));
 
-/* q - 8 of the VW values that begin with the low half of *p. */
+/* q of the VW values that begin with the low half of *p: each is moved to the top of its lane and
+   down again with its sign. One constant only, which leaves the registers of the tile alone. */
 INLINE vf int4_values(const unsigned char *p) {
 #if VW == 4
   vu word = (vu){0} + *(const int4_half *)p;
-  vu q = word >> (vu){0, 4, 8, 12};
+  vu top = word << (vu){28, 24, 20, 16};
 #elif VW == 8
   vu word = (vu){0} + *(const int4_word *)p;
-  vu q = word >> (vu){0, 4, 8, 12, 16, 20, 24, 28};
+  vu top = word << (vu){28, 24, 20, 16, 12, 8, 4, 0};
 #else
   vu low = (vu){0} + *(const int4_word *)p, high = (vu){0} + *(const int4_word *)(p + 4);
   vu word = __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
-  vu q = word >> (vu){0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28};
+  vu top = word << (vu){28, 24, 20, 16, 12, 8, 4, 0, 28, 24, 20, 16, 12, 8, 4, 0};
 #endif
-  return __builtin_convertvector((vi)(q & 15) - 8, vf);
+  return __builtin_convertvector((vi)top >> 28, vf);
 }
 
 /* W[row, i .. i + count] for an even i. */
@@ -46,7 +48,8 @@ INLINE void int4_run(float *restrict out, B_PARAMS, long row, int i, int count) 
     int stop = left < end ? left : end;
     vf s = vset(LOAD1(2, scale + group));
     for (; i + VW <= stop; i += VW, out += VW) vstore(out, int4_values(byte + i / 2) * s);
-    for (; i < stop; i++) *out++ = (float)((byte[i / 2] >> i % 2 * 4 & 15) - 8) * s[0];
+#pragma clang loop vectorize(disable) unroll(disable)
+    for (; i < stop; i++) *out++ = (float)((int)((unsigned)byte[i / 2] << (28 - i % 2 * 4)) >> 28) * s[0];
   }
 }
 

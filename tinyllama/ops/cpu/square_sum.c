@@ -2,7 +2,7 @@
 
    Blocks of 4096 are summed in float32 over 8 vectors, so that no float32 sum is longer than
    4096 / (8 * VW), and the blocks in float64.
-   Macros: COUNT elements, NT. Threads split the elements. */
+   Macros: COUNT elements, NT, ACCUMULATE (1 adds to what partial holds). Threads split the elements. */
 
 #define SQUARE_SUM_BLOCK 4096
 
@@ -29,5 +29,9 @@ void KERNEL(float *restrict partial, const float *restrict x, int core_id) {
   for (; i + SQUARE_SUM_BLOCK <= end; i += SQUARE_SUM_BLOCK) {
     sum += square_sum_block(x + i, SQUARE_SUM_BLOCK);
   }
-  partial[core_id] = sum + square_sum_block(x + i, end - i);
+  sum += square_sum_block(x + i, end - i);
+#if ACCUMULATE
+  sum += partial[core_id];
+#endif
+  partial[core_id] = sum;
 }

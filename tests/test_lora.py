@@ -1,0 +1,456 @@
+"""Adapters: what they compute, their gradients, dropout, what is frozen, and a whole run."""
+
+import hashlib
+import json
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from lora_helpers import (
+    BASE,
+    placed_on,
+    randomize,
+    run_config,
+    with_adapters,
+    write_base,
+    write_text,
+)
+from model_helpers import (
+    GROUPED,
+    SQUARE,
+    build,
+    difference,
+    on_device,
+    random_batch,
+    random_weights,
+    reference_loss,
+)
+from tinygrad import Tensor, dtypes
+from tinygrad.uop.ops import Ops
+
+from tinyllama.cli import main
+from tinyllama.config import ALL_LINEAR, LoraConfig, TrainingConfig
+from tinyllama.errors import ConfigError, WeightsError
+from tinyllama.gradients import StagedLoss
+from tinyllama.layers import Linear
+from tinyllama.lora import (
+    LoRALinear,
+    adapter_tensors,
+    attach,
+    base_tensors,
+    dropping,
+    fuse,
+    load_adapter,
+    load_model,
+    lora_layers,
+    random_bits,
+    write_adapter,
+)
+from tinyllama.model import Llama
+from tinyllama.ops import kernel
+from tinyllama.ops.storage import read, write
+from tinyllama.optim import AdamW
+from tinyllama.step import TrainStep
+from tinyllama.train import Trainer, with_base
+from tinyllama.weights.hf_names import llama_shapes
+from tinyllama.weights.peft import AdapterConfig, Placement
+from tinyllama.weights.safetensors import SafetensorsFile
+
+QV = ("q_proj", "v_proj")
+
+
+def logits_of(model, config=SQUARE):
+    return model(Tensor(random_batch(config).tokens).realize()).numpy()
+
+
+def copied(tensors):
+    return {name: read(tensor).copy() for name, tensor in tensors.items()}
+
+
+def merged_weights(weights, adapters, config):
+    """W + scale B A in float64."""
+    merged = dict(weights)
+    for path in config.placed:
+        a, b = (
+            adapters[f"{path}.{part}.weight"].astype(np.float64) for part in ("lora_A", "lora_B")
+        )
+        merged[f"{path}.weight"] = weights[f"{path}.weight"] + config.scale(path) * b @ a
+    return merged
+
+
+@pytest.mark.parametrize("form", ["cpu", "portable"])
+@pytest.mark.parametrize("dtype", [dtypes.float32, dtypes.bfloat16], ids=["float32", "bfloat16"])
+def test_new_adapters_leave_the_logits_bit_identical(form, dtype):
+    with kernel.forced(form):
+        model = build(SQUARE, dtype=dtype)
+        before = logits_of(model)
+        attach(model, AdapterConfig(placed_on(model, ALL_LINEAR)), seed=1)
+        assert len(lora_layers(model)) == 7 * SQUARE.num_layers
+        assert (logits_of(model) == before).all()
+        randomize(model)
+        assert (logits_of(model) != before).any()
+
+
+@pytest.mark.parametrize("checkpoint", [False, True], ids=["kept", "recomputed"])
+def test_gradients_of_both_matrices_equal_finite_differences(checkpoint):
+    """Layers with different ranks and scales: no layer may run with the numbers of another."""
+    model = build(GROUPED)
+    model.checkpoint_activations = checkpoint
+    placed = placed_on(model, ("q_proj", "k_proj", "down_proj"))
+    placed["model.layers.0.self_attn.q_proj"] = Placement(3, 1.5)
+    placed["model.layers.1.mlp.down_proj"] = Placement(5, 6.0)
+    config = with_adapters(model, placed)
+    batch = random_batch(GROUPED)
+    loss, grads = StagedLoss(model, adapter_tensors(model)).gradients(*on_device(batch))
+    adapters = {n: a.astype(np.float64) for n, a in copied(adapter_tensors(model)).items()}
+    weights = random_weights(GROUPED)
+
+    def loss_with(name, change):
+        moved = adapters | {name: adapters[name] + change}
+        return reference_loss(merged_weights(weights, moved, config), GROUPED, batch)
+
+    assert loss.item() == pytest.approx(
+        loss_with("model.layers.0.self_attn.q_proj.lora_A.weight", 0)
+    )
+    assert set(grads) == set(adapters)
+    rng = np.random.default_rng(5)
+    for name, gradient in copied(grads).items():
+        direction = rng.standard_normal(gradient.shape)
+        step = 1e-5 * direction
+        expected = (loss_with(name, step) - loss_with(name, -step)) / 2e-5
+        size = np.linalg.norm(gradient) * np.linalg.norm(direction)
+        assert (gradient * direction).sum() == pytest.approx(expected, abs=1e-5 * size), name
+
+
+def test_portable_and_kernel_forms_give_the_same_gradients():
+    found = {}
+    for form in ("cpu", "portable"):
+        with kernel.forced(form):
+            model = build(SQUARE)
+            with_adapters(model, placed_on(model, QV))
+            staged = StagedLoss(model, adapter_tensors(model))
+            found[form] = copied(staged.gradients(*on_device(random_batch(SQUARE)))[1])
+    for name, gradient in found["portable"].items():
+        assert difference(found["cpu"][name], gradient) < 1e-5, name
+
+
+def products(stage):
+    """How often each layout of cpu/gemm.c is run by a stage's templates, by part and layout."""
+    counts = {}
+    for key, template in stage._templates.items():
+        programs = [call.src[0] for call in template.kernels.src]
+        names = [program.arg.name for program in programs if program.op is Ops.PROGRAM]
+        words = [name.split("_") for name in names if name.startswith("gemm")]
+        counts[key[0][0], key[0][-1]] = Counter(word[4] for word in words)
+    return counts
+
+
+def test_no_gradient_of_a_frozen_weight_is_computed():
+    model = build(SQUARE)
+    with_adapters(model, placed_on(model, QV))
+    staged = StagedLoss(model, adapter_tensors(model))
+    staged.gradients(*on_device(random_batch(SQUARE)))
+    found = products(staged._backward)
+    transposed, plain = "2", "1"  # the layouts of dW and dx
+    assert found["Block.__call__", True][transposed] == 2 * len(QV)
+    assert found["Block.__call__", True][plain] == 7 + 2 * len(QV)
+    # In the lowest layer that is trained, nothing is pulled back to what is below it: not through
+    # q, k and v (3 products), not through their A (2).
+    assert found["Block.__call__", False][transposed] == 2 * len(QV)
+    assert found["Block.__call__", False][plain] == 4 + len(QV)
+    assert not any("embed" in part for part, _ in found)
+
+
+def test_layers_below_the_lowest_adapter_are_not_pulled_back():
+    model = build(SQUARE)
+    placed = placed_on(model, QV)
+    upper = {path: place for path, place in placed.items() if ".layers.1." in path}
+    with_adapters(model, upper)
+    staged = StagedLoss(model, adapter_tensors(model))
+    _, grads = staged.gradients(*on_device(random_batch(SQUARE)))
+    assert set(grads) == set(adapter_tensors(model))
+    assert [part for part, _ in products(staged._backward)] == [
+        "RMSNorm.__call__",
+        "Block.__call__",
+    ]
+
+
+def test_fuse_is_the_inverse_of_attach():
+    model = build(SQUARE)
+    before = copied(model.state_dict())
+    attach(model, AdapterConfig(placed_on(model, ALL_LINEAR)), seed=1)
+    fuse(model)
+    after = copied(model.state_dict())
+    assert list(after) == list(before) and not lora_layers(model)
+    assert all((after[name] == before[name]).all() for name in before)
+
+
+def test_fused_logits_equal_those_with_adapters_on():
+    model = build(SQUARE)
+    config = with_adapters(model, placed_on(model, ALL_LINEAR))
+    adapters, on = copied(adapter_tensors(model)), logits_of(model)
+    fuse(model)
+    assert difference(logits_of(model), on) < 1e-5
+    expected = merged_weights(random_weights(SQUARE), adapters, config)
+    for name, tensor in model.state_dict().items():
+        assert difference(read(tensor), expected[name]) < 1e-6, name
+
+
+def test_base_and_adapter_tensors_have_the_names_of_their_files():
+    model = build(SQUARE)
+    attach(model, AdapterConfig(placed_on(model, QV), dropout=0.5), seed=1)
+    assert {name: t.shape for name, t in base_tensors(model).items()} == llama_shapes(SQUARE)
+    expected = {}
+    for layer in range(SQUARE.num_layers):
+        for name in QV:
+            path = f"model.layers.{layer}.self_attn.{name}"
+            expected |= {f"{path}.lora_A.weight": (3, 32), f"{path}.lora_B.weight": (32, 3)}
+    assert {name: t.shape for name, t in adapter_tensors(model).items()} == expected
+
+
+def test_any_layer_that_meets_the_contract_can_be_wrapped():
+    class Doubling:
+        in_features, out_features = 4, 4
+
+        def __call__(self, x):
+            return x * 2
+
+        def dense_weight(self):
+            return Tensor.eye(4) * 2
+
+    layer = LoRALinear(Doubling(), 1, scale=3.0)
+    write(layer.lora_A.weight, np.array([[1, 0, 0, 1]], np.float32))
+    write(layer.lora_B.weight, np.array([[0], [1], [0], [2]], np.float32))
+    x = Tensor([[1.0, 2, 3, 4]])
+    assert layer(x).tolist() == [[2, 4 + 3 * 5, 6, 8 + 3 * 2 * 5]]
+    assert (x @ layer.dense_weight().T).tolist() == layer(x).tolist()
+
+
+def test_new_matrices_are_kaiming_uniform_from_seed_and_name_and_zero():
+    def matrices(seed):
+        model = build(SQUARE)
+        attach(model, AdapterConfig(placed_on(model, QV, rank=16)), seed)
+        return copied(adapter_tensors(model))
+
+    first, again, other = matrices(7), matrices(7), matrices(8)
+    bound = np.sqrt(6 / (1 + 5) / 32)  # fan in 32, a = sqrt 5
+    a = {name: values for name, values in first.items() if "lora_A" in name}
+    for name, values in a.items():
+        assert np.abs(values).max() <= bound and np.abs(values).max() > 0.95 * bound
+        assert abs(values.mean()) < 0.1 * bound
+        assert values.var() == pytest.approx(bound**2 / 3, rel=0.15)
+        assert (values == again[name]).all() and (values != other[name]).any()
+    assert len({values.tobytes() for values in a.values()}) == len(a)
+    assert not any(values.any() for name, values in first.items() if "lora_B" in name)
+
+
+def test_dropout_zeroes_its_share_and_keeps_the_mean():
+    layer = LoRALinear(Linear(64, 8), 2, scale=1.0, dropout=0.25)
+    write(layer.dropout_key, np.array([12345, 678], np.uint32))
+    ones = Tensor.ones(64, 64)
+    thinned = layer._thinned(ones).numpy()
+    assert set(np.unique(thinned)) == {0.0, np.float32(1 / 0.75)}
+    assert (thinned == 0).mean() == pytest.approx(0.25, abs=0.02)
+    # Neither rows nor columns are alike, and the key decides.
+    assert len({row.tobytes() for row in thinned}) == len({c.tobytes() for c in thinned.T}) == 64
+    write(layer.dropout_key, np.array([12345, 679], np.uint32))
+    assert ((layer._thinned(ones).numpy() == 0) & (thinned == 0)).mean() < 0.1
+
+
+def test_random_bits_are_the_hash_that_the_docstring_names():
+    def mixed(bits):
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+            bits = (bits ^ (bits >> shift)) * factor % 2**32
+        return bits ^ (bits >> 16)
+
+    key = Tensor(np.array([3, 2**32 - 5], np.uint32)).realize()
+    expected = [mixed(mixed(i ^ 3) ^ (2**32 - 5)) for i in range(9)]
+    assert random_bits(key, 9).tolist() == expected
+
+
+def test_dropout_is_on_in_training_alone_and_differs_by_step_layer_and_micro_batch():
+    model = build(SQUARE)
+    with_adapters(model, placed_on(model, QV), dropout=0.5)
+    staged = StagedLoss(model, adapter_tensors(model))
+    inputs, masks = on_device(random_batch(SQUARE)), dropping(model, seed=4)
+
+    def training_loss(step, micro_batch):
+        with masks(step, micro_batch):
+            keys = {read(x.dropout_key).tobytes() for x in lora_layers(model).values()}
+            assert len(keys) == 2 * SQUARE.num_layers
+            return staged.gradients(*inputs)[0].item()
+
+    whole = staged.loss(*inputs).item()
+    losses = [training_loss(*at) for at in [(1, 0), (1, 1), (2, 0)]]
+    assert len({whole, *losses}) == 4
+    assert training_loss(1, 1) == losses[1]
+    assert staged.loss(*inputs).item() == whole
+
+
+def test_without_dropout_nothing_is_added():
+    model = build(SQUARE)
+    attach(model, AdapterConfig(placed_on(model, QV)), seed=1)
+    with dropping(model, seed=4)(1, 0):
+        assert not any(layer.drops for layer in lora_layers(model).values())
+    own = base_tensors(model).keys() | adapter_tensors(model).keys()
+    assert own == model.state_dict().keys()
+
+
+def test_a_step_moves_adapters_and_leaves_the_base_alone():
+    model = build(SQUARE)
+    attach(model, AdapterConfig(placed_on(model, QV), dropout=0.5), seed=1)
+    base, adapters = copied(base_tensors(model)), copied(adapter_tensors(model))
+    optimizer = AdamW(adapter_tensors(model), TrainingConfig())
+    step = TrainStep(model, optimizer, 1, dropping(model, seed=4))
+    losses = [step([random_batch(SQUARE)], number, 1e-2).loss for number in (1, 2, 3, 4, 5)]
+    assert losses[-1] < losses[0]
+    assert all((read(t) == base[name]).all() for name, t in base_tensors(model).items())
+    for name, tensor in adapter_tensors(model).items():
+        assert (read(tensor) != adapters[name]).any(), name
+    moments = {name.split(".", 1)[1] for name in optimizer.state_dict()}
+    assert moments == adapters.keys()
+
+
+# --- a run ---
+
+
+def digests(folder):
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
+
+
+class Run:
+    """A finished run, and what its base was before it."""
+
+    def __init__(self, folder):
+        self.folder, self.base = folder, write_base(folder / "base")
+        write_text(folder)
+        self.before = digests(self.base)
+        self.config = with_base(run_config(folder, self.base))
+        self.trainer = Trainer(self.config, show=False)
+        self.summary = self.trainer.summary()
+        self.final = self.trainer.run().checkpoint
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return Run(tmp_path_factory.mktemp("lora"))
+
+
+def test_a_run_saves_adapters_alone_and_leaves_its_base_as_it_was(run):
+    assert digests(run.base) == run.before
+    assert {p.name for p in run.final.iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "tokenizer.model",
+        "optimizer.safetensors",
+        "training_state.json",
+        "manifest.json",
+    }
+    pairs = 2 * BASE.num_layers
+    assert len(SafetensorsFile(run.final / "adapter_model.safetensors").names) == 2 * pairs
+    assert len(SafetensorsFile(run.final / "optimizer.safetensors").names) == 4 * pairs
+    assert run.summary.startswith(f"{pairs * 4 * 64:,} adapter parameters on ")
+    config = json.loads((run.final / "adapter_config.json").read_text())
+    named = ("r", "lora_alpha", "lora_dropout", "target_modules", "base_model_name_or_path")
+    assert [config[key] for key in named] == [4, 8.0, 0.25, list(QV), str(run.base)]
+    lines = [
+        json.loads(x) for x in (run.folder / "run" / "metrics.jsonl").read_text().split("\n")[:-1]
+    ]
+    assert lines[-1]["loss"] < lines[0]["loss"]
+
+
+def test_resume_is_bitwise_identical(run, tmp_path):
+    config = with_base(
+        run_config(run.folder, run.base, f"checkpointing.checkpoint_dir={tmp_path}/run")
+    )
+    resumed = Trainer(config, resume=run.folder / "run" / "step-00000002", show=False)
+    assert resumed.step == 2
+    final = resumed.run().checkpoint
+    for name in ("adapter_model.safetensors", "optimizer.safetensors", "training_state.json"):
+        assert (final / name).read_bytes() == (run.final / name).read_bytes(), name
+
+
+def test_the_saved_adapter_loads_with_its_base_and_gives_the_logits_of_the_run(run):
+    tokens = Tensor(random_batch(BASE).tokens).realize()
+    trained = run.trainer.model(tokens).numpy()
+    assert (load_model(run.final)(tokens).numpy() == trained).all()
+    model = Llama.from_pretrained(run.base)
+    assert (model(tokens).numpy() != trained).any()
+    assert load_adapter(model, run.final).placed == run.trainer.adapter.placed
+    assert (model(tokens).numpy() == trained).all()
+
+
+def test_generate_and_evaluate_take_an_adapters_folder(run, capsys, monkeypatch):
+    monkeypatch.chdir(run.folder)
+    words = ["--model", str(run.final)]
+    with pytest.raises(SystemExit) as ended:
+        main(["generate", *words, "--prompt", "def", "--max-new-tokens", "3"])
+    assert ended.value.code == 0 and capsys.readouterr().out.startswith("def")
+    (run.final / "tokenizer.model").rename(run.folder / "aside")  # as in PEFT's folders
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main(["evaluate", *words, "--data", "train.txt", "--context", "32", "--batch", "8"])
+    finally:
+        (run.folder / "aside").rename(run.final / "tokenizer.model")
+    found = json.loads(capsys.readouterr().out)
+    assert ended.value.code == 0 and found["loss"] < 6
+
+
+def test_overrides_reach_rank_alpha_and_layers(run):
+    overrides = ("lora.rank=16", "lora.alpha=32", "lora.target_modules=all-linear")
+    config = with_base(run_config(run.folder, run.base, *overrides, "lora.use_rslora=true"))
+    adapter = Trainer(config, show=False).adapter
+    assert set(adapter.placed.values()) == {Placement(16, 32.0)}
+    assert len(adapter.placed) == 7 * BASE.num_layers
+    assert {adapter.scale(path) for path in adapter.placed} == {32 / 4}
+
+
+def error(kind, *arguments, **options):
+    with pytest.raises(kind) as caught:
+        Trainer(*arguments, show=False, **options)
+    return str(caught.value)
+
+
+def test_without_a_base_adapters_are_refused():
+    config = run_config("unused", "unused")
+    message = error(ConfigError, replace(config, model=replace(config.model, base=None)))
+    assert message.startswith("[lora]: adapters are trained on a checkpoint: name its folder")
+
+
+def test_resuming_with_other_adapters_is_refused_by_what_is_saved(run):
+    config = with_base(run_config(run.folder, run.base, "lora.rank=8"))
+    message = error(ConfigError, config, resume=run.final)
+    saved = "rank 4, alpha 8 on q_proj, v_proj is saved there"
+    assert message == f"[lora] differs from {run.final}: {saved}"
+
+
+def test_resuming_on_another_base_is_refused_by_its_fingerprint(run, tmp_path):
+    other = write_base(tmp_path / "other", seed=9)
+    config = with_base(run_config(run.folder, other))
+    message = error(WeightsError, config, resume=run.final)
+    assert message.startswith(f"{run.final}: was made for another base ({run.base}, fingerprint ")
+    assert f"than {other} (fingerprint " in message
+
+
+def test_a_rope_base_that_the_adapter_could_not_carry_is_refused(run):
+    config = with_base(run_config(run.folder, run.base, "model.rope_theta=500.0"))
+    message = error(ConfigError, config)
+    assert message.startswith(f"[model] differs from {run.base}/config.json")
+
+
+def test_writing_and_loading_keeps_ranks_and_scales_of_single_layers(tmp_path):
+    model = build(SQUARE)
+    placed = placed_on(model, QV)
+    placed["model.layers.1.self_attn.q_proj"] = Placement(5, 2.5)
+    del placed["model.layers.0.self_attn.v_proj"]
+    config = with_adapters(model, placed, use_rslora=True)
+    write_adapter(tmp_path, model, config)
+    again = build(SQUARE)
+    found = load_adapter(again, tmp_path)
+    assert (found.placed, found.use_rslora) == (placed, True)
+    assert found.scale("model.layers.1.self_attn.q_proj") == pytest.approx(2.5 / np.sqrt(5))
+    assert (logits_of(again) == logits_of(model)).all()
+    assert LoraConfig(rank=5, alpha=2.5, use_rslora=True).scale == found.scale(
+        "model.layers.1.self_attn.q_proj"
+    )

@@ -1,0 +1,162 @@
+"""How much memory a run will need, before it starts.
+
+    weights + scales + adapters + gradients + optimizer state + activations + workspace
+      - what is used again within a step + the interpreter and its libraries = total
+
+The model, the optimizer and the step are the run's own, with tensors that hold no memory yet;
+the step is captured without being run and its memory planned (ops/plan.py), so that every
+number but the last is the one tinygrad will allocate.
+"""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+
+from tinygrad import Device, Tensor, dtypes
+
+from tinyllama import device, lora
+from tinyllama.accounting import aligned, gigabytes
+from tinyllama.config import Config
+from tinyllama.errors import ConfigError
+from tinyllama.gradients import StagedLoss
+from tinyllama.layers import block_linears, named_tensors
+from tinyllama.model import Llama
+from tinyllama.ops.adamw import SCALARS
+from tinyllama.ops.plan import plan
+from tinyllama.optim import AdamW
+from tinyllama.quantize import packed_linears
+from tinyllama.step import TrainStep
+
+# Resident memory of a process that trains, beside its tensors; measured, see docs/memory.md.
+RUNTIME_BYTES = 250_000_000
+RUNTIME_BYTES_PER_LAYER = 3_000_000
+
+_LABELS = {
+    "weights": "weights",
+    "scales": "scales of packed weights",
+    "adapters": "adapters",
+    "gradients": "gradients",
+    "optimizer_state": "optimizer state",
+    "activations": "activations",
+    "workspace": "workspace",
+    "reused": "used again within a step",
+    "runtime": "interpreter, libraries, graphs",
+}
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes that training holds at its peak, by purpose; `reused` is below zero.
+
+    Activations, gradients and work space are each at their highest, which is at different times:
+    activations are let go as gradients appear, and `reused` is what that saves.
+    """
+
+    weights: int
+    scales: int
+    adapters: int
+    gradients: int
+    optimizer_state: int
+    activations: int
+    workspace: int
+    reused: int
+    runtime: int
+    micro_batch_size: int
+    context_length: int
+
+    @property
+    def tensors(self) -> int:
+        """Bytes of tensors: what tinygrad's own counter reaches."""
+        return self.total - self.runtime
+
+    @property
+    def total(self) -> int:
+        """Bytes that the device must have: on a CPU, the resident memory of the process."""
+        return sum(getattr(self, name) for name in _LABELS)
+
+    def table(self) -> str:
+        """One line for each purpose and their sum, as text."""
+        rows = [(_LABELS[name], getattr(self, name)) for name in _LABELS]
+        lines = [{"memory": label, "bytes": f"{n:,}", "": gigabytes(n)} for label, n in rows if n]
+        lines.append({"memory": "total", "bytes": f"{self.total:,}", "": gigabytes(self.total)})
+        return aligned(lines)
+
+    def as_dict(self) -> dict[str, int]:
+        """Every number by name, with the two sums."""
+        return asdict(self) | {"tensors": self.tensors, "total": self.total}
+
+
+def blank_model(config: Config) -> Llama:
+    """The model that a configuration trains, adapters included, holding no memory yet."""
+    t = config.training
+    model = Llama(config.model, dtype=getattr(dtypes, t.dtype), seed=None)
+    model.checkpoint_activations = t.checkpoint_activations
+    if config.qlora is not None and config.qlora.quantize_base:
+        packed_linears(model, config.qlora.block_size)
+    if config.lora is not None:
+        section = config.lora
+        for _, owner, name in list(block_linears(model.model.layers)):
+            if name in section.modules:
+                base = getattr(owner, name)
+                layer = lora.LoRALinear(base, section.rank, section.scale, section.dropout)
+                layer.drops = section.dropout > 0
+                setattr(owner, name, layer)
+    return model
+
+
+def trained_tensors(config: Config, model: Llama) -> dict[str, Tensor]:
+    """The tensors that training changes, by name: adapters where there are any, or all."""
+    return model.state_dict() if config.lora is None else lora.adapter_tensors(model)
+
+
+def estimate_memory(config: Config) -> MemoryEstimate:
+    """What training with this configuration holds on the selected device, at its peak.
+
+    A base checkpoint's sizes must be in the configuration already (`Config.with_base`).
+    """
+    t, context = config.training, config.context_length
+    model = blank_model(config)
+    trained = trained_tensors(config, model)
+    optimizer = AdamW(trained, t, blank=True)
+    step = TrainStep(model, optimizer, t.accumulation_steps)
+    batch = [Tensor.empty(t.micro_batch, context, dtype=dtypes.int32) for _ in range(3)]
+    hyperparameters = Tensor.empty(len(SCALARS))
+    plans = step.plans(*batch, hyperparameters=hyperparameters)
+    gradients = plans[0].carried_bytes + _bytes(step.sums())
+    activations = plans[0].kept_bytes
+    if config.data.val_path is not None:
+        plans.append(plan(StagedLoss(model).loss, *batch))
+    given = _bytes([*batch, hyperparameters, *model.rotations(context)])
+    workspace = sum(p.work_bytes for p in plans) + given
+    held = sum(p.arena_bytes for p in plans) + _bytes(step.sums()) + given
+    found = {"weights": 0, "scales": 0, "adapters": 0}
+    for name, tensor in named_tensors(model):
+        found[_purpose(name)] += tensor.nbytes()
+    return MemoryEstimate(
+        **found,
+        gradients=gradients,
+        optimizer_state=_bytes(optimizer.state_dict().values()),
+        activations=activations,
+        workspace=workspace,
+        reused=held - gradients - activations - workspace,
+        runtime=_runtime_bytes(config),
+        micro_batch_size=t.micro_batch,
+        context_length=context,
+    )
+
+
+def _purpose(name: str) -> str:
+    """What a tensor of the model is counted as."""
+    if "lora_" in name:
+        return "adapters"
+    return "scales" if name.endswith("scales") else "weights"
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes() for tensor in tensors)
+
+
+def _runtime_bytes(config: Config) -> int:
+    """Resident memory beside the tensors; on other devices than the CPU it is not theirs."""
+    if Device.DEFAULT != "CPU":
+        return 0
+    return RUNTIME_BYTES + RUNTIME_BYTES_PER_LAYER * config.model.num_layers
