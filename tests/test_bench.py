@@ -243,7 +243,13 @@ def test_the_table_shows_both_contenders_and_the_ratio(tmp_path: Path, spec: Spe
     peer = {**summarise(workers[1], spec, 1000), "flops_ratio": None}
     run = {"config": "c.toml", "batch": 2, "context": 32, "dtype": "float32", "steps": 3}
     versions = {"python": "3"}
-    machine = {"processor": "P", "threads": 2, "instruction_set": "AVX2", "system": "Linux"}
+    machine = {
+        "load_average": 4.0,
+        "processor": "P",
+        "threads": 2,
+        "instruction_set": "AVX2",
+        "system": "Linux",
+    }
     result |= {"peer": peer, "ratio": 1.25, "memory_ratio": 0.5, "data": "d"}
     result |= {"run": run | {"warm_up_steps": 2}, "machine": machine | {"versions": versions}}
     shown = report.text(result).splitlines()
@@ -251,12 +257,16 @@ def test_the_table_shows_both_contenders_and_the_ratio(tmp_path: Path, spec: Spe
     assert ["tokens per second", "64.0", "64.0"] in cells
     assert ["FLOPs executed /", "model's", "2.000"] in cells  # the peer cannot tell its own
     assert "tinyllama is 1.25 times as fast as the peer" in shown
+    assert any(line.startswith("warning: the machine was busy (load 4.0") for line in shown)
+    result["machine"]["load_average"] = 0.1
+    assert "warning" not in report.text(result)
 
 
-def test_each_operation_is_timed_beside_numpy() -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_each_operation_is_timed_beside_numpy(dtype: str) -> None:
     from tinyllama.bench import operations, ops
 
-    config = resolved(*SMALL_OPTIONS)
+    config = resolved(*SMALL_OPTIONS, "--dtype", dtype)
     patch = pytest.MonkeyPatch()
     with patch.context() as context:
         context.setattr(operations, "SECONDS_EACH", 0.0)

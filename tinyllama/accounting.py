@@ -7,11 +7,15 @@
 Integers throughout, so that counts are exact for models nobody can build. tinygrad is not needed.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, fields
+from math import prod
+from pathlib import Path
 from typing import NamedTuple
 
 from tinyllama.config import ALL_LINEAR, LlamaConfig, LoraConfig
+from tinyllama.weights.hf_read import open_folder
+from tinyllama.weights.peft import is_adapter, open_adapter
 
 # Widths that weights are held in, in bits.
 WIDTHS = (32, 16, 8, 4, 2)
@@ -118,6 +122,23 @@ def parameters_of(counts: Iterable[tuple[str, int]]) -> Parameters:
         part = part_of(name)
         found[part] = found.get(part, 0) + count
     return Parameters(**found)
+
+
+def folder_parameters(folder: str | Path) -> Parameters:
+    """The counts of a model's folder, or of an adapter's with the base that it names.
+
+    By the tensors in the files; only headers are read. Raises ConfigError and WeightsError.
+    """
+    if not is_adapter(folder):
+        opened = open_folder(folder)
+        return parameters_of((name, prod(opened.shape(name))) for name in opened.names)
+    adapter, opened = open_adapter(folder)
+    shapes = {name: opened.shape(name) for name in opened.names}
+    placed = adapter.config(opened.config).placed
+    for path, place in placed.items():
+        out, into = shapes[f"{path}.weight"]
+        shapes |= {f"{path}.lora_A": (place.rank, into), f"{path}.lora_B": (out, place.rank)}
+    return parameters_of((name, prod(shape)) for name, shape in shapes.items())
 
 
 def bytes_of(count: int, bits: int) -> int:
@@ -251,14 +272,13 @@ def gigabytes(count: int) -> str:
     return f"{count / 1e9:,.2f} GB"
 
 
-def aligned(rows: Iterable[Mapping[str, str]]) -> str:
-    """Rows of equal keys as a text table with a heading; all columns but the first to the right."""
+def aligned(rows: Iterable[Mapping[str, str]], left: Collection[str] = ()) -> str:
+    """Rows of equal keys as a text table; the first column and `left` stand to the left."""
     lines = [dict(row) for row in rows]
-    heading = list(lines[0])
-    widths = {key: max(len(key), *(len(line[key]) for line in lines)) for key in heading}
-    table = [{key: key for key in heading}, *lines]
-    first, *others = heading
+    table = [{key: key for key in lines[0]}, *lines]
+    widths = {key: max(len(line[key]) for line in table) for key in lines[0]}
+    texts = {key: str.ljust if key in left else str.rjust for key in lines[0]}
+    texts[next(iter(lines[0]))] = str.ljust
     return "\n".join(
-        line[first].ljust(widths[first]) + "".join("  " + line[k].rjust(widths[k]) for k in others)
-        for line in table
+        "  ".join(texts[key](line[key], widths[key]) for key in line).rstrip() for line in table
     )

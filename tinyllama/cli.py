@@ -5,6 +5,7 @@ A mistake of the user ends as one message on standard error and exit code 2.
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -58,9 +59,11 @@ def train(words: list[str]) -> None:
         "--budget", type=float, metavar="SECONDS", help="shorten the schedule to fit this time"
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    parser.add_argument("--force", action="store_true", help="train even if memory seems too small")
     asked = _parse(parser, words)
     config = load_config(asked.config, asked.set)
     choice = _select(asked)
+    from tinyllama.estimate import check_fits
     from tinyllama.train import Trainer, check_fresh, resume_folder, with_base
 
     warn = _to_stderr
@@ -69,6 +72,7 @@ def train(words: list[str]) -> None:
         check_fresh(config)
     config = with_base(config)
     print(choice.line(), flush=True)
+    print(check_fits(config, force=asked.force), flush=True)
     trainer = Trainer(config, resume=resume, budget_seconds=asked.budget, show=not asked.quiet)
     if resume is not None:
         print(f"resuming {resume} at step {trainer.step}", flush=True)
@@ -78,10 +82,20 @@ def train(words: list[str]) -> None:
         print(f"finished: step {outcome.step}, saved {outcome.checkpoint}")
     else:
         print(
-            f"stopped after step {outcome.step}, saved {outcome.checkpoint}; continue with: "
-            f"python -m tinyllama.train {asked.config} --resume "
-            + " ".join(f"--set {override}" for override in asked.set)
+            f"stopped after step {outcome.step}, saved {outcome.checkpoint}; continue with:\n"
+            + shlex.join(_resume_command(asked, outcome.checkpoint))
         )
+
+
+def _resume_command(asked: argparse.Namespace, checkpoint: Path) -> list[str]:
+    """What a person types to continue the run from `checkpoint`, with the same options."""
+    words = ["python", "-m", "tinyllama.train", asked.config, "--resume", str(checkpoint)]
+    for override in asked.set:
+        words += ["--set", override]
+    for name in ("threads", "budget"):
+        if getattr(asked, name) is not None:
+            words += [f"--{name}", str(getattr(asked, name))]
+    return words + (["--quiet"] if asked.quiet else [])
 
 
 def generate(words: list[str]) -> None:

@@ -236,3 +236,47 @@ def memory_in_use_bytes() -> int:
     from tinygrad.helpers import GlobalCounters
 
     return resident_bytes() if Device.DEFAULT == "CPU" else int(GlobalCounters.mem_used)
+
+
+def free_bytes(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Bytes a run may take on its device: what the system can give, or a container's limit leaves.
+
+    None where it is not known, which is so of every device but the CPU.
+    """
+    from tinygrad.device import Device
+
+    if Device.DEFAULT != "CPU":
+        return None
+    limits = [_container_bytes(cgroup), _system_bytes(proc)]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _system_bytes(proc: Path) -> int | None:
+    """MemAvailable where Linux says so, or else all of the machine's memory."""
+    meminfo = _lines(proc / "meminfo")
+    for line in meminfo:
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    pages = os.sysconf("SC_PHYS_PAGES") if "SC_PHYS_PAGES" in os.sysconf_names else -1
+    return pages * os.sysconf("SC_PAGE_SIZE") if pages > 0 else None
+
+
+def _container_bytes(cgroup: Path) -> int | None:
+    """What a control group's limit (version 2 or 1) leaves; its file cache can be taken back."""
+    v2 = ("memory.max", "memory.current", "memory.stat", "file")
+    v1 = ("limit_in_bytes", "usage_in_bytes", "stat", "total_cache")
+    for limit, used, stat, cache in (v2, tuple(f"memory/memory.{name}" for name in v1)):
+        numbers = [_lines(cgroup / name) for name in (limit, used)]
+        if all(lines and lines[0].isdigit() for lines in numbers):  # "max" is no limit
+            words = (line.split() for line in _lines(cgroup / stat))
+            cached = sum(int(number) for key, number in words if key == cache.rpartition(".")[2])
+            return int(numbers[0][0]) - int(numbers[1][0]) + cached
+    return None
+
+
+def _lines(file: Path) -> list[str]:
+    """Lines of a file of the system, none where it is not there: no Linux, or no container."""
+    try:
+        return file.read_text().splitlines()
+    except OSError:
+        return []

@@ -1,7 +1,8 @@
 """Text from a model, a token at a time, with a cache of keys and values.
 
 The prompt is read in chunks of PROMPT_CHUNK tokens and continued one token at a time: two
-compiled graphs in all, whatever the lengths.
+compiled graphs in all, whatever the lengths, and each of one layer, scheduled once and run for
+every layer (ops/stage.py).
 """
 
 import sys
@@ -13,7 +14,10 @@ import numpy.typing as npt
 from tinygrad import Tensor
 
 from tinyllama.errors import ConfigError
-from tinyllama.model import Llama
+from tinyllama.layers import named_tensors, structure
+from tinyllama.model import Block, Llama
+from tinyllama.ops.kernel import in_memory
+from tinyllama.ops.stage import Stage
 from tinyllama.step import captured
 
 PROMPT_CHUNK = 32
@@ -48,9 +52,9 @@ class Generator:
         """`length` bounds prompt and new tokens together; by default the model's own limit."""
         config = model.config
         self.length = min(length or config.max_seq_len, config.max_seq_len)
-        slots = -(-self.length // PROMPT_CHUNK) * PROMPT_CHUNK
-        shape = (2, 1, slots, config.kv_heads, config.head_dim)
-        self.model = model
+        self._slots = -(-self.length // PROMPT_CHUNK) * PROMPT_CHUNK
+        shape = (2, 1, self._slots, config.kv_heads, config.head_dim)
+        self.model, self._stage = model, Stage()
         self._caches = [
             Tensor.zeros(*shape, dtype=model.dtype).contiguous().realize()
             for _ in range(config.num_layers)
@@ -99,7 +103,38 @@ class Generator:
         return logits
 
     def _forward(self, tokens: Tensor, position: Tensor) -> Tensor:
-        return self.model.cached(tokens, self._caches, position).contiguous().realize()
+        """Logits (1, T, vocab) of tokens (1, T) at positions position, position + 1, ..."""
+        model, table = self.model, self.model.rotations(self._slots)
+        embedding, norm, weight = model.model.embed_tokens, model.model.norm, model.head_weight()
+
+        def turns() -> list[Tensor]:
+            index = position + Tensor.arange(tokens.shape[1], device=tokens.device)
+            return [part[index].contiguous() for part in table]
+
+        def embedded() -> list[Tensor]:
+            return [in_memory(model.embed(embedding, tokens))]
+
+        cos, sin = self._stage([*table, position], turns, ("turns", tokens.shape[1]))
+        x = self._stage([tokens, embedding.weight], embedded, "embedding")[0]
+        for layer, cache in zip(model.model.layers, self._caches, strict=True):
+            x = self._layer(layer, x, cos, sin, cache, position)
+
+        def head() -> list[Tensor]:
+            return [in_memory(model.head(norm(x)))]
+
+        return self._stage([x, norm.weight, weight], head, "head")[0]
+
+    def _layer(
+        self, layer: Block, x: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, position: Tensor
+    ) -> Tensor:
+        """A layer's output (1, T, hidden); its cache is updated in place."""
+
+        def build() -> list[Tensor]:
+            # Another Tensor of the same memory: assigning to the cache itself would change it.
+            return [in_memory(layer.cached(x, cos, sin, Tensor(cache.uop), position))]
+
+        weights = [tensor for _, tensor in named_tensors(layer)]
+        return self._stage([x, cos, sin, cache, position, *weights], build, structure(layer))[0]
 
 
 def sample(

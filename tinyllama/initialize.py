@@ -7,10 +7,11 @@ the parameter's name alone, so that every backend and every number of threads st
 
 import math
 import zlib
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 
 import numpy as np
+import numpy.typing as npt
 from tinygrad import Tensor
 
 from tinyllama.ops import storage
@@ -25,16 +26,22 @@ def initialize(tensors: Mapping[str, Tensor], num_layers: int, seed: int) -> Non
     """Give every tensor (by its Hugging Face name) its first values, in place."""
     with ThreadPoolExecutor() as pool:
         for name, tensor in tensors.items():
-            if tensor.ndim == 1:
-                storage.write(tensor, np.ones(tensor.shape, np.float32))
-                continue
-            deviation = STANDARD_DEVIATION
-            if name.endswith(RESIDUAL_PROJECTIONS):
-                deviation /= math.sqrt(2 * num_layers)
-            values = np.empty(tensor.numel(), np.float32)
-            starts = range(0, values.size, PART_ELEMENTS)
-            list(pool.map(lambda i: _fill(values, i, deviation, seed, name), starts))  # noqa: B023
-            storage.write(tensor, values.reshape(tensor.shape))
+            storage.write(tensor, first_values(name, tensor.shape, num_layers, seed, pool))
+
+
+def first_values(
+    name: str, shape: Sequence[int], num_layers: int, seed: int, pool: Executor
+) -> npt.NDArray[np.float32]:
+    """The first values of one parameter, by its Hugging Face name."""
+    if len(shape) == 1:
+        return np.ones(shape, np.float32)
+    deviation = STANDARD_DEVIATION
+    if name.endswith(RESIDUAL_PROJECTIONS):
+        deviation /= math.sqrt(2 * num_layers)
+    values = np.empty(math.prod(shape), np.float32)
+    starts = range(0, values.size, PART_ELEMENTS)
+    list(pool.map(lambda start: _fill(values, start, deviation, seed, name), starts))
+    return values.reshape(shape)
 
 
 def _fill(values: np.ndarray, start: int, deviation: float, seed: int, name: str) -> None:

@@ -9,6 +9,7 @@ from tinyllama.checkpoint import (
     latest_valid,
     list_checkpoints,
     read_state,
+    recover,
     save_checkpoint,
     step_name,
     verify,
@@ -28,7 +29,7 @@ from tinyllama.tokenizer import MODEL_FILE, Tokenizer, load_tokenizer, train_tok
 from tinyllama.weights.peft import AdapterConfig
 from tinyllama.weights.safetensors import SafetensorsFile, write_safetensors
 
-__all__ = ["list_checkpoints", "restore", "resume_folder", "save", "step_name"]
+__all__ = ["list_checkpoints", "recover", "restore", "resume_folder", "save", "step_name"]
 
 OPTIMIZER = "optimizer.safetensors"
 

@@ -52,6 +52,7 @@ class TrainStep:
         self._add_stage = Stage()
         self._sums: dict[str, Tensor] = {}
         self._summed_loss = Tensor.empty(1)
+        self._found: list[Tensor] = []  # the captured graph's gradients, for `plans`
         if micro_batches > 1:
             self._sums = {name: Tensor.empty(*p.shape) for name, p in optimizer.parameters.items()}
 
@@ -80,17 +81,23 @@ class TrainStep:
     def plans(self, *batch: Tensor, hyperparameters: Tensor) -> list[Plan]:
         """Memory of the graphs that a step runs, for a micro-batch's three tensors; runs none."""
         if self.micro_batches == 1:
-            return [plan(self._whole_step, *batch, hyperparameters)]
+            return [self._plan(self._whole_step, *batch, hyperparameters)]
         return [
-            plan(self._accumulate_step, *batch),
-            plan(self._update_step, hyperparameters),
+            self._plan(self._accumulate_step, *batch),
+            self._plan(self._update_step, hyperparameters),
         ]
+
+    def _plan(self, function: Callable[..., Any], *inputs: Tensor) -> Plan:
+        self._found = []
+        return plan(function, inputs, lambda: self._found)
 
     def _gradients(
         self, tokens: Tensor, targets: Tensor, starts: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Summed loss (1,) and its gradient by parameter name."""
-        return self.staged.gradients(tokens, targets, starts)
+        loss, grads = self.staged.gradients(tokens, targets, starts)
+        self._found = list(grads.values())
+        return loss, grads
 
     def _whole_step(
         self, tokens: Tensor, targets: Tensor, starts: Tensor, hyperparameters: Tensor

@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -29,7 +29,7 @@ from tinyllama.evaluate import Evaluation, Evaluator
 from tinyllama.metrics import MetricsLog, progress
 from tinyllama.model import Llama
 from tinyllama.optim import AdamW, learning_rate
-from tinyllama.step import StepResult, TrainStep
+from tinyllama.step import TrainStep
 from tinyllama.tokenizer import Tokenizer
 from tinyllama.weights.hf_read import open_folder
 from tinyllama.weights.peft import AdapterConfig
@@ -85,20 +85,18 @@ class Trainer:
         """Train until the schedule ends, or a signal asks to stop after the current step."""
         self.folder.mkdir(parents=True, exist_ok=True)
         runs.write_config(self.folder, self.config)
-        metrics = MetricsLog(self.folder / "metrics.jsonl", self.step + 1)
-        started = time.monotonic()
+        begun = (self.step, time.monotonic())
         with (
+            closing(MetricsLog(self.folder / "metrics.jsonl", self.step + 1)) as metrics,
             _stop_on_signals() as stopping,
             progress(self.total_steps, self.step, self.show) as bar,
         ):
             while self.step < self.total_steps and not stopping():
-                self._one_step(metrics, bar)
-                self._shorten(started, bar)
-        metrics.close()
-        finished = self.step >= self.total_steps
-        name = "final" if finished else runs.step_name(self.step)
-        if self.saved is None or self.saved.name != name:
-            self.save(name)
+                self._one_step(metrics, bar, begun)
+            finished = self.step >= self.total_steps
+            name = "final" if finished else runs.step_name(self.step)
+            if self.saved is None or self.saved.name != name:
+                self.save(name)
         assert self.saved is not None
         return Outcome(self.saved, self.step, finished)
 
@@ -113,25 +111,31 @@ class Trainer:
             f"{t.batch_size} x {context} tokens, {t.dtype}"
         )
 
-    def _one_step(self, metrics: MetricsLog, bar: "tqdm[None]") -> None:
+    def _one_step(
+        self, metrics: MetricsLog, bar: "tqdm[None]", begun: tuple[int, float]
+    ) -> None:
         t = self.config.training
         epoch, batch = self.batches.epoch + 1, self.batches.next()
         step = self.step + 1
         lr = learning_rate(step, self.total_steps, t.learning_rate, self.config.lr_schedule)
-        begun = time.perf_counter()
+        clock = time.perf_counter()
         result = self.train_step(_micro_batches(batch, t.micro_batch), step, lr)
-        seconds = time.perf_counter() - begun
-        self._check_finite(result, step, lr)
+        seconds = time.perf_counter() - clock
+        seen = {"loss": result.loss, "gradient norm": result.grad_norm, "learning rate": lr}
+        self._check_finite(step, seen)
         self.step = step
+        self._shorten(*begun)
         line: dict[str, Any] = {"step": step, "loss": result.loss, "lr": lr}
         line |= {"grad_norm": result.grad_norm, "tokens_per_second": result.tokens / seconds}
         line |= {"memory_bytes": device.memory_in_use_bytes(), "epoch": epoch}
         if self._validates(step, epoch):
             line["val_loss"] = self._validate().loss
+            self._check_finite(step, {"validation loss": line["val_loss"], "learning rate": lr})
         metrics.write(line)
         shown = {"loss": f"{result.loss:.4f}", "tok/s": f"{line['tokens_per_second']:.0f}"}
         if "val_loss" in line:
             shown["val"] = f"{line['val_loss']:.4f}"
+        bar.total = self.total_steps
         bar.set_postfix(shown, refresh=False)
         bar.update()
         if step % self.config.checkpointing.save_every == 0 and step < self.total_steps:
@@ -148,24 +152,26 @@ class Trainer:
         assert self.evaluator is not None
         return self.evaluator.run(progress=False)
 
-    def _check_finite(self, result: StepResult, step: int, lr: float) -> None:
-        if math.isfinite(result.loss) and math.isfinite(result.grad_norm):
+    def _check_finite(self, step: int, seen: dict[str, float]) -> None:
+        """Raise TrainingError, which tells what was seen, if a number in it is NaN or infinite."""
+        if all(map(math.isfinite, seen.values())):
             return
+        numbers = ", ".join(f"{name} {value:.6g}" for name, value in seen.items())
         last = f"the last good checkpoint is {self.saved}" if self.saved else "nothing was saved"
         raise TrainingError(
-            f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}, learning rate "
-            f"{lr:.3g}: the numbers are no longer finite, so training stops; {last}. "
+            f"step {step}: {numbers}: the numbers are no longer finite, so training stops; {last}. "
             "A lower training.learning_rate or a longer lr_schedule.warmup_steps may help"
         )
 
-    def _shorten(self, started: float, bar: "tqdm[None]") -> None:
-        """With a time budget, end the schedule at the step that the budget reaches."""
-        if self.budget_seconds is None or self.step < 2:
+    def _shorten(self, first: int, started: float) -> None:
+        """With a time budget, end the schedule at the step that the budget reaches: as many steps
+        fit the time that is left as took the time since `started`, when `first` was done."""
+        done = self.step - first
+        if self.budget_seconds is None or done < 2:
             return
         elapsed = time.monotonic() - started
-        left = max(0.0, self.budget_seconds - elapsed) / (elapsed / self.step)
+        left = max(0.0, self.budget_seconds - elapsed) / (elapsed / done)
         self.total_steps = max(self.step, min(self.planned_steps, self.step + int(left)))
-        bar.total = self.total_steps
 
     def save(self, name: str) -> Path:
         """Save the run as it stands under `name`."""
@@ -178,8 +184,13 @@ class Trainer:
 
 
 def resume_folder(config: Config, asked: str, warn: Callable[[str], None]) -> Path:
-    """The checkpoint `--resume` means: a folder by name, or "latest" in the run's folder."""
-    return runs.resume_folder(Path(config.checkpointing.checkpoint_dir), asked, warn)
+    """The checkpoint `--resume` means: a folder by name, or "latest" in the run's folder.
+
+    Settles first what a killed run may have left there.
+    """
+    root = Path(config.checkpointing.checkpoint_dir)
+    runs.recover(root)
+    return runs.resume_folder(root, asked, warn)
 
 
 def with_base(config: Config) -> Config:
@@ -193,6 +204,7 @@ def with_base(config: Config) -> Config:
 def check_fresh(config: Config) -> None:
     """A new run must not mix with an old one: CheckpointError if its folder holds checkpoints."""
     folder = Path(config.checkpointing.checkpoint_dir)
+    runs.recover(folder)
     found = runs.list_checkpoints(folder)
     if found:
         raise CheckpointError(

@@ -1,5 +1,5 @@
 /* gemm.c with the packed B of int4.h against a double precision product, for groups and matrices of
-   awkward sizes and 1 to 3 threads. Sizes are variables, so that one build runs all of them; FIXED
+   awkward sizes, one thread or three. Sizes are variables, so that one build runs all of them; FIXED
    makes them constants, as the kernel has them in use. */
 
 // variants: -DLAYOUT=0; -DLAYOUT=1; -DLAYOUT=0 -DBLOCKS -DA_T=1 -DC_T=1; -DLAYOUT=1 -DBLOCKS -DC_T=2
@@ -36,8 +36,8 @@ static const int size_m[] = {M}, size_rows[] = {LAYOUT == 0 ? N : K}, groups[] =
 static const int group[] = {BLOCK}, threads[] = {NT};
 #define CHOOSE(m, n, k, block, nt)
 #else
-static const int size_m[] = {1, 7, 33}, size_rows[] = {1, 7, 33, 61}, groups[] = {1, 3, 5};
-static const int group[] = {2, 6, 32, 64}, threads[] = {1, 2, 3};
+static const int size_m[] = {7, 33}, size_rows[] = {1, 33, 61}, groups[] = {1, 3};
+static const int group[] = {2, 6, 32, 64}, threads[] = {1, 3};
 static int the_m, the_n, the_k, the_block, the_nt;
 #define M the_m
 #define N the_n

@@ -124,6 +124,7 @@ def make_spec(config: Config, options: argparse.Namespace, data_file: Path) -> S
 
 def measure(config: Config, options: argparse.Namespace) -> dict[str, Any]:
     """Run the contenders; the result is what --json prints."""
+    here = machine.describe(options.threads or device.threads())
     batch, context = config.training.micro_batch, config.context_length
     rows, data = text.batches(config, WARM_UP_STEPS + options.steps, batch, context)
     flops = model_flops(config.model, batch * context, context, config.lora)
@@ -142,7 +143,7 @@ def measure(config: Config, options: argparse.Namespace) -> dict[str, Any]:
         result["memory_ratio"] = result["peak_memory_bytes"] / result["peer"]["peak_memory_bytes"]
     run = {"config": options.config, "batch": batch, "context": context, "dtype": spec.dtype}
     run |= {"steps": options.steps, "warm_up_steps": WARM_UP_STEPS, "model_flops": flops}
-    return {**result, "data": data, "run": run, "machine": machine.describe(spec.threads)}
+    return {**result, "data": data, "run": run, "machine": here}
 
 
 def _show_progress(name: str, index: int, answer: Answer) -> None:
@@ -155,12 +156,12 @@ def _ops(config: Config, options: argparse.Namespace) -> int:
     threads = options.threads or device.threads()
     python = options.peer_python or sys.executable
     has_torch = options.peer or options.peer_python or importlib.util.find_spec("torch")
-    found = ops.measure(config, threads, python if has_torch else None)
     here = machine.describe(threads)
+    found = ops.measure(config, threads, python if has_torch else None)
     if options.json:
         print(json.dumps({"operations": found, "machine": here}))
     else:
-        print(f"{machine.line(here)}\n\n{ops.text(found)}")
+        print("\n".join([machine.line(here), machine.warning(here) or "", ops.text(found)]))
     return 0
 
 

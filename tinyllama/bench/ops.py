@@ -18,7 +18,7 @@ from tinyllama.bench.report import table
 from tinyllama.bench.runner import worker_command
 from tinyllama.config import Config, LlamaConfig
 from tinyllama.errors import TrainingError
-from tinyllama.ops import kernel
+from tinyllama.ops import kernel, storage
 from tinyllama.ops.adamw import SCALARS, adamw
 from tinyllama.ops.attention import attention
 from tinyllama.ops.cross_entropy import linear_cross_entropy
@@ -97,7 +97,12 @@ def ours(operation: Operation, dtype: DType) -> Run:
     """A function that runs our operation once and waits for it."""
     kind, _, part = operation.kind.partition(" ")
     inputs, function = _functions(kind, operation.sizes, dtype, part)
-    return _compiled(_with_backward(function) if part == "both" else function, inputs)
+    if part != "both":
+        return _compiled(function, inputs)
+    # Each has an output of its first input's shape, or one number.
+    shape = () if kind == "cross_entropy" else inputs[0].shape
+    upstream = _tensor(np.ones(shape), dtype if shape else dtypes.float32)
+    return _compiled(_with_backward(function), [upstream, *inputs])
 
 
 def by_numpy(operation: Operation) -> Run | None:
@@ -129,10 +134,9 @@ def by_torch(python: str, every: Sequence[Operation], dtype: str, threads: int) 
 
 
 def _with_backward(function: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
-    def both(*tensors: Tensor) -> list[Tensor]:
+    def both(upstream: Tensor, *tensors: Tensor) -> list[Tensor]:
         out = function(*tensors)[0]
         asked = [t for t in tensors if dtypes.is_float(t.dtype)]
-        upstream = Tensor.ones(*out.shape, dtype=out.dtype, device=out.device).contiguous()
         return [out, *out.gradient(*asked, gradient=upstream)]
 
     return both
@@ -207,4 +211,11 @@ def _random(dtype: DType, *shape: int) -> Tensor:
 
 
 def _tensor(array: np.ndarray, dtype: DType) -> Tensor:
-    return Tensor(array).cast(dtype).contiguous().realize()
+    """The array in a buffer of its own, narrowed here: clang 14 has no bfloat16 of its own."""
+    tensor = Tensor.empty(*array.shape, dtype=dtype)
+    if dtype == dtypes.bfloat16:
+        bits = array.astype(np.float32).view(np.uint32)
+        storage.write(tensor, (bits >> 16).astype(np.uint16))
+    else:
+        storage.write(tensor, array.astype(np.dtype(dtype.fmt)))
+    return tensor

@@ -20,7 +20,9 @@ def text(result: dict[str, Any]) -> str:
         "",
     ]
     columns = [result] + ([result["peer"]] if "peer" in result else [])
-    lines = table(["", *(c["library"] for c in columns)], _rows(columns))
+    warning = machine.warning(result["machine"])
+    lines = [warning, ""] if warning else []
+    lines += table(["", *(c["library"] for c in columns)], _rows(columns))
     if "ratio" in result:
         lines += ["", f"tinyllama is {result['ratio']:.2f} times as fast as the peer"]
         lines += [f"and its peak memory is {result['memory_ratio']:.2f} of the peer's"]

@@ -86,6 +86,6 @@ def _scratch_floats(m: int, n: int, k: int, narrow: bool) -> int:
     block = min(1 << 20, (k + 4 * panels) * (n + 31))
     partial = 0
     if narrow and k > 320:  # sums of several panels wait in float32 before they are narrowed
-        columns = min(n + 31, (1 << 20) // min(k, 2048))
-        partial = (m + 13 if k > 2048 else 168) * columns
-    return -(-(block + 65536 + partial) // 1024) * 1024
+        columns = min(n + 31, (2 << 20) // min(k, 2048))
+        partial = (m + 13 if k > 2048 else 256) * columns
+    return -(-(block + 131072 + partial) // 1024) * 1024

@@ -5,7 +5,8 @@ planner is asked here for the same kernels, so the arena's size is exact; nothin
 allocated or computed, and the tensors that the step works on need no memory.
 """
 
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,15 +20,15 @@ from tinygrad.uop.ops import Ops, UOp
 class Plan:
     """Bytes of a step's own tensors.
 
-    arena_bytes is what is allocated. The others say what for, each at its highest: carried to the
-    last piece of the step (gradients, which the update reads), kept from one piece for another
-    (activations), and work space within a piece. Memory is used again, so they may add up to more.
+    arena is what is allocated. The others say what for, each at its highest: gradients, other
+    tensors kept from one piece of the step for another (activations), and work space within a
+    piece. Memory is used again, so together they may be more than the arena.
     """
 
-    arena_bytes: int
-    carried_bytes: int
-    kept_bytes: int
-    work_bytes: int
+    arena: int
+    gradients: int
+    kept: int
+    work: int
 
 
 class _Recorder:
@@ -40,8 +41,15 @@ class _Recorder:
         self.pieces.append(linear)
 
 
-def plan(function: Callable[..., Any], *inputs: Tensor) -> Plan:
-    """Capture `function(*inputs)`, which returns a tensor or nothing, and plan its memory."""
+def plan(
+    function: Callable[..., Any],
+    inputs: Sequence[Tensor],
+    gradients: Callable[[], Sequence[Tensor]] = list,
+) -> Plan:
+    """Capture `function(*inputs)`, which returns a tensor or nothing, and plan its memory.
+
+    `gradients` is asked afterwards which of the tensors that were made are gradients.
+    """
     before = UOp.unique().arg  # buffers get rising numbers: those that come later are the step's
     recorder = _Recorder()
     capturing.append(recorder)
@@ -52,7 +60,9 @@ def plan(function: Callable[..., Any], *inputs: Tensor) -> Plan:
     kernels = UOp(Ops.LINEAR, src=tuple(call for piece in recorder.pieces for call in piece.src))
     held = {result.uop.base} if isinstance(result, Tensor) else set()
     held |= {buffer for buffer in _buffers(kernels.src) if buffer.src[0].arg < before}
-    return Plan(_arena_bytes(memory_plan_rewrite(kernels, held)), *_purposes(recorder.pieces, held))
+    found = {tensor.uop.base for tensor in gradients()}
+    arena = _arena_bytes(memory_plan_rewrite(kernels, held))
+    return Plan(arena, *_purposes(recorder.pieces, held, found))
 
 
 def _arena_bytes(planned: UOp) -> int:
@@ -61,30 +71,30 @@ def _arena_bytes(planned: UOp) -> int:
     return sum(arena.arg for arena in {view.src[0] for view in views})
 
 
-def _purposes(pieces: list[UOp], held: set[UOp]) -> tuple[int, int, int]:
-    """Highest bytes of the tensors carried to the last piece, kept between pieces, and within."""
-    lives: dict[UOp, list[tuple[int, int]]] = {}  # (piece, kernel) of every use
-    clock = 0
+_Life = tuple[int, int, int]  # first kernel, last kernel, bytes
+
+
+def _purposes(pieces: list[UOp], held: set[UOp], found: set[UOp]) -> tuple[int, int, int]:
+    """Highest bytes at once of gradients, of what is kept between pieces, and of the rest."""
+    uses: dict[UOp, list[tuple[int, int]]] = {}  # (piece, kernel) of every use
+    clock = itertools.count()
     for number, piece in enumerate(pieces):
         for call in piece.src:
+            moment = next(clock)
             for buffer in _buffers([call]) - held:
-                lives.setdefault(buffer, []).append((number, clock))
-            clock += 1
-    last = len(pieces) - 1
-    carried: list[tuple[int, int, int]] = []
-    kept: list[tuple[int, int, int]] = []
-    work: list[tuple[int, int, int]] = []
-    for buffer, uses in lives.items():
-        if buffer.arg == 1:
-            continue  # a loss or a norm
-        (first_piece, begin), (last_piece, end) = uses[0], uses[-1]
-        group = work if first_piece == last_piece else carried if last_piece == last else kept
+                uses.setdefault(buffer, []).append((number, moment))
+    gradients: list[_Life] = []
+    kept: list[_Life] = []
+    work: list[_Life] = []
+    for buffer, places in uses.items():
+        (first_piece, begin), (last_piece, end) = places[0], places[-1]
+        group = gradients if buffer in found else work if first_piece == last_piece else kept
         group.append((begin, end, buffer.arg * buffer.dtype.itemsize))
-    return _highest(carried), _highest(kept), _highest(work)
+    return _highest(gradients), _highest(kept), _highest(work)
 
 
-def _highest(lives: list[tuple[int, int, int]]) -> int:
-    """Largest sum of bytes alive at once, of lives (first kernel, last kernel, bytes)."""
+def _highest(lives: list[_Life]) -> int:
+    """Largest sum of bytes alive at once."""
     changes = [(begin, size) for begin, _, size in lives]
     changes += [(end + 1, -size) for _, end, size in lives]
     highest = now = 0

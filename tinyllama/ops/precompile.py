@@ -10,6 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+from tinygrad import TinyJit
 from tinygrad.device import Device
 from tinygrad.engine.realize import capturing
 from tinygrad.helpers import Context, diskcache_get, diskcache_put
@@ -21,8 +22,8 @@ _started: dict[str, "Future[bytes] | None"] = {}
 
 def start(code: str) -> None:
     """Begin to compile a kernel's source, if a step is being captured and the cache lacks it."""
-    if not capturing or code in _started:
-        return
+    if not (capturing and isinstance(capturing[0], TinyJit)) or code in _started:
+        return  # nothing is captured, or only to plan its memory (ops/plan.py)
     with Context(ALLOW_DEVICE_USAGE=1):
         compiler: Any = Device["CPU"].compiler
     if compiler.cachekey is None:
