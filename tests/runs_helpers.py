@@ -4,15 +4,20 @@ import atexit
 import functools
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
+import pytest
+
 from tinyllama.checkpoint import list_checkpoints
+from tinyllama.cli import main
 from tinyllama.config import Config, config_from_toml
 from tinyllama.metrics import read_metrics
-from tinyllama.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from tinyllama.tokenizer import Tokenizer, train_tokenizer
 from tinyllama.train import Outcome, Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,7 +57,7 @@ max_seq_len = 48
 
 [training]
 learning_rate = 1e-2
-batch_size = 6
+batch_size = 12
 num_epochs = 2
 seed = 3
 
@@ -77,45 +82,102 @@ def configuration(run: Path, *overrides: str) -> Config:
     return config_from_toml(toml(run), "tiny.toml", overrides)
 
 
-def config_file(run: Path, name: str = "tiny.toml") -> Path:
+def config_file(run: Path) -> Path:
     """The same as a file, beside the run's folder."""
-    file = run.parent / name
+    file = run.with_name("tiny.toml")
     file.write_text(toml(run))
     return file
 
 
-def train(config: Config, **options: object) -> Outcome:
-    return Trainer(config, show=False, **options).run()  # type: ignore[arg-type]
+def trainer(config: Config, **options) -> Trainer:
+    return Trainer(config, show=False, **options)
 
 
-def losses(run: Path) -> dict[int, float]:
-    """Loss by step; every step is there once."""
+def train(config: Config, **options) -> Outcome:
+    return trainer(config, **options).run()
+
+
+@functools.cache
+def finished_run() -> Path:
+    """The folder of a run of both epochs that kept every step, with its validation losses."""
+    run = shared_folder() / "finished"
+    train(configuration(run, "checkpointing.save_every=1", f"data.val_path={VAL_FILES!r}"))
+    return run
+
+
+def steps_per_epoch() -> int:
+    return trainer(configuration(shared_folder() / "unused")).batches.steps_per_epoch
+
+
+def metrics(run: Path) -> dict[int, dict[str, float]]:
+    """The lines of a run's metrics by step; each step must be there once."""
     lines = read_metrics(run / "metrics.jsonl")
-    found = {line["step"]: line["loss"] for line in lines}
+    found = {line["step"]: line for line in lines}
     assert len(found) == len(lines), "a step is written twice"
     return found
+
+
+def numbers(run: Path) -> dict[int, dict[str, float]]:
+    """The same without what depends on the machine."""
+    free = ("tokens_per_second", "memory_bytes")
+    return {
+        step: {key: value for key, value in line.items() if key not in free}
+        for step, line in metrics(run).items()
+    }
 
 
 def names(run: Path) -> list[str]:
     return [folder.name for folder in list_checkpoints(run)]
 
 
+def cli(*words: object) -> int:
+    """The exit code of the command line, run in this process."""
+    with pytest.raises(SystemExit) as ended:
+        main([str(word) for word in words])
+    assert isinstance(ended.value.code, int)
+    return ended.value.code
+
+
 def environment(**variables: str) -> dict[str, str]:
-    """For a process of its own: this package, the CPU unless told otherwise."""
+    """For a process of its own: this package, and the CPU unless told otherwise."""
+    devices = {"DEV", "CPU", "CL", "GPU", "METAL", "CUDA"}
+    kept = {name: value for name, value in os.environ.items() if name not in devices}
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    found = {name: value for name, value in os.environ.items() if name != "DEV"}
-    chosen = {} if set(variables) & {"DEV", "CPU", "CL", "GPU", "METAL", "CUDA"} else {"DEV": "CPU"}
-    return {**found, **chosen, "PYTHONPATH": path, **variables}
+    chosen = {} if devices & set(variables) else {"DEV": "CPU"}
+    return {**kept, **chosen, "PYTHONPATH": path, **variables}
 
 
-def command(*words: object, **variables: str) -> subprocess.CompletedProcess[str]:
+def start(*words: object, **variables: str) -> "subprocess.Popen[str]":
     """`python -m tinyllama.WORDS` in a process of its own."""
     first, *rest = map(str, words)
-    return subprocess.run(
+    return subprocess.Popen(
         [sys.executable, "-m", f"tinyllama.{first}", *rest],
-        capture_output=True, text=True, env=environment(**variables), timeout=300,
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(**variables),
+    )
 
 
-def saved_tokenizer(folder: Path) -> Tokenizer:
-    return load_tokenizer(folder)
+def run_command(*words: object, **variables: str) -> tuple[int, str, str]:
+    """Exit code, output and errors of `python -m tinyllama.WORDS`."""
+    process = start(*words, **variables)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def wait_for_steps(process: "subprocess.Popen[str]", run: Path, count: int) -> None:
+    """Wait until a training process has written the metrics of `count` steps."""
+    file = run / "metrics.jsonl"
+    deadline = time.monotonic() + 240
+    while not file.exists() or file.read_text().count("\n") < count:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "the run does not start"
+        time.sleep(0.02)
+
+
+def stop(process: "subprocess.Popen[str]", number: signal.Signals) -> tuple[int, str, str]:
+    """Send a signal; exit code, output and errors of how the process ends."""
+    process.send_signal(number)
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err

@@ -120,7 +120,7 @@ def test_linear_shapes_are_those_of_the_model():
 
 
 def test_a_name_that_is_no_part_is_refused():
-    with pytest.raises(ValueError, match="vision_tower.weight: belongs to no part of a LLaMA"):
+    with pytest.raises(ValueError, match=r"vision_tower\.weight: belongs to no part of a LLaMA"):
         part_of("vision_tower.weight")
 
 

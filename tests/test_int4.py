@@ -1,4 +1,4 @@
-"""The product with a packed weight: both forms against numpy, its gradient, and the dense product."""
+"""The product with a packed weight: both forms against numpy, and against the dense product."""
 
 import numpy as np
 import pytest
@@ -88,14 +88,12 @@ def test_kernel_gives_the_bits_of_the_dense_product():
         assert (int4_linear(x, *tensors(packed, scales)).numpy() == dense).all()
 
 
-def test_a_packed_weight_has_no_gradient():
+@pytest.mark.parametrize("form", FORMS)
+def test_a_packed_weight_gets_no_gradient(form):
     packed, scales = tensors(*packed_weight()[:2])
-    x = input_like((LENGTH, INPUTS), dtypes.float32, 7)
-    for form in FORMS:
-        with kernel.forced(form):
-            y = int4_linear(x, packed, scales)
-            with pytest.raises(RuntimeError, match="not found"):
-                y.sum().gradient(scales)
+    with kernel.forced(form):
+        y = int4_linear(input_like((LENGTH, INPUTS), dtypes.float32, 7), packed, scales)
+        assert (y.sum().gradient(scales)[0].numpy() == 0).all()
 
 
 def test_a_thread_holds_no_more_of_the_wide_weight_than_a_block_of_panels():

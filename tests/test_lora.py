@@ -1,22 +1,14 @@
-"""Adapters: what they compute, their gradients, dropout, what is frozen, and a whole run."""
+"""Adapters: what they compute, their gradients, dropout, and what is frozen."""
 
-import hashlib
-import json
-import shutil
 from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from data_helpers import LINE, small_tokenizer
 from lora_helpers import (
-    BASE,
     placed_on,
     randomize,
-    run_config,
     with_adapters,
-    write_base,
-    write_text,
 )
 from model_helpers import (
     GROUPED,
@@ -31,11 +23,7 @@ from model_helpers import (
 from tinygrad import Tensor, dtypes
 from tinygrad.uop.ops import Ops
 
-from tinyllama.cli import main
 from tinyllama.config import ALL_LINEAR, LoraConfig, TrainingConfig
-from tinyllama.corpus import prepare
-from tinyllama.errors import ConfigError, WeightsError
-from tinyllama.evaluate import Evaluator
 from tinyllama.gradients import StagedLoss
 from tinyllama.layers import Linear
 from tinyllama.lora import (
@@ -46,20 +34,16 @@ from tinyllama.lora import (
     dropping,
     fuse,
     load_adapter,
-    load_model,
     lora_layers,
     random_bits,
     write_adapter,
 )
-from tinyllama.model import Llama
 from tinyllama.ops import kernel
 from tinyllama.ops.storage import read, write
 from tinyllama.optim import AdamW
 from tinyllama.step import TrainStep
-from tinyllama.train import Trainer, with_base
 from tinyllama.weights.hf_names import llama_shapes
 from tinyllama.weights.peft import AdapterConfig, Placement
-from tinyllama.weights.safetensors import SafetensorsFile
 
 QV = ("q_proj", "v_proj")
 
@@ -106,20 +90,23 @@ def test_new_adapters_leave_the_logits_bit_identical(form, dtype):
 @pytest.mark.parametrize("checkpoint", [False, True], ids=["kept", "recomputed"])
 def test_gradients_of_both_matrices_equal_finite_differences(checkpoint):
     """Layers with different ranks and scales: no layer may run with the numbers of another."""
-    model = build(GROUPED)
+    three = replace(GROUPED, num_layers=3)
+    model = build(three)
     model.checkpoint_activations = checkpoint
     placed = placed_on(model, ("q_proj", "k_proj", "down_proj"))
     placed["model.layers.0.self_attn.q_proj"] = Placement(3, 1.5)
-    placed["model.layers.1.mlp.down_proj"] = Placement(5, 6.0)
+    placed["model.layers.1.mlp.down_proj"] = Placement(3, 4.0)
+    placed["model.layers.1.self_attn.k_proj"] = Placement(5, 6.0)
+    placed["model.layers.2.self_attn.k_proj"] = Placement(5, 6.0)
     config = with_adapters(model, placed)
     batch = random_batch(GROUPED)
     loss, grads = StagedLoss(model, adapter_tensors(model)).gradients(*on_device(batch))
     adapters = {n: a.astype(np.float64) for n, a in copied(adapter_tensors(model)).items()}
-    weights = random_weights(GROUPED)
+    weights = random_weights(three)
 
     def loss_with(name, change):
         moved = adapters | {name: adapters[name] + change}
-        return reference_loss(merged_weights(weights, moved, config), GROUPED, batch)
+        return reference_loss(merged_weights(weights, moved, config), three, batch)
 
     assert loss.item() == pytest.approx(
         loss_with("model.layers.0.self_attn.q_proj.lora_A.weight", 0)
@@ -309,147 +296,6 @@ def test_a_step_moves_adapters_and_leaves_the_base_alone():
         assert (read(tensor) != adapters[name]).any(), name
     moments = {name.split(".", 1)[1] for name in optimizer.state_dict()}
     assert moments == adapters.keys()
-
-
-# --- a run ---
-
-
-def digests(folder):
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
-
-
-class Run:
-    """A finished run, and what its base was before it."""
-
-    def __init__(self, folder):
-        self.folder, self.base = folder, write_base(folder / "base")
-        write_text(folder)
-        self.before = digests(self.base)
-        self.config = with_base(run_config(folder, self.base))
-        self.trainer = Trainer(self.config, show=False)
-        self.summary = self.trainer.summary()
-        self.final = self.trainer.run().checkpoint
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    return Run(tmp_path_factory.mktemp("lora"))
-
-
-def test_a_run_saves_adapters_alone_and_leaves_its_base_as_it_was(run):
-    assert digests(run.base) == run.before
-    assert {p.name for p in run.final.iterdir()} == {
-        "adapter_config.json",
-        "adapter_model.safetensors",
-        "tokenizer.model",
-        "optimizer.safetensors",
-        "training_state.json",
-        "manifest.json",
-    }
-    pairs = 2 * BASE.num_layers
-    assert len(SafetensorsFile(run.final / "adapter_model.safetensors").names) == 2 * pairs
-    assert len(SafetensorsFile(run.final / "optimizer.safetensors").names) == 4 * pairs
-    assert run.summary.startswith(f"{pairs * 4 * 64:,} adapter parameters on ")
-    config = json.loads((run.final / "adapter_config.json").read_text())
-    named = ("r", "lora_alpha", "lora_dropout", "target_modules", "base_model_name_or_path")
-    assert [config[key] for key in named] == [4, 8.0, 0.25, list(QV), str(run.base)]
-    lines = [
-        json.loads(x) for x in (run.folder / "run" / "metrics.jsonl").read_text().split("\n")[:-1]
-    ]
-    assert lines[-1]["loss"] < lines[0]["loss"]
-
-
-def test_resume_is_bitwise_identical(run, tmp_path):
-    config = with_base(
-        run_config(run.folder, run.base, f"checkpointing.checkpoint_dir={tmp_path}/run")
-    )
-    resumed = Trainer(config, resume=run.folder / "run" / "step-00000002", show=False)
-    assert resumed.step == 2
-    final = resumed.run().checkpoint
-    for name in ("adapter_model.safetensors", "optimizer.safetensors", "training_state.json"):
-        assert (final / name).read_bytes() == (run.final / name).read_bytes(), name
-
-
-def test_the_saved_adapter_loads_with_its_base_and_gives_the_logits_of_the_run(run):
-    tokens = Tensor(random_batch(BASE).tokens).realize()
-    trained = run.trainer.model(tokens).numpy()
-    assert (load_model(run.final)(tokens).numpy() == trained).all()
-    model = Llama.from_pretrained(run.base)
-    assert (model(tokens).numpy() != trained).any()
-    assert load_adapter(model, run.final).placed == run.trainer.adapter.placed
-    assert (model(tokens).numpy() == trained).all()
-
-
-def test_generate_takes_an_adapters_folder(run, capsys, monkeypatch):
-    class Stub:
-        """Generates nothing: what it is given is what matters here."""
-
-        def __init__(self, model, length):
-            assert copied(adapter_tensors(model)).keys() == run.trainer.optimizer.parameters.keys()
-
-        def tokens(self, *_, **__):
-            return iter(())
-
-    monkeypatch.setattr("tinyllama.generate.Generator", Stub)
-    with pytest.raises(SystemExit) as ended:
-        main(["generate", "--model", str(run.final), "--prompt", "def"])
-    assert ended.value.code == 0 and capsys.readouterr().out == "def\n"
-
-
-def test_evaluate_takes_an_adapters_folder_with_the_tokenizer_of_its_base(run, capsys, tmp_path):
-    theirs = tmp_path / "theirs"  # PEFT's folders have no tokenizer
-    shutil.copytree(run.final, theirs, ignore=shutil.ignore_patterns("tokenizer.model"))
-    text = tmp_path / "held.txt"
-    text.write_text(LINE * 20)
-    words = ["--model", theirs, "--data", text, "--context", 32, "--cache-dir", tmp_path / "c"]
-    with pytest.raises(SystemExit) as ended:
-        main(["evaluate", *map(str, words)])
-    assert ended.value.code == 0
-    dataset = prepare([str(text)], small_tokenizer(), tmp_path / "d", progress=False)
-    expected = Evaluator(run.trainer.model, dataset, 32, 1).run()
-    assert json.loads(capsys.readouterr().out) == pytest.approx(expected._asdict())
-
-
-def test_overrides_reach_rank_alpha_and_layers(run):
-    overrides = ("lora.rank=16", "lora.alpha=32", "lora.target_modules=all-linear")
-    config = with_base(run_config(run.folder, run.base, *overrides, "lora.use_rslora=true"))
-    adapter = Trainer(config, show=False).adapter
-    assert set(adapter.placed.values()) == {Placement(16, 32.0)}
-    assert len(adapter.placed) == 7 * BASE.num_layers
-    assert {adapter.scale(path) for path in adapter.placed} == {32 / 4}
-
-
-def error(kind, *arguments, **options):
-    with pytest.raises(kind) as caught:
-        Trainer(*arguments, show=False, **options)
-    return str(caught.value)
-
-
-def test_without_a_base_adapters_are_refused():
-    config = run_config("unused", "unused")
-    message = error(ConfigError, replace(config, model=replace(config.model, base=None)))
-    assert message.startswith("[lora]: adapters are trained on a checkpoint: name its folder")
-
-
-def test_resuming_with_other_adapters_is_refused_by_what_is_saved(run):
-    config = with_base(run_config(run.folder, run.base, "lora.rank=8"))
-    message = error(ConfigError, config, resume=run.final)
-    saved = "rank 4, alpha 8 on q_proj, v_proj is saved there"
-    assert message == f"[lora] differs from {run.final}: {saved}"
-
-
-def test_resuming_on_another_base_is_refused_by_its_fingerprint(run, tmp_path):
-    other = write_base(tmp_path / "other", seed=9)
-    config = with_base(run_config(run.folder, other))
-    message = error(WeightsError, config, resume=run.final)
-    assert message.startswith(f"{run.final}: was made for another base ({run.base}, fingerprint ")
-    assert f"than {other} (fingerprint " in message
-
-
-def test_a_rope_base_that_the_adapter_could_not_carry_is_refused(run):
-    config = with_base(run_config(run.folder, run.base, "model.rope_theta=500.0"))
-    message = error(ConfigError, config)
-    assert message.startswith(f"[model] differs from {run.base}/config.json")
 
 
 def test_writing_and_loading_keeps_ranks_and_scales_of_single_layers(tmp_path):

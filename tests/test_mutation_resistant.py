@@ -1,5 +1,6 @@
 """The ten tests whose numbers show a swapped operator or an off-by-one; see the specification."""
 
+import itertools
 import math
 
 import pytest
@@ -103,7 +104,7 @@ def test_06_feed_forward_is_three_matrices():
 
 def test_07_counts_are_linear_in_the_layers():
     counts = [model_parameters(Config(model=sized(layers=n))).total for n in range(1, 6)]
-    steps = {after - before for before, after in zip(counts, counts[1:], strict=False)}
+    steps = {after - before for before, after in itertools.pairwise(counts)}
     assert steps == {layer_parameters(sized())} == {262_400}
     assert counts[0] - 262_400 == 2 * 128_000 + 128
 

@@ -309,6 +309,27 @@ def test_loss_of_logits_in_the_thousands_is_finite(form):
     assert np.isfinite(found[1]).all() and np.isfinite(found[2]).all()
 
 
+@pytest.mark.parametrize("form", ["cpu", "portable"])
+def test_a_target_beyond_the_vocabulary_has_no_number_for_a_loss(form):
+    """And nothing is written beside the logits: every other row is as it was."""
+    x, w, targets = normal(33, 31), normal(257, 31, seed=1), targets_of(33, 257)
+    wrong = targets.copy()
+    wrong[[1, 31]] = 257, 2**31 - 1
+    found = []
+    for given in (targets, wrong):
+        with kernel.forced(form):
+            tensors = [Tensor(a).realize() for a in (x, w, given)]
+            each = cross_entropy.token_losses(*tensors).numpy()
+            summed, dx, _ = cross_entropy.loss_and_gradients(*tensors, True)
+            found.append((each, dx.numpy(), summed.item()))
+    right, changed = found
+    others = ~np.isin(np.arange(33), [1, 31])
+    assert np.isnan(changed[0][~others]).all() and np.isnan(changed[2])
+    assert not changed[1][~others].any()
+    np.testing.assert_array_equal(changed[0][others], right[0][others])
+    np.testing.assert_array_equal(changed[1][others], right[1][others])
+
+
 def test_frozen_head_gets_no_weight_gradient():
     with kernel.forced("cpu"):
         x, w = normal(33, 31), normal(257, 31, seed=1)

@@ -9,11 +9,15 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from tinyllama import device
 from tinyllama.config import load_config
-from tinyllama.errors import TinyllamaError
+from tinyllama.errors import ConfigError, TinyllamaError
+
+if TYPE_CHECKING:
+    from tinyllama.model import Llama
+    from tinyllama.tokenizer import Tokenizer
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -103,7 +107,7 @@ def generate(words: list[str]) -> None:
     parser = _parser("generate", "Continue a prompt with a trained model, streaming its tokens.")
     parser.add_argument("--model", required=True, type=Path, help="checkpoint folder")
     parser.add_argument("--prompt", default="", help="text to continue")
-    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--max-new-tokens", type=_count, default=128)
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest")
     parser.add_argument("--top-k", type=int, help="draw among the k likeliest")
     parser.add_argument("--top-p", type=float, help="draw among those that reach this probability")
@@ -111,19 +115,20 @@ def generate(words: list[str]) -> None:
     asked = _parse(parser, words)
     choice = _select(asked)
     from tinyllama.generate import Generator, Sampling
-    from tinyllama.lora import load_model, tokenizer_folder
-    from tinyllama.tokenizer import load_tokenizer
 
     sampling = Sampling(asked.temperature, asked.top_k, asked.top_p, asked.seed)
-    tokenizer = load_tokenizer(tokenizer_folder(asked.model))
-    model = load_model(asked.model)
-    print(choice.line(), file=sys.stderr, flush=True)
+    tokenizer, model = _load(asked.model)
+    _to_stderr(choice.line())
     prompt = [tokenizer.bos_id, *tokenizer.encode(asked.prompt)]
-    room = model.config.max_seq_len - len(prompt)
-    generator = Generator(model, len(prompt) + min(asked.max_new_tokens, max(room, 0)))
+    new_tokens = min(asked.max_new_tokens, model.config.max_seq_len - len(prompt))
+    if new_tokens < 1:
+        raise ConfigError(
+            f"--prompt: got {len(prompt)} tokens, must be fewer than the {model.config.max_seq_len}"
+            " of the model's context"
+        )
+    generator = Generator(model, len(prompt) + new_tokens, tokenizer.vocab_size)
     decoder = tokenizer.stream()
     print("".join(decoder.push(token) for token in prompt), end="", flush=True)
-    new_tokens = min(asked.max_new_tokens, max(room, 1))
     for token in generator.tokens(prompt, new_tokens, sampling, stop=[tokenizer.eos_id]):
         print(decoder.push(token), end="", flush=True)
     print(decoder.flush())
@@ -134,20 +139,21 @@ def evaluate(words: list[str]) -> None:
     parser = _parser("evaluate", "Loss, perplexity and bits per byte of a model on text, as JSON.")
     parser.add_argument("--model", required=True, type=Path, help="checkpoint folder")
     parser.add_argument("--data", required=True, nargs="+", help="files, folders or patterns")
-    parser.add_argument("--context", type=int, help="tokens a window (default: the model's)")
-    parser.add_argument("--batch", type=int, default=1, help="windows at once")
+    parser.add_argument("--context", type=_count, help="tokens a window (default: the model's)")
+    parser.add_argument("--batch", type=_count, default=1, help="windows at once")
     parser.add_argument("--cache-dir", default=".cache/tinyllama", help="for tokenized text")
     asked = _parse(parser, words)
-    _select(asked)
+    choice = _select(asked)
     from tinyllama.data import prepare
     from tinyllama.evaluate import Evaluator
-    from tinyllama.lora import load_model, tokenizer_folder
-    from tinyllama.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(tokenizer_folder(asked.model))
+    tokenizer, model = _load(asked.model)
+    _to_stderr(choice.line())
+    longest = model.config.max_seq_len
+    context = asked.context or longest
+    if context > longest:
+        raise ConfigError(f"--context: got {context}, must be at most the model's {longest}")
     dataset = prepare(asked.data, tokenizer, asked.cache_dir)
-    model = load_model(asked.model)
-    context = min(asked.context or model.config.max_seq_len, model.config.max_seq_len)
     result = Evaluator(model, dataset, context, asked.batch).run(progress=True)
     print(json.dumps(result._asdict()))
 
@@ -181,10 +187,29 @@ def _parse(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namesp
 
 
 def _select(asked: argparse.Namespace) -> device.DeviceChoice:
-    choice = device.select()
-    if asked.threads is not None:
-        device.set_threads(asked.threads)
-    return choice
+    return device.select(threads=asked.threads)
+
+
+def _count(word: str) -> int:
+    """An argument that must be 1 or more."""
+    number = int(word)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"got {number}, must be 1 or more")
+    return number
+
+
+def _load(folder: Path) -> "tuple[Tokenizer, Llama]":
+    """The tokenizer and the model of a folder. Raises ConfigError if they do not fit."""
+    from tinyllama.lora import load_model, tokenizer_folder
+    from tinyllama.tokenizer import load_tokenizer
+
+    tokenizer, model = load_tokenizer(tokenizer_folder(folder)), load_model(folder)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ConfigError(
+            f"{folder}: its tokenizer has {tokenizer.vocab_size} entries, must be at most the "
+            f"model's {model.config.vocab_size}"
+        )
+    return tokenizer, model
 
 
 def _to_stderr(message: str) -> None:

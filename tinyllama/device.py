@@ -69,13 +69,18 @@ def wanted(environ: Mapping[str, str]) -> tuple[tuple[str, ...], str]:
     return (*GPU_ORDER, "CPU"), "nothing asked for: the best there is"
 
 
-def select(environ: MutableMapping[str, str] = os.environ) -> DeviceChoice:
+def select(
+    environ: MutableMapping[str, str] = os.environ, threads: int | None = None
+) -> DeviceChoice:
     """Choose the device, tell tinygrad, and return what was chosen.
 
     Sets `DEV` in `environ`, so that child processes choose the same, and removes the variables
-    tinygrad would refuse. Raises DeviceError, naming what is available and what to install.
+    tinygrad would refuse. With `threads`, CPU kernels are split over that many. Raises
+    DeviceError, naming what is available and what to install.
     """
     candidates, reason = wanted(environ)
+    if threads is not None:
+        set_thread_variable(environ, threads)
     for name in (*FLAGS, "GPU"):
         environ.pop(name, None)
     environ.pop("DEV", None)
@@ -192,14 +197,19 @@ def threads() -> int:
     return set_threads(int(asked)) if asked.isdigit() and int(asked) > 0 else int(CPU_COUNT.value)
 
 
+def set_thread_variable(environ: MutableMapping[str, str], count: int) -> None:
+    """Ask for `count` threads, of this process and its children. Raises DeviceError below one."""
+    if count < 1:
+        raise DeviceError(f"--threads: got {count}, must be 1 or more")
+    environ["NUM_CPU_THREADS"] = str(count)
+
+
 def set_threads(count: int) -> int:
     """Split CPU kernels over `count` threads from here on. Raises DeviceError below one."""
     from tinygrad.helpers import CPU_COUNT
     from tinygrad.renderer.cstyle import ClangRenderer
 
-    if count < 1:
-        raise DeviceError(f"--threads: got {count}, must be 1 or more")
-    os.environ["NUM_CPU_THREADS"] = str(count)
+    set_thread_variable(os.environ, count)
     CPU_COUNT.value = count
     ClangRenderer.global_max = (count, 0, 0)
     return count

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 
 from tinygrad import Device, Tensor, dtypes
+from tinygrad.helpers import GlobalCounters
 
 from tinyllama import device, lora
 from tinyllama.accounting import Parameters, aligned, gigabytes, parameters_of
@@ -27,10 +28,10 @@ from tinyllama.optim import AdamW
 from tinyllama.quantize import packed_linears
 from tinyllama.step import TrainStep
 
-# Resident memory of a process that trains, beside its tensors: 188 to 206 MB were measured with 4
-# and 6 layers, 233 MB with 32 (Linux, Python 3.11, tinygrad 0.13).
-RUNTIME_BYTES = 190_000_000
-RUNTIME_BYTES_PER_LAYER = 1_000_000
+# What a process takes for the graphs of a run, beside what it has before and its tensors: 17 to 29
+# MB were measured with 4 and 6 layers, 62 MB with 32 (Linux, Python 3.11, tinygrad 0.13).
+GRAPH_BYTES = 17_000_000
+GRAPH_BYTES_PER_LAYER = 1_400_000
 
 _LABELS = {
     "weights": "weights",
@@ -125,7 +126,7 @@ def estimate_memory(config: Config) -> MemoryEstimate:
 
     A base checkpoint's sizes must be in the configuration already (`Config.with_base`).
     """
-    t, context = config.training, config.context_length
+    t, context, runtime = config.training, config.context_length, _runtime_bytes(config)
     model = blank_model(config)
     optimizer = AdamW(trained_tensors(config, model), t, blank=True)
     step = TrainStep(model, optimizer, t.accumulation_steps)
@@ -145,7 +146,7 @@ def estimate_memory(config: Config) -> MemoryEstimate:
         activations=first.kept,
         workspace=workspace,
         reused=held - gradients - first.kept - workspace,
-        runtime=_runtime_bytes(config),
+        runtime=runtime,
         micro_batch_size=t.micro_batch,
         context_length=context,
     )
@@ -186,33 +187,34 @@ def largest_micro_batch(config: Config, limit_bytes: int) -> int | None:
 def verdict(config: Config, estimate: MemoryEstimate, limit_bytes: int | None) -> str:
     """The line that says whether a run fits, and the largest micro-batch that does."""
     if limit_bytes is None:
-        return f"the memory of {Device.DEFAULT} is not known: give it with --device-memory BYTES"
-    there = f"{gigabytes(limit_bytes)} that {Device.DEFAULT} has free"
+        return f"the memory of {Device.DEFAULT} is not known"
     largest = largest_micro_batch(config, limit_bytes)
     most = f"the largest micro-batch that does is {largest}"
     if largest is None:
         most = "not even a micro-batch of 1 does"
+    there = gigabytes(limit_bytes)
     if estimate.total <= limit_bytes:
-        return f"fits the {there}; {most}"
-    return f"does not fit: needs {gigabytes(estimate.total)} of the {there}; {most}"
+        return f"fits the {there} that {Device.DEFAULT} has free; {most}"
+    needed = gigabytes(estimate.total)
+    return f"does not fit: needs {needed}, and {Device.DEFAULT} has {there} free; {most}"
 
 
 def check_fits(config: Config, *, force: bool = False) -> str:
     """The estimate of a run, to print before it. Raises ConfigError if it cannot fit the device.
 
-    With `force` it says so and lets the run begin.
+    With `force` it only says so.
     """
     estimate, limit = estimate_memory(config), device.free_bytes()
-    if limit is None or estimate.total <= limit:
-        room = "" if limit is None else f" of the {gigabytes(limit)} that are free"
-        return f"{estimate.table()}\nfits: {gigabytes(estimate.total)}{room}"
+    if limit is not None and estimate.total <= limit:
+        room = f"fits: {gigabytes(estimate.total)} of {gigabytes(limit)} free"
+        return f"{estimate.table()}\n{room}"
     text = f"{estimate.table()}\n{verdict(config, estimate, limit)}"
-    if not force:
-        raise ConfigError(
-            f"{text}\nset training.micro_batch_size, data.context_length or "
-            "training.checkpoint_activations, or try it nevertheless with --force"
-        )
-    return text
+    if limit is None or force:
+        return text
+    raise ConfigError(
+        f"{text}\nlower training.micro_batch_size or data.context_length, "
+        "set training.checkpoint_activations = true, or try it nevertheless with --force"
+    )
 
 
 def _purpose(name: str) -> str:
@@ -227,7 +229,12 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def _runtime_bytes(config: Config) -> int:
-    """Resident memory beside the tensors; on other devices than the CPU it is not theirs."""
+    """Resident memory beside the tensors: what this process has now, and a run's graphs.
+
+    Drivers that were looked for make a difference of 50 MB, so what is there is measured. On other
+    devices than the CPU none of it is theirs.
+    """
     if Device.DEFAULT != "CPU":
         return 0
-    return RUNTIME_BYTES + RUNTIME_BYTES_PER_LAYER * config.model.num_layers
+    now = device.resident_bytes() - int(GlobalCounters.mem_used_per_device["CPU"])
+    return max(now, 0) + GRAPH_BYTES + GRAPH_BYTES_PER_LAYER * config.model.num_layers

@@ -48,13 +48,18 @@ class Sampling:
 class Generator:
     """Generates from one model; its compiled graphs serve every prompt."""
 
-    def __init__(self, model: Llama, length: int | None = None) -> None:
-        """`length` bounds prompt and new tokens together; by default the model's own limit."""
+    def __init__(
+        self, model: Llama, length: int | None = None, vocabulary: int | None = None
+    ) -> None:
+        """`length` bounds prompt and new tokens together; by default the model's own limit.
+
+        With `vocabulary` only ids below it are drawn: a model may have more than its tokenizer.
+        """
         config = model.config
         self.length = min(length or config.max_seq_len, config.max_seq_len)
         self._slots = -(-self.length // PROMPT_CHUNK) * PROMPT_CHUNK
         shape = (2, 1, self._slots, config.kv_heads, config.head_dim)
-        self.model, self._stage = model, Stage()
+        self.model, self.vocabulary, self._stage = model, vocabulary, Stage()
         self._caches = [
             Tensor.zeros(*shape, dtype=model.dtype).contiguous().realize()
             for _ in range(config.num_layers)
@@ -78,7 +83,7 @@ class Generator:
         generator = np.random.Generator(np.random.PCG64(sampling.seed))
         logits = self._read_prompt(prompt)
         for position in range(len(prompt), len(prompt) + new_tokens):
-            token = sample(logits, sampling, generator)
+            token = sample(logits[: self.vocabulary], sampling, generator)
             if token in stop:
                 return
             yield token
@@ -91,7 +96,7 @@ class Generator:
         for start in range(0, len(prompt), PROMPT_CHUNK):
             part = list(prompt[start : start + PROMPT_CHUNK])
             padded = part + [0] * (PROMPT_CHUNK - len(part))
-            logits = self._run(self._prompt, padded, start)[len(part) - 1]
+            logits: npt.NDArray[np.float32] = self._run(self._prompt, padded, start)[len(part) - 1]
         return logits
 
     def _run(

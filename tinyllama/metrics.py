@@ -37,9 +37,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     lines = path.read_text(encoding="utf-8").split("\n")
     whole = [line for line in lines[:-1] if line]
     try:
-        return [json.loads(line) for line in whole]
+        found = [json.loads(line) for line in whole]
+        for number, values in enumerate(found, 1):
+            if not isinstance(values, dict) or not isinstance(values.get("step"), int):
+                raise ValueError(f"line {number} names no step")
     except ValueError as error:
         raise CheckpointError(f"{path}: not a metrics file: {error}") from error
+    return found
 
 
 def _drop_from(path: Path, first_step: int) -> None:

@@ -179,20 +179,6 @@ class Llama:
             x = layer(x, cos, sin, starts)
         return self.model.norm(x)
 
-    def cached(self, tokens: Tensor, caches: list[Tensor], position: Tensor) -> Tensor:
-        """Logits (1, T, vocab) of one sequence's tokens (1, T) at positions position, ...
-
-        caches holds, for each layer, a tensor (2, 1, S, KV, D) that is updated in place; position
-        is an int32 tensor (1,), and position + T must not pass S.
-        """
-        S = caches[0].shape[2]
-        index = position + Tensor.arange(tokens.shape[1], device=tokens.device)
-        cos, sin = (table[index].contiguous() for table in self.rotations(S))
-        x = self.model.embed_tokens(tokens, self.dtype)
-        for layer, cache in zip(self.model.layers, caches, strict=True):
-            x = layer.cached(x, cos, sin, cache, position)
-        return self.head(self.model.norm(x))
-
     def head(self, x: Tensor) -> Tensor:
         """x (B, T, hidden) -> logits (B, T, vocab) float32."""
         return linear(x, self.head_weight()).float()

@@ -111,9 +111,7 @@ class Trainer:
             f"{t.batch_size} x {context} tokens, {t.dtype}"
         )
 
-    def _one_step(
-        self, metrics: MetricsLog, bar: "tqdm[None]", begun: tuple[int, float]
-    ) -> None:
+    def _one_step(self, metrics: MetricsLog, bar: "tqdm[None]", begun: tuple[int, float]) -> None:
         t = self.config.training
         epoch, batch = self.batches.epoch + 1, self.batches.next()
         step = self.step + 1

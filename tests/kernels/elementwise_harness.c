@@ -50,7 +50,6 @@ static int NT;
 #include "../../tinyllama/ops/cpu/cross_entropy.c"
 #undef KERNEL
 #define KERNEL square_sum
-#define ACCUMULATE 0
 #include "../../tinyllama/ops/cpu/square_sum.c"
 #undef KERNEL
 #define KERNEL adamw
@@ -234,12 +233,16 @@ static void test_cross_entropy(double spread) {
   for (long n = 0; n < N; n++) {
     check_cross_entropy(n, logits + n * V, before + n * V, loss[n], targets[n]);
   }
+  for (long n = 0; n < N; n++) targets[n] = n % 2 ? (int)V : 0x7fffffff; /* no such logit */
+  RUN(cross_entropy(logits, loss, targets, core));
+  for (long n = 0; n < N; n++) check("cross_entropy no logit", n, isnan(loss[n]), 1, 0);
   release(logits, size), release(before, size), release(loss, 4), release(targets, 4);
 }
 
 static void test_square_sum(void) {
   float *x = make_float(COUNT, -3, 3), *partial = make(NT, 4);
-  double got = 0, want = 0;
+  double got = 0, want = ACCUMULATE ? 2.0 * NT : 0;
+  for (int c = 0; c < NT; c++) partial[c] = 2;
   RUN(square_sum(partial, x, core));
   for (int c = 0; c < NT; c++) got += partial[c];
   for (long i = 0; i < COUNT; i++) want += (double)x[i] * x[i];

@@ -1,10 +1,12 @@
-"""AdamW (Loshchilov & Hutter 2019), one pass over each parameter, in torch.optim.AdamW's order.
+"""AdamW (Loshchilov & Hutter 2019), one pass over each parameter, as torch.optim.AdamW.
 
 g <- grad_scale g
-p <- p - lr weight_decay p                       (2-D weights only)
 m <- beta1 m + (1 - beta1) g
 v <- beta2 v + (1 - beta2) g^2
-p <- p - lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+p <- p - lr weight_decay p - lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+
+Only 2-D weights decay. Both changes are summed before p changes, so that a decay too small for
+1 - lr weight_decay in float32 is not lost.
 """
 
 from tinygrad import Tensor, dtypes
@@ -39,9 +41,10 @@ def adamw(
     new_m = (m * beta1.reshape(ones) + g * (1 - beta1).reshape(ones)).contiguous()
     new_v = (v * beta2.reshape(ones) + g * g * (1 - beta2).reshape(ones)).contiguous()
     denominator = new_v.sqrt() / correction2.sqrt().reshape(ones) + eps.reshape(ones)
-    start = p * (1 - lr * weight_decay).reshape(ones) if decay else p
-    new_p = start - (lr / correction1).reshape(ones) * new_m / denominator
-    return [p.assign(new_p), m.assign(new_m), v.assign(new_v)]
+    change = (lr / correction1).reshape(ones) * new_m / denominator
+    if decay:
+        change = change + (lr * weight_decay).reshape(ones) * p
+    return [p.assign(p - change), m.assign(new_m), v.assign(new_v)]
 
 
 def square_sum(grads: list[Tensor]) -> Tensor:

@@ -3,10 +3,12 @@
 The logits (tokens x vocabulary) are the largest tensor of a small model. They are made for a
 chunk of tokens at a time; the same pass turns them into their gradient, softmax - one_hot, and
 multiplies that back, so that loss, dx and dW leave together and the chunk is forgotten.
-A target of -1 is not trained: its loss and gradient are zero.
+A target of -1 is not trained: its loss and gradient are zero. One beyond the vocabulary has the
+loss NaN, which stops a run.
 """
 
 import itertools
+import math
 
 from tinygrad import Tensor, dtypes
 from tinygrad.function import function
@@ -88,8 +90,11 @@ def _softmax_loss(logits: Tensor, targets: Tensor, *, gradient: bool) -> tuple[T
     exps = shifted.exp()
     total = exps.sum(-1, keepdim=True).contiguous()
     picked = one_hot.where(shifted, 0).sum(-1)
-    loss = trained.where(total.reshape(-1).log() - picked, 0).contiguous()
-    dlogits = trained.reshape(-1, 1).where(exps / total - one_hot.cast(dtypes.float32), 0)
+    loss = trained.where(total.reshape(-1).log() - picked, 0)
+    # A target that has no logit: NaN, which stops a run.
+    known = targets < scores.shape[1]
+    loss = known.where(loss, math.nan).contiguous()
+    dlogits = (trained & known).reshape(-1, 1).where(exps / total - one_hot.cast(dtypes.float32), 0)
     return loss, dlogits.cast(logits.dtype).contiguous()
 
 

@@ -19,8 +19,7 @@ from tinygrad.renderer import Estimates
 from tinygrad.uop.ops import KernelInfo, Ops, ProgramInfo, UOp
 
 from tinyllama import device
-from tinyllama.ops import precompile
-from tinyllama.ops import bfloat16
+from tinyllama.ops import bfloat16, precompile
 
 Form = Literal["portable", "cpu"]
 _forced: list[Form] = []

@@ -13,7 +13,7 @@ from typing import Any
 from tinygrad import Tensor
 from tinygrad.engine.realize import capturing
 from tinygrad.schedule.memory import memory_plan_rewrite
-from tinygrad.uop.ops import Ops, UOp
+from tinygrad.uop.ops import Ops, UOp, buffers
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,8 @@ def plan(
 
     `gradients` is asked afterwards which of the tensors that were made are gradients.
     """
-    before = UOp.unique().arg  # buffers get rising numbers: those that come later are the step's
+    # Buffers get rising numbers: those that come later, and get no memory, are the step's own.
+    before = UOp.unique().arg
     recorder = _Recorder()
     capturing.append(recorder)
     try:
@@ -59,7 +60,7 @@ def plan(
         capturing.clear()
     kernels = UOp(Ops.LINEAR, src=tuple(call for piece in recorder.pieces for call in piece.src))
     held = {result.uop.base} if isinstance(result, Tensor) else set()
-    held |= {buffer for buffer in _buffers(kernels.src) if buffer.src[0].arg < before}
+    held |= {b for b in _buffers(kernels.src) if b.src[0].arg < before or b in buffers}
     found = {tensor.uop.base for tensor in gradients()}
     arena = _arena_bytes(memory_plan_rewrite(kernels, held))
     return Plan(arena, *_purposes(recorder.pieces, held, found))

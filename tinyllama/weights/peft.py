@@ -3,20 +3,15 @@
     base_model.model.PATH.lora_A.weight [r, in],  base_model.model.PATH.lora_B.weight [out, r]
     W + scale B A,  scale = alpha / r, or alpha / sqrt(r) with use_rslora
 
-rank_pattern, alpha_pattern and layers_to_transform are honoured; what cannot be computed here is
-refused by name. A folder written here also carries a fingerprint of its base.
+What the first file may say is in peft_config.py. A folder written here also carries a fingerprint
+of its base, so that another base of the same sizes is told apart.
 """
 
 import hashlib
 import json
-import math
 import os
-import re
-from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +22,15 @@ from tinyllama.weights.dtypes import FLOATS
 from tinyllama.weights.hf_config import read_json
 from tinyllama.weights.hf_names import Shape, llama_shapes
 from tinyllama.weights.hf_read import HfFolder, open_folder
+from tinyllama.weights.peft_config import (
+    ADAPTER_CONFIG,
+    AdapterConfig,
+    Placement,
+    placement,
+    targets,
+    to_peft,
+    unsupported,
+)
 from tinyllama.weights.safetensors import (
     FileDigest,
     SafetensorsFile,
@@ -34,55 +38,24 @@ from tinyllama.weights.safetensors import (
     write_safetensors,
 )
 
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+__all__ = [
+    "PARTS",
+    "AdapterConfig",
+    "AdapterFolder",
+    "Placement",
+    "fingerprint",
+    "is_adapter",
+    "linear_shapes",
+    "open_adapter",
+    "save_adapter",
+]
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PARTS = ("lora_A", "lora_B")
 
 _PREFIX = "base_model.model."
 _FINGERPRINT = "base_fingerprint"
 _SAMPLE_ELEMENTS = 1024
-# Keys that are read here, or say nothing about what the adapter computes.
-_KNOWN = {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "rank_pattern"}
-_KNOWN |= {"alpha_pattern", "layers_to_transform", "layers_pattern", "base_model_name_or_path"}
-_KNOWN |= {"task_type", "auto_mapping", "peft_version", "revision", "inference_mode"}
-_KNOWN |= {"megatron_core", "qalora_group_size", "loftq_config", "eva_config", "runtime_config"}
-# The one value of a key that can be computed; of every other key, an empty value.
-_ONLY: dict[str, tuple[Any, ...]] = {"peft_type": ("LORA",), "bias": ("none", None)}
-# Ways to begin that leave the base as it is; pissa, olora, corda and loftq change it.
-_ONLY["init_lora_weights"] = (True, False, None, "gaussian", "eva", "orthogonal")
-
-
-@dataclass(frozen=True)
-class Placement:
-    """What one layer gets: the rank of A and B, and the numerator of their scale."""
-
-    rank: int
-    alpha: float
-
-
-@dataclass(frozen=True)
-class AdapterConfig:
-    """The adapters of a model: `placed` by the layer's path.
-
-    base is the base's folder, base_fingerprint what `fingerprint` gives for it, if known.
-    """
-
-    placed: Mapping[str, Placement]
-    use_rslora: bool = False
-    dropout: float = 0.0
-    base: str | None = None
-    base_fingerprint: str | None = None
-
-    def scale(self, path: str) -> float:
-        """What B A of a layer is multiplied by."""
-        place = self.placed[path]
-        return place.alpha / (math.sqrt(place.rank) if self.use_rslora else place.rank)
-
-    def summary(self) -> str:
-        """Ranks, numerators and layers, for messages."""
-        kinds = {f"rank {place.rank}, alpha {place.alpha:g}" for place in self.placed.values()}
-        names = {path.rpartition(".")[2] for path in self.placed}
-        rslora = ", use_rslora" if self.use_rslora else ""
-        return f"{'; '.join(sorted(kinds))}{rslora} on {', '.join(sorted(names))}"
 
 
 class AdapterFolder:
@@ -92,7 +65,7 @@ class AdapterFolder:
         """Raises ConfigError (adapter_config.json) and WeightsError (no safetensors file)."""
         self.path = Path(folder)
         self._found = read_json(self.path / ADAPTER_CONFIG)
-        if problems := list(_unsupported(self._found)):
+        if problems := list(unsupported(self._found)):
             source = self.path / ADAPTER_CONFIG
             raise ConfigError("\n".join(f"{source}: {problem}" for problem in problems))
         if not (self.path / ADAPTER_WEIGHTS).is_file():
@@ -117,7 +90,8 @@ class AdapterFolder:
         is not the configuration's) or not floating, and ConfigError.
         """
         shapes = linear_shapes(model)
-        placed = {path: self._placement(path) for path in shapes if self._targets(path)}
+        chosen = (path for path in shapes if targets(self._found, path))
+        placed = {path: placement(self._found, path) for path in chosen}
         if not placed:
             raise ConfigError(
                 f"{self.path / ADAPTER_CONFIG}: target_modules: got "
@@ -148,23 +122,6 @@ class AdapterFolder:
     def matrix(self, path: str, part: str) -> npt.NDArray[np.float32]:
         """lora_A (rank, in) or lora_B (out, rank) of a layer."""
         return self._file.float32(f"{_PREFIX}{path}.{part}.weight")
-
-    def _placement(self, path: str) -> Placement:
-        found = self._found
-        rank = _of_pattern(found.get("rank_pattern"), path, found.get("r", 8))
-        alpha = _of_pattern(found.get("alpha_pattern"), path, found.get("lora_alpha", 8))
-        return Placement(int(rank), float(alpha))
-
-    def _targets(self, path: str) -> bool:
-        """Whether target_modules and layers_to_transform choose a layer, as PEFT decides it."""
-        targets = self._found.get("target_modules") or ()
-        if isinstance(targets, str):
-            return targets.lower() == "all-linear" or bool(re.fullmatch(targets, path))
-        layers = self._found.get("layers_to_transform")
-        numbers = [layers] if isinstance(layers, int) else layers or ()
-        if numbers and int(path.split(".")[2]) not in numbers:
-            return False
-        return any(path == target or path.endswith(f".{target}") for target in targets)
 
     def _check_tensors(self, placed: Mapping[str, Placement], shapes: Mapping[str, Shape]) -> None:
         expected: dict[str, Shape] = {}
@@ -212,7 +169,7 @@ def save_adapter(
     `tensors` are A and B by PATH.lora_A.weight; `layers` the paths of all linear layers of the
     model, which decide whether target_modules can be short. Not atomic by itself.
     """
-    text = json.dumps(_to_peft(config, layers), indent=2, sort_keys=True, ensure_ascii=False)
+    text = json.dumps(to_peft(config, layers), indent=2, sort_keys=True, ensure_ascii=False)
     data = f"{text}\n".encode()
     (folder / ADAPTER_CONFIG).write_bytes(data)
     metadata = {"format": "pt"}
@@ -247,57 +204,3 @@ def fingerprint(folder: HfFolder) -> str:
             digest.update(values[start : start + _SAMPLE_ELEMENTS].tobytes())
         folder.forget(name)
     return digest.hexdigest()
-
-
-def _to_peft(config: AdapterConfig, layers: Collection[str]) -> dict[str, Any]:
-    """adapter_config.json: the commonest rank and alpha, and patterns for other layers."""
-    rank = Counter(place.rank for place in config.placed.values()).most_common(1)[0][0]
-    alpha = Counter(place.alpha for place in config.placed.values()).most_common(1)[0][0]
-    names = {path.rpartition(".")[2] for path in config.placed}
-    everywhere = {path for path in layers if path.rpartition(".")[2] in names}
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": config.base,
-        "r": rank,
-        "lora_alpha": alpha,
-        "lora_dropout": config.dropout,
-        "use_rslora": config.use_rslora,
-        "target_modules": sorted(names if everywhere == set(config.placed) else config.placed),
-        "rank_pattern": {p: x.rank for p, x in config.placed.items() if x.rank != rank},
-        "alpha_pattern": {p: x.alpha for p, x in config.placed.items() if x.alpha != alpha},
-        "layers_to_transform": None,
-        "layers_pattern": None,
-        "modules_to_save": None,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "inference_mode": True,
-        "use_dora": False,
-    }
-
-
-def _of_pattern(pattern: Mapping[str, Any] | None, path: str, default: Any) -> Any:
-    """The value of the first key that matches the end of a path, as PEFT matches it."""
-    for key, value in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({key})$", path):
-            return value
-    return default
-
-
-def _unsupported(found: Mapping[str, Any]) -> Iterator[str]:
-    for key, value in found.items():
-        if key in _ONLY:
-            if value not in _ONLY[key]:
-                yield f"{key}: got {value!r}, must be {_ONLY[key][0]!r}: nothing else is supported"
-        elif key not in _KNOWN and value not in (None, False, [], {}, ""):
-            yield f"{key}: got {value!r}, must be absent or empty: it is not supported"
-    pattern = found.get("layers_pattern")
-    if pattern not in (None, [], "", "layers", ["layers"]):
-        yield f"layers_pattern: got {pattern!r}, must be 'layers'"
-    if found.get("layers_to_transform") is not None and isinstance(found["target_modules"], str):
-        yield "layers_to_transform: must be absent where target_modules is one expression"
-    for key in ("r", "lora_alpha"):
-        value = found.get(key, 8)
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            yield f"{key}: got {value!r}, must be a number above 0"

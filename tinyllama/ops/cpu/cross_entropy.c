@@ -6,7 +6,8 @@
    losses is the objective: whoever calls divides by the number of trained tokens.
    The maximum and the sum come from one pass that rescales the sum when the maximum grows
    (Milakov and Gimelshein 2018, arXiv:1805.02867), a cached block at a time.
-   GRADIENT=0 leaves the logits as they are. Targets must be -1 or in [0, V).
+   GRADIENT=0 leaves the logits as they are. A target below 0 is not trained; one from V on, for
+   which there is no logit, has the loss NaN and gradient 0, so that a run stops and says so.
    Macros: N rows, V width, ACT (of the logits), NT, GRADIENT. Threads split the rows. */
 
 #define CROSS_ENTROPY_BLOCK 1024
@@ -61,8 +62,8 @@ void KERNEL(ELEM(ACT) *restrict logits, float *restrict loss, const int *restric
             int core_id) {
   for (long row = split(N, 1, core_id, NT); row < split(N, 1, core_id + 1, NT); row++) {
     ELEM(ACT) *x = logits + row * V;
-    if (targets[row] < 0) {
-      loss[row] = 0.0f;
+    if (targets[row] < 0 || targets[row] >= V) {
+      loss[row] = targets[row] < 0 ? 0.0f : __builtin_nanf("");
       for (long i = 0; GRADIENT && i < V; i++) x[i] = 0;
       continue;
     }

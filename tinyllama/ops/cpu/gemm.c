@@ -29,6 +29,11 @@
 #define COMPUTE_BF16 0
 #endif
 
+/* Panels of B that are packed at a time, before the first block of A needs them. */
+#ifndef GROUP
+#define GROUP 4
+#endif
+
 #define CEIL(a, b) (((a) + (b)-1) / (b))
 #define ROUND(a, b) (CEIL(a, b) * (b))
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
@@ -163,32 +168,44 @@ INLINE void transpose_rows(slot *restrict out, const slot *const *row, int depth
 #ifndef B_IS_PACKED_OTHERWISE
 #define B_PARAMS b_ptr restrict B
 #define B_ARGS B
-/* One panel of B: slots k0 .. k0 + depth of the columns n0 .. n0 + NR of C, as out[k][NR].
-   A pair's half past K is 0. Columns past N, of which nothing is read, may become anything
-   finite or not: what they yield is never stored. */
-INLINE void pack_b(slot *restrict out, B_PARAMS, int k0, int depth, int n0) {
+/* Columns n0 .. n1 of C's B, slots k0 .. k0 + depth, in panels of NR columns: panel[DEPTH][NR] one
+   after another, of which `depth` rows are filled. A pair's half past K is 0. Columns past N may
+   become anything, finite or not: what they yield is never stored. */
+INLINE void pack_b(slot *restrict out, B_PARAMS, int k0, int depth, int n0, int n1) {
 #if LAYOUT != 0
-  for (int k = 0; k < depth; k++)
-    if (INSIDE(k0 + k, N))
-      for (int j = 0; j < NR; j += VW) vstore(out + k * NR + j, b_slots(B, k0 + k, n0 + j, 1));
-    else
-      for (int j = 0; j < NR; j += VW) vstore(out + k * NR + j, b_slots(B, k0 + k, n0 + j, 0));
+  /* Some k at a time for all panels: the rows of B lie pages apart. */
+  enum { STEP = 8 };
+  for (int first = 0; first < depth; first += STEP)
+    for (int n = n0; n < n1; n += NR) {
+      slot *panel = out + (n - n0) * DEPTH;
+      int end = MIN(first + STEP, depth);
+      for (int k = first; k < end; k++)
+        if (INSIDE(k0 + k, N))
+          for (int j = 0; j < NR; j += VW)
+            vstore(panel + k * NR + j, b_slots(B, k0 + k, n + j, 1));
+        else
+          for (int j = 0; j < NR; j += VW)
+            vstore(panel + k * NR + j, b_slots(B, k0 + k, n + j, 0));
+    }
 #else
-  const slot *row[NR];
+  for (int n = n0; n < n1; n += NR) {
+    slot *panel = out + (n - n0) * DEPTH;
+    const slot *row[NR];
 #if B_T == 0 && !COMPUTE_BF16
-  for (int i = 0; i < NR; i++) row[i] = B + (long)MIN(n0 + i, N - 1) * K + k0;
-  transpose_rows(out, row, depth);
+    for (int i = 0; i < NR; i++) row[i] = B + (long)MIN(n + i, N - 1) * K + k0;
+    transpose_rows(panel, row, depth);
 #else
-  enum { STEP = 64 };
-  slot block[NR][STEP];
-  for (int i = 0; i < NR; i++) row[i] = block[i];
-  for (int k = 0; k < depth; k += STEP) {
-    int step = MIN(STEP, depth - k), first = (k0 + k) * PAIR, count = MIN(step * PAIR, K - first);
-    for (int i = 0; i < NR; i++)
-      pack_b_row(block[i], B + (long)MIN(n0 + i, N - 1) * K + first, count);
-    transpose_rows(out + k * NR, row, step);
-  }
+    enum { STEP = 64 };
+    slot block[NR][STEP];
+    for (int i = 0; i < NR; i++) row[i] = block[i];
+    for (int k = 0; k < depth; k += STEP) {
+      int step = MIN(STEP, depth - k), first = (k0 + k) * PAIR;
+      for (int i = 0; i < NR; i++)
+        pack_b_row(block[i], B + (long)MIN(n + i, N - 1) * K + first, MIN(step * PAIR, K - first));
+      transpose_rows(panel + k * NR, row, step);
+    }
 #endif
+  }
 #endif
 }
 #endif
@@ -359,7 +376,8 @@ INLINE void multiply_block(target t, slot *b_block, slot *a_block, a_ptr A, B_PA
       t.first = k == 0, t.last = k + depth == SLOTS;
       for (int n = n0; n < n1; n += NR) {
         slot *b = b_block + (k - k0) * BLOCK_COLS + (n - n0) * DEPTH;
-        if (m0 == r.m0) pack_b(b, B_ARGS, k, depth, n);
+        if (m0 == r.m0 && (n - n0) % (GROUP * NR) == 0)
+          pack_b(b, B_ARGS, k, depth, n, MIN(n + GROUP * NR, n1));
         multiply_panel(t, a_block, b, depth, m0, m1, n, partial_row * BLOCK_COLS + n - n0);
       }
     }

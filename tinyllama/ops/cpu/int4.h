@@ -68,8 +68,8 @@ INLINE void int4_slots(float *restrict out, B_PARAMS, long row, int first, int c
 #endif
 }
 
-/* See pack_b of gemm.c: out[k][NR], transposed from NR rows of W. K is even, so pairs are whole. */
-INLINE void pack_b(float *restrict out, B_PARAMS, int k0, int depth, int n0) {
+/* One panel, transposed from NR rows of W. K is even, so pairs are whole. */
+INLINE void int4_panel(float *restrict out, B_PARAMS, int k0, int depth, int n0) {
   float block[NR][INT4_STEP + VW];
   const float *row[NR];
   for (int i = 0; i < NR; i++) row[i] = block[i];
@@ -79,6 +79,10 @@ INLINE void pack_b(float *restrict out, B_PARAMS, int k0, int depth, int n0) {
       int4_slots(block[i], B_ARGS, n0 + i < N ? n0 + i : N - 1, k0 + k, step);
     transpose_rows(out + k * NR, row, step);
   }
+}
+
+INLINE void int4_pack(float *restrict out, B_PARAMS, int k0, int depth, int n0, int n1, int panel) {
+  for (int n = n0; n < n1; n += NR) int4_panel(out + (n - n0) * panel, B_ARGS, k0, depth, n);
 }
 #else
 /* NR columns of row k of W from n0 on; those past N stay as they are. */
@@ -92,22 +96,31 @@ INLINE void int4_columns(float *restrict out, B_PARAMS, long k, int n0) {
   int4_run(out, B_ARGS, k, n0, N - n0 < NR ? N - n0 : NR);
 }
 
-INLINE void pack_b(float *restrict out, B_PARAMS, int k0, int depth, int n0) {
+/* Slot k of NR columns from n0 on: row k of W, or rows 2k and 2k + 1 as pairs of bfloat16. */
+INLINE void int4_columns_slot(float *restrict out, B_PARAMS, int k, int n0) {
 #if !COMPUTE_BF16
-  for (int k = 0; k < depth; k++) int4_columns(out + k * NR, B_ARGS, k0 + k, n0);
+  int4_columns(out, B_ARGS, k, n0);
 #else
   float low[NR] = {0}, high[NR] = {0};
-  for (int k = 0; k < depth; k++) {
-    long first = 2L * (k0 + k);
-    int4_columns(low, B_ARGS, first, n0);
-    if (first + 1 < K) int4_columns(high, B_ARGS, first + 1, n0);
-    else for (int j = 0; j < NR; j++) high[j] = 0;
-    for (int j = 0; j < NR; j += VW) {
-      vu a = __builtin_convertvector(bf16_encode(vload(low + j)), vu);
-      vu b = __builtin_convertvector(bf16_encode(vload(high + j)), vu);
-      vstore(out + k * NR + j, (vf)(a | b << 16));
-    }
+  int4_columns(low, B_ARGS, 2L * k, n0);
+  if (2 * k + 1 < K) int4_columns(high, B_ARGS, 2L * k + 1, n0);
+  for (int j = 0; j < NR; j += VW) {
+    vu a = __builtin_convertvector(bf16_encode(vload(low + j)), vu);
+    vu b = __builtin_convertvector(bf16_encode(vload(high + j)), vu);
+    vstore(out + j, (vf)(a | b << 16));
   }
 #endif
 }
+
+/* Some k at a time for all panels: the rows of W lie pages apart. */
+INLINE void int4_pack(float *restrict out, B_PARAMS, int k0, int depth, int n0, int n1, int panel) {
+  enum { STEP = 8 };
+  for (int first = 0; first < depth; first += STEP)
+    for (int n = n0; n < n1; n += NR)
+      for (int k = first; k < first + STEP && k < depth; k++)
+        int4_columns_slot(out + (n - n0) * panel + k * NR, B_ARGS, k0 + k, n);
+}
 #endif
+
+/* As gemm.c asks for it; DEPTH, the length of a panel, is defined there. */
+#define pack_b(out, weight, k0, depth, n0, n1) int4_pack(out, weight, k0, depth, n0, n1, DEPTH)

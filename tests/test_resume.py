@@ -1,0 +1,142 @@
+"""A run that was stopped and resumed is, bit for bit, the run that was never stopped."""
+
+import shutil
+
+import pytest
+from runs_helpers import (
+    TRAIN_FILES,
+    VAL_FILES,
+    cli,
+    config_file,
+    configuration,
+    finished_run,
+    metrics,
+    names,
+    numbers,
+    steps_per_epoch,
+    train,
+    trainer,
+)
+
+from tinyllama.checkpoint import step_name
+from tinyllama.errors import CheckpointError, ConfigError, DataError
+from tinyllama.train import resume_folder
+
+VALIDATED = f"data.val_path={VAL_FILES!r}"
+
+
+def same_weights_and_moments(first, second):
+    return all(
+        (first / name).read_bytes() == (second / name).read_bytes()
+        for name in ("model.safetensors", "optimizer.safetensors")
+    )
+
+
+def part_of(run, to, *kept):
+    """A run's folder as it was when it held only these checkpoints."""
+    to.mkdir()
+    shutil.copy(run / "metrics.jsonl", to)
+    for name in kept:
+        shutil.copytree(run / name, to / name)
+    return to
+
+
+@pytest.mark.parametrize("at", ["in the warm-up", "within an epoch", "at the end of an epoch"])
+def test_resuming_a_folder_continues_bit_for_bit(tmp_path, at):
+    epoch = steps_per_epoch()
+    step = {"in the warm-up": 2, "within an epoch": epoch + 3}.get(at, epoch)
+    whole, run = finished_run(), tmp_path / "run"
+    outcome = train(configuration(run, VALIDATED), resume=whole / step_name(step))
+    assert (outcome.step, outcome.finished) == (2 * epoch, True)
+    expected = {s: line for s, line in numbers(whole).items() if s > step}
+    assert numbers(run) == expected and len(expected) > 3
+    assert same_weights_and_moments(run / "final", whole / "final")
+
+
+def test_resuming_within_accumulated_steps_continues_bit_for_bit(tmp_path):
+    micro = ["training.micro_batch_size=4", "training.max_steps=6", "checkpointing.save_every=3"]
+    train(configuration(tmp_path / "whole", *micro))
+    train(configuration(tmp_path / "run", *micro), resume=tmp_path / "whole" / step_name(3))
+    found, whole = numbers(tmp_path / "run"), numbers(tmp_path / "whole")
+    assert found == {step: whole[step] for step in (4, 5, 6)}
+    assert same_weights_and_moments(tmp_path / "run" / "final", tmp_path / "whole" / "final")
+    # And accumulating is the big batch, up to rounding. The schedule of 6 steps begins alike.
+    big = numbers(finished_run())
+    for step in (1, 2, 3):
+        assert whole[step]["loss"] == pytest.approx(big[step]["loss"], rel=1e-5)
+        assert whole[step]["grad_norm"] == pytest.approx(big[step]["grad_norm"], rel=1e-4)
+
+
+def test_the_latest_checkpoint_is_resumed_and_every_step_is_written_once(tmp_path, capsys):
+    whole, last = finished_run(), 2 * steps_per_epoch()
+    run = part_of(whole, tmp_path / "run", step_name(last - 3), step_name(last - 2))
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 99, "lo')  # killed while it wrote
+    words = ["train", config_file(run), "--quiet", "--resume", "--set", VALIDATED]
+    assert cli(*words) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].startswith("backend CPU, ")
+    assert f"resuming {run}/{step_name(last - 2)} at step {last - 2}" in out
+    assert out[-1] == f"finished: step {last}, saved {run}/final"
+    assert numbers(run) == numbers(whole)
+    assert same_weights_and_moments(run / "final", whole / "final")
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path):
+    run = part_of(finished_run(), tmp_path / "run", step_name(3), step_name(4))
+    file = run / step_name(4) / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    warnings = []
+    assert resume_folder(configuration(run), "latest", warnings.append) == run / step_name(3)
+    (warning,) = warnings
+    assert str(file) in warning
+    assert f"{run / step_name(4)}: damaged, the checkpoint before it is tried" in warning
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        resume_folder(configuration(run), str(run / step_name(4)), warnings.append)
+
+
+def test_what_a_kill_left_half_done_is_settled_before_resuming(tmp_path):
+    run = part_of(finished_run(), tmp_path / "run", step_name(3), step_name(4))
+    (run / step_name(3)).rename(run / f".{step_name(3)}.partial-999999999")
+    (run / step_name(4)).rename(run / f".{step_name(4)}.next")
+    assert resume_folder(configuration(run), "latest", print) == run / step_name(4)
+    assert [path.name for path in run.iterdir() if path.is_dir()] == [step_name(4)]
+
+
+def test_a_finished_run_has_nothing_to_resume(tmp_path, capsys):
+    run = part_of(finished_run(), tmp_path / "run", "final")
+    before = metrics(run)
+    written = (run / "final" / "manifest.json").stat().st_mtime_ns
+    words = ["train", config_file(run), "--quiet", "--resume", "--set", VALIDATED]
+    assert cli(*words) == 0
+    assert f"finished: step {2 * steps_per_epoch()}, saved {run}/final" in capsys.readouterr().out
+    assert metrics(run) == before
+    assert (run / "final" / "manifest.json").stat().st_mtime_ns == written
+
+
+def test_a_longer_schedule_goes_on_after_the_final_checkpoint(tmp_path):
+    run = part_of(finished_run(), tmp_path / "run", "final")
+    last = 2 * steps_per_epoch()
+    config = configuration(run, f"training.max_steps={last + 2}", "training.num_epochs=3")
+    outcome = train(config, resume=run / "final")
+    assert (outcome.step, names(run)) == (last + 2, ["final"])
+    assert {step: line["epoch"] for step, line in metrics(run).items()}[last + 2] == 3
+
+
+def test_resuming_where_nothing_was_saved_is_an_error(tmp_path):
+    with pytest.raises(CheckpointError, match="run: holds no checkpoint to resume from"):
+        resume_folder(configuration(tmp_path / "run"), "latest", print)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    config = configuration(tmp_path / "run", "model.intermediate_size=96")
+    with pytest.raises(ConfigError, match=r"\[model\] differs from .*/final/config\.json"):
+        trainer(config, resume=finished_run() / "final")
+
+
+def test_a_checkpoint_of_another_text_is_refused(tmp_path):
+    config = configuration(tmp_path / "run", f"data.train_path={TRAIN_FILES[2:]!r}")
+    with pytest.raises(DataError, match="cannot go on from the checkpoint: its data is"):
+        trainer(config, resume=finished_run() / "final")

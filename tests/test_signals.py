@@ -1,0 +1,122 @@
+"""Signals to real training processes: a polite one saves and says how to go on, a kill harms
+nothing that was complete."""
+
+import os
+import random
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from runs_helpers import (
+    config_file,
+    configuration,
+    environment,
+    metrics,
+    names,
+    numbers,
+    start,
+    stop,
+    train,
+    wait_for_steps,
+)
+
+from tinyllama.checkpoint import list_checkpoints, read_state, step_name, verify
+from tinyllama.metrics import read_metrics
+from tinyllama.train import _stop_on_signals, resume_folder
+
+ENDLESS = ["--set", "training.num_epochs=100000"]
+# A rate that does not depend on the length of the schedule.
+CONSTANT = ["--set", "lr_schedule.type=constant"]
+KILLS, SERIES = 20, 2
+
+
+def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path):
+    run = tmp_path / "run with a space"
+    process = start("train", config_file(run), "--quiet", "--threads", 1, *ENDLESS)
+    wait_for_steps(process, run, 3)
+    code, out, err = stop(process, signal.SIGINT)
+    done = len(metrics(run))
+    assert (code, err) == (0, "")
+    assert names(run) == [step_name(done)]
+    *_, says, command = out.splitlines()
+    saved = run / step_name(done)
+    assert says == f"stopped after step {done}, saved {saved}; continue with:"
+    first, *words = shlex.split(command)
+    assert (first, words[0]) == ("python", "-m")
+    assert words[1:] == [
+        "tinyllama.train", str(config_file(run)), "--resume", str(saved), *ENDLESS,
+        "--threads", "1", "--quiet",
+    ]  # fmt: skip
+
+    resumed = subprocess.Popen(
+        [sys.executable, *words], env=environment(), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    wait_for_steps(resumed, run, done + 3)
+    code, out, err = stop(resumed, signal.SIGTERM)
+    assert (code, err) == (0, "")
+    assert f"resuming {saved} at step {done}" in out
+    again = len(metrics(run))
+    assert again >= done + 3 and list(metrics(run)) == list(range(1, again + 1))
+    assert names(run) == [step_name(done), step_name(again)]
+    for folder in list_checkpoints(run):
+        verify(folder)
+
+
+def test_the_first_signal_asks_and_the_second_interrupts():
+    before = signal.getsignal(signal.SIGTERM)
+    with _stop_on_signals() as stopping:
+        assert not stopping()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stopping()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def kill_and_resume(run, seed):
+    """Kill a run that saves every step, and resume it, several times; the steps it got to."""
+    moments, steps = random.Random(seed), [0]
+    words = ["train", config_file(run), "--quiet", "--threads", 1, *ENDLESS, *CONSTANT]
+    words += ["--set", "checkpointing.save_every=1", "--set", "checkpointing.keep_last_n=3"]
+    for _ in range(KILLS // SERIES):
+        written = written_steps(run)
+        process = start(*words, *(["--resume"] if names(run) else []))
+        if moments.random() < 0.9:  # else it may be killed while it starts
+            wait_for_steps(process, run, written + 1)
+        time.sleep(moments.uniform(0, 0.5))
+        code, _, err = stop(process, signal.SIGKILL)
+        assert (code, err) == (-signal.SIGKILL, "")
+        for folder in list_checkpoints(run):
+            verify(folder)
+        # A step's line is written before the step is saved: at most one is lost, none that was.
+        step = read_state(list_checkpoints(run)[-1])["step"] if names(run) else 0
+        assert step >= max(steps[-1], written_steps(run) - 1)
+        steps.append(step)
+    return steps
+
+
+def written_steps(run):
+    file = run / "metrics.jsonl"
+    return len(read_metrics(file)) if file.exists() else 0
+
+
+def test_kills_at_twenty_random_moments_lose_nothing_that_was_complete(tmp_path):
+    runs = [tmp_path / str(number) / "run" for number in range(SERIES)]
+    for run in runs:
+        run.parent.mkdir()
+    with ThreadPoolExecutor(SERIES) as pool:
+        reached = list(pool.map(kill_and_resume, runs, range(SERIES)))
+    assert all(steps[-1] >= KILLS // SERIES // 2 for steps in reached)
+
+    whole, last = tmp_path / "whole", max(steps[-1] for steps in reached) + 2
+    overrides = [CONSTANT[1], ENDLESS[1], f"training.max_steps={last}"]
+    train(configuration(whole, *overrides))
+    for run in runs:
+        config = configuration(run, *overrides)
+        train(config, resume=resume_folder(config, "latest", pytest.fail))
+        assert numbers(run) == numbers(whole)

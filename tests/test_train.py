@@ -1,0 +1,196 @@
+"""A whole run on real text: metrics, checkpoints, validation, the time budget, and how it stops."""
+
+import math
+import time
+
+import numpy as np
+import pytest
+from model_helpers import on_device
+from runs_helpers import (
+    VAL_FILES,
+    cli,
+    config_file,
+    configuration,
+    finished_run,
+    metrics,
+    names,
+    steps_per_epoch,
+    tokenizer,
+    train,
+    trainer,
+)
+
+from tinyllama.checkpoint import read_state, verify
+from tinyllama.config import load_config
+from tinyllama.data import Batches, prepare
+from tinyllama.errors import ConfigError, TrainingError
+from tinyllama.model import Llama
+from tinyllama.optim import learning_rate
+from tinyllama.tokenizer import load_tokenizer
+from tinyllama.train import check_fresh
+from tinyllama.weights.safetensors import SafetensorsFile
+
+KEYS = {"step", "loss", "lr", "grad_norm", "tokens_per_second", "memory_bytes", "epoch"}
+
+
+def test_a_run_writes_one_line_of_metrics_a_step_with_the_documented_keys():
+    lines, epoch = metrics(finished_run()), steps_per_epoch()
+    assert list(lines) == list(range(1, 2 * epoch + 1))
+    for step, line in lines.items():
+        measured = {"val_loss"} if step in (epoch, 2 * epoch) else set()
+        assert set(line) == KEYS | measured
+        assert line["epoch"] == (1 if step <= epoch else 2)
+        assert line["memory_bytes"] > 1e6
+        assert all(math.isfinite(value) and value > 0 for value in line.values())
+
+
+def test_a_run_learns_its_text():
+    lines, epoch = metrics(finished_run()), steps_per_epoch()
+    assert lines[1]["loss"] == pytest.approx(math.log(400), rel=0.02)
+    assert lines[2 * epoch]["loss"] < 0.85 * lines[1]["loss"]
+    assert lines[2 * epoch]["val_loss"] < lines[epoch]["val_loss"]
+
+
+def test_the_learning_rate_written_is_that_of_the_schedule():
+    lines = metrics(finished_run())
+    schedule = configuration(finished_run()).lr_schedule
+    expected = [learning_rate(step, len(lines), 1e-2, schedule) for step in lines]
+    assert [line["lr"] for line in lines.values()] == expected
+    assert expected[0] == 0.0025 and expected[3] == 1e-2 and expected[-1] == 1e-4
+
+
+def test_the_first_loss_is_that_of_the_new_model_on_the_first_batch():
+    config = configuration(finished_run())
+    data = prepare(config.data.train_path, tokenizer(), config.data.cache_dir, progress=False)
+    batch = Batches(data, 48, 12, config.training.seed).next()
+    model = Llama(config.model, seed=config.training.seed)
+    trained_tokens = int((batch.targets >= 0).sum())
+    expected = model.loss(*on_device(batch)).item() / trained_tokens
+    assert metrics(finished_run())[1]["loss"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_resolved_configuration_is_written_and_loads_again():
+    run = finished_run()
+    config = load_config(run / "config.toml")
+    assert config == configuration(
+        run, "checkpointing.save_every=1", f"data.val_path={VAL_FILES!r}"
+    )
+
+
+def test_checkpoints_are_hugging_face_folders_with_the_state_to_resume():
+    run, last = finished_run(), 2 * steps_per_epoch()
+    assert names(run) == [*(f"step-{step:08d}" for step in range(1, last)), "final"]
+    for name in ("step-00000001", "final"):
+        verify(run / name)
+        assert {path.name for path in (run / name).iterdir()} >= {
+            "config.json",
+            "model.safetensors",
+            "tokenizer.model",
+            "optimizer.safetensors",
+            "training_state.json",
+        }
+    assert read_state(run / "final")["step"] == last
+    assert load_tokenizer(run / "final").fingerprint == tokenizer().fingerprint
+    assert Llama.from_pretrained(run / "final").config.num_kv_heads == 2
+
+
+def test_the_last_checkpoint_holds_the_trained_weights():
+    first, last = (
+        SafetensorsFile(finished_run() / name / "model.safetensors")
+        for name in ("step-00000001", "final")
+    )
+    assert set(first.names) == set(last.names)
+    for name in last.names:
+        assert np.abs(first.float32(name) - last.float32(name)).max() > 1e-3
+
+
+def test_eval_every_save_every_keep_last_n_and_max_steps_act(tmp_path):
+    run = tmp_path / "run"
+    overrides = ["training.eval_every=3", "training.max_steps=7", "checkpointing.save_every=2"]
+    overrides += ["checkpointing.keep_last_n=2", f"data.val_path={VAL_FILES!r}"]
+    outcome = train(configuration(run, *overrides))
+    assert (outcome.step, outcome.finished, outcome.checkpoint) == (7, True, run / "final")
+    assert names(run) == ["step-00000004", "step-00000006", "final"]
+    lines = metrics(run)
+    assert [step for step, line in lines.items() if "val_loss" in line] == [3, 6, 7]
+
+
+def test_a_spent_budget_ends_the_run_with_a_validation_and_a_final_checkpoint(tmp_path):
+    run = tmp_path / "run"
+    config = configuration(run, f"data.val_path={VAL_FILES!r}")
+    outcome = train(config, budget_seconds=1e-3)
+    assert outcome.finished and outcome.step == 2  # one step says nothing about the others
+    assert names(run) == ["final"]
+    assert ["val_loss" in line for line in metrics(run).values()] == [False, True]
+
+
+def test_a_budget_is_shared_by_the_steps_of_this_process(tmp_path):
+    run = trainer(configuration(tmp_path, "training.num_epochs=100"), budget_seconds=10.5)
+    run.step = 12
+    run._shorten(first=10, started=time.monotonic() - 4)  # 2 s a step, 6.5 s left
+    assert run.total_steps == 15
+    run._shorten(first=10, started=time.monotonic() - 11)
+    assert run.total_steps == 12
+
+
+def test_numbers_that_are_not_finite_stop_the_run(tmp_path, capsys):
+    run = tmp_path / "run"
+    words = ["train", config_file(run), "--quiet", "--set", "training.learning_rate=1e38"]
+    words += ["--set", "training.grad_clip=0", "--set", "checkpointing.save_every=1"]
+    assert cli(*words, "--set", "lr_schedule.warmup_steps=2") == 2
+    error = capsys.readouterr().err
+    lines = metrics(run)
+    bad = len(lines) + 1
+    assert error.startswith(f"step {bad}: loss ") and "gradient norm" in error
+    assert "nan" in error or "inf" in error
+    assert f"the last good checkpoint is {run}/step-{bad - 1:08d}" in error
+    assert "Traceback" not in error
+    verify(run / f"step-{bad - 1:08d}")
+
+
+def test_the_first_step_that_is_not_finite_has_no_good_checkpoint_to_name(tmp_path):
+    run = trainer(configuration(tmp_path / "run"))
+    with pytest.raises(TrainingError, match=r"step 1: loss nan, .* nothing was saved"):
+        run._check_finite(1, {"loss": math.nan, "gradient norm": 1.0})
+
+
+def test_a_validation_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
+    run = trainer(configuration(tmp_path / "run", f"data.val_path={VAL_FILES!r}"))
+    found = run.evaluator.run()._replace(loss=math.inf)
+    monkeypatch.setattr(run.evaluator, "run", lambda progress: found)
+    with pytest.raises(TrainingError, match=rf"step {steps_per_epoch()}: validation loss inf"):
+        run.run()
+
+
+def test_a_folder_that_holds_checkpoints_is_not_mixed_with_a_new_run(capsys):
+    run = finished_run()
+    before = metrics(run)
+    assert cli("train", config_file(run), "--quiet") == 2
+    error = capsys.readouterr().err
+    assert f"{run} already holds final: continue it with --resume, or choose" in error
+    assert metrics(run) == before
+
+
+def test_what_a_killed_run_left_is_settled_before_a_new_one(tmp_path):
+    left = tmp_path / "run" / ".step-00000003.partial-999999999"
+    left.mkdir(parents=True)
+    check_fresh(configuration(tmp_path / "run"))
+    assert not left.exists()
+
+
+def test_a_tokenizer_is_trained_on_the_training_text_once(tmp_path):
+    overrides = ["data.tokenizer=train", "data.tokenizer_vocab_size=350"]
+    overrides += [f"data.cache_dir={tmp_path / 'cache'}"]
+    config = configuration(tmp_path / "run", *overrides)
+    first = trainer(config).tokenizer
+    assert first.vocab_size == 350
+    (file,) = (tmp_path / "cache").glob("tokenizer-*/tokenizer.model")
+    written = file.stat().st_mtime_ns
+    assert trainer(config).tokenizer.fingerprint == first.fingerprint
+    assert file.stat().st_mtime_ns == written
+
+
+def test_a_vocabulary_larger_than_the_model_is_refused(tmp_path):
+    config = configuration(tmp_path / "run", "model.vocab_size=399")
+    with pytest.raises(ConfigError, match=r"model\.vocab_size: got 399, must be at least the"):
+        trainer(config)

@@ -1,0 +1,112 @@
+"""Write the parts of README.md that the code knows best: options, files, published figures.
+
+python tools/readme.py            rewrite them in place
+python tools/readme.py --check    exit code 1 if the README says something else
+"""
+
+import argparse
+import ast
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tinyllama.accounting import published_claims
+from tinyllama.config import option_table
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+
+# The files in the order in which the data meets them; each is described by its own first line.
+THE_WAY = {
+    "Errors and files": "errors files",
+    "Configuration": "config sections settings schema",
+    "Device": "device backends",
+    "Text to tokens": "sources rows tokenizer corpus parallel",
+    "Tokens to batches": "data",
+    "Model": "model layers initialize",
+    "Operations": "ops ops.embedding ops.rms_norm ops.matmul ops.rope ops.attention ops.swiglu"
+    " ops.cross_entropy ops.adamw ops.int4",
+    "How operations run": "ops.kernel ops.stage ops.precompile ops.storage ops.memory ops.plan"
+    " ops.bfloat16",
+    "Adapters": "lora quantize",
+    "Loss, gradients, optimizer": "gradients optim step",
+    "The loop": "train metrics runs",
+    "Checkpoints and weights": "checkpoint manifest weights weights.hf weights.hf_config"
+    " weights.hf_names weights.hf_read weights.hf_write weights.peft weights.peft_config weights.safetensors"
+    " weights.header weights.dtypes",
+    "Merge, generate, evaluate": "merge generate evaluate",
+    "Counting": "accounting estimate",
+    "Commands": "cli tinyllama __main__",
+    "Benchmark": "bench bench.__main__ bench.text bench.protocol bench.runner"
+    " bench.worker_tinyllama bench.worker_torch bench.peer_torch bench.operations bench.ops"
+    " bench.operations_torch bench.machine bench.report",
+}
+
+
+def path_of(module: str) -> Path:
+    """tinyllama/ops/rope.py for ops.rope; a package is its __init__.py."""
+    path = ROOT / "tinyllama" / (module.replace(".", "/") + ".py")
+    if path.exists():
+        return path
+    folder = ROOT / "tinyllama" if module == "tinyllama" else path.with_suffix("")
+    return folder / "__init__.py"
+
+
+def first_sentence(path: Path) -> str:
+    """The first line or two of a file's docstring, without the full stop."""
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return " ".join(text.split("\n\n")[0].split()).removesuffix(".")
+
+
+def file_list() -> str:
+    """Every file of the package, and the tools, each with what it is for."""
+    lines = ["| file | what it is |", "|---|---|"]
+    for heading, modules in THE_WAY.items():
+        lines.append(f"| **{heading}** | |")
+        lines += [_row(path_of(module)) for module in modules.split()]
+    lines.append("| **Tools** | |")
+    lines += [_row(path) for path in sorted((ROOT / "tools").glob("*.py"))]
+    return "\n".join(lines)
+
+
+def published_table() -> str:
+    """What older descriptions of this system say, what is true, and why."""
+    lines = ["| | published | true | why |", "|---|---|---|---|"]
+    return "\n".join([*lines, *(f"| {' | '.join(claim)} |" for claim in published_claims())])
+
+
+def written(text: str) -> str:
+    """README text with its generated parts as the code has them now."""
+    parts = {"options": option_table(), "files": file_list(), "published": published_table()}
+    for name, part in parts.items():
+        begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+        assert begin in text and end in text, f"README.md has no place for {name}"
+        before, _, rest = text.partition(begin)
+        text = f"{before}{begin}{part.strip()}\n{end}{rest.partition(end)[2]}"
+    return text
+
+
+def _row(path: Path) -> str:
+    sentence = first_sentence(path).replace("|", "\\|")
+    return f"| `{path.relative_to(ROOT).as_posix()}` | {sentence} |"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code 0, or 1 where --check finds a difference."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing")
+    options = parser.parse_args(arguments)
+    old = README.read_text(encoding="utf-8")
+    new = written(old)
+    if not options.check:
+        README.write_text(new, encoding="utf-8")
+    elif new != old:
+        print("README.md is behind the code: run python tools/readme.py", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
