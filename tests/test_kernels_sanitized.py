@@ -1,8 +1,9 @@
 """Every kernel harness in tests/kernels, built with the address and undefined behaviour sanitizers.
 
-A harness is a C program that compares a kernel with a plain reference and exits 1 where they differ.
-It lists what to build in comment lines, `// variants: -DX=1 -DY=2; -DX=2`, one program for each list
-of flags between the semicolons; a harness without such a line is built once, without flags.
+A harness is a C program that compares a kernel with a plain reference and exits 1 where they
+differ. It lists what to build in comment lines, `// variants: -DX=1 -DY=2; -DX=2`, one program for
+each list of flags between the semicolons; a harness without such a line is built once, without
+flags.
 """
 
 import functools

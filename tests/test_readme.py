@@ -21,7 +21,7 @@ MARK = "<!-- tested -->\n```sh\n"
 TESTED = [part.partition("```")[0] for part in TEXT.split(MARK)[1:]]
 SHELL = "\n".join(re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL))
 # What a reader has and we have not: files the README's examples stand for.
-EXAMPLES = ("checkpoints/", "data/", "path/", "text/", "step-")
+EXAMPLES = (".demo/", "checkpoints/", "data/", "path/", "text/", "step-")
 
 
 def test_the_readme_marks_commands_as_tested() -> None:
@@ -83,7 +83,7 @@ def test_commands_named_exist() -> None:
 
 
 def test_options_named_in_commands_exist() -> None:
-    keys = set(re.findall(r"--set (\w+\.\w+)=", TEXT))
+    keys = set(re.findall(r"--set (\w+\.\w+)=", SHELL))
     assert len(keys) > 5
     assert [key for key in sorted(keys) if f"| `{key}` |" not in option_table()] == []
 

@@ -81,7 +81,7 @@ def test_the_first_signal_asks_and_the_second_interrupts():
 def kill_and_resume(run, seed):
     """Kill a run that saves every step, and resume it, several times; the steps it got to."""
     moments, steps = random.Random(seed), [0]
-    words = ["train", config_file(run), "--quiet", "--threads", 1, *ENDLESS, *CONSTANT]
+    words = ["train", run.with_name("tiny.toml"), "--quiet", *ENDLESS, *CONSTANT]
     words += ["--set", "checkpointing.save_every=1", "--set", "checkpointing.keep_last_n=3"]
     for _ in range(KILLS // SERIES):
         written = written_steps(run)
@@ -109,6 +109,7 @@ def test_kills_at_twenty_random_moments_lose_nothing_that_was_complete(tmp_path)
     runs = [tmp_path / str(number) / "run" for number in range(SERIES)]
     for run in runs:
         run.parent.mkdir()
+        config_file(run)
     with ThreadPoolExecutor(SERIES) as pool:
         reached = list(pool.map(kill_and_resume, runs, range(SERIES)))
     assert all(steps[-1] >= KILLS // SERIES // 2 for steps in reached)

@@ -22,6 +22,7 @@ from tinygrad import dtypes
 from tqdm import tqdm
 
 from tinyllama import device, lora, quantize, runs
+from tinyllama.accounting import parameters
 from tinyllama.config import Config
 from tinyllama.data import Batch, Batches, prepare
 from tinyllama.errors import CheckpointError, ConfigError, TrainingError
@@ -104,7 +105,7 @@ class Trainer:
         """What is about to be trained, in one line."""
         t, context = self.config.training, self.config.context_length
         trained = sum(p.numel() for p in self.optimizer.parameters.values())
-        frozen = sum(p.numel() for p in lora.base_tensors(self.model).values())
+        frozen = parameters(self.config.model).total
         what = f"{trained:,} adapter parameters on {frozen:,} frozen" if self.adapter else None
         return (
             f"{what or f'{trained:,} parameters'}, {self.total_steps:,} steps of "
@@ -216,11 +217,6 @@ def _supported(config: Config) -> Config:
         raise ConfigError(
             "[lora]: adapters are trained on a checkpoint: name its folder with model.base in the "
             "file or --set model.base=DIR, or remove the section to train a whole model"
-        )
-    if config.qlora is not None and config.qlora.quantize_base and config.lora is None:
-        raise ConfigError(
-            "[qlora]: a packed base is frozen: add a [lora] section, whose adapters are trained, "
-            "or remove [qlora]"
         )
     if config.training.devices > 1:
         raise ConfigError(f"training.devices: got {config.training.devices}, must be 1 for now")

@@ -34,8 +34,8 @@ THE_WAY = {
     "Loss, gradients, optimizer": "gradients optim step",
     "The loop": "train metrics runs",
     "Checkpoints and weights": "checkpoint manifest weights weights.hf weights.hf_config"
-    " weights.hf_names weights.hf_read weights.hf_write weights.peft weights.peft_config weights.safetensors"
-    " weights.header weights.dtypes",
+    " weights.hf_names weights.hf_read weights.hf_write weights.peft weights.peft_config"
+    " weights.safetensors weights.header weights.dtypes",
     "Merge, generate, evaluate": "merge generate evaluate",
     "Counting": "accounting estimate",
     "Commands": "cli tinyllama __main__",

@@ -1,6 +1,6 @@
 /* gemm.c against a double precision product, for every M, N, K out of a list of awkward sizes and
-   1 to 3 threads. The sizes are variables here, so that one build runs all of them; FIXED makes them
-   constants, as the kernel has them in use. The threads' parts run one after another: each must do
+   1 to 3 threads. The sizes are variables here, so that one build runs all of them; FIXED makes
+   them constants, as the kernel has them in use. The threads' parts run one after another: each must do
    without what the others leave in the scratch memory, which is NaN until written. */
 
 // variants: -DLAYOUT=0; -DLAYOUT=1; -DLAYOUT=2
@@ -9,7 +9,7 @@
 // variants: -DLAYOUT=0 -DA_T=1 -DC_T=1 -DADDEND=1; -DLAYOUT=0 -DA_T=1 -DB_T=1 -DC_T=1 -DBLOCKS
 // variants: -DLAYOUT=1 -DA_T=1 -DB_T=1 -DC_T=1 -DBLOCKS -DADDEND=1 -DACCUMULATE=1
 // variants: -DLAYOUT=2 -DA_T=1 -DB_T=1 -DBLOCKS -DACCUMULATE=1; -DLAYOUT=2 -DA_T=2 -DB_T=2
-// variants: -DLAYOUT=0 -DA_T=2 -DB_T=2 -DC_T=2 -DBLOCKS -DADDEND=1; -DLAYOUT=1 -DA_T=2 -DB_T=0 -DC_T=2
+// variants: -DLAYOUT=0 -DA_T=2 -DB_T=2 -DC_T=2 -DBLOCKS -DADDEND=1; -DLAYOUT=1 -DA_T=2 -DC_T=2
 // variants: -DLAYOUT=0 -DCOMPUTE_BF16=1; -DLAYOUT=1 -DCOMPUTE_BF16=1; -DLAYOUT=2 -DCOMPUTE_BF16=1
 // variants: -DLAYOUT=0 -DCOMPUTE_BF16=1 -DA_T=1 -DB_T=1 -DC_T=1 -DBLOCKS
 // variants: -DLAYOUT=1 -DCOMPUTE_BF16=1 -DA_T=1 -DB_T=2 -DC_T=1 -DBLOCKS
@@ -142,8 +142,8 @@ static int run(int nt_index, int m, int n, int k, matrix a, matrix b, matrix c, 
     double got = LOAD1(C_T, out + i);
     if (fabs(got - sum[i]) <= bound[i]) continue;
     wrong = 1;
-    printf("M %d N %d K %d NT %d: C[%zu,%zu] = %.9g, want %.9g +- %.2g\n", m, n, k, NT, i / N, i % N,
-           got, sum[i], bound[i]);
+    printf("M %d N %d K %d NT %d: C[%zu,%zu] = %.9g, ", m, n, k, NT, i / N, i % N, got);
+    printf("want %.9g +- %.2g\n", sum[i], bound[i]);
   }
   free(out);
   free(scratch);

@@ -5,13 +5,14 @@
      LAYOUT 1  C[M,N] = A[M,K] B[K,N]      input gradient,  gx = g W
      LAYOUT 2  C[M,N] = A[K,M]^T B[K,N]    weight gradient, gW = g^T x
 
-   Macros: KERNEL (name), M, N, K, LAYOUT, NT (threads), A_T, B_T, C_T (storage codes of common.h);
-   optional, 0 unless set (SCRATCH_FLOATS apart): ACCUMULATE (the product is added to C), ADDEND (C = product + R, R like C),
-   COMPUTE_BF16 (products of bfloat16 values, sums in float32). Sums are float32 always.
+   Macros: KERNEL (name), M, N, K, LAYOUT, NT (threads), A_T, B_T, C_T (storage codes of common.h).
+   Optional, 0 unless set: ACCUMULATE (the product is added to C), ADDEND (C = product + R, R like
+   C), COMPUTE_BF16 (products of bfloat16 values). Sums are float32 always.
 
      void KERNEL(C, scratch, A, B [, R], core_id)
 
-   scratch has NT * SCRATCH_FLOATS floats; whoever allocates may define a larger number. A thread owns a rectangle of C and works on its own.
+   scratch has NT * SCRATCH_FLOATS floats; whoever allocates may define a larger number. A thread
+   owns a rectangle of C and works on its own.
    Panels are made of slots of 4 bytes, a float or (COMPUTE_BF16) a pair of bfloat16 of
    consecutive k, so that one code packs both.
 
@@ -92,7 +93,7 @@ INLINE vh encoded_2(const elem_2 *p) { return bf16_encode(load_2(p)); }
 DEFINE_PACK_ROW(pack_a_row, A_T)
 DEFINE_PACK_ROW(pack_b_row, B_T)
 
-/* The slots at depth k of VW columns from `column` on, of X[K, width], where columns are contiguous.
+/* The slots at depth k of VW columns from `column` on, of X[K, width], columns being contiguous.
    Lanes past the row's end may be anything, past the matrix's end they are 0. `inside` promises
    that the matrix does not end there: all rows but the last, if a row is as wide as any tile. */
 #define INSIDE(k, width) ((width) >= 32 && ((k) + 1) * PAIR < K)
@@ -290,7 +291,7 @@ typedef struct {
   int first, last; /* which panel along k this is */
 } target;
 
-/* C, or the partial sums, gets VW columns' sums at (m, n); row and column count from the block's. */
+/* Writes the sums of `count` columns to C[at], or adds them up in the partial sums before. */
 INLINE void put(target t, vf sum, long at, long at_partial, int count) {
 #define GET(code, p) (count == VW ? LOAD(code, p) : LOADN(code, p, count))
   if (PARTIAL && !t.first) sum += vload(t.partial + at_partial);
@@ -332,7 +333,7 @@ typedef struct {
   int m0, m1, n0, n1;
 } rectangle;
 
-/* NT as rows * columns of rectangles: the longest side of tiles counts, then what must be packed. */
+/* NT as rows * columns of rectangles: the largest area counts, then what must be packed. */
 INLINE rectangle share(int core_id) {
   long best = -1;
   int rows = 1;
@@ -384,13 +385,13 @@ INLINE void multiply_block(target t, slot *b_block, slot *a_block, a_ptr A, B_PA
   }
 }
 
-/* ---- few rows: every value of B is used M times only, so reading it once is all that counts ---- */
+/* ---- few rows: a value of B is used M times only, so reading it once is all that counts ---- */
 
 #if LAYOUT == 0 && !defined(B_IS_PACKED_OTHERWISE)
 #define SKINNY 8
 enum { LINES = 4, PASS = 2 };
 
-/* C[m .. m + PASS, n .. n + LINES] as dot products along k; repeats the last row or line at an edge. */
+/* C[m .. m + PASS, n .. n + LINES], dot products along k; an edge repeats its last row or line. */
 INLINE void dot_products(target t, a_ptr A, b_ptr B, int m, int n, int n1) {
   b_ptr b[LINES];
   a_ptr a[PASS];

@@ -4,7 +4,8 @@
    left of the register file holds NR / VW vectors of B and one broadcast value of A.
      KC  depth of a packed panel: KC * NR of B stays in the L1 cache, beside MR * KC of A
      MC  rows of a packed block of A: MC * KC stays in the L2 cache
-     KB  depth of a packed block of B, as whole panels; BC  its size in floats: stays in the L3 cache
+     KB  depth of a packed block of B, in whole panels
+     BC  floats of that block, which stays in the L3 cache
    Any of them can be set with -D. TILE_AVX512, TILE_AVX2, TILE_NEON or TILE_GENERIC chooses a set
    (with the VW to go with it, which common.h must then be told too). */
 

@@ -1,0 +1,183 @@
+"""Which device runs: what the environment asks for, what is refused, what the first line says."""
+
+import os
+
+import pytest
+from runs_helpers import configuration, environment, metrics, run_command, train, trainer
+
+from tinyllama import device
+from tinyllama.config import TrainingConfig
+from tinyllama.errors import DeviceError
+from tinyllama.ops import kernel
+
+NEVER = ("METAL", "CUDA", "NV", "AMD")
+
+
+def without_cards():
+    """Skip where a card answers: these tests are about its absence."""
+    if os.uname().sysname != "Linux" or any(os.path.exists(p) for p in ("/dev/nvidia0", "/dev/kfd")):
+        pytest.skip("a GPU may answer here")
+
+
+@pytest.mark.parametrize(
+    ("environ", "first", "reason"),
+    [
+        ({"DEV": "CL"}, "CL", "DEV=CL"),
+        ({"DEV": "CPU:LLVM"}, "CPU:LLVM", "DEV=CPU:LLVM"),
+        ({"CPU": "1"}, "CPU", "CPU=1"),
+        ({"CL": "1"}, "CL", "CL=1"),
+        ({"METAL": "1", "CUDA": "0"}, "METAL", "METAL=1"),
+        ({"CUDA": "1", "DEV": "CUDA"}, "CUDA", "CUDA=1"),
+        ({"GPU": "1"}, "METAL", "GPU=1 takes the best there is"),
+        ({}, "METAL", "nothing asked for: the best there is"),
+    ],
+)
+def test_each_variable_asks_for_a_device(environ, first, reason):
+    candidates, found = device.wanted(environ)
+    assert (candidates[0], found) == (first, reason)
+    assert ("CPU" in candidates) == (environ in ({}, {"CPU": "1"}))
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({"DEV": "CPU", "CL": "1"}, "DEV=CPU and CL=1 contradict each other: set one of them"),
+        ({"DEV": "CPU", "GPU": "1"}, "DEV=CPU and GPU=1 contradict each other: set one of them"),
+        ({"CPU": "1", "CL": "1"}, "CPU=1 and CL=1 contradict each other: set one of them"),
+        ({"GPU": "1", "CPU": "1"}, "CPU=1 and GPU=1 contradict each other: set one of them"),
+    ],
+)
+def test_contradictions_are_refused(environ, message):
+    with pytest.raises(DeviceError) as refused:
+        device.select(dict(environ))
+    assert str(refused.value) == message
+
+
+@pytest.mark.parametrize("name", ["METAL", "CUDA"])
+@pytest.mark.parametrize("way", ["flag", "DEV"])
+def test_an_absent_device_says_what_is_there_and_what_to_install(name, way):
+    without_cards()
+    environ = {name: "1"} if way == "flag" else {"DEV": name}
+    with pytest.raises(DeviceError) as refused:
+        device.select(environ)
+    message = str(refused.value)
+    assert message.startswith(f"{name}=1: " if way == "flag" else f"DEV={name}: ")
+    assert f"{name} is not available (" in message
+    assert "Available here: " in message and "CPU" in message.partition("Available here: ")[2]
+    assert message.endswith(f"To use it, install {device.INSTALL[name]}")
+    assert "DEV" not in environ  # nothing was chosen instead
+
+
+def test_a_backend_that_does_not_exist_is_refused():
+    with pytest.raises(DeviceError, match="there is no backend called 'CPUU'"):
+        device.select({"DEV": "CPUU"})
+
+
+def test_selecting_sets_dev_for_children_and_removes_what_tinygrad_refuses():
+    environ = {"CPU": "1", "METAL": "0", "OTHER": "1"}
+    choice = device.select(environ)
+    assert environ == {"DEV": "CPU", "OTHER": "1"}
+    assert (choice.device, choice.renderer, choice.reason) == ("CPU", "ClangJIT", "CPU=1")
+
+
+def test_a_gpu_that_is_absent_is_not_replaced_by_the_processor(monkeypatch):
+    def refuse(target, reason):
+        if target == "CPU":
+            return device.DeviceChoice("CPU", "ClangJIT", "a processor", reason)
+        raise DeviceError("not here")
+
+    monkeypatch.setattr(device, "_open", refuse)
+    with pytest.raises(DeviceError, match=r"GPU=1 .*: no GPU answered\. Available here: CPU\."):
+        device.select({"GPU": "1"})
+    assert device.select({}).device == "CPU"
+
+
+def test_the_best_gpu_is_taken_and_opencl_on_a_processor_only_when_asked(monkeypatch):
+    def answer(target, reason):
+        if target in ("CL", "CPU"):
+            return device.DeviceChoice(target, "any", "pthread-haswell", reason)
+        raise DeviceError("not here")
+
+    monkeypatch.setattr(device, "_open", answer)
+    assert device.select({"GPU": "1"}).device == "CL"
+    assert device.select({}).device == "CPU"
+    monkeypatch.setattr(device, "GPU_ORDER", ("CL", "CUDA"))
+    assert device.select({"GPU": "1"}).device == "CL"
+
+
+def test_a_missing_compiler_is_named(monkeypatch):
+    monkeypatch.setenv("CC", "no-such-compiler")
+    device._open.cache_clear()
+    with pytest.raises(DeviceError, match=r"the C compiler 'no-such-compiler' is not installed"):
+        device.select({"DEV": "CPU"})
+    device._open.cache_clear()
+
+
+def test_training_on_an_absent_device_ends_with_exit_code_2(tmp_path):
+    without_cards()
+    file = tmp_path / "tiny.toml"
+    file.write_text("")
+    code, out, err = run_command("train", file, METAL="1")
+    assert (code, out) == (2, "")
+    assert err.startswith("METAL=1: METAL is not available (") and len(err.splitlines()) == 1
+
+
+def test_the_backends_command_lists_what_answers_and_what_others_need():
+    code, out, err = run_command("backends")
+    assert (code, err) == (0, "")
+    assert any(line.startswith("CPU     ") and "(renderer ClangJIT)" in line for line in out.splitlines())
+    without_cards()
+    assert f"METAL   not available; needs {device.INSTALL['METAL']}" in out
+
+
+@pytest.mark.parametrize("way", ["--threads", "NUM_CPU_THREADS"])
+def test_the_number_of_threads_is_said_and_used(tmp_path, way):
+    code = f"""
+import sys
+from tinyllama import device
+choice = device.select({"threads=3" if way == "--threads" else ""})
+from tinygrad import Tensor
+from tinyllama.ops.matmul import linear
+from tinyllama.ops import kernel
+print(choice.line())
+print(kernel.threaded(5).shape[0])
+x = Tensor.ones(8, 4).contiguous().realize()
+print(linear(x, x).sum().item())
+"""
+    import subprocess
+    import sys
+
+    variables = {} if way == "--threads" else {"NUM_CPU_THREADS": "3"}
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment(**variables)
+    )
+    assert found.returncode == 0, found.stderr
+    line, rows, total = found.stdout.splitlines()
+    assert ", 3 threads, " in line
+    assert (rows, total) == ("3", "256.0")
+
+
+def test_kernels_can_be_switched_off(tmp_path, monkeypatch):
+    config = configuration(tmp_path / "on", "training.max_steps=3", "model.num_layers=1")
+    weight = trainer(config).model.head_weight()
+    assert kernel.uses_kernels(weight)
+    train(config)
+    monkeypatch.setenv("TINYLLAMA_KERNELS", "0")
+    assert not kernel.uses_kernels(weight)
+    monkeypatch.setattr(kernel, "run", None)  # no kernel is made
+    train(configuration(tmp_path / "off", "training.max_steps=3", "model.num_layers=1"))
+    on, off = metrics(tmp_path / "on"), metrics(tmp_path / "off")
+    for step in (1, 2, 3):
+        assert on[step]["loss"] == pytest.approx(off[step]["loss"], rel=1e-5)
+        assert on[step]["grad_norm"] == pytest.approx(off[step]["grad_norm"], rel=1e-4)
+
+
+def test_memory_in_use_is_that_of_this_process():
+    before = device.memory_in_use_bytes()
+    held = b"x" * (64 << 20)
+    assert device.memory_in_use_bytes() - before > 60 << 20
+    assert device.resident_bytes(peak=True) >= device.resident_bytes() > len(held)
+
+
+def test_the_default_activation_type_is_one_that_every_device_has():
+    assert TrainingConfig().dtype == "float32"
