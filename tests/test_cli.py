@@ -48,18 +48,18 @@ def test_an_override_acts(tmp_path, capsys):
     words = ["train", config_file(tmp_path / "run"), "--quiet", "--set", "training.max_steps=1"]
     words += ["--set", "model.num_layers=1", "--set", f"checkpointing.checkpoint_dir={tmp_path}/b"]
     assert cli(*words) == 0
-    assert "88,192 parameters, 1 steps of" in capsys.readouterr().out
+    assert "88,256 parameters, 1 steps of" in capsys.readouterr().out
     assert names(tmp_path / "b") == ["final"]
 
 
 MISTAKES = {
     "an unknown key": (
         ["--set", "training.learnin_rate=1"],
-        "--set training.learnin_rate: unknown key, did you mean training.learning_rate?",
+        "--set training.learnin_rate=1: unknown key, the nearest is training.learning_rate",
     ),
     "a value out of range": (
         ["--set", "training.batch_size=0"],
-        "--set training.batch_size: got 0, must be 1 or more",
+        "--set training.batch_size=0: got 0, must be an integer of 1 or more",
     ),
     "text that is not there": (
         ["--set", "data.train_path=nowhere/*.txt"],

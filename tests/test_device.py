@@ -2,20 +2,23 @@
 
 import os
 
+import subprocess
+import sys
+
 import pytest
 from runs_helpers import configuration, environment, metrics, run_command, train, trainer
+from tinygrad.device import Device
 
 from tinyllama import device
-from tinyllama.config import TrainingConfig
 from tinyllama.errors import DeviceError
 from tinyllama.ops import kernel
-
-NEVER = ("METAL", "CUDA", "NV", "AMD")
 
 
 def without_cards():
     """Skip where a card answers: these tests are about its absence."""
-    if os.uname().sysname != "Linux" or any(os.path.exists(p) for p in ("/dev/nvidia0", "/dev/kfd")):
+    if os.uname().sysname != "Linux" or any(
+        os.path.exists(p) for p in ("/dev/nvidia0", "/dev/kfd")
+    ):
         pytest.skip("a GPU may answer here")
 
 
@@ -68,6 +71,12 @@ def test_an_absent_device_says_what_is_there_and_what_to_install(name, way):
     assert "DEV" not in environ  # nothing was chosen instead
 
 
+def test_looking_for_devices_changes_nothing():
+    before = Device.DEFAULT
+    assert "CPU" in [choice.device for choice in device.available()]
+    assert Device.DEFAULT == before == "CPU"
+
+
 def test_a_backend_that_does_not_exist_is_refused():
     with pytest.raises(DeviceError, match="there is no backend called 'CPUU'"):
         device.select({"DEV": "CPUU"})
@@ -77,6 +86,7 @@ def test_selecting_sets_dev_for_children_and_removes_what_tinygrad_refuses():
     environ = {"CPU": "1", "METAL": "0", "OTHER": "1"}
     choice = device.select(environ)
     assert environ == {"DEV": "CPU", "OTHER": "1"}
+    assert Device.DEFAULT == "CPU"
     assert (choice.device, choice.renderer, choice.reason) == ("CPU", "ClangJIT", "CPU=1")
 
 
@@ -125,7 +135,9 @@ def test_training_on_an_absent_device_ends_with_exit_code_2(tmp_path):
 def test_the_backends_command_lists_what_answers_and_what_others_need():
     code, out, err = run_command("backends")
     assert (code, err) == (0, "")
-    assert any(line.startswith("CPU     ") and "(renderer ClangJIT)" in line for line in out.splitlines())
+    assert any(
+        line.startswith("CPU     ") and "(renderer ClangJIT)" in line for line in out.splitlines()
+    )
     without_cards()
     assert f"METAL   not available; needs {device.INSTALL['METAL']}" in out
 
@@ -144,9 +156,6 @@ print(kernel.threaded(5).shape[0])
 x = Tensor.ones(8, 4).contiguous().realize()
 print(linear(x, x).sum().item())
 """
-    import subprocess
-    import sys
-
     variables = {} if way == "--threads" else {"NUM_CPU_THREADS": "3"}
     found = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment(**variables)
@@ -177,7 +186,3 @@ def test_memory_in_use_is_that_of_this_process():
     held = b"x" * (64 << 20)
     assert device.memory_in_use_bytes() - before > 60 << 20
     assert device.resident_bytes(peak=True) >= device.resident_bytes() > len(held)
-
-
-def test_the_default_activation_type_is_one_that_every_device_has():
-    assert TrainingConfig().dtype == "float32"

@@ -93,7 +93,9 @@ def select(
             continue
         if len(candidates) > len(GPU_ORDER) and _is_processor_opencl(choice):
             continue  # without being asked, OpenCL on a processor loses to the processor itself
-        environ["DEV"] = target
+        from tinygrad.helpers import DEV
+
+        DEV.value = environ["DEV"] = target
         return choice
     name = candidates[0].partition(":")[0].upper()
     there = ", ".join(choice.device for choice in available()) or "none"
@@ -131,16 +133,15 @@ def _open(target: str, reason: str) -> DeviceChoice:
     if name == "CPU" and not rest and shutil.which(compiler) is None:
         raise DeviceError(f"the C compiler {compiler!r} is not installed")
     from tinygrad.device import Device
-    from tinygrad.helpers import DEV
+    from tinygrad.helpers import Context
 
-    previous, DEV.value = DEV.value, target
     try:
-        opened = Device[name]
-        renderer = type(opened.renderer).__name__.removesuffix("Renderer")
+        with Context(DEV=target):
+            opened = Device[name]
+            renderer = type(opened.renderer).__name__.removesuffix("Renderer")
     # tinygrad's backends fail in many ways (a library that does not load, a driver that is not
     # there, no permission); each means that the device cannot be used, and the text is shown.
     except Exception as error:
-        DEV.value = previous
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DeviceError(first_line[:160]) from error
     return DeviceChoice(name, renderer, _describe(name, opened), reason)

@@ -54,8 +54,10 @@ def write_text(work: Path, context: int) -> None:
             texts.append(file.read())
         left -= len(texts[-1])
     tokenizer = train_tokenizer(texts, VOCABULARY, work / "tokenizer.model")
-    # A window and a half: only whole windows are learned, and encoding again may move the end.
-    text = tokenizer.decode(tokenizer.encode("".join(texts))[: context * 3 // 2])
+    ids = tokenizer.encode("".join(texts))
+    prefixes = (tokenizer.decode(ids[:length]) for length in range(context, 0, -1))
+    # With its begin and its end it fills the window; encoded again it may have other lengths.
+    text = next(text for text in prefixes if len(tokenizer.encode(text)) + 2 <= context + 1)
     atomic_write(work / "text.jsonl", (json.dumps({"text": text}) + "\n").encode())
 
 

@@ -82,43 +82,63 @@ def run(
     outputs are buffers to write (`empty(...)`, or existing tensors that are updated in place, then
     `also_read`). gradient(*grads, call=) returns one UOp or None for each output and input.
     """
-    threads = device.threads()
-    text = {"NT": threads, **defines}
-    name = "_".join([file.removesuffix(".c"), *(_word(v) for v in defines.values())])
-    lines = [f"#define {key} {value}" for key, value in text.items()]
-    lines += [f"#define KERNEL {name}", source("common.h"), *map(source, headers), source(file)]
-    code = "\n".join(lines)
+    name, code = _source(file, headers, defines)
     precompile.start(code)
     moved = sum(t.numel() * t.dtype.itemsize for t in (*outputs, *inputs))
-    estimates = Estimates(ops=flops, lds=moved, mem=moved)
     writes = tuple(range(len(outputs)))
     reads = tuple(range(0 if also_read else len(outputs), len(outputs) + len(inputs)))
+    info = KernelInfo(name=name, estimates=Estimates(ops=flops, lds=moved, mem=moved))
+    places = [written(t) for t in (*outputs, *inputs)]
+    results = Tensor.custom_kernel(
+        *places,
+        fxn=lambda *buffers: _program(info, code, buffers, writes, reads),
+        grad_fxn=None if gradient is None else _shaped(gradient),
+    )
+    return [r.reshape(t.shape) for r, t in zip(results, outputs, strict=False)]
 
-    def program(*buffers: UOp) -> UOp:
-        core = UOp.variable("core_id", 0, threads - 1, dtypes.int)
-        info = ProgramInfo(
-            name, (threads, 1, 1), (1, 1, 1), (core,), tuple(range(len(buffers))), writes, reads
-        )
-        sink = UOp.sink(*buffers, core, arg=KernelInfo(name=name, estimates=estimates))
-        parts = (
-            sink,
-            UOp(Ops.DEVICE, arg="CPU"),
-            UOp(Ops.LINEAR, src=(*sink.src, sink)),
-            UOp(Ops.SOURCE, arg=code),
-        )
-        return UOp(Ops.PROGRAM, src=parts, arg=info)
 
-    def shaped_gradient(*grads: UOp, call: UOp | None = None) -> tuple[UOp | None, ...]:
+def _source(
+    file: str, headers: Sequence[str], defines: Mapping[str, int | float | str]
+) -> tuple[str, str]:
+    """Name and C text of a kernel: its sizes as macros, the headers, the file."""
+    name = "_".join([file.removesuffix(".c"), *(_word(v) for v in defines.values())])
+    macros = {"NT": device.threads(), **defines, "KERNEL": name}
+    lines = [f"#define {key} {value}" for key, value in macros.items()]
+    return name, "\n".join([*lines, *map(source, ("common.h", *headers, file))])
+
+
+def _program(
+    info: KernelInfo,
+    code: str,
+    buffers: tuple[UOp, ...],
+    writes: tuple[int, ...],
+    reads: tuple[int, ...],
+) -> UOp:
+    """A C text as tinygrad's PROGRAM, run once by each thread with its number."""
+    threads = device.threads()
+    core = UOp.variable("core_id", 0, threads - 1, dtypes.int)
+    everything = tuple(range(len(buffers)))
+    launch = ProgramInfo(
+        info.name, (threads, 1, 1), (1, 1, 1), (core,), everything, writes, reads
+    )  # fmt: skip
+    sink = UOp.sink(*buffers, core, arg=info)
+    linear = UOp(Ops.LINEAR, src=(*sink.src, sink))
+    parts = (sink, UOp(Ops.DEVICE, arg="CPU"), linear, UOp(Ops.SOURCE, arg=code))
+    return UOp(Ops.PROGRAM, src=parts, arg=launch)
+
+
+def _shaped(
+    gradient: Callable[..., tuple[UOp | None, ...]],
+) -> Callable[..., tuple[UOp | None, ...]]:
+    """`gradient`, each result in the shape of the buffer that it belongs to."""
+
+    def run_gradient(*grads: UOp, call: UOp | None = None) -> tuple[UOp | None, ...]:
         # tinygrad passes the call by position where one output has a gradient, by name otherwise.
         *grads_in, node = grads if call is None else (*grads, call)
-        assert gradient is not None
-        found = gradient(*grads_in, call=node)
-        pairs = zip(found, node.src[1:], strict=True)
+        pairs = zip(gradient(*grads_in, call=node), node.src[1:], strict=True)
         return tuple(None if g is None else g.reshape(source.shape) for g, source in pairs)
 
-    places = [written(t) for t in (*outputs, *inputs)]
-    results = Tensor.custom_kernel(*places, fxn=program, grad_fxn=shaped_gradient)
-    return [r.reshape(t.shape) for r, t in zip(results, outputs, strict=False)]
+    return run_gradient
 
 
 def written(tensor: Tensor) -> Tensor:
