@@ -1,17 +1,24 @@
 """Which device runs: what the environment asks for, what is refused, what the first line says."""
 
 import os
-
 import subprocess
 import sys
 
 import pytest
 from runs_helpers import configuration, environment, metrics, run_command, train, trainer
 from tinygrad.device import Device
+from tinygrad.helpers import Context
 
 from tinyllama import device
 from tinyllama.errors import DeviceError
 from tinyllama.ops import kernel
+
+
+@pytest.fixture(autouse=True)
+def on_the_processor():
+    """What a test chooses ends with it."""
+    with Context(DEV="CPU"):
+        yield
 
 
 def without_cards():

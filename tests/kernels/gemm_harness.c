@@ -1,7 +1,7 @@
 /* gemm.c against a double precision product, for every M, N, K out of a list of awkward sizes and
    1 to 3 threads. The sizes are variables here, so that one build runs all of them; FIXED makes
-   them constants, as the kernel has them in use. The threads' parts run one after another: each must do
-   without what the others leave in the scratch memory, which is NaN until written. */
+   them constants, as the kernel has them in use. The threads' parts run one by one: each must
+   do without what the others leave in the scratch memory, which is NaN until written. */
 
 // variants: -DLAYOUT=0; -DLAYOUT=1; -DLAYOUT=2
 // variants: -DLAYOUT=0 -DADDEND=1; -DLAYOUT=1 -DACCUMULATE=1; -DLAYOUT=2 -DACCUMULATE=1 -DADDEND=1
