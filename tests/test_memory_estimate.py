@@ -15,6 +15,7 @@ from lora_helpers import write_base
 from model_helpers import SQUARE, build, on_device, random_batch
 from runs_helpers import ROOT, TRAIN_FILES, shared_folder, tokenizer
 from test_accounting import tool
+from tinygrad import dtypes
 from tinygrad.helpers import GlobalCounters
 from tinygrad.uop.ops import Ops
 
@@ -110,10 +111,14 @@ def config(model=SQUARE, val_path=None, **training):
 def arena_bytes(jit):
     """Bytes of the memory that a captured graph has for its own tensors."""
     found = jit.captured.linear.toposort()
-    return sum({u.src[0]: u.src[0].arg for u in found if u.op is Ops.BUFFER_VIEW}.values())
+    bases = {u.src[0] for u in found if u.op is Ops.BUFFER_VIEW}
+    return sum(u.arg for u in bases if u.op is Ops.BUFFER and u.dtype == dtypes.int8)
 
 
-def test_the_arena_of_a_real_step_is_the_planned_one_to_the_byte():
+@pytest.mark.parametrize("chunks", [1, 4])
+def test_the_arena_of_a_real_step_is_the_planned_one_to_the_byte(chunks, monkeypatch):
+    elements = 2 * 32 * SQUARE.vocab_size // chunks
+    monkeypatch.setattr("tinyllama.ops.cross_entropy.CHUNK_ELEMENTS", elements)
     asked = config(val_path="validation")
     model = build(SQUARE)
     optimizer = AdamW(model.state_dict(), asked.training)
@@ -325,3 +330,17 @@ def test_rotary_tables_outlive_the_step_that_made_them():
     assert np.allclose(cos.numpy()[:, 0], np.cos(np.arange(32)), atol=1e-6)
     after = captured(StagedLoss(model).loss)(*on_device(batch)).item()
     assert after / result.tokens == pytest.approx(result.loss, rel=1e-6)
+
+
+def test_a_step_learns_the_same_from_a_head_in_several_chunks(monkeypatch):
+    results = {}
+    for chunks in (1, 2, 4):
+        elements = 4 * 64 * SQUARE.vocab_size // chunks
+        monkeypatch.setattr("tinyllama.ops.cross_entropy.CHUNK_ELEMENTS", elements)
+        model = build(SQUARE)
+        step = TrainStep(model, AdamW(model.state_dict(), TrainingConfig()), 1)
+        batch = random_batch(SQUARE, rows=4, length=64)
+        found = [step([batch], number, 1e-2) for number in (1, 2, 3)]
+        results[chunks] = [(result.loss, result.grad_norm) for result in found]
+    assert np.allclose(results[2], results[1], rtol=1e-4)
+    assert np.allclose(results[4], results[1], rtol=1e-4)

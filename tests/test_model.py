@@ -64,9 +64,9 @@ def test_logits_of_the_portable_form_equal_the_formula():
     ("dtype", "tolerance"), [(dtypes.bfloat16, 4e-2), (dtypes.float16, 5e-3)], ids=str
 )
 def test_narrow_activations_give_float32_logits_near_the_formula(dtype, tolerance):
-    tokens = random_batch(GROUPED).tokens
-    expected = reference_logits(random_weights(GROUPED), GROUPED, tokens)
-    found = logits_of(build(GROUPED, dtype=dtype), tokens)
+    tokens = random_batch(SQUARE).tokens
+    expected = reference_logits(random_weights(SQUARE), SQUARE, tokens)
+    found = logits_of(build(SQUARE, dtype=dtype), tokens)
     assert found.dtype == np.float32
     assert 1e-6 < difference(found, expected) < tolerance
 

@@ -99,7 +99,7 @@ def _resume_command(asked: argparse.Namespace, checkpoint: Path) -> list[str]:
     for name in ("threads", "budget"):
         if getattr(asked, name) is not None:
             words += [f"--{name}", str(getattr(asked, name))]
-    return words + (["--quiet"] if asked.quiet else [])
+    return words + [f"--{name}" for name in ("quiet", "force") if getattr(asked, name)]
 
 
 def generate(words: list[str]) -> None:

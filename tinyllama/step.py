@@ -17,6 +17,7 @@ from tinygrad import Tensor, TinyJit
 from tinyllama.data import Batch
 from tinyllama.gradients import StagedLoss
 from tinyllama.model import Llama
+from tinyllama.ops.memory import keep_what_slices_read
 from tinyllama.ops.plan import Plan, plan
 from tinyllama.ops.precompile import finishing
 from tinyllama.ops.stage import Stage
@@ -128,6 +129,7 @@ class TrainStep:
 
 def captured(function: Callable[..., Any]) -> Any:
     """A compiled graph that is captured at its first call instead of its second."""
+    keep_what_slices_read()
     jit = TinyJit(finishing(function))
     jit.cnt = 1
     return jit

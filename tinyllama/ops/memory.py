@@ -1,8 +1,12 @@
-"""Large CPU buffers in huge pages: fewer page faults at the start, fewer TLB misses ever after.
+"""Two changes to how tinygrad 0.13 lays tensors in memory.
 
+Large CPU buffers in huge pages: fewer page faults at the start, fewer TLB misses ever after.
 tinygrad maps its CPU buffers as shared memory, for which Linux gives 4 KiB pages: touching the
 2.6 GB of a 124M model's training state for the first time costs seconds. Private memory with
 MADV_HUGEPAGE costs a tenth of it. Elsewhere than on Linux nothing changes.
+
+Tensors that are read in slices live until the last slice is read: tinygrad's planner sees only
+kernels that read a tensor whole, and gives its memory to others too early.
 """
 
 import functools
@@ -12,6 +16,8 @@ from typing import Any
 from tinygrad.device import BufferSpec, Device
 from tinygrad.helpers import mv_address
 from tinygrad.runtime.support.hcq import HCQBuffer, MMIOInterface
+from tinygrad.schedule import memory as planner
+from tinygrad.uop.ops import Ops, UOp
 
 HUGE_PAGE_BYTES = 2 << 20
 
@@ -37,3 +43,14 @@ def use_huge_pages() -> None:
         return HCQBuffer(address, size, meta=memory, view=view, owner=allocator.dev)
 
     allocator._alloc = allocate_huge
+
+
+@functools.cache
+def keep_what_slices_read() -> None:
+    """From here on, the planner takes a kernel that reads a slice of a tensor for its reader."""
+    collect = planner._collect_bufs
+
+    def collect_all(uop: UOp) -> list[UOp]:
+        return collect_all(uop.src[0]) if uop.op is Ops.BUFFER_VIEW else collect(uop)
+
+    planner._collect_bufs = collect_all

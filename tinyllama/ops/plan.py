@@ -15,6 +15,8 @@ from tinygrad.engine.realize import capturing
 from tinygrad.schedule.memory import memory_plan_rewrite
 from tinygrad.uop.ops import Ops, UOp, buffers
 
+from tinyllama.ops.memory import keep_what_slices_read
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -50,6 +52,7 @@ def plan(
 
     `gradients` is asked afterwards which of the tensors that were made are gradients.
     """
+    keep_what_slices_read()
     # Buffers get rising numbers: those that come later, and get no memory, are the step's own.
     before = UOp.unique().arg
     recorder = _Recorder()
@@ -62,14 +65,15 @@ def plan(
     held = {result.uop.base} if isinstance(result, Tensor) else set()
     held |= {b for b in _buffers(kernels.src) if b.src[0].arg < before or b in buffers}
     found = {tensor.uop.base for tensor in gradients()}
-    arena = _arena_bytes(memory_plan_rewrite(kernels, held))
+    arena = _arena_bytes(memory_plan_rewrite(kernels, held), held)
     return Plan(arena, *_purposes(recorder.pieces, held, found))
 
 
-def _arena_bytes(planned: UOp) -> int:
+def _arena_bytes(planned: UOp, held: set[UOp]) -> int:
     """Bytes of the memory that the planner laid tensors into."""
     views = (u for call in planned.src for u in call.src[1:] if u.op is Ops.BUFFER_VIEW)
-    return sum(arena.arg for arena in {view.src[0] for view in views})
+    arenas = {_whole(view) for view in views} - held
+    return sum(arena.arg * arena.dtype.itemsize for arena in arenas)
 
 
 _Life = tuple[int, int, int]  # first kernel, last kernel, bytes
@@ -106,5 +110,11 @@ def _highest(lives: list[_Life]) -> int:
 
 
 def _buffers(calls: Iterable[UOp]) -> set[UOp]:
-    """The buffers that kernels read and write."""
-    return {u for call in calls for u in call.src[1:] if u.op is Ops.BUFFER}
+    """The buffers that kernels read and write, whole or a slice."""
+    whole = (_whole(u) for call in calls for u in call.src[1:])
+    return {u for u in whole if u.op is Ops.BUFFER}
+
+
+def _whole(uop: UOp) -> UOp:
+    """The buffer that a slice is of, or of a slice of a slice."""
+    return _whole(uop.src[0]) if uop.op is Ops.BUFFER_VIEW else uop
