@@ -7,7 +7,6 @@ A target of -1 is not trained: its loss and gradient are zero. One beyond the vo
 loss NaN, which stops a run.
 """
 
-import itertools
 import math
 
 from tinygrad import Tensor, dtypes
@@ -15,7 +14,7 @@ from tinygrad.function import function
 from tinygrad.uop.ops import UOp
 
 from tinyllama.ops import kernel
-from tinyllama.ops.matmul import NN, TN, gemm, linear
+from tinyllama.ops.matmul import NN, NT, TN, gemm, linear
 
 # Largest chunk of logits, in elements: 64 MB of float32.
 CHUNK_ELEMENTS = 16 * 1024 * 1024
@@ -53,24 +52,35 @@ def loss_and_gradients(
     x: Tensor, weight: Tensor, targets: Tensor, weight_gradient: bool
 ) -> tuple[Tensor, ...]:
     """Summed loss, its gradient of x and, if asked for, of the weight, in one pass over chunks."""
-    losses, dxs, dw = [], [], None
+    losses, dxs, dw, free = [], [], None, None
     for begin, end in _chunks(x.shape[0], weight.shape[0]):
         rows = x[begin:end].contiguous()
-        loss, dlogits = _softmax_loss(linear(rows, weight), targets[begin:end], gradient=True)
+        logits = _logits(rows, weight, free)
+        loss, dlogits = _softmax_loss(logits, targets[begin:end], gradient=True)
         losses.append(loss.sum())
         dxs.append(_product(NN, dlogits, weight, rows))
         if weight_gradient:
             dw = _add_product(dlogits, rows, dw)
+        free = kernel.after(dlogits, [dxs[-1]] if dw is None else [dxs[-1], dw])
     total = sum(losses[1:], losses[0])
     dx = dxs[0].cat(*dxs[1:], dim=0).contiguous() if len(dxs) > 1 else dxs[0]
     return (total, dx, dw) if dw is not None else (total, dx)
 
 
 def _chunks(tokens: int, vocab_size: int) -> list[tuple[int, int]]:
-    """Row ranges of nearly equal size whose logits stay under CHUNK_ELEMENTS."""
+    """Row ranges whose logits stay under CHUNK_ELEMENTS, all of one size but the last."""
     count = -(-tokens // max(1, CHUNK_ELEMENTS // vocab_size))
-    edges = [tokens * i // count for i in range(count + 1)]
-    return [(a, b) for a, b in itertools.pairwise(edges) if b > a]
+    size = -(-tokens // count)
+    return [(start, min(start + size, tokens)) for start in range(0, tokens, size)]
+
+
+def _logits(rows: Tensor, weight: Tensor, free: Tensor | None) -> Tensor:
+    """rows weight^T, (N, V). `free` holds logits that nobody reads any more: chunks that wait for
+    each other share that memory, where tinygrad would make the logits of all chunks first."""
+    if kernel.uses_kernels(rows, weight):
+        fits = free is not None and free.shape == (rows.shape[0], weight.shape[0])
+        return gemm(NT, rows, weight, dtype=rows.dtype, over=free if fits else None)
+    return linear(rows, weight)
 
 
 def _softmax_loss(logits: Tensor, targets: Tensor, *, gradient: bool) -> tuple[Tensor, Tensor]:

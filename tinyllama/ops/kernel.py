@@ -152,6 +152,14 @@ def written(tensor: Tensor) -> Tensor:
     return Tensor(uop) if uop.op is Ops.AFTER else tensor
 
 
+def after(tensor: Tensor, done: Sequence[Tensor]) -> Tensor:
+    """What a kernel wrote, as memory that is free once the kernels that wrote `done` have run."""
+    place, uops = written(tensor).uop, [written(t).uop for t in done]
+    if any(uop.op is not Ops.AFTER for uop in (place, *uops)):
+        return tensor
+    return Tensor(place.after(*(uop.src[1] for uop in uops))).reshape(tensor.shape)
+
+
 def in_memory(tensor: Tensor) -> Tensor:
     """The tensor, put into memory unless a kernel has written it there already."""
     return tensor if written(tensor).uop.op is Ops.AFTER else tensor.contiguous()

@@ -47,14 +47,17 @@ def gemm(
     dtype: DType = dtypes.float32,
     gradient: Callable[..., tuple[UOp | None, ...]] | None = None,
     onto: Tensor | None = None,
+    over: Tensor | None = None,
 ) -> Tensor:
     """One product on the CPU: a and b as `layout` names them, result (M, N) of type `dtype`.
 
-    With `onto`, a float32 (M, N), the product is added to it in place.
+    With `onto`, a float32 (M, N), the product is added to it in place; with `over`, an (M, N) of
+    type `dtype`, it is written over that.
     """
     m, k = a.shape[::-1] if layout == TN else a.shape
     n = b.shape[0] if layout == NT else b.shape[1]
-    out = kernel.empty(m, n, dtype=dtype) if onto is None else onto
+    given = over if onto is None else onto
+    out = kernel.empty(m, n, dtype=dtype) if given is None else given
     defines, scratch = gemm_defines(layout, m, n, k, a.dtype, b.dtype, out.dtype)
     defines["ACCUMULATE"] = int(onto is not None)
     return kernel.run(
