@@ -14,8 +14,8 @@ PACKAGE = ROOT / "tinyllama"
 LAYERS = (
     "errors files schema ops weights bench",
     "device manifest metrics parallel rows sections settings tokenizer",
-    "config sources checkpoint ops.memory ops.stage ops.plan ops.bfloat16",
-    "corpus ops.storage weights.dtypes",
+    "config sources checkpoint ops.memory ops.stage ops.bfloat16",
+    "corpus ops.storage ops.plan weights.dtypes",
     "data initialize ops.precompile weights.header weights.hf_config weights.hf_names",
     "ops.kernel weights.safetensors weights.peft_config",
     "ops.matmul ops.attention ops.rope ops.rms_norm ops.swiglu ops.embedding ops.adamw",
