@@ -193,3 +193,46 @@ def test_memory_in_use_is_that_of_this_process():
     held = b"x" * (64 << 20)
     assert device.memory_in_use_bytes() - before > 60 << 20
     assert device.resident_bytes(peak=True) >= device.resident_bytes() > len(held)
+
+
+def test_a_step_that_is_collected_on_a_kernel_thread_does_not_wait_for_itself():
+    script = """
+import gc, time, weakref
+from tinyllama import device
+device.select()
+from tinygrad import Tensor
+from tinygrad.device import Device
+from tinygrad.runtime.graph.hcq import HCQGraph
+from tinyllama.step import captured
+
+def step(x):
+    return ((x + 1).contiguous() * 2).contiguous().realize()
+
+gc.disable()
+x = Tensor([1.0, 2.0]).realize()
+first, second = captured(step), captured(step)
+for jit in (first, second):
+    print(jit(x).tolist())
+(graph, _) = [weakref.ref(o) for o in gc.get_objects() if isinstance(o, HCQGraph)]
+del first, jit
+
+def collect(thread):
+    time.sleep(0.3)
+    gc.collect()
+
+Device["CPU"].tasks.put([collect, 1, 0])
+print(second(x).tolist())
+Device["CPU"].synchronize()
+for _ in range(100):
+    time.sleep(0.02 * (graph() is not None))
+print(graph())
+"""
+    found = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=60,
+    )
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.splitlines() == ["[4.0, 6.0]"] * 3 + ["None"]

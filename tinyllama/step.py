@@ -17,7 +17,7 @@ from tinygrad import Tensor, TinyJit
 from tinyllama.data import Batch
 from tinyllama.gradients import StagedLoss
 from tinyllama.model import Llama
-from tinyllama.ops.memory import keep_what_slices_read
+from tinyllama.ops.memory import free_steps_elsewhere, keep_what_slices_read
 from tinyllama.ops.plan import Plan, plan
 from tinyllama.ops.precompile import finishing
 from tinyllama.ops.stage import Stage
@@ -130,6 +130,7 @@ class TrainStep:
 def captured(function: Callable[..., Any]) -> Any:
     """A compiled graph that is captured at its first call instead of its second."""
     keep_what_slices_read()
+    free_steps_elsewhere()
     jit = TinyJit(finishing(function))
     jit.cnt = 1
     return jit

@@ -1,4 +1,4 @@
-"""Two changes to how tinygrad 0.13 lays tensors in memory.
+"""Three changes to how tinygrad 0.13 handles memory.
 
 Large CPU buffers in huge pages: fewer page faults at the start, fewer TLB misses ever after.
 tinygrad maps its CPU buffers as shared memory, for which Linux gives 4 KiB pages: touching the
@@ -7,14 +7,20 @@ MADV_HUGEPAGE costs a tenth of it. Elsewhere than on Linux nothing changes.
 
 Tensors that are read in slices live until the last slice is read: tinygrad's planner sees only
 kernels that read a tensor whole, and gives its memory to others too early.
+
+A captured step that is garbage waits for the device before its memory goes. Python may collect
+garbage on any thread, so also on the one that runs kernels, which then waits for itself for ever.
 """
 
 import functools
 import mmap
+import threading
 from typing import Any
 
 from tinygrad.device import BufferSpec, Device
 from tinygrad.helpers import mv_address
+from tinygrad.runtime.graph.hcq import HCQGraph
+from tinygrad.runtime.ops_cpu import CPUWorker
 from tinygrad.runtime.support.hcq import HCQBuffer, MMIOInterface
 from tinygrad.schedule import memory as planner
 from tinygrad.uop.ops import Ops, UOp
@@ -54,3 +60,17 @@ def keep_what_slices_read() -> None:
         return collect_all(uop.src[0]) if uop.op is Ops.BUFFER_VIEW else collect(uop)
 
     planner._collect_bufs = collect_all
+
+
+@functools.cache
+def free_steps_elsewhere() -> None:
+    """From here on, a step that is collected on a thread that runs kernels is freed on another."""
+    free = HCQGraph.__del__
+
+    def free_elsewhere(step: Any) -> None:
+        if isinstance(threading.current_thread(), CPUWorker):
+            threading.Thread(target=free, args=(step,), name="free").start()
+        else:
+            free(step)
+
+    HCQGraph.__del__ = free_elsewhere
