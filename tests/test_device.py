@@ -214,7 +214,10 @@ first, second = captured(step), captured(step)
 for jit in (first, second):
     print(jit(x).tolist())
 (graph, _) = [weakref.ref(o) for o in gc.get_objects() if isinstance(o, HCQGraph)]
-del first, jit
+ring = [first]
+ring.append(ring)  # garbage that only the collector finds
+del first, jit, ring
+assert graph() is not None
 
 def collect(thread):
     time.sleep(0.3)

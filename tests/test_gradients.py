@@ -16,9 +16,12 @@ from model_helpers import (
 )
 from tinygrad import Tensor, dtypes
 
+from tinyllama.config import LlamaConfig
 from tinyllama.gradients import StagedLoss
+from tinyllama.model import Llama
 from tinyllama.ops import kernel
 from tinyllama.ops.storage import read
+from tinyllama.step import captured
 
 KINDS = [
     "embed_tokens",
@@ -85,6 +88,19 @@ def test_loss_equals_the_formula():
     for config in (GROUPED, TIED):
         expected = reference_loss(random_weights(config), config, random_batch(config))
         assert loss_and_gradients(config)[0] == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_models_own_loss_is_right_inside_a_captured_step():
+    # Of a size where memory that is planned twice was seen to be overwritten too early.
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=128, num_layers=2, num_heads=4, num_kv_heads=2,
+        intermediate_size=256, max_seq_len=128,
+    )  # fmt: skip
+    model = Llama(config)
+    batch = random_batch(config, rows=2, length=64)
+    eager = float(model.loss(*on_device(batch)).item())
+    within = captured(lambda *parts: model.loss(*parts).realize())
+    assert float(within(*on_device(batch)).item()) == pytest.approx(eager, rel=1e-6)
 
 
 @pytest.mark.parametrize("config", [GROUPED, TIED], ids=["untied", "tied"])

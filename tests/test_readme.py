@@ -78,7 +78,7 @@ def test_commands_named_exist() -> None:
     assert {"tinyllama.train", "tinyllama.evaluate", "tinyllama.generate"} <= modules
     assert [m for m in sorted(modules) if importlib.util.find_spec(m) is None] == []
     targets = set(re.findall(r"^([a-z0-9]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    named = set(re.findall(r"make ([a-z0-9]+)", SHELL)) | set(re.findall(r"`make (\w+)", TEXT))
+    named = set(re.findall(r"make ([a-z0-9-]+)", SHELL)) | set(re.findall(r"`make ([\w-]+)", TEXT))
     assert {"demo", "test"} <= named <= targets
 
 

@@ -34,7 +34,7 @@ def linear_cross_entropy(
         dw = (Tensor(call.gettuple(2)) * scale).uop if weight_gradient else None
         return dx.uop, dw, None
 
-    forward = function(loss_and_gradients, precompile=True, grad_fxn=gradient)
+    forward = function(loss_and_gradients, grad_fxn=gradient)
     return forward(x, weight, targets, weight_gradient)[0]
 
 

@@ -12,12 +12,16 @@ A captured step that is garbage waits for the device before its memory goes. Pyt
 garbage on any thread, so also on the one that runs kernels, which then waits for itself for ever.
 """
 
+import contextlib
 import functools
 import mmap
 import threading
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+from tinygrad import schedule
 from tinygrad.device import BufferSpec, Device
+from tinygrad.engine import jit
 from tinygrad.helpers import mv_address
 from tinygrad.runtime.graph.hcq import HCQGraph
 from tinygrad.runtime.ops_cpu import CPUWorker
@@ -54,12 +58,40 @@ def use_huge_pages() -> None:
 @functools.cache
 def keep_what_slices_read() -> None:
     """From here on, the planner takes a kernel that reads a slice of a tensor for its reader."""
-    collect = planner._collect_bufs
+    for module in (planner, schedule, jit):
+        module.memory_plan_rewrite = plan_memory
 
-    def collect_all(uop: UOp) -> list[UOp]:
-        return collect_all(uop.src[0]) if uop.op is Ops.BUFFER_VIEW else collect(uop)
 
-    planner._collect_bufs = collect_all
+def plan_memory(kernels: UOp, held: set[UOp] | None = None) -> UOp:
+    """tinygrad's `memory_plan_rewrite`, which sees slices: `held` keep the memory they have."""
+    sources = [u for call in kernels.src for u in call.src[1:]]
+    # Of what no kernel here takes whole, no kernel here wrote what the slices hold.
+    from_elsewhere = set(_buffers(sources, slices=True)) - set(_buffers(sources, slices=False))
+    with _seeing_slices():
+        return _plan_memory(kernels, (held or set()) | from_elsewhere)
+
+
+_plan_memory = planner.memory_plan_rewrite
+_collect_buffers = planner._collect_bufs
+
+
+def _buffers(sources: Iterable[UOp], *, slices: bool) -> list[UOp]:
+    wholes = (_whole(u) if slices else u for u in sources)
+    return [buffer for whole in wholes for buffer in _collect_buffers(whole)]
+
+
+def _whole(uop: UOp) -> UOp:
+    """What a slice, or a slice of a slice, is of."""
+    return _whole(uop.src[0]) if uop.op is Ops.BUFFER_VIEW else uop
+
+
+@contextlib.contextmanager
+def _seeing_slices() -> Iterator[None]:
+    planner._collect_bufs = lambda uop: _collect_buffers(_whole(uop))
+    try:
+        yield
+    finally:
+        planner._collect_bufs = _collect_buffers
 
 
 @functools.cache

@@ -12,10 +12,9 @@ from typing import Any
 
 from tinygrad import Tensor
 from tinygrad.engine.realize import capturing
-from tinygrad.schedule.memory import memory_plan_rewrite
 from tinygrad.uop.ops import Ops, UOp, buffers
 
-from tinyllama.ops.memory import keep_what_slices_read
+from tinyllama.ops.memory import plan_memory
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,6 @@ def plan(
 
     `gradients` is asked afterwards which of the tensors that were made are gradients.
     """
-    keep_what_slices_read()
     # Buffers get rising numbers: those that come later, and get no memory, are the step's own.
     before = UOp.unique().arg
     recorder = _Recorder()
@@ -65,7 +63,7 @@ def plan(
     held = {result.uop.base} if isinstance(result, Tensor) else set()
     held |= {b for b in _buffers(kernels.src) if b.src[0].arg < before or b in buffers}
     found = {tensor.uop.base for tensor in gradients()}
-    arena = _arena_bytes(memory_plan_rewrite(kernels, held), held)
+    arena = _arena_bytes(plan_memory(kernels, held), held)
     return Plan(arena, *_purposes(recorder.pieces, held, found))
 
 
