@@ -1,4 +1,4 @@
-"""Slices and tinygrad's memory planner: neither read too late, nor laid where something else lies."""
+"""Slices and the memory planner: read where they lie, and never laid where something else is."""
 
 import numpy as np
 import pytest
