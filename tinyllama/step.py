@@ -17,6 +17,7 @@ from tinygrad import Tensor, TinyJit
 from tinyllama.data import Batch
 from tinyllama.gradients import StagedLoss
 from tinyllama.model import Llama
+from tinyllama.ops.launch import launch_natively
 from tinyllama.ops.memory import free_steps_elsewhere, keep_what_slices_read
 from tinyllama.ops.plan import Plan, plan
 from tinyllama.ops.precompile import finishing
@@ -131,6 +132,7 @@ def captured(function: Callable[..., Any]) -> Any:
     """A compiled graph that is captured at its first call instead of its second."""
     keep_what_slices_read()
     free_steps_elsewhere()
+    launch_natively()
     jit = TinyJit(finishing(function))
     jit.cnt = 1
     return jit
