@@ -22,7 +22,7 @@ from tinyllama.ops.memory import free_steps_elsewhere, keep_what_slices_read
 from tinyllama.ops.plan import Plan, plan
 from tinyllama.ops.precompile import finishing
 from tinyllama.ops.stage import Stage
-from tinyllama.ops.storage import fill_zero
+from tinyllama.ops.storage import fill_zero, from_array
 from tinyllama.optim import AdamW
 
 
@@ -63,7 +63,7 @@ class TrainStep:
         assert len(batches) == self.micro_batches
         tokens = sum(int((b.targets >= 0).sum()) for b in batches)
         numbers = self.optimizer.hyperparameters(step, lr, max(tokens, 1))
-        hyperparameters = Tensor(numbers).realize()
+        hyperparameters = from_array(numbers)
         if self.micro_batches == 1:
             with self.around(step, 0):
                 result = self._whole(*_tensors(batches[0]), hyperparameters)
@@ -139,4 +139,4 @@ def captured(function: Callable[..., Any]) -> Any:
 
 
 def _tensors(batch: Batch) -> list[Tensor]:
-    return [Tensor(part).realize() for part in batch]
+    return [from_array(part) for part in batch]

@@ -80,7 +80,7 @@ class _Kernel:
     parts: int
 
 
-class NativeGraph(GraphRunner):
+class NativeGraph(GraphRunner):  # type: ignore[misc]  # tinygrad.engine is untyped
     """A batch of kernels as tinygrad's graphs are called: with input tensors and variables."""
 
     def __init__(self, batch: UOp, input_uops: tuple[UOp, ...] = ()) -> None:
