@@ -16,7 +16,7 @@ from tqdm import tqdm
 from tinyllama.data import TokenDataset, sequential
 from tinyllama.gradients import StagedLoss
 from tinyllama.model import Llama
-from tinyllama.ops.storage import from_array
+from tinyllama.ops.storage import Inputs
 from tinyllama.step import captured
 
 
@@ -37,6 +37,7 @@ class Evaluator:
     ) -> None:
         self.model, self.dataset = model, dataset
         self.context_length, self.batch_size = context_length, batch_size
+        self._inputs = Inputs()
         self._summed_loss = captured(StagedLoss(model).loss)
 
     def run(self, *, progress: bool = False) -> Evaluation:
@@ -45,8 +46,7 @@ class Evaluator:
         windows = self.dataset.window_count(self.context_length)
         with tqdm(total=windows, desc="Evaluating", unit="window", disable=not progress) as bar:
             for batch in sequential(self.dataset, self.context_length, self.batch_size):
-                inputs = [from_array(part) for part in batch]
-                total += float(self._summed_loss(*inputs).item())
+                total += float(self._summed_loss(*self._inputs(*batch)).item())
                 tokens += int((batch.targets >= 0).sum())
                 bar.update(self.batch_size)
         loss = total / max(tokens, 1)

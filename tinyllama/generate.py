@@ -18,7 +18,7 @@ from tinyllama.layers import named_tensors, structure
 from tinyllama.model import Block, Llama
 from tinyllama.ops.kernel import in_memory
 from tinyllama.ops.stage import Stage
-from tinyllama.ops.storage import from_array
+from tinyllama.ops.storage import Inputs
 from tinyllama.step import captured
 
 PROMPT_CHUNK = 32
@@ -65,6 +65,7 @@ class Generator:
             Tensor.zeros(*shape, dtype=model.dtype).contiguous().realize()
             for _ in range(config.num_layers)
         ]
+        self._inputs = Inputs()
         self._prompt, self._next = captured(self._forward), captured(self._forward)
 
     def tokens(
@@ -103,9 +104,8 @@ class Generator:
     def _run(
         self, graph: Callable[..., Tensor], tokens: list[int], position: int
     ) -> npt.NDArray[np.float32]:
-        ids = from_array(np.array([tokens], np.int32))
-        at = from_array(np.array([position], np.int32))
-        logits: npt.NDArray[np.float32] = graph(ids, at).numpy()[0]
+        inputs = self._inputs(np.array([tokens], np.int32), np.array([position], np.int32))
+        logits: npt.NDArray[np.float32] = graph(*inputs).numpy()[0]
         return logits
 
     def _forward(self, tokens: Tensor, position: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from tinyllama.ops.memory import free_steps_elsewhere, keep_what_slices_read
 from tinyllama.ops.plan import Plan, plan
 from tinyllama.ops.precompile import finishing
 from tinyllama.ops.stage import Stage
-from tinyllama.ops.storage import fill_zero, from_array
+from tinyllama.ops.storage import Inputs, fill_zero
 from tinyllama.optim import AdamW
 
 
@@ -48,6 +48,7 @@ class TrainStep:
         self.optimizer, self.around = optimizer, around
         self.staged = StagedLoss(model, optimizer.parameters)
         self.micro_batches = micro_batches
+        self._batch, self._numbers = Inputs(), Inputs()
         self._whole = captured(self._whole_step)
         self._accumulate = captured(self._accumulate_step)
         self._update = captured(self._update_step)
@@ -63,15 +64,15 @@ class TrainStep:
         assert len(batches) == self.micro_batches
         tokens = sum(int((b.targets >= 0).sum()) for b in batches)
         numbers = self.optimizer.hyperparameters(step, lr, max(tokens, 1))
-        hyperparameters = from_array(numbers)
+        (hyperparameters,) = self._numbers(numbers)
         if self.micro_batches == 1:
             with self.around(step, 0):
-                result = self._whole(*_tensors(batches[0]), hyperparameters)
+                result = self._whole(*self._batch(*batches[0]), hyperparameters)
         else:
             self._clear_sums()
             for number, batch in enumerate(batches):
                 with self.around(step, number):
-                    self._accumulate(*_tensors(batch))
+                    self._accumulate(*self._batch(*batch))
             result = self._update(hyperparameters)
         summed_loss, norm = result.numpy().tolist()
         return StepResult(summed_loss / max(tokens, 1), norm, tokens)
@@ -136,7 +137,3 @@ def captured(function: Callable[..., Any]) -> Any:
     jit = TinyJit(finishing(function))
     jit.cnt = 1
     return jit
-
-
-def _tensors(batch: Batch) -> list[Tensor]:
-    return [from_array(part) for part in batch]

@@ -2,7 +2,7 @@
 
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from tinygrad import Tensor, dtypes
-from tinygrad.device import Buffer
+from tinygrad.device import Buffer, Device
 
 from tinyllama.ops.memory import use_huge_pages
 
@@ -51,11 +51,28 @@ def buffer_of(tensor: Tensor) -> Buffer:
     return buffer.ensure_allocated()
 
 
-def from_array(array: NumpyArray) -> Tensor:
-    """A new tensor of an array's numbers; `Tensor(array).realize()` takes milliseconds for it."""
-    tensor = Tensor.empty(*array.shape, dtype=array.dtype.name)
-    write_new(tensor, array)
-    return tensor
+class Inputs:
+    """The tensors that a captured step is called with: the same ones, filled anew each time.
+
+    A new tensor of an array's numbers takes tinygrad milliseconds, which small models have not.
+    """
+
+    def __init__(self) -> None:
+        self._tensors: dict[Hashable, Tensor] = {}
+
+    def __call__(self, *arrays: NumpyArray) -> list[Tensor]:
+        """Tensors of the arrays' numbers, until the next call with arrays of the same shapes.
+
+        What was called with them before has run when they are filled.
+        """
+        filled = []
+        for place, array in enumerate(arrays):
+            key = place, array.shape, array.dtype, Device.DEFAULT
+            if key not in self._tensors:
+                self._tensors[key] = Tensor.empty(*array.shape, dtype=array.dtype.name)
+            write_new(self._tensors[key], array)
+            filled.append(self._tensors[key])
+        return filled
 
 
 def write(tensor: Tensor, array: NumpyArray) -> None:
