@@ -14,7 +14,7 @@ from tinygrad import Tensor
 from tinyllama.config import LRScheduleConfig, TrainingConfig
 from tinyllama.ops.adamw import SCALARS, adamw, add_square_sum
 from tinyllama.ops.stage import Stage
-from tinyllama.ops.storage import fill_zero, later, settle
+from tinyllama.ops.storage import fill_zero, later
 
 
 def learning_rate(step: int, total_steps: int, peak: float, schedule: LRScheduleConfig) -> float:
@@ -73,7 +73,6 @@ class AdamW:
 
         Returns the norm of the mean gradient before clipping, (1,) float32.
         """
-        settle()
         squares = None
         for name in self.parameters:
             squares = self._add_squares(squares, grads[name])

@@ -13,6 +13,8 @@ from tinygrad.engine.realize import capturing, run_linear
 from tinygrad.helpers import Context
 from tinygrad.uop.ops import Ops, UOp
 
+from tinyllama.ops.storage import settle
+
 Build = Callable[[], Sequence[Tensor]]
 
 
@@ -39,6 +41,7 @@ class _Template:
         if capturing:
             capturing[0].add_linear(kernels, {})
         else:
+            settle()
             run_linear(kernels)
         return [Tensor(places[b].reshape(shape)) for b, shape in self.outputs]
 
