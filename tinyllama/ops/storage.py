@@ -68,7 +68,7 @@ def write_new(tensor: Tensor, array: NumpyArray) -> None:
 
 
 def fill_zero(tensor: Tensor) -> None:
-    """Overwrite a tensor by zeros, in place. On the CPU what has no memory yet gets it untouched."""
+    """Overwrite a tensor by zeros, in place; on the CPU what has no memory yet gets new memory."""
     settle()
     if tensor.device != "CPU":
         write_new(tensor, np.zeros(tensor.shape, _numpy_type(tensor)))
