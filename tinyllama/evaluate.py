@@ -11,12 +11,12 @@ import math
 import sys
 from typing import NamedTuple
 
-from tinygrad import Tensor
 from tqdm import tqdm
 
 from tinyllama.data import TokenDataset, sequential
 from tinyllama.gradients import StagedLoss
 from tinyllama.model import Llama
+from tinyllama.ops.storage import from_array
 from tinyllama.step import captured
 
 
@@ -45,7 +45,7 @@ class Evaluator:
         windows = self.dataset.window_count(self.context_length)
         with tqdm(total=windows, desc="Evaluating", unit="window", disable=not progress) as bar:
             for batch in sequential(self.dataset, self.context_length, self.batch_size):
-                inputs = [Tensor(part).realize() for part in batch]
+                inputs = [from_array(part) for part in batch]
                 total += float(self._summed_loss(*inputs).item())
                 tokens += int((batch.targets >= 0).sum())
                 bar.update(self.batch_size)

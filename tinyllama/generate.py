@@ -18,6 +18,7 @@ from tinyllama.layers import named_tensors, structure
 from tinyllama.model import Block, Llama
 from tinyllama.ops.kernel import in_memory
 from tinyllama.ops.stage import Stage
+from tinyllama.ops.storage import from_array
 from tinyllama.step import captured
 
 PROMPT_CHUNK = 32
@@ -102,8 +103,8 @@ class Generator:
     def _run(
         self, graph: Callable[..., Tensor], tokens: list[int], position: int
     ) -> npt.NDArray[np.float32]:
-        ids = Tensor(np.array([tokens], np.int32)).realize()
-        at = Tensor(np.array([position], np.int32)).realize()
+        ids = from_array(np.array([tokens], np.int32))
+        at = from_array(np.array([position], np.int32))
         logits: npt.NDArray[np.float32] = graph(ids, at).numpy()[0]
         return logits
 

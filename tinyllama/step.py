@@ -17,11 +17,12 @@ from tinygrad import Tensor, TinyJit
 from tinyllama.data import Batch
 from tinyllama.gradients import StagedLoss
 from tinyllama.model import Llama
+from tinyllama.ops.launch import launch_natively
 from tinyllama.ops.memory import free_steps_elsewhere, keep_what_slices_read
 from tinyllama.ops.plan import Plan, plan
 from tinyllama.ops.precompile import finishing
 from tinyllama.ops.stage import Stage
-from tinyllama.ops.storage import fill_zero
+from tinyllama.ops.storage import fill_zero, from_array
 from tinyllama.optim import AdamW
 
 
@@ -62,7 +63,7 @@ class TrainStep:
         assert len(batches) == self.micro_batches
         tokens = sum(int((b.targets >= 0).sum()) for b in batches)
         numbers = self.optimizer.hyperparameters(step, lr, max(tokens, 1))
-        hyperparameters = Tensor(numbers).realize()
+        hyperparameters = from_array(numbers)
         if self.micro_batches == 1:
             with self.around(step, 0):
                 result = self._whole(*_tensors(batches[0]), hyperparameters)
@@ -136,10 +137,11 @@ def captured(function: Callable[..., Any]) -> Any:
     """A compiled graph that is captured at its first call instead of its second."""
     keep_what_slices_read()
     free_steps_elsewhere()
+    launch_natively()
     jit = TinyJit(finishing(function))
     jit.cnt = 1
     return jit
 
 
 def _tensors(batch: Batch) -> list[Tensor]:
-    return [Tensor(part).realize() for part in batch]
+    return [from_array(part) for part in batch]

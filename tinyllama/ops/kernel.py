@@ -45,11 +45,11 @@ def uses_kernels(*tensors: Tensor) -> bool:
         return _forced[-1] == "cpu"
     if any(t.device != "CPU" or t.dtype not in TYPE_CODE for t in tensors):
         return False
-    return device.kernels_enabled() and _clang_compiles()
+    return device.kernels_enabled() and clang_compiles()
 
 
 @functools.cache
-def _clang_compiles() -> bool:
+def clang_compiles() -> bool:
     """Whether tinygrad's CPU backend renders C for clang (DEV=CPU:LLVM does not)."""
     with Context(ALLOW_DEVICE_USAGE=1):
         return type(Device["CPU"].renderer).__name__ == "ClangJITRenderer"

@@ -1,0 +1,100 @@
+/* Many kernels, one after another, by one call on every thread.
+
+   A kernel is done in `parts`, each by a call with the part's number as its core_id. A thread takes
+   its own part first and then those that nobody has begun, so a thread that comes late, or that the
+   system has put aside, holds up no more than the part it is in. Kernels are numbered on through all
+   runs of all batches of one table: a part's claim holds one more than the last kernel that it was
+   taken of, and never has to be cleared.
+
+   The table is memory of 64-bit words: the head below, its fields that many threads write on cache
+   lines of their own, then one line for each part's claim. Arguments are addresses and int32 values;
+   as 64-bit words both are passed as the x86-64 System V and AArch64 conventions want them, and
+   more words than a kernel takes are no harm. */
+
+typedef unsigned long word;
+#define INLINE static inline __attribute__((always_inline))
+#define LINE 8 /* words */
+
+struct head {
+  word first;   /* number of the first kernel of this run */
+  word kernels; /* how many */
+  word table;   /* address of their struct kernel */
+  word unused[LINE - 3];
+  word open; /* number of the kernel in turn */
+  word unused_1[LINE - 1];
+  word done; /* parts of it that are done */
+  word unused_2[LINE - 1];
+  word claims[]; /* one line each */
+};
+
+struct kernel {
+  word function, arguments, count, parts;
+  word core; /* which argument is the part's number; none when it is `count` or more */
+};
+
+/* How often a waiting thread looks before it gives up: a fraction of a millisecond. */
+#ifndef PATIENCE
+#define PATIENCE 20000
+#endif
+
+INLINE void rest(void) {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("yield");
+#endif
+}
+
+#define MOST 128 /* arguments of a kernel */
+#define A4(i) a[i], a[i + 1], a[i + 2], a[i + 3]
+#define A16(i) A4(i), A4(i + 4), A4(i + 8), A4(i + 12)
+#define A64(i) A16(i), A16(i + 16), A16(i + 32), A16(i + 48)
+#define T4 word, word, word, word
+#define T16 T4, T4, T4, T4
+#define T64 T16, T16, T16, T16
+
+INLINE void call(const struct kernel *k, word part) {
+  volatile word a[MOST]; /* volatile: a plain copy would become a call of memcpy, which is not here */
+  const word *given = (const word *)k->arguments;
+  for (word i = 0; i < k->count; i++) a[i] = given[i];
+  if (k->core < k->count) a[k->core] = part;
+  if (k->count <= 4)
+    ((void (*)(T4))k->function)(A4(0));
+  else if (k->count <= 16)
+    ((void (*)(T16))k->function)(A16(0));
+  else if (k->count <= 64)
+    ((void (*)(T64))k->function)(A64(0));
+  else
+    ((void (*)(T64, T64))k->function)(A64(0), A64(64));
+}
+
+/* True for one thread alone; a kernel that is over has no part that anybody could take. */
+INLINE int take(word *claim, word number) {
+  word last = __atomic_load_n(claim, __ATOMIC_RELAXED);
+  return last <= number && __atomic_compare_exchange_n(claim, &last, number + 1, 0,
+                                                       __ATOMIC_RELAXED, __ATOMIC_RELAXED);
+}
+
+/* Returns when all kernels are done (`open` says so), or when it has waited long for other threads:
+   then it may be called again. */
+void KERNEL(struct head *h, int thread) {
+  const struct kernel *kernels = (const struct kernel *)h->table;
+  word first = h->first, end = first + h->kernels;
+  for (;;) {
+    word now = __atomic_load_n(&h->open, __ATOMIC_ACQUIRE);
+    if (now == end) return;
+    const struct kernel *k = kernels + (now - first);
+    for (word i = 0, part = thread % k->parts; i < k->parts; i++) {
+      if (take(&h->claims[part * LINE], now)) {
+        call(k, part);
+        if (__atomic_add_fetch(&h->done, 1, __ATOMIC_ACQ_REL) == k->parts) {
+          __atomic_store_n(&h->done, 0, __ATOMIC_RELAXED);
+          __atomic_store_n(&h->open, now + 1, __ATOMIC_RELEASE);
+        }
+      }
+      if (++part == k->parts) part = 0;
+    }
+    for (int left = PATIENCE; __atomic_load_n(&h->open, __ATOMIC_RELAXED) == now; rest())
+      if (!left--) return;
+  }
+}
