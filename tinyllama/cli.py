@@ -67,7 +67,7 @@ def train(words: list[str]) -> None:
     asked = _parse(parser, words)
     config = load_config(asked.config, asked.set)
     choice = _select(asked)
-    from tinyllama.estimate import check_fits
+    from tinyllama.estimate import blank_step, check_fits
     from tinyllama.train import Trainer, check_fresh, resume_folder, with_base
 
     warn = _to_stderr
@@ -76,8 +76,11 @@ def train(words: list[str]) -> None:
         check_fresh(config)
     config = with_base(config)
     print(choice.line(), flush=True)
-    print(check_fits(config, force=asked.force), flush=True)
-    trainer = Trainer(config, resume=resume, budget_seconds=asked.budget, show=not asked.quiet)
+    step = blank_step(config)
+    print(check_fits(config, step, force=asked.force), flush=True)
+    trainer = Trainer(
+        config, resume=resume, budget_seconds=asked.budget, show=not asked.quiet, planned=step
+    )
     if resume is not None:
         print(f"resuming {resume} at step {trainer.step}", flush=True)
     print(trainer.summary(), flush=True)

@@ -121,15 +121,22 @@ def model_parameters(config: Config) -> Parameters:
     return parameters_of((name, n) for name, n in counts if not name.endswith("dropout_key"))
 
 
-def estimate_memory(config: Config) -> MemoryEstimate:
+def blank_step(config: Config) -> TrainStep:
+    """The step that a configuration trains with, its model and optimizer holding no memory yet."""
+    model = blank_model(config)
+    optimizer = AdamW(trained_tensors(config, model), config.training, blank=True)
+    return TrainStep(model, optimizer, config.training.accumulation_steps)
+
+
+def estimate_memory(config: Config, step: TrainStep | None = None) -> MemoryEstimate:
     """What training with this configuration holds on the selected device, at its peak.
 
-    A base checkpoint's sizes must be in the configuration already (`Config.with_base`).
+    A base checkpoint's sizes must be in the configuration already (`Config.with_base`). `step` is
+    a `blank_step` to plan with, whose pieces the run can take over then.
     """
     t, context, runtime = config.training, config.context_length, _runtime_bytes(config)
-    model = blank_model(config)
-    optimizer = AdamW(trained_tensors(config, model), t, blank=True)
-    step = TrainStep(model, optimizer, t.accumulation_steps)
+    step = step or blank_step(config)
+    model, optimizer = step.staged.model, step.optimizer
     batch = [Tensor.empty(t.micro_batch, context, dtype=dtypes.int32) for _ in range(3)]
     hyperparameters = Tensor.empty(len(SCALARS))
     plans = step.plans(*batch, hyperparameters=hyperparameters)
@@ -199,12 +206,12 @@ def verdict(config: Config, estimate: MemoryEstimate, limit_bytes: int | None) -
     return f"does not fit: needs {needed}, and {Device.DEFAULT} has {there} free; {most}"
 
 
-def check_fits(config: Config, *, force: bool = False) -> str:
+def check_fits(config: Config, step: TrainStep | None = None, *, force: bool = False) -> str:
     """The estimate of a run, to print before it. Raises ConfigError if it cannot fit the device.
 
-    With `force` it only says so.
+    With `force` it only says so. `step` as in `estimate_memory`.
     """
-    estimate, limit = estimate_memory(config), device.free_bytes()
+    estimate, limit = estimate_memory(config, step), device.free_bytes()
     if limit is not None and estimate.total <= limit:
         room = f"fits: {gigabytes(estimate.total)} of {gigabytes(limit)} free"
         return f"{estimate.table()}\n{room}"

@@ -19,6 +19,14 @@ from tinyllama.ops.stage import Stage, materialized, replaced
 Function = Callable[..., Tensor]
 
 
+class _Stages:
+    """The kinds of pieces that a pass forward and back is made of."""
+
+    def __init__(self) -> None:
+        self.forward, self.backward = Stage(), Stage()
+        self.head, self.sum = Stage(), Stage()
+
+
 class StagedLoss:
     """The summed loss of a model, and its gradient with respect to some of its weights."""
 
@@ -26,8 +34,7 @@ class StagedLoss:
         """`wanted` are the weights, by name, that gradients are asked for."""
         self.model = model
         self.names = {_key(tensor): name for name, tensor in (wanted or {}).items()}
-        self._forward, self._backward = Stage(), Stage()
-        self._head, self._sum = Stage(), Stage()
+        self.stages = _Stages()
 
     def loss(self, tokens: Tensor, targets: Tensor, starts: Tensor) -> Tensor:
         """Loss summed over targets >= 0, in nats, shape (1,): tokens, targets, starts (B, T)."""
@@ -38,7 +45,7 @@ class StagedLoss:
             losses = token_losses(x.reshape(-1, x.shape[-1]), weight, targets.reshape(-1))
             return [losses.sum().reshape(1)]
 
-        return self._head([x, weight, targets], build, "loss")[0]
+        return self.stages.head([x, weight, targets], build, "loss")[0]
 
     def gradients(
         self, tokens: Tensor, targets: Tensor, starts: Tensor
@@ -86,7 +93,7 @@ class StagedLoss:
             return [out] if recompute else [out, *materialized(out, inputs, weights)]
 
         key = (function.__qualname__, structure(module), recompute)
-        return self._forward([*inputs, *weights], build, key)
+        return self.stages.forward([*inputs, *weights], build, key)
 
     def _pull_back(
         self,
@@ -115,7 +122,7 @@ class StagedLoss:
 
         positions = tuple(i for i, t in enumerate(weights) if _key(t) in self.names)
         key = (function.__qualname__, structure(module), positions, further)
-        found = self._backward([*known, *saved, dout], build, key)
+        found = self.stages.backward([*known, *saved, dout], build, key)
         for tensor, grad in zip(trained, found[len(through) :], strict=True):
             self._add(grads, tensor, grad)
         return found[0] if through else dout
@@ -132,7 +139,7 @@ class StagedLoss:
             loss, dx, *dw = loss_and_gradients(rows, weight, targets.reshape(-1), trained)
             return [loss.reshape(1).contiguous(), in_memory(dx.reshape(x.shape)), *dw]
 
-        loss, dx, *dw = self._head([x, weight, targets], build, trained)
+        loss, dx, *dw = self.stages.head([x, weight, targets], build, trained)
         for grad in dw:
             self._add(grads, weight, grad)
         return loss, dx
@@ -142,7 +149,7 @@ class StagedLoss:
         name = self.names[_key(weight)]
         if name in grads:
             first = grads[name]
-            grad = self._sum([first, grad], lambda: [(first + grad).contiguous()])[0]
+            grad = self.stages.sum([first, grad], lambda: [(first + grad).contiguous()])[0]
         grads[name] = grad
 
 

@@ -26,25 +26,36 @@ def initialize(tensors: Mapping[str, Tensor], num_layers: int, seed: int) -> Non
     """Give every tensor (by its Hugging Face name) its first values, in place."""
     with ThreadPoolExecutor() as pool:
         for name, tensor in tensors.items():
-            storage.write(tensor, first_values(name, tensor.shape, num_layers, seed, pool))
+            with storage.filling(tensor) as values:
+                _fill(values, name, num_layers, seed, pool)
 
 
 def first_values(
     name: str, shape: Sequence[int], num_layers: int, seed: int, pool: Executor
 ) -> npt.NDArray[np.float32]:
     """The first values of one parameter, by its Hugging Face name."""
-    if len(shape) == 1:
-        return np.ones(shape, np.float32)
+    values = np.empty(shape, np.float32)
+    _fill(values, name, num_layers, seed, pool)
+    return values
+
+
+def _fill(
+    values: npt.NDArray[np.float32], name: str, num_layers: int, seed: int, pool: Executor
+) -> None:
+    if values.ndim == 1:
+        values.fill(1)
+        return
     deviation = STANDARD_DEVIATION
     if name.endswith(RESIDUAL_PROJECTIONS):
         deviation /= math.sqrt(2 * num_layers)
-    values = np.empty(math.prod(shape), np.float32)
-    starts = range(0, values.size, PART_ELEMENTS)
-    list(pool.map(lambda start: _fill(values, start, deviation, seed, name), starts))
-    return values.reshape(shape)
+    flat = values.reshape(-1)
+    starts = range(0, flat.size, PART_ELEMENTS)
+    list(pool.map(lambda start: _fill_part(flat, start, deviation, seed, name), starts))
 
 
-def _fill(values: np.ndarray, start: int, deviation: float, seed: int, name: str) -> None:
+def _fill_part(
+    values: npt.NDArray[np.float32], start: int, deviation: float, seed: int, name: str
+) -> None:
     part = values[start : start + PART_ELEMENTS]
     key = np.random.SeedSequence([seed, zlib.crc32(name.encode()), start])
     np.random.Generator(np.random.SFC64(key)).standard_normal(out=part, dtype=np.float32)

@@ -14,7 +14,7 @@ from tinygrad import Tensor
 from tinyllama.config import LRScheduleConfig, TrainingConfig
 from tinyllama.ops.adamw import SCALARS, adamw, add_square_sum
 from tinyllama.ops.stage import Stage
-from tinyllama.ops.storage import fill_zero, later, settle
+from tinyllama.ops.storage import fill_zero, later
 
 
 def learning_rate(step: int, total_steps: int, peak: float, schedule: LRScheduleConfig) -> float:
@@ -44,7 +44,7 @@ class AdamW:
         self.parameters = dict(parameters)
         self.exp_avg = {name: _empty_like(p) for name, p in self.parameters.items()}
         self.exp_avg_sq = {name: _empty_like(p) for name, p in self.parameters.items()}
-        self._norm_stage, self._step_stage = Stage(), Stage()
+        self.stages = {"norm": Stage(), "step": Stage()}
         if not blank:
             later(self._reset)
 
@@ -73,7 +73,6 @@ class AdamW:
 
         Returns the norm of the mean gradient before clipping, (1,) float32.
         """
-        settle()
         squares = None
         for name in self.parameters:
             squares = self._add_squares(squares, grads[name])
@@ -87,7 +86,7 @@ class AdamW:
 
     def _add_squares(self, total: Tensor | None, grad: Tensor) -> Tensor:
         known = [grad] if total is None else [total, grad]
-        return self._norm_stage(known, lambda: [add_square_sum(total, grad)])[0]
+        return self.stages["norm"](known, lambda: [add_square_sum(total, grad)])[0]
 
     def _scale(self, squares: Tensor, hyperparameters: Tensor) -> tuple[Tensor, Tensor]:
         def build() -> list[Tensor]:
@@ -97,13 +96,13 @@ class AdamW:
                 scale = scale * (self.config.grad_clip / (norm + 1e-6)).minimum(1.0)
             return [norm, hyperparameters[:-1].cat(scale).contiguous()]
 
-        norm, scalars = self._norm_stage([squares, hyperparameters], build, "scale")
+        norm, scalars = self.stages["norm"]([squares, hyperparameters], build, "scale")
         return norm, scalars
 
     def _step(self, p: Tensor, m: Tensor, v: Tensor, grad: Tensor, scalars: Tensor) -> None:
         decay = p.ndim >= 2
         known = [p, m, v, grad, scalars]
-        self._step_stage(known, lambda: adamw(p, m, v, grad, scalars, decay))
+        self.stages["step"](known, lambda: adamw(p, m, v, grad, scalars, decay))
 
     def _reset(self) -> None:
         for tensor in self.state_dict().values():

@@ -77,6 +77,11 @@ class TrainStep:
         summed_loss, norm = result.numpy().tolist()
         return StepResult(summed_loss / max(tokens, 1), norm, tokens)
 
+    def take_over(self, planned: "TrainStep") -> None:
+        """Use the pieces that a step of the same configuration has scheduled (`plans`) again."""
+        self.staged.stages, self._add_stage = planned.staged.stages, planned._add_stage
+        self.optimizer.stages = planned.optimizer.stages
+
     def sums(self) -> list[Tensor]:
         """The sums of gradients that are kept between the micro-batches of a step."""
         return list(self._sums.values())

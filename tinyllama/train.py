@@ -55,8 +55,10 @@ class Trainer:
         resume: Path | None = None,
         budget_seconds: float | None = None,
         show: bool = True,
+        planned: TrainStep | None = None,
     ) -> None:
-        """`resume` is a checkpoint folder to continue; `budget_seconds` shortens the schedule."""
+        """`resume` is a checkpoint folder to continue; `budget_seconds` shortens the schedule;
+        `planned` is the step that the estimate of this run was made with."""
         self.config = _supported(config)
         self.show, self.budget_seconds = show, budget_seconds
         self.folder = Path(config.checkpointing.checkpoint_dir)
@@ -75,6 +77,8 @@ class Trainer:
         self.optimizer = AdamW(trained, t)
         dropping = lora.dropping(self.model, t.seed)
         self.train_step = TrainStep(self.model, self.optimizer, t.accumulation_steps, dropping)
+        if planned is not None:
+            self.train_step.take_over(planned)
         self.evaluator = None
         if config.data.val_path is not None:
             val = prepare(config.data.val_path, self.tokenizer, cache, progress=show)

@@ -19,7 +19,7 @@ from tinygrad.renderer import Estimates
 from tinygrad.uop.ops import KernelInfo, Ops, ProgramInfo, UOp
 
 from tinyllama import device
-from tinyllama.ops import bfloat16, precompile
+from tinyllama.ops import bfloat16
 
 Form = Literal["portable", "cpu"]
 _forced: list[Form] = []
@@ -83,7 +83,6 @@ def run(
     `also_read`). gradient(*grads, call=) returns one UOp or None for each output and input.
     """
     name, code = _source(file, headers, defines)
-    precompile.start(code)
     moved = sum(t.numel() * t.dtype.itemsize for t in (*outputs, *inputs))
     writes = tuple(range(len(outputs)))
     reads = tuple(range(0 if also_read else len(outputs), len(outputs) + len(inputs)))

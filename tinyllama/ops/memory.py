@@ -15,12 +15,13 @@ garbage on any thread, so also on the one that runs kernels, which then waits fo
 import contextlib
 import functools
 import mmap
+import os
 import threading
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from tinygrad import schedule
-from tinygrad.device import BufferSpec, Device
+from tinygrad.device import Buffer, BufferSpec, Device
 from tinygrad.engine import jit
 from tinygrad.helpers import mv_address
 from tinygrad.runtime.graph.hcq import HCQGraph
@@ -53,6 +54,19 @@ def use_huge_pages() -> None:
         return HCQBuffer(address, size, meta=memory, view=view, owner=allocator.dev)
 
     allocator._alloc = allocate_huge
+
+
+def allocate_zeros(buffer: Buffer) -> bool:
+    """Give a CPU buffer that has no memory yet new memory, which is zero and untouched.
+
+    False, with nothing done, where the buffer has memory or the system may not clear it.
+    """
+    if buffer.is_initialized() or os.name != "posix":
+        return False
+    # Not allocator.alloc, which hands out again what was freed.
+    allocator: Any = Device["CPU"].allocator
+    buffer.allocate(allocator._alloc(buffer.nbytes, BufferSpec()))
+    return True
 
 
 @functools.cache

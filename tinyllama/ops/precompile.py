@@ -1,12 +1,12 @@
 """Compiling C kernels on every core while the graph that uses them is still being built.
 
 tinygrad compiles one kernel after another, when a captured step is complete. Here clang starts as
-soon as a kernel is first mentioned, and its object is put into tinygrad's own compile cache, where
+soon as a piece of the step is known, and its object is put into tinygrad's own compile cache, where
 tinygrad then finds it.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -20,16 +20,21 @@ from tinyllama.ops import storage
 _started: dict[str, "Future[bytes] | None"] = {}
 
 
-def start(code: str) -> None:
-    """Begin to compile a kernel's source, if a step is being captured and the cache lacks it."""
-    if not (capturing and isinstance(capturing[0], TinyJit)) or code in _started:
-        return  # nothing is captured, or only to plan its memory (ops/plan.py)
+def start(sources: Iterable[str]) -> None:
+    """Begin to compile kernels' sources that the cache lacks, if a step is being captured."""
+    if not (capturing and isinstance(capturing[0], TinyJit)):
+        return  # only its memory is planned (ops/plan.py)
+    for code in sources:
+        if code not in _started:
+            _started[code] = _compiled_later(code)
+
+
+def _compiled_later(code: str) -> "Future[bytes] | None":
     with Context(ALLOW_DEVICE_USAGE=1):
         compiler: Any = Device["CPU"].compiler
-    if compiler.cachekey is None:
-        return
-    known = diskcache_get(compiler.cachekey, code) is not None
-    _started[code] = None if known else _pool().submit(compiler.compile, code)
+    if compiler.cachekey is None or diskcache_get(compiler.cachekey, code) is not None:
+        return None
+    return _pool().submit(compiler.compile, code)
 
 
 def finishing(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -13,6 +13,9 @@ from tinygrad.engine.realize import capturing, run_linear
 from tinygrad.helpers import Context
 from tinygrad.uop.ops import Ops, UOp
 
+from tinyllama.ops import precompile
+from tinyllama.ops.storage import settle
+
 Build = Callable[[], Sequence[Tensor]]
 
 
@@ -28,7 +31,8 @@ class _Template:
             self.kernels, variables = Tensor.linear_with_vars(*pending)
         assert not variables
         self.outputs = [(_buffer(t), t.shape) for t in outputs]
-        used = {b for b in self.kernels.toposort() if b.op is Ops.BUFFER}
+        used = {u for u in self.kernels.toposort() if u.op is Ops.BUFFER}
+        self.sources = {u.arg for u in self.kernels.toposort() if u.op is Ops.SOURCE}
         self.internal = used - set(self.inputs)
 
     def run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -37,8 +41,10 @@ class _Template:
         places |= {b: UOp.new_buffer(b.device, b.arg, b.dtype) for b in self.internal}
         kernels = self.kernels.substitute(places, walk=True)
         if capturing:
+            precompile.start(self.sources)
             capturing[0].add_linear(kernels, {})
         else:
+            settle()
             run_linear(kernels)
         return [Tensor(places[b].reshape(shape)) for b, shape in self.outputs]
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from tinygrad import Tensor, dtypes
 from tinygrad.device import Buffer, Device
 
-from tinyllama.ops.memory import use_huge_pages
+from tinyllama.ops.memory import allocate_zeros, use_huge_pages
 
 _WRITER = "writer"
 NumpyArray = npt.NDArray[Any]
@@ -92,12 +92,15 @@ def write_new(tensor: Tensor, array: NumpyArray) -> None:
 
 
 def fill_zero(tensor: Tensor) -> None:
-    """Overwrite a tensor by zeros, in place."""
+    """Overwrite a tensor by zeros, in place; on the CPU what has no memory yet gets new memory."""
     settle()
-    if tensor.device == "CPU":
-        _memory(tensor)[...] = 0
-    else:
+    if tensor.device != "CPU":
         write_new(tensor, np.zeros(tensor.shape, _numpy_type(tensor)))
+        return
+    use_huge_pages()
+    buffer = tensor.uop.base.buffer
+    if not (isinstance(buffer, Buffer) and allocate_zeros(buffer)):
+        _memory(tensor)[...] = 0
 
 
 @contextmanager

@@ -82,12 +82,12 @@ INLINE vh encoded_2(const elem_2 *p) { return bf16_encode(load_2(p)); }
     int k = 0;                                                                               \
     if (!COMPUTE_BF16) {                                                                     \
       for (; k + VW <= count; k += VW) vstore(out + k, LOAD(code, in + k));                  \
-      for (; k < count; k++) out[k] = LOAD1(code, in + k);                                   \
+      AS_WRITTEN for (; k < count; k++) out[k] = LOAD1(code, in + k);                        \
       return;                                                                                \
     }                                                                                        \
     half_mem *half = (half_mem *)out;                                                        \
     for (; k + VW <= count; k += VW) *(vh_mem *)(half + k) = ENCODED(code, in + k);          \
-    for (; k < count; k++) half[k] = ENCODEDN(code, in + k, 1)[0];                           \
+    AS_WRITTEN for (; k < count; k++) half[k] = ENCODEDN(code, in + k, 1)[0];                \
     if (count % 2) half[count] = 0;                                                          \
   }
 DEFINE_PACK_ROW(pack_a_row, A_T)
@@ -156,14 +156,14 @@ INLINE vf gather_lanes(const slot *const *row, int i, long k) {
 INLINE void transpose_rows(slot *restrict out, const slot *const *row, int depth) {
   int k = 0;
   for (; k + 4 <= depth; k += 4)
-    for (int i = 0; i < NR; i += VW) {
+    AS_WRITTEN for (int i = 0; i < NR; i += VW) {
       vf v[4] = {gather_lanes(row + i, 0, k), gather_lanes(row + i, 1, k),
                  gather_lanes(row + i, 2, k), gather_lanes(row + i, 3, k)};
       transpose_lanes(v);
       for (int j = 0; j < 4; j++) vstore(out + (k + j) * NR + i, v[j]);
     }
-  for (; k < depth; k++)
-    for (int i = 0; i < NR; i++) out[k * NR + i] = row[i][k];
+  AS_WRITTEN for (; k < depth; k++)
+    AS_WRITTEN for (int i = 0; i < NR; i++) out[k * NR + i] = row[i][k];
 }
 
 #ifndef B_IS_PACKED_OTHERWISE
@@ -180,12 +180,12 @@ INLINE void pack_b(slot *restrict out, B_PARAMS, int k0, int depth, int n0, int 
     for (int n = n0; n < n1; n += NR) {
       slot *panel = out + (n - n0) * DEPTH;
       int end = MIN(first + STEP, depth);
-      for (int k = first; k < end; k++)
+      AS_WRITTEN for (int k = first; k < end; k++)
         if (INSIDE(k0 + k, N))
           for (int j = 0; j < NR; j += VW)
             vstore(panel + k * NR + j, b_slots(B, k0 + k, n + j, 1));
         else
-          for (int j = 0; j < NR; j += VW)
+          AS_WRITTEN for (int j = 0; j < NR; j += VW)
             vstore(panel + k * NR + j, b_slots(B, k0 + k, n + j, 0));
     }
 #else
@@ -193,12 +193,12 @@ INLINE void pack_b(slot *restrict out, B_PARAMS, int k0, int depth, int n0, int 
     slot *panel = out + (n - n0) * DEPTH;
     const slot *row[NR];
 #if B_T == 0 && !COMPUTE_BF16
-    for (int i = 0; i < NR; i++) row[i] = B + (long)MIN(n + i, N - 1) * K + k0;
+    AS_WRITTEN for (int i = 0; i < NR; i++) row[i] = B + (long)MIN(n + i, N - 1) * K + k0;
     transpose_rows(panel, row, depth);
 #else
     enum { STEP = 64 };
     slot block[NR][STEP];
-    for (int i = 0; i < NR; i++) row[i] = block[i];
+    AS_WRITTEN for (int i = 0; i < NR; i++) row[i] = block[i];
     for (int k = 0; k < depth; k += STEP) {
       int step = MIN(STEP, depth - k), first = (k0 + k) * PAIR;
       for (int i = 0; i < NR; i++)
@@ -224,12 +224,12 @@ INLINE void pack_a(slot *restrict out, a_ptr restrict A, int k0, int depth, int 
     for (int m = m0; m < m1; m += MR) {
       slot *panel = out + (m - m0) / MR * A_PANEL;
       int end = MIN(first + STEP, depth);
-      for (int k = first; k < end; k++)
+      AS_WRITTEN for (int k = first; k < end; k++)
         if (INSIDE(k0 + k, M))
           for (int i = 0; i < MR; i += VW)
             vstore(panel + k * MR + i, a_slots(A, k0 + k, m + i, 1));
         else
-          for (int i = 0; i < MR; i += VW)
+          AS_WRITTEN for (int i = 0; i < MR; i += VW)
             vstore(panel + k * MR + i, a_slots(A, k0 + k, m + i, 0));
     }
 #else
@@ -337,7 +337,7 @@ typedef struct {
 INLINE rectangle share(int core_id) {
   long best = -1;
   int rows = 1;
-  for (int r = 1; r <= NT; r++) {
+  AS_WRITTEN for (int r = 1; r <= NT; r++) {
     if (NT % r) continue;
     long height = CEIL(CEIL(M, MR), r) * MR, width = CEIL(CEIL(N, NR), NT / r) * NR;
     long cost = height * width + 8 * (height * CEIL(width, BLOCK_COLS) + width);

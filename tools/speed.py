@@ -1,0 +1,134 @@
+"""Measure the README's table of speed: our training steps beside PyTorch's, and long contexts.
+
+python tools/speed.py --peer-python .venv-conformance/bin/python        all of it, about 20 minutes
+python tools/speed.py --only lora                                       the cases with that word
+
+Writes docs/speed.json, one case after another (others keep what they have), and docs/speed.png.
+`python tools/readme.py` puts the table into the README. Let nothing else run meanwhile.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS, PLOT = ROOT / "docs" / "speed.json", ROOT / "docs" / "speed.png"
+
+SMALL = (
+    "configs/124m.toml --set model.hidden_size=256 --set model.num_layers=4"
+    " --set model.num_heads=4 --set model.intermediate_size=768 --set model.vocab_size=4096"
+    " --set model.max_seq_len=4096"
+)
+LORA = "--set lora.rank=16 --set lora.alpha=32"
+# What `python -m tinyllama.bench` is given. PyTorch's bfloat16 is some 25 times slower than its
+# float32 where the processor has no bfloat16 products, so that the faster of its two is compared.
+CASES = {
+    "124m, 1 x 512, float32": "configs/124m.toml --batch 1 --context 512 --steps 5 --peer torch",
+    "124m, 4 x 256, float32": "configs/124m.toml --batch 4 --context 256 --steps 4 --peer torch",
+    "h 256, 4 x 128, float32": f"{SMALL} --batch 4 --context 128 --steps 20 --peer torch",
+    "124m, 1 x 512, bfloat16 (PyTorch float32)": "configs/124m.toml --batch 1 --context 512"
+    " --dtype bfloat16 --steps 4 --peer torch --peer-dtype float32",
+    "h 256, 4 x 128, bfloat16": f"{SMALL} --batch 4 --context 128 --dtype bfloat16 --steps 6"
+    " --peer torch",
+    "124m LoRA rank 16, 1 x 512, float32 (peft)": f"configs/124m.toml {LORA} --batch 1"
+    " --context 512 --steps 5 --peer torch",
+    "124m QLoRA rank 16, 1 x 512 (our LoRA)": f"configs/124m.toml {LORA}"
+    " --set qlora.quantize_base=true --batch 1 --context 512 --steps 5 --peer lora",
+    **{
+        f"h 256, 1 x {context}, float32": f"{SMALL} --batch 1 --context {context} --steps 4"
+        for context in (512, 1024, 2048, 4096)
+    },
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", default="", metavar="WORD", help="cases whose name has it")
+    parser.add_argument("--peer-python", help="interpreter that has PyTorch, transformers and peft")
+    parser.add_argument("--plot", action="store_true", help="measure nothing, draw again")
+    options = parser.parse_args(arguments)
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    names = [] if options.plot else [name for name in CASES if options.only in name]
+    for name in names:
+        print(f"== {name}", flush=True)
+        results[name] = measured(CASES[name], options.peer_python)
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        print(table({name: results[name]}).splitlines()[-1], flush=True)
+    draw(results, PLOT)
+    return 0
+
+
+def measured(words: str, peer_python: str | None) -> dict[str, Any]:
+    """What the benchmark prints for these words, and which command it was."""
+    command = ["python", "-m", "tinyllama.bench", *words.split(), "--json"]
+    peer = ["--peer-python", peer_python] if peer_python and "--peer torch" in words else []
+    done = subprocess.run(
+        [sys.executable, *command[1:], *peer],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    day = time.strftime("%Y-%m-%d")
+    return {"command": " ".join(command), "day": day, **json.loads(done.stdout)}
+
+
+def table(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """A Markdown table: tokens/s, ratio and memory of each case, ours and the peer's."""
+    lines = [
+        "| model, batch | tokens/s | peer | ratio | peak memory | peer | ratio | FLOPs |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, r in results.items():
+        peer = r.get("peer")
+        fields = [f"{r['tokens_per_second']:,.0f}", "", "", _gigabytes(r), "", ""]
+        if peer:
+            fields[1:3] = f"{peer['tokens_per_second']:,.0f}", f"**{r['ratio']:.2f}**"
+            fields[4:6] = _gigabytes(peer), f"{r['memory_ratio']:.2f}"
+        lines.append(f"| {name} | {' | '.join(fields)} | {r['flops_ratio']:.2f} |")
+    return "\n".join(lines)
+
+
+def _gigabytes(result: Mapping[str, Any]) -> str:
+    return f"{result['peak_memory_bytes'] / 1e9:.2f} GB"
+
+
+def draw(results: Mapping[str, Mapping[str, Any]], out: Path) -> None:
+    """Bars of the ratios to the peer, and time a token over the context, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # no display is needed
+    from matplotlib import pyplot
+
+    compared = {name: r for name, r in results.items() if r.get("peer")}
+    contexts = [r for name, r in results.items() if not r.get("peer")]
+    figure, (left, right) = pyplot.subplots(
+        1, 2, figsize=(11, 4), dpi=144, layout="constrained", width_ratios=(3, 2)
+    )
+    ratios = [r["ratio"] for r in compared.values()][::-1]
+    bars = left.barh([*compared][::-1], ratios, color="#2f6f9f")
+    left.bar_label(bars, [f"{ratio:.2f}" for ratio in ratios], padding=3)
+    left.axvline(1, color="#d1495b", linewidth=1.2)
+    left.set(title="tokens/s, ours over the peer's", xlim=(0, min(3, max([1, *ratios]) * 1.15)))
+    lengths = [r["run"]["context"] for r in contexts]
+    seconds = [r["step_seconds"] for r in contexts]
+    per_token = [1e3 * s / t for s, t in zip(seconds, lengths, strict=True)]
+    per_flop = [1e11 * s / r["run"]["model_flops"] for s, r in zip(seconds, contexts, strict=True)]
+    right.plot(lengths, per_token, marker="o", color="#2f6f9f", label="milliseconds a token")
+    right.plot(lengths, per_flop, marker="s", color="#d1495b", label="seconds per 100 GFLOP")
+    right.set(title="h 256, one row", xlabel="context, tokens", ylim=(0, None))
+    right.legend(frameon=False)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(out)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
