@@ -38,12 +38,16 @@ NAP_SECONDS = 50e-6
 _WORD = (1 << 64) - 1
 
 
-@functools.cache
 def launch_natively() -> None:
     """From here on, steps that are captured on the CPU run as this module says."""
-    if kernel.clang_compiles():
-        with Context(ALLOW_DEVICE_USAGE=1):
-            Device["CPU"].graph = _Graphs()
+    if Device.DEFAULT == "CPU" and kernel.clang_compiles():
+        _take_graphs()
+
+
+@functools.cache
+def _take_graphs() -> None:
+    with Context(ALLOW_DEVICE_USAGE=1):
+        Device["CPU"].graph = _Graphs()
 
 
 class _Graphs:
