@@ -9,7 +9,10 @@ loading holds little more than the result.
 """
 
 import math
-from concurrent.futures import Executor, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +27,7 @@ from tinyllama.layers import Embedding, Linear, block_linears
 from tinyllama.model import Llama
 from tinyllama.ops.int4 import dequantize, int4_linear
 from tinyllama.ops.storage import filling
-from tinyllama.weights.dtypes import RawArray, convert, to_float32
+from tinyllama.weights.dtypes import Array, RawArray, convert, to_float32
 from tinyllama.weights.hf_names import llama_shapes
 from tinyllama.weights.hf_read import HfFolder, open_folder
 
@@ -32,6 +35,8 @@ LARGEST_Q = 7
 # What a thread works on at once: its float64 copy stays in the processor's cache.
 PART_ELEMENTS = 1 << 16
 
+# Some rows of a tensor, as they are stored.
+Rows = Callable[[slice], Array]
 Packed = tuple[npt.NDArray[np.uint8], npt.NDArray[np.float16]]
 
 
@@ -135,51 +140,67 @@ def load_quantized(path: str | Path, qlora: QloraConfig, *, dtype: DType = dtype
     """
     folder = open_folder(path)
     model = packed_linears(Llama(folder.config, dtype=dtype, seed=None), qlora.block_size)
-    tensors = model.state_dict()
-    linears = {path: getattr(owner, n) for path, owner, n in block_linears(model.model.layers)}
-    with ThreadPoolExecutor(device.threads()) as pool:
-        for name in llama_shapes(folder.config):
-            layer = linears.get(name.removesuffix(".weight"))
-            if layer is None:
-                _load(folder, name, tensors[name], pool)
-            else:
-                _quantize(folder, name, layer, qlora.block_size, pool)
-            folder.forget(name)
+    fill_packed(model, str(folder.path), lambda name: partial(_rows, folder, name), folder.forget)
     return model
 
 
-def _quantize(
-    folder: HfFolder, name: str, layer: Int4Linear, block_size: int, pool: Executor
+def fill_packed(
+    model: Llama,
+    source: str,
+    read: Callable[[str], Rows],
+    done: Callable[[str], None] = lambda name: None,
 ) -> None:
-    """Pack one tensor of a folder into a layer, some rows a thread at a time."""
-    label = f"{folder.path}: {name}"
+    """Give a model of `packed_linears` its values, a tensor at a time, in the order of their names.
+
+    read(name) is asked once for each tensor, and what it returns for its rows, some at a time on
+    every thread; done(name) is called when it is packed. `source` begins errors (WeightsError).
+    """
+    tensors = model.state_dict()
+    linears = {path: getattr(owner, n) for path, owner, n in block_linears(model.model.layers)}
+    with ThreadPoolExecutor(device.threads()) as pool:
+        for name, shape in llama_shapes(model.config).items():
+            layer, label = linears.get(name.removesuffix(".weight")), f"{source}: {name}"
+            if layer is None:
+                fill = _store(label, tensors[name], read(name))
+            else:
+                fill = _quantize(label, layer, read(name))
+            with fill as part:
+                list(pool.map(part, _parts(shape)))
+            done(name)
+
+
+@contextmanager
+def _quantize(label: str, layer: Int4Linear, read: Rows) -> Iterator[Callable[[slice], None]]:
+    """What packs some rows of a tensor into a layer."""
+    block_size = layer.in_features // layer.scales.shape[1]
     with filling(layer.packed) as packed, filling(layer.scales) as scales:
 
         def part(rows: slice) -> None:
-            weight = to_float32(label, _rows(folder, name, rows))
             try:
-                packed[rows], scales[rows] = quantize_rows(weight, block_size)
+                packed[rows], scales[rows] = quantize_rows(
+                    to_float32(label, read(rows)), block_size
+                )
             except ValueError as error:
                 raise WeightsError(f"{label}: {error}") from error
 
-        list(pool.map(part, _parts(folder, name)))
+        yield part
 
 
-def _load(folder: HfFolder, name: str, tensor: Tensor, pool: Executor) -> None:
-    """Copy one tensor of a folder, rounded to the type of `tensor`."""
-    label = f"{folder.path}: {name}"
+@contextmanager
+def _store(label: str, tensor: Tensor, read: Rows) -> Iterator[Callable[[slice], None]]:
+    """What copies some rows, rounded to the type of `tensor`."""
     stored = "BF16" if tensor.dtype == dtypes.bfloat16 else "F32"
     with filling(tensor) as values:
 
         def part(rows: slice) -> None:
-            values[rows] = convert(label, _rows(folder, name, rows), stored)
+            values[rows] = convert(label, read(rows), stored)
 
-        list(pool.map(part, _parts(folder, name)))
+        yield part
 
 
-def _parts(folder: HfFolder, name: str) -> list[slice]:
+def _parts(shape: Sequence[int]) -> list[slice]:
     """A tensor's rows in parts of about PART_ELEMENTS."""
-    rows, *width = folder.shape(name)
+    rows, *width = shape
     step = max(1, PART_ELEMENTS // math.prod(width))
     return [slice(start, start + step) for start in range(0, rows, step)]
 
