@@ -91,9 +91,7 @@ def packed_model(config: Config, dtype: "DType", seed: int) -> "Llama":
 
     assert config.qlora is not None
     sizes, shapes = config.model, llama_shapes(config.model)
-    model = quantize.packed_linears(
-        Llama(sizes, dtype=dtype, seed=None), config.qlora.block_size
-    )
+    model = quantize.packed_linears(Llama(sizes, dtype=dtype, seed=None), config.qlora.block_size)
     with ThreadPoolExecutor(device.threads()) as pool:
 
         def read(name: str) -> "quantize.Rows":

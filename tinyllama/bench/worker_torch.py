@@ -82,9 +82,7 @@ def _model(spec: Spec) -> "PeerLlama | PeftLlama":
     if spec.lora and all(map(importlib.util.find_spec, ("transformers", "peft"))):
         from tinyllama.bench.peer_peft import PeftLlama
 
-        return PeftLlama(
-            spec.model, spec.lora, spec.dtype, spec.seed, checkpoint_activations=again
-        )
+        return PeftLlama(spec.model, spec.lora, spec.dtype, spec.seed, checkpoint_activations=again)
     from tinyllama.bench.peer_torch import PeerLlama, random_adapters, random_weights
 
     adapters = random_adapters(spec.model, spec.lora, spec.seed) if spec.lora else None
