@@ -182,9 +182,7 @@ def test_the_script_says_what_precision_was_lost(base, tmp_path):
 
     refused = run_script("--quantized-base", "--block-size", "3")
     assert (refused.returncode, refused.stdout) == (2, "")
-    assert refused.stderr == (
-        "merge: --block-size: got 3, must be 2 or more and a multiple of 2\n"
-    )
+    assert refused.stderr == ("merge: --block-size: got 3, must be 2 or more and a multiple of 2\n")
     done = run_script("--quantized-base", "--block-size", "16")
     lines = done.stdout.splitlines()
     assert lines[0] == "the base in 4 bits, groups of 16 (embedding and head in bfloat16):"
