@@ -18,6 +18,7 @@ LAYERS = (
     "corpus ops.storage ops.plan weights.dtypes",
     "data initialize ops.precompile weights.header weights.hf_config weights.hf_names",
     "ops.kernel weights.safetensors weights.peft_config weights.int4",
+    "ops.sums",
     "ops.matmul ops.attention ops.rope ops.rms_norm ops.swiglu ops.embedding ops.adamw",
     "ops.cross_entropy ops.int4 weights.hf_read weights.hf_write",
     "layers optim weights.hf weights.peft",

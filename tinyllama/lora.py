@@ -55,7 +55,7 @@ class LoRALinear:
     def __call__(self, x: Tensor) -> Tensor:
         """x (..., in_features) -> (..., out_features)."""
         low = self.lora_A(self._thinned(x) if self.drops else x)  # (..., rank)
-        return self.base(x) + self.lora_B(low * self.scale)
+        return self.lora_B(low * self.scale, self.base(x))
 
     def dense_weight(self) -> Tensor:
         """W + scale B A, (out_features, in_features) float32."""
