@@ -35,7 +35,7 @@ def products(count, dtype=dtypes.float32):
     return [gemm(NN, a, b, dtype=dtype).reshape(1, 7, 21) for a, b in parts], expected
 
 
-@pytest.mark.parametrize(("dtype", "rounding"), [(dtypes.float32, 1e-6), (dtypes.bfloat16, 2e-2)])
+@pytest.mark.parametrize(("dtype", "rounding"), [(dtypes.float32, 1e-6), (dtypes.float16, 2e-3)])
 def test_a_chain_of_products_has_no_sum_of_its_own(dtype, rounding):
     (a, b, c), expected = products(3, dtype)
     (total,) = into_products([a + b + c])
@@ -87,8 +87,8 @@ def test_an_addend_gets_the_gradient_of_the_result():
     x, weight, addend = random(4, 9), random(5, 9, seed=1), random(4, 5, seed=2)
     dy = random(4, 5, seed=3)
     found = linear(x, weight, addend)
-    assert np.abs(found.numpy() - (linear(x, weight) + addend).numpy()).max() < 1e-6
     dx, dw, da = found.gradient(x, weight, addend, gradient=dy)
+    assert np.abs(found.numpy() - (linear(x, weight) + addend).numpy()).max() < 1e-6
     expected = linear(x, weight).gradient(x, weight, gradient=dy)
     assert (da.numpy() == dy.numpy()).all()
     assert (dx.numpy() == expected[0].numpy()).all() and (dw.numpy() == expected[1].numpy()).all()
