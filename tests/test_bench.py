@@ -235,6 +235,33 @@ def test_a_lora_section_trains_the_adapters_alone(capsys: pytest.CaptureFixture[
     assert result["run"]["model_flops"] < full
 
 
+def test_qlora_is_compared_with_our_lora(capsys: pytest.CaptureFixture[str]) -> None:
+    adapters = ["--set", "lora.rank=4", "--set", "qlora.block_size=32"]
+    steps = ["--steps", "2", "--json", "--peer", "lora"]
+    assert command.main(["configs/124m.toml", *SMALL_OPTIONS, *adapters, *steps]) == 0
+    result: dict[str, Any] = json.loads(capsys.readouterr().out)
+    peer = result["peer"]
+    assert result["library"] == f"{peer['library']}, int4"
+    assert result["trainable"] == peer["trainable"] and result["parameters"] == peer["parameters"]
+    # The same weights, but for the 4 bits of them, on the same text.
+    assert result["first_loss"] == pytest.approx(peer["first_loss"], rel=1e-3)
+    assert result["first_loss"] != peer["first_loss"]
+    assert result["last_loss"] < result["first_loss"]
+    assert result["ratio"] > 0 and result["memory_ratio"] > 0
+
+
+@pytest.mark.parametrize("extra", [[], ["qlora.quantize_base=false"], ["lora.rank=4"]])
+def test_without_a_packed_base_there_is_no_qlora_to_compare(
+    capsys: pytest.CaptureFixture[str], extra: list[str]
+) -> None:
+    words = [word for override in extra for word in ("--set", override)]
+    code = command.main(["configs/124m.toml", *SMALL_OPTIONS, *words, "--peer", "lora"])
+    assert code == 2
+    assert capsys.readouterr().err == (
+        "--peer lora: compares QLoRA with LoRA: set [lora] and [qlora]\n"
+    )
+
+
 def test_the_table_shows_both_contenders_and_the_ratio(tmp_path: Path, spec: Spec) -> None:
     names = ("ours", "peer")
     commands = {name: fake_command(tmp_path, name, [1.0] * 5) for name in names}

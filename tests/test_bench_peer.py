@@ -67,7 +67,40 @@ def test_the_peers_adapters_equal_peft() -> None:
     assert len(peer.trainable()) == 2 * 2 * 2
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+def test_with_peft_the_peer_computes_the_same_loss(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    from tinyllama.bench.peer_peft import PeftLlama
+    from tinyllama.bench.peer_torch import PeerLlama
+
+    model = {**small_spec(tmp_path).model, "rope_theta": 500.0}
+    lora = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "target_modules": ["q_proj", "down_proj"]}
+    theirs = PeftLlama(model, lora, "float32", seed=3)
+    for tensor in theirs.trainable():
+        tensor.data.normal_()
+    named = {
+        name.removeprefix("base_model.model.").replace(".base_layer", "").replace(".default", ""): p
+        for name, p in theirs.model.named_parameters()
+    }
+    adapters = {name: tensor for name, tensor in named.items() if "lora_" in name}
+    weights = {name: tensor for name, tensor in named.items() if "lora_" not in name}
+    ours = PeerLlama(model, weights, lora, adapters)
+    tokens = torch.randint(0, model["vocab_size"], (2, 33))
+    assert (ours.loss(tokens) - theirs.loss(tokens)).abs() < 1e-5
+    assert len(theirs.trainable()) == len(adapters) == 2 * 2 * 2
+    assert theirs.base_parameters() == ours.base_parameters()
+    again = PeftLlama(model, lora, "float32", seed=3, checkpoint_activations=True)
+    again.model.load_state_dict(theirs.model.state_dict())
+    for peer in (theirs, again):
+        peer.loss(tokens).backward()
+    pairs = zip(theirs.trainable(), again.trainable(), strict=True)
+    assert all(torch.allclose(a.grad, b.grad, atol=1e-7) for a, b in pairs)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_the_peer_learns(tmp_path: Path, dtype: str) -> None:
     pytest.importorskip("torch")
     spec = small_spec(tmp_path)

@@ -58,6 +58,18 @@ def test_product_and_gradient_of_the_input_are_those_of_the_weight_it_stands_for
     assert np.abs(dx - expected_dx).max() < ROUNDING[dtype] * np.abs(expected_dx).max()
 
 
+@pytest.mark.parametrize("dtype", TYPES, ids=lambda d: d.name)
+@pytest.mark.parametrize(("rows", "inputs", "block"), [(1, 192, 64), (8, 96, 32), (3, 132, 6)])
+def test_few_rows_are_multiplied_without_packing(rows, inputs, block, dtype):
+    """As in generation; groups of whole vectors, and of 6, in a row that ends in half a vector."""
+    packed, scales, weight = packed_weight(inputs=inputs, block=block)
+    with kernel.forced("cpu"):
+        x = input_like((rows, inputs), dtype, 1)
+        y = int4_linear(x, *tensors(packed, scales)).float().numpy()
+    expected = x.float().numpy().astype(np.float64) @ weight.T
+    assert np.abs(y - expected).max() < ROUNDING[dtype] * np.abs(expected).max()
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_gradient_is_the_slope_of_the_product(form):
     """Finite differences of sum(y * dy) along random directions; it is linear in x."""

@@ -138,7 +138,8 @@ def test_block_size_that_does_not_divide_is_refused_by_name(tmp_path):
     with pytest.raises(ConfigError) as error:
         load_quantized(tmp_path / "base", QloraConfig(block_size=64))
     assert str(error.value) == (
-        "qlora.block_size: got 64, must divide the inputs of every linear layer: down_proj has 96"
+        "qlora.block_size: got 64, must divide the inputs of every linear layer: down_proj has 96; "
+        "the largest that does is 32"
     )
     with pytest.raises(ConfigError) as error:
         Int4Linear(100, 64, 64)

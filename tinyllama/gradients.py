@@ -15,6 +15,7 @@ from tinyllama.model import Llama
 from tinyllama.ops.cross_entropy import loss_and_gradients, token_losses
 from tinyllama.ops.kernel import in_memory
 from tinyllama.ops.stage import Stage, materialized, replaced
+from tinyllama.ops.sums import into_products
 
 Function = Callable[..., Tensor]
 
@@ -118,7 +119,7 @@ class StagedLoss:
             out = in_memory(function(module, *inputs))
             found = out.gradient(*through, *trained, gradient=dout)
             old = materialized(out, inputs, weights) if saved else []
-            return [in_memory(g) for g in replaced(found, old, saved)]
+            return [in_memory(g) for g in into_products(replaced(found, old, saved))]
 
         positions = tuple(i for i, t in enumerate(weights) if _key(t) in self.names)
         key = (function.__qualname__, structure(module), positions, further)

@@ -37,9 +37,9 @@ class Linear:
         self.in_features, self.out_features = in_features, out_features
         self.weight = Tensor.empty(out_features, in_features)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x (..., in_features) -> (..., out_features)."""
-        return linear(x, self.weight)
+    def __call__(self, x: Tensor, addend: Tensor | None = None) -> Tensor:
+        """x (..., in_features) -> (..., out_features), plus an `addend` like the result."""
+        return linear(x, self.weight, addend)
 
     def dense_weight(self) -> Tensor:
         """The weight (out_features, in_features) this layer multiplies by."""

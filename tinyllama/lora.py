@@ -18,11 +18,12 @@ import numpy as np
 from tinygrad import Tensor, dtypes
 from tinygrad.dtype import DType
 
-from tinyllama.config import LoraConfig
+from tinyllama.config import LoraConfig, QloraConfig
 from tinyllama.errors import ConfigError
 from tinyllama.layers import Linear, LinearLike, block_linears, named_tensors
 from tinyllama.model import Llama
 from tinyllama.ops import storage
+from tinyllama.quantize import block_size_of, load_quantized
 from tinyllama.tokenizer import MODEL_FILE
 from tinyllama.weights.hf_read import open_folder
 from tinyllama.weights.peft import (
@@ -54,7 +55,7 @@ class LoRALinear:
     def __call__(self, x: Tensor) -> Tensor:
         """x (..., in_features) -> (..., out_features)."""
         low = self.lora_A(self._thinned(x) if self.drops else x)  # (..., rank)
-        return self.base(x) + self.lora_B(low * self.scale)
+        return self.lora_B(low * self.scale, self.base(x))
 
     def dense_weight(self) -> Tensor:
         """W + scale B A, (out_features, in_features) float32."""
@@ -94,7 +95,12 @@ def start(
     placed = dict.fromkeys(paths, placement)
     opened = open_folder(base)
     config = AdapterConfig(
-        placed, lora.use_rslora, lora.dropout, str(base.absolute()), fingerprint(opened)
+        placed,
+        lora.use_rslora,
+        lora.dropout,
+        str(base.absolute()),
+        fingerprint(opened),
+        block_size_of(model),
     )
     attach(model, config, seed)
     if resume is not None:
@@ -103,8 +109,19 @@ def start(
         found = saved.config(model.config)
         if (found.placed, found.use_rslora) != (config.placed, config.use_rslora):
             raise ConfigError(f"[lora] differs from {resume}: {found.summary()} is saved there")
+        if found.block_size != config.block_size:
+            raise ConfigError(
+                f"[qlora] differs from {resume}: {_base_form(found)} was trained on there, "
+                f"{_base_form(config)} is asked for"
+            )
         read_adapters(model, saved)
     return config
+
+
+def _base_form(config: AdapterConfig) -> str:
+    if config.block_size is None:
+        return "a base that is not packed"
+    return f"a base in 4 bits, block_size {config.block_size},"
 
 
 def attach(model: Llama, config: AdapterConfig, seed: int) -> None:
@@ -136,11 +153,15 @@ def read_adapters(model: Llama, adapter: AdapterFolder) -> None:
 
 
 def load_model(folder: str | Path, *, dtype: DType = dtypes.float32) -> Llama:
-    """A model folder, or an adapter's with the base that it names."""
+    """A model folder, or an adapter's on the base that it names, packed if it was in training."""
     if not is_adapter(folder):
         return Llama.from_pretrained(folder, dtype=dtype)
-    _, base = open_adapter(folder)
-    model = Llama.from_pretrained(base.path, dtype=dtype)
+    adapter, base = open_adapter(folder)
+    block_size = adapter.block_size()
+    if block_size is None:
+        model = Llama.from_pretrained(base.path, dtype=dtype)
+    else:
+        model = load_quantized(base.path, QloraConfig(block_size=block_size), dtype=dtype)
     load_adapter(model, folder)
     return model
 

@@ -19,6 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tinyllama.errors import TinyllamaError
 from tinyllama.files import atomic_write
+from tinyllama.weights.hf_read import open_folder
+from tinyllama.weights.int4 import largest_block
 
 ALLOWED = 0.02
 
@@ -62,12 +64,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--base", type=Path, required=True, help="checkpoint to start from")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--block-size", type=int, default=16, help="divides 256 and 688")
+    parser.add_argument(
+        "--block-size", type=int, help="default: the largest up to 64 that divides every layer"
+    )
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value")
     parser.add_argument("--out", type=Path, help="Markdown file to write")
     options = parser.parse_args(arguments)
-    qlora = ["qlora.quantize_base=true", f"qlora.block_size={options.block_size}"]
     try:
+        if options.block_size is None:
+            options.block_size = largest_block(open_folder(options.base).config, 64)
+        qlora = ["qlora.quantize_base=true", f"qlora.block_size={options.block_size}"]
         with tempfile.TemporaryDirectory() as work:
             plain = held_out_loss(options, Path(work) / "lora", [])
             packed = held_out_loss(options, Path(work) / "qlora", qlora)

@@ -1,6 +1,9 @@
 """Merge LoRA adapters into a copy of their base, or take them out of one.
 
 python tools/merge.py --base DIR --adapter DIR[:WEIGHT] ... --out DIR [--dtype bf16|fp32|keep]
+
+Adapters that a QLoRA run wrote are merged into the base as that run held it, dequantized from 4
+bits; how far that is from the base is printed, tensor by tensor.
 """
 
 import argparse
@@ -10,8 +13,38 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tinyllama.errors import TinyllamaError
-from tinyllama.merge import merge, parse_adapter
+from tinyllama.accounting import aligned
+from tinyllama.errors import ConfigError, TinyllamaError
+from tinyllama.merge import AS_TRAINED, Merged, Packing, merge, parse_adapter, total_lost
+
+
+def packing_of(options: argparse.Namespace) -> Packing:
+    """What the options say of the base's form."""
+    if options.full_base:
+        return None
+    if not options.quantized_base:
+        return AS_TRAINED
+    size = 64 if options.block_size is None else options.block_size
+    if size < 2 or size % 2:
+        raise ConfigError(f"--block-size: got {size}, must be 2 or more and a multiple of 2")
+    return int(size)
+
+
+def precision(done: Merged) -> str:
+    """A line for each tensor that was put through 4 bits, and one for all."""
+    rows = [
+        {
+            "w: the base, held: in 4 bits": part.name,
+            "max |w - held|": f"{part.largest:.3e}",
+            "rms(w - held)": f"{part.rms:.3e}",
+            "rms(w - held) / rms(w)": f"{part.relative:.3%}",
+        }
+        for part in (*done.lost, total_lost(done.lost))
+    ]
+    return (
+        f"the base in 4 bits, groups of {done.block_size} (embedding and head in bfloat16):\n"
+        f"{aligned(rows)}"
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,15 +65,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--unmerge", action="store_true", help="take the adapters out of a merged --base"
     )
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument(
+        "--quantized-base",
+        action="store_true",
+        help="put the base through 4 bits first (default: as the adapters were trained)",
+    )
+    form.add_argument(
+        "--full-base", action="store_true", help="the base as it is, also for QLoRA's adapters"
+    )
+    parser.add_argument(
+        "--block-size", type=int, metavar="N", help="of --quantized-base (default: 64)"
+    )
     options = parser.parse_args(arguments)
+    if options.block_size is not None and not options.quantized_base:
+        parser.error("--block-size: goes with --quantized-base")
     try:
         adapters = [parse_adapter(text) for text in options.adapter]
         done = merge(
-            options.base, adapters, options.out, dtype=options.dtype, unmerge=options.unmerge
+            options.base,
+            adapters,
+            options.out,
+            dtype=options.dtype,
+            unmerge=options.unmerge,
+            packing=packing_of(options),
         )
     except TinyllamaError as error:
         print(f"merge: {error}", file=sys.stderr)
         return 2
+    if done.block_size is not None:
+        print(precision(done))
     print(f"{options.out}: {done.changed} of {done.total} tensors changed, {done.bytes:,} bytes")
     return 0
 

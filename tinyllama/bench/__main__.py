@@ -29,6 +29,7 @@ from tinyllama.errors import ConfigError, TinyllamaError
 
 # What a step holds where neither an option nor --set says: enough to keep every kernel busy.
 DEFAULT_TOKENS = 512
+PEERS = ("torch", "torch-compile", "lora")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -42,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--dtype", choices=DTYPES, help="of activations (default: training.dtype)")
     parse.add_argument("--steps", type=_positive, default=5, help="timed steps after 2 to warm up")
     parse.add_argument("--threads", type=_positive, help="default: every core")
-    parse.add_argument("--peer", choices=("torch", "torch-compile"), help="compare with PyTorch")
+    parse.add_argument("--peer", choices=PEERS, help="compare with PyTorch, or QLoRA with our LoRA")
     parse.add_argument("--peer-python", metavar="PATH", help="interpreter that has PyTorch")
     parse.add_argument("--peer-dtype", choices=DTYPES, help="default: the same as ours")
     parse.add_argument("--ops", action="store_true", help="each operation alone, in GFLOPS")
@@ -122,6 +123,20 @@ def make_spec(config: Config, options: argparse.Namespace, data_file: Path) -> S
     )
 
 
+def peer_spec(spec: Spec, config: Config, options: argparse.Namespace) -> Spec:
+    """What the peer is told: the same, in --peer-dtype; our LoRA's base is not packed.
+
+    Raises ConfigError where there is no QLoRA to compare with it.
+    """
+    dtype = options.peer_dtype or spec.dtype
+    if options.peer != "lora":
+        return dataclasses.replace(spec, dtype=dtype)
+    if config.lora is None or config.qlora is None or not config.qlora.quantize_base:
+        raise ConfigError("--peer lora: compares QLoRA with LoRA: set [lora] and [qlora]")
+    unpacked = dataclasses.replace(config, qlora=None).to_toml()
+    return dataclasses.replace(spec, dtype=dtype, config=unpacked)
+
+
 def measure(config: Config, options: argparse.Namespace) -> dict[str, Any]:
     """Run the contenders; the result is what --json prints."""
     here = machine.describe(options.threads or device.threads())
@@ -132,7 +147,7 @@ def measure(config: Config, options: argparse.Namespace) -> dict[str, Any]:
         data_file = Path(folder) / "tokens.npy"
         np.save(data_file, rows)
         spec = make_spec(config, options, data_file)
-        theirs = dataclasses.replace(spec, dtype=options.peer_dtype or spec.dtype)
+        theirs = peer_spec(spec, config, options)
         commands = contenders(options.peer, options.peer_python)
         specs = {name: spec if name == "tinyllama" else theirs for name in commands}
         workers = race(commands, specs, options.steps, _show_progress)

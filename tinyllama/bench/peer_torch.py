@@ -79,6 +79,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class PeerLlama:
     """Weights by their Hugging Face names, and the forward pass over them."""
 
+    beside = ""  # libraries used besides PyTorch
+
     def __init__(
         self,
         model: dict[str, Any],
@@ -100,6 +102,9 @@ class PeerLlama:
 
     def trainable(self) -> list[Tensor]:
         return list((self.adapters or self.weights).values())
+
+    def base_parameters(self) -> int:
+        return sum(tensor.numel() for tensor in self.weights.values())
 
     def tables(self, length: int) -> tuple[Tensor, Tensor]:
         """cos and sin of RoPE, (T, 1, D/2) each."""

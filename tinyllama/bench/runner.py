@@ -187,7 +187,9 @@ def speed_ratio(ours: Worker, peer: Worker) -> float:
 def contenders(peer: str | None, peer_python: str | None) -> dict[str, list[str]]:
     """Contender's name -> its worker's command; ours first."""
     commands = {"tinyllama": worker_command(sys.executable, "tinyllama.bench.worker_tinyllama")}
-    if peer is not None:
+    if peer == "lora":
+        commands["peer"] = commands["tinyllama"]
+    elif peer is not None:
         python = peer_python or sys.executable
         commands["peer"] = worker_command(python, "tinyllama.bench.worker_torch")
     return commands

@@ -1,18 +1,26 @@
-"""Our worker process: the trainer's own step, one a request."""
+"""Our worker process: the trainer's own step, one a request.
+
+Weights are random, also those of a frozen base and, packed into 4 bits, of a QLoRA run's: their
+values do not change what a step costs.
+"""
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tinyllama import device
+from tinyllama.accounting import parameters
 from tinyllama.bench.protocol import Contender, Spec, Step, serve
-from tinyllama.config import LoraConfig, config_from_toml
+from tinyllama.config import Config, LoraConfig, config_from_toml
 from tinyllama.data import Batch
-from tinyllama.errors import ConfigError
+from tinyllama.weights.hf_names import llama_shapes
 
 if TYPE_CHECKING:
+    from tinygrad.dtype import DType
+
     from tinyllama.model import Llama
 
 
@@ -30,13 +38,14 @@ class OurContender:
         from tinyllama.step import TrainStep
 
         self.config = config_from_toml(spec.config, "benchmark")
-        if self.config.qlora is not None and self.config.qlora.quantize_base:
-            raise ConfigError("[qlora]: a packed base cannot be trained on yet; remove the section")
         training = self.config.training
         dtype = getattr(dtypes, spec.dtype)
-        self.model = Llama(self.config.model, dtype=dtype, seed=spec.seed, background=True)
+        self.packed = self.config.qlora is not None and self.config.qlora.quantize_base
+        if self.packed:
+            self.model = packed_model(self.config, dtype, spec.seed)
+        else:
+            self.model = Llama(self.config.model, dtype=dtype, seed=spec.seed, background=True)
         self.model.checkpoint_activations = training.checkpoint_activations
-        self.base_parameters = self.model.count_parameters()
         trained = self.model.state_dict()
         if self.config.lora is not None:
             attach_adapters(self.model, self.config.lora, spec.seed)
@@ -50,10 +59,10 @@ class OurContender:
         from importlib.metadata import version
 
         return {
-            "library": f"tinyllama on tinygrad {version('tinygrad')}",
+            "library": f"tinyllama on tinygrad {version('tinygrad')}{', int4' * self.packed}",
             "device": self.choice.device,
             "threads": device.threads(),
-            "parameters": self.base_parameters,
+            "parameters": parameters(self.config.model).total,
             "trainable": sum(t.numel() for t in self.optimizer.parameters.values()),
         }
 
@@ -72,6 +81,25 @@ class OurContender:
         calls = self.train._whole.captured.linear.src
         graphs = [call.src[0] for call in calls if call.src[0].op.name == "CUSTOM_FUNCTION"]
         return len(calls) - len(graphs) + sum(len(graph.src[0].src) for graph in graphs)
+
+
+def packed_model(config: Config, dtype: "DType", seed: int) -> "Llama":
+    """A new model whose linear layers are packed as its weights are made, one at a time."""
+    from tinyllama import quantize
+    from tinyllama.initialize import first_values
+    from tinyllama.model import Llama
+
+    assert config.qlora is not None
+    sizes, shapes = config.model, llama_shapes(config.model)
+    model = quantize.packed_linears(Llama(sizes, dtype=dtype, seed=None), config.qlora.block_size)
+    with ThreadPoolExecutor(device.threads()) as pool:
+
+        def read(name: str) -> "quantize.Rows":
+            values = first_values(name, shapes[name], sizes.num_layers, seed, pool)
+            return values.__getitem__
+
+        quantize.fill_packed(model, "random weights", read)
+    return model
 
 
 def attach_adapters(model: "Llama", section: LoraConfig, seed: int) -> None:

@@ -1,9 +1,15 @@
-"""The peer's worker process: PyTorch trains the model on the CPU, one step a request."""
+"""The peer's worker process: PyTorch trains the model on the CPU, one step a request.
+
+A whole model is trained in plain PyTorch (peer_torch.py). Adapters are trained by transformers and
+peft (peer_peft.py), or where these are not installed by the same formula in plain PyTorch, which is
+faster; `library` says which it was.
+"""
 
 import contextlib
+import importlib.util
 import math
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,25 +17,22 @@ from numpy.typing import NDArray
 from tinyllama.bench.protocol import Contender, Spec, Step, serve
 from tinyllama.errors import TrainingError
 
+if TYPE_CHECKING:
+    from tinyllama.bench.peer_peft import PeftLlama
+    from tinyllama.bench.peer_torch import PeerLlama
+
 MISSING = "PyTorch is not installed here: pip install 'tinyllama-trainer[bench]', or --peer-python"
 
 
 class TorchContender:
-    """AdamW over PeerLlama, gradients clipped by their global norm, autocast below float32."""
+    """AdamW over the peer's model, gradients clipped by their norm, autocast below float32."""
 
     def __init__(self, spec: Spec) -> None:
         import torch
 
-        from tinyllama.bench.peer_torch import PeerLlama, random_adapters, random_weights
-
         torch.set_num_threads(spec.threads)
         self.torch, self.spec = torch, spec
-        weights = random_weights(spec.model, spec.seed)
-        adapters = random_adapters(spec.model, spec.lora, spec.seed) if spec.lora else None
-        again = bool(spec.training.get("checkpoint_activations"))
-        self.peer = PeerLlama(
-            spec.model, weights, spec.lora, adapters, checkpoint_activations=again
-        )
+        self.peer = _model(spec)
         self.loss = torch.compile(self.peer.loss) if spec.compile else self.peer.loss
         options = spec.training
         # As in our optimizer, norms do not decay.
@@ -48,10 +51,10 @@ class TorchContender:
     def describe(self) -> dict[str, Any]:
         how = "torch.compile" if self.spec.compile else "eager"
         return {
-            "library": f"PyTorch {self.torch.__version__} ({how})",
+            "library": f"PyTorch {self.torch.__version__} ({how}){self.peer.beside}",
             "device": "CPU",
             "threads": self.torch.get_num_threads(),
-            "parameters": sum(tensor.numel() for tensor in self.peer.weights.values()),
+            "parameters": self.peer.base_parameters(),
             "trainable": sum(tensor.numel() for tensor in self.peer.trainable()),
         }
 
@@ -71,6 +74,20 @@ class TorchContender:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return Step(loss.item())
+
+
+def _model(spec: Spec) -> "PeerLlama | PeftLlama":
+    """The model to train, with random weights."""
+    again = bool(spec.training.get("checkpoint_activations"))
+    if spec.lora and all(map(importlib.util.find_spec, ("transformers", "peft"))):
+        from tinyllama.bench.peer_peft import PeftLlama
+
+        return PeftLlama(spec.model, spec.lora, spec.dtype, spec.seed, checkpoint_activations=again)
+    from tinyllama.bench.peer_torch import PeerLlama, random_adapters, random_weights
+
+    adapters = random_adapters(spec.model, spec.lora, spec.seed) if spec.lora else None
+    weights = random_weights(spec.model, spec.seed)
+    return PeerLlama(spec.model, weights, spec.lora, adapters, checkpoint_activations=again)
 
 
 def build(spec: Spec) -> Contender:

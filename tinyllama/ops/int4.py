@@ -7,13 +7,13 @@ product widens W where it packs a panel of it (`cpu/int4.h`); elsewhere W is wid
 of one layer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from tinygrad import Tensor, dtypes
 from tinygrad.dtype import DType
 from tinygrad.uop.ops import UOp
 
-from tinyllama.ops import kernel
+from tinyllama.ops import kernel, sums
 from tinyllama.ops.matmul import NN, NT, gemm_defines
 
 
@@ -52,19 +52,31 @@ def _product(
     scales: Tensor,
     dtype: DType,
     gradient: Callable[..., tuple[UOp | None, ...]] | None = None,
+    addend: Tensor | None = None,
 ) -> Tensor:
-    """a (M, in) W^T (NT), or a (M, out) W (NN), of type `dtype`."""
+    """a (M, in) W^T (NT), or a (M, out) W (NN), of type `dtype`, plus an `addend` like it."""
     outputs, inputs = packed.shape[0], 2 * packed.shape[1]
     m, k = a.shape
     n = outputs if layout == NT else inputs
     defines, scratch = gemm_defines(layout, m, n, k, a.dtype, dtypes.float32, dtype)
     defines["BLOCK"] = inputs // scales.shape[1]
-    return kernel.run(
+    if addend is not None:
+        defines["ADDEND"] = 1
+    result = kernel.run(
         "gemm.c",
         defines,
         [kernel.empty(m, n, dtype=dtype), kernel.threaded(scratch)],
-        [a, packed, scales],
+        [a, packed, scales] if addend is None else [a, packed, scales, addend],
         flops=2 * m * n * k,
         headers=("tile.h", "int4.h"),
         gradient=gradient,
     )[0]
+    if gradient is not None or addend is not None:
+        return result
+    shapes = a.shape, packed.shape, scales.shape
+
+    def adding(given: Sequence[Tensor], more: Tensor) -> Tensor:
+        a, packed, scales = (t.reshape(shape) for t, shape in zip(given, shapes, strict=True))
+        return _product(layout, a, packed, scales, dtype, addend=more.reshape(m, n))
+
+    return sums.remember(result, adding)

@@ -5,37 +5,44 @@ elsewhere they are tinygrad's own, with boundaries at the inputs so that the sch
 recompute whatever produced them once per output element.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from tinygrad import Tensor, dtypes
 from tinygrad.dtype import DType
 from tinygrad.uop.ops import UOp
 
-from tinyllama.ops import kernel
+from tinyllama.ops import kernel, sums
 
 # Layouts of cpu/gemm.c: C[M,N] = A[M,K] B[N,K]^T, A[M,K] B[K,N], A[K,M]^T B[K,N].
 NT, NN, TN = 0, 1, 2
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x (..., in) in the activation type, weight (out, in) float32 -> (..., out) like x."""
+def linear(x: Tensor, weight: Tensor, addend: Tensor | None = None) -> Tensor:
+    """x (..., in) in the activation type, weight (out, in) float32 -> (..., out) like x.
+
+    An `addend`, like the result, is added to it.
+    """
     if kernel.uses_kernels(x, weight):
-        return _linear_cpu(x, weight)
+        return _linear_cpu(x, weight, addend)
     x = x.contiguous()
-    return (x @ weight.cast(x.dtype).transpose()).contiguous().contiguous_backward()
+    out = (x @ weight.cast(x.dtype).transpose()).contiguous().contiguous_backward()
+    return out if addend is None else out + addend
 
 
-def _linear_cpu(x: Tensor, weight: Tensor) -> Tensor:
+def _linear_cpu(x: Tensor, weight: Tensor, addend: Tensor | None) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])  # (N, in)
 
     def gradient(grad: UOp, call: UOp) -> tuple[UOp | None, ...]:
-        dy, w = Tensor(grad), Tensor(call.src[-1])
-        inputs = Tensor(call.src[-2]).reshape(rows.shape)
+        dy, w = Tensor(grad), Tensor(call.src[4])
+        inputs = Tensor(call.src[3]).reshape(rows.shape)
         dx = gemm(NN, dy, w, dtype=inputs.dtype)
         dw = gemm(TN, dy, inputs, dtype=w.dtype)
-        return None, None, dx.uop, dw.uop
+        found = (None, None, dx.uop, dw.uop)
+        return found if addend is None else (*found, grad)
 
-    out = gemm(NT, rows, weight, dtype=x.dtype, gradient=gradient)
+    if addend is not None:
+        addend = addend.reshape(-1, weight.shape[0])
+    out = gemm(NT, rows, weight, dtype=x.dtype, gradient=gradient, addend=addend)
     return out.reshape(*x.shape[:-1], weight.shape[0])
 
 
@@ -48,11 +55,12 @@ def gemm(
     gradient: Callable[..., tuple[UOp | None, ...]] | None = None,
     onto: Tensor | None = None,
     over: Tensor | None = None,
+    addend: Tensor | None = None,
 ) -> Tensor:
     """One product on the CPU: a and b as `layout` names them, result (M, N) of type `dtype`.
 
     With `onto`, a float32 (M, N), the product is added to it in place; with `over`, an (M, N) of
-    type `dtype`, it is written over that.
+    type `dtype`, it is written over that. An `addend`, (M, N) of type `dtype`, is added to it.
     """
     m, k = a.shape[::-1] if layout == TN else a.shape
     n = b.shape[0] if layout == NT else b.shape[1]
@@ -60,16 +68,27 @@ def gemm(
     out = kernel.empty(m, n, dtype=dtype) if given is None else given
     defines, scratch = gemm_defines(layout, m, n, k, a.dtype, b.dtype, out.dtype)
     defines["ACCUMULATE"] = int(onto is not None)
-    return kernel.run(
+    if addend is not None:
+        defines["ADDEND"] = 1
+    result = kernel.run(
         "gemm.c",
         defines,
         [out, kernel.threaded(scratch)],
-        [a, b],
+        [a, b] if addend is None else [a, b, addend],
         flops=2 * m * n * k,
         also_read=onto is not None,
         headers=("tile.h",),
         gradient=gradient,
     )[0]
+    if gradient is not None or given is not None or addend is not None:
+        return result
+    shapes = a.shape, b.shape
+
+    def adding(inputs: Sequence[Tensor], more: Tensor) -> Tensor:
+        a, b = (t.reshape(shape) for t, shape in zip(inputs, shapes, strict=True))
+        return gemm(layout, a, b, dtype=dtype, addend=more.reshape(m, n))
+
+    return sums.remember(result, adding)
 
 
 def gemm_defines(

@@ -3,8 +3,10 @@
     base_model.model.PATH.lora_A.weight [r, in],  base_model.model.PATH.lora_B.weight [out, r]
     W + scale B A,  scale = alpha / r, or alpha / sqrt(r) with use_rslora
 
-What the first file may say is in peft_config.py. A folder written here also carries a fingerprint
-of its base, so that another base of the same sizes is told apart.
+What the first file may say is in peft_config.py. A folder written here also carries, in the second
+file's metadata, a fingerprint of its base, so that another base of the same sizes is told apart,
+and the block size of a base that was packed in 4 bits (QLoRA): the adapters belong to what that
+base is in 4 bits.
 """
 
 import hashlib
@@ -55,6 +57,7 @@ PARTS = ("lora_A", "lora_B")
 
 _PREFIX = "base_model.model."
 _FINGERPRINT = "base_fingerprint"
+_BLOCK_SIZE = "base_int4_block_size"
 _SAMPLE_ELEMENTS = 1024
 
 
@@ -101,7 +104,18 @@ class AdapterFolder:
         base = self._found.get("base_model_name_or_path")
         dropout = float(self._found.get("lora_dropout") or 0.0)
         rslora, made_for = bool(self._found.get("use_rslora")), self._file.metadata
-        return AdapterConfig(placed, rslora, dropout, base, made_for.get(_FINGERPRINT))
+        return AdapterConfig(
+            placed, rslora, dropout, base, made_for.get(_FINGERPRINT), self.block_size()
+        )
+
+    def block_size(self) -> int | None:
+        """Of the base in 4 bits that the adapters were trained on; None if it was not packed."""
+        text = self._file.metadata.get(_BLOCK_SIZE)
+        if text is not None and not (text.isdecimal() and int(text) > 0):
+            raise WeightsError(
+                f"{self.path / ADAPTER_WEIGHTS}: {_BLOCK_SIZE}: got {text!r}, must be 1 or more"
+            )
+        return None if text is None else int(text)
 
     def check_base(self, base: HfFolder) -> None:
         """Refuse a base that the adapter was not made for (WeightsError).
@@ -175,6 +189,8 @@ def save_adapter(
     metadata = {"format": "pt"}
     if config.base_fingerprint is not None:
         metadata[_FINGERPRINT] = config.base_fingerprint
+    if config.block_size is not None:
+        metadata[_BLOCK_SIZE] = str(config.block_size)
     named = {f"{_PREFIX}{name}": source for name, source in tensors.items()}
     return {
         ADAPTER_CONFIG: FileDigest(hashlib.sha256(data).hexdigest(), len(data)),

@@ -36,7 +36,8 @@ class Placement:
 class AdapterConfig:
     """The adapters of a model: `placed` by the layer's path.
 
-    base is the base's folder, base_fingerprint what `fingerprint` gives for it, if known.
+    base is the base's folder, base_fingerprint what `fingerprint` gives for it, if known;
+    block_size that of a base which was packed in 4 bits when the adapters were trained on it.
     """
 
     placed: Mapping[str, Placement]
@@ -44,6 +45,7 @@ class AdapterConfig:
     dropout: float = 0.0
     base: str | None = None
     base_fingerprint: str | None = None
+    block_size: int | None = None
 
     def scale(self, path: str) -> float:
         """What B A of a layer is multiplied by."""

@@ -17,8 +17,8 @@
    consecutive k, so that one code packs both.
 
    A file that keeps B in another form defines B_PARAMS (its parameters), B_ARGS (their names),
-   B_IS_PACKED_OTHERWISE and pack_b before this text. Up to SKINNY rows of LAYOUT 0 are not packed
-   and not rounded by COMPUTE_BF16. */
+   B_IS_PACKED_OTHERWISE, pack_b and for LAYOUT 0 DOT_B (a row of it times rows of A) before this
+   text. Up to SKINNY rows of LAYOUT 0 are not packed and not rounded by COMPUTE_BF16. */
 
 #ifndef ACCUMULATE
 #define ACCUMULATE 0
@@ -387,7 +387,26 @@ INLINE void multiply_block(target t, slot *b_block, slot *a_block, a_ptr A, B_PA
 
 /* ---- few rows: a value of B is used M times only, so reading it once is all that counts ---- */
 
-#if LAYOUT == 0 && !defined(B_IS_PACKED_OTHERWISE)
+INLINE void put_dot(target t, float value, long at) {
+  if (ACCUMULATE) value += LOAD1(C_T, t.C + at);
+  if (ADDEND) value += LOAD1(C_T, t.R + at);
+  STORE1(C_T, t.C + at, value);
+}
+
+#if LAYOUT == 0 && defined(DOT_B)
+#define SKINNY 8
+#define FEW MIN(M, SKINNY)
+
+INLINE void multiply_skinny(target t, a_ptr A, B_PARAMS, int core_id) {
+  int n1 = split(N, 16, core_id + 1, NT);
+  for (int n = split(N, 16, core_id, NT); n < n1; n++) {
+    vf sum[FEW];
+    DOT_B(sum, FEW, A, n);
+#pragma clang loop unroll(full)
+    for (int m = 0; m < FEW; m++) put_dot(t, hsum(sum[m]), (long)m * N + n);
+  }
+}
+#elif LAYOUT == 0 && !defined(B_IS_PACKED_OTHERWISE)
 #define SKINNY 8
 enum { LINES = 4, PASS = 2 };
 
@@ -407,13 +426,8 @@ INLINE void dot_products(target t, a_ptr A, b_ptr B, int m, int n, int n1) {
   for (; k + VW <= K; k += VW) DOT_STEP(LOAD(A_T, a[i] + k), LOAD(B_T, b[j] + k))
   if (k < K) DOT_STEP(LOADN(A_T, a[i] + k, K - k), LOADN(B_T, b[j] + k, K - k))
   for (int i = 0; i < rows && m + i < M; i++)
-    for (int j = 0; j < LINES && n + j < n1; j++) {
-      long at = (long)(m + i) * N + n + j;
-      float value = hsum(sum[i][j]);
-      if (ACCUMULATE) value += LOAD1(C_T, t.C + at);
-      if (ADDEND) value += LOAD1(C_T, t.R + at);
-      STORE1(C_T, t.C + at, value);
-    }
+    for (int j = 0; j < LINES && n + j < n1; j++)
+      put_dot(t, hsum(sum[i][j]), (long)(m + i) * N + n + j);
 }
 
 INLINE void multiply_skinny(target t, a_ptr A, b_ptr B, int core_id) {

@@ -124,3 +124,43 @@ INLINE void int4_pack(float *restrict out, B_PARAMS, int k0, int depth, int n0, 
 
 /* As gemm.c asks for it; DEPTH, the length of a panel, is defined there. */
 #define pack_b(out, weight, k0, depth, n0, n1) int4_pack(out, weight, k0, depth, n0, n1, DEPTH)
+
+#if LAYOUT == 0
+/* sum[m] = the lanes' part of A[m] W[row], for the first rows of A: few enough for registers. */
+INLINE void int4_dots(vf *sum, int rows, const ELEM(A_T) *restrict A, B_PARAMS, long row) {
+#pragma clang loop unroll(full)
+  for (int m = 0; m < rows; m++) sum[m] = (vf){0};
+  if (BLOCK % VW) { /* groups end within a vector: widened first */
+    float run[INT4_STEP + VW];
+    for (int k = 0; k < K; k += INT4_STEP) {
+      int count = K - k < INT4_STEP ? K - k : INT4_STEP;
+      int4_run(run, B_ARGS, row, k, count);
+      vstore(run + count, (vf){0}); /* the rest of a last vector that is not whole */
+      for (int i = 0; i < count; i += VW)
+#pragma clang loop unroll(full)
+        for (int m = 0; m < rows; m++) {
+          const ELEM(A_T) *a = A + (long)m * K + k + i;
+          vf x = count - i < VW ? LOADN(A_T, a, count - i) : LOAD(A_T, a);
+          sum[m] = vfma(x, vload(run + i), sum[m]);
+        }
+    }
+    return;
+  }
+  const unsigned char *byte = packed + row * (K / 2);
+  const unsigned short *scale = scales + row * (K / BLOCK);
+  for (int group = 0; group < K / BLOCK; group++) { /* its sum of q A, then its scale */
+    vf part[8];
+#pragma clang loop unroll(full)
+    for (int m = 0; m < rows; m++) part[m] = (vf){0};
+    for (int i = group * BLOCK; i < (group + 1) * BLOCK; i += VW) {
+      vf q = int4_values(byte + i / 2);
+#pragma clang loop unroll(full)
+      for (int m = 0; m < rows; m++) part[m] = vfma(LOAD(A_T, A + (long)m * K + i), q, part[m]);
+    }
+    vf s = vset(LOAD1(2, scale + group));
+#pragma clang loop unroll(full)
+    for (int m = 0; m < rows; m++) sum[m] = vfma(part[m], s, sum[m]);
+  }
+}
+#define DOT_B(sum, rows, A, row) int4_dots(sum, rows, A, B_ARGS, row)
+#endif
