@@ -28,20 +28,20 @@ THE_WAY = {
     "Model": "model layers initialize",
     "Operations": "ops ops.embedding ops.rms_norm ops.matmul ops.rope ops.attention ops.swiglu"
     " ops.cross_entropy ops.adamw ops.int4",
-    "How operations run": "ops.kernel ops.stage ops.precompile ops.storage ops.memory ops.plan"
+    "How operations run": "ops.kernel ops.sums ops.stage ops.precompile ops.storage ops.memory ops.plan"
     " ops.bfloat16",
     "Adapters": "lora quantize",
     "Loss, gradients, optimizer": "gradients optim step",
     "The loop": "train metrics runs",
     "Checkpoints and weights": "checkpoint manifest weights weights.hf weights.hf_config"
     " weights.hf_names weights.hf_read weights.hf_write weights.peft weights.peft_config"
-    " weights.safetensors weights.header weights.dtypes",
+    " weights.safetensors weights.header weights.dtypes weights.int4",
     "Merge, generate, evaluate": "merge generate evaluate",
     "Counting": "accounting estimate",
     "Commands": "cli tinyllama __main__",
     "Benchmark": "bench bench.__main__ bench.text bench.protocol bench.runner"
-    " bench.worker_tinyllama bench.worker_torch bench.peer_torch bench.operations bench.ops"
-    " bench.operations_torch bench.machine bench.report",
+    " bench.worker_tinyllama bench.worker_torch bench.peer_torch bench.peer_peft bench.operations"
+    " bench.ops bench.operations_torch bench.machine bench.report",
 }
 
 
