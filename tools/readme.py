@@ -28,8 +28,8 @@ THE_WAY = {
     "Model": "model layers initialize",
     "Operations": "ops ops.embedding ops.rms_norm ops.matmul ops.rope ops.attention ops.swiglu"
     " ops.cross_entropy ops.adamw ops.int4",
-    "How operations run": "ops.kernel ops.sums ops.stage ops.precompile ops.storage ops.memory ops.plan"
-    " ops.bfloat16",
+    "How operations run": "ops.kernel ops.sums ops.stage ops.precompile ops.storage ops.memory"
+    " ops.plan ops.bfloat16",
     "Adapters": "lora quantize",
     "Loss, gradients, optimizer": "gradients optim step",
     "The loop": "train metrics runs",
