@@ -47,8 +47,8 @@ def precision(done: Merged) -> str:
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0, or 2 with a message on standard error for a mistake in the arguments."""
+def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line's options."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--base", required=True, help="Hugging Face folder of the base model")
     parser.add_argument(
@@ -80,6 +80,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.block_size is not None and not options.quantized_base:
         parser.error("--block-size: goes with --quantized-base")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code 0, or 2 with a message on standard error for a mistake in the arguments."""
+    options = parsed(arguments)
     try:
         adapters = [parse_adapter(text) for text in options.adapter]
         done = merge(

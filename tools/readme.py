@@ -40,8 +40,8 @@ THE_WAY = {
     "Counting": "accounting estimate",
     "Commands": "cli tinyllama __main__",
     "Benchmark": "bench bench.__main__ bench.text bench.protocol bench.runner"
-    " bench.worker_tinyllama bench.worker_torch bench.peer_torch bench.peer_peft bench.operations bench.ops"
-    " bench.operations_torch bench.machine bench.report",
+    " bench.worker_tinyllama bench.worker_torch bench.peer_torch bench.peer_peft bench.operations"
+    " bench.ops bench.operations_torch bench.machine bench.report",
 }
 
 
