@@ -77,7 +77,7 @@ def test_commands_named_exist() -> None:
     modules = set(re.findall(r"python -m (tinyllama[.\w]*)", TEXT))
     assert {"tinyllama.train", "tinyllama.evaluate", "tinyllama.generate"} <= modules
     assert [m for m in sorted(modules) if importlib.util.find_spec(m) is None] == []
-    targets = set(re.findall(r"^([a-z0-9]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = set(re.findall(r"make ([a-z0-9-]+)", SHELL)) | set(re.findall(r"`make ([\w-]+)", TEXT))
     assert {"demo", "test"} <= named <= targets
 
