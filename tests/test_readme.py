@@ -49,6 +49,10 @@ def test_the_option_table_is_the_codes_own() -> None:
     assert option_table().strip() in TEXT
 
 
+def test_the_published_figures_stand_beside_the_true_ones_and_why() -> None:
+    assert readme.published_table() in TEXT
+
+
 def test_the_generated_parts_are_up_to_date() -> None:
     assert readme.written(TEXT) == TEXT, "run python tools/readme.py"
 
