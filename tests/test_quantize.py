@@ -110,6 +110,17 @@ def test_what_a_float16_scale_cannot_hold_is_refused_by_name(value, said, tmp_pa
     assert str(error.value) == f"{tmp_path / 'base'}: model.layers.1.mlp.up_proj.weight: {said}"
 
 
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight"])
+def test_weights_of_another_type_are_refused_by_name(name, tmp_path):
+    build(CONFIG).save_pretrained(tmp_path / "base")
+    file = tmp_path / "base" / "model.safetensors"
+    start = file.read_bytes().index(name.encode())
+    text = file.read_bytes()
+    file.write_bytes(text[:start] + text[start:].replace(b'"F32"', b'"I32"', 1))
+    with pytest.raises(WeightsError, match=rf"^{tmp_path / 'base'}: {name}: type I32, must be"):
+        load_quantized(tmp_path / "base", QLORA)
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A model on disk, in float32."""
