@@ -78,6 +78,13 @@ def test_files_of_tests_exist() -> None:
     assert len(files) > 10 and [file for file in files if not (ROOT / file).exists()] == []
 
 
+def test_slow_tests_exist() -> None:
+    for line in (ROOT / "tests" / "slow.txt").read_text().split():
+        file, _, name = line.partition("::")
+        text = (ROOT / "tests" / file).read_text(encoding="utf-8")
+        assert not name or f"def {name}(" in text, line
+
+
 def test_ci_runs_the_tests_and_a_minute_of_the_demo() -> None:
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
