@@ -37,6 +37,10 @@ def test_letters_of_another_alphabet_are_written_as_they_are() -> None:
     assert to_toml("é") == '"é"'
 
 
+def test_tables_and_lists_are_written_on_one_line() -> None:
+    assert to_toml({"a": 1, "b": [2, True]}) == '{"a" = 1, "b" = [2, true]}'
+
+
 def test_initials_make_a_name_near() -> None:
     names = ["kline", "keep_last_n"]
     assert nearest("kln", names) == "keep_last_n"
