@@ -16,12 +16,19 @@ export PYTHON VENV
 FAST_TESTS := tests/test_architecture.py tests/test_config.py tests/test_config_errors.py \
   tests/test_config_overrides.py tests/test_files.py tests/test_safetensors.py
 
+LLAMA_TESTS := tests/test_properties.py tests/test_mutation_resistant.py tests/test_model.py \
+  tests/test_lora.py tests/test_lora_run.py tests/test_quantize.py tests/test_int4.py \
+  tests/test_merge.py tests/test_accounting.py
+LLAMA_DEMOS := llama-demo-train llama-demo-lora llama-demo-qlora
+
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test tier1 tier2 tier3 ci lint coverage conformance tinygrad proof-7b clean
+.PHONY: help demo test tier1 tier2 tier3 ci lint coverage mutants \
+  llama-properties llama-mutations llama-tests llama-demo-train llama-demo-lora llama-demo-qlora \
+  llama-ci conformance tinygrad proof-7b clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-17s %s\n", $$1, $$2}' Makefile
 
 demo: $(VENV)/.demo ## train a LLaMA on Python's own source, BUDGET=300 seconds long
 	@tools/system.sh clang
@@ -51,6 +58,32 @@ coverage: $(VENV)/.dev ## every test, and the share of lines they reach
 	@tools/system.sh clang opencl sanitizers
 	$(PYTEST) --cov=tinyllama --cov-report=term-missing:skip-covered --cov-fail-under=90
 
+mutants: $(VENV)/.mutants ## change the code in 1,700 places: tests must notice 85 % (half an hour)
+	@tools/system.sh clang
+	$(PY) tools/mutants.py --out docs/mutants.md
+
+llama-properties: $(VENV)/.dev ## the 13 properties of every valid configuration
+	@tools/system.sh clang
+	$(PYTEST) -q tests/test_properties.py
+
+llama-mutations: $(VENV)/.dev ## the 10 tests whose numbers show a swapped operator
+	@tools/system.sh clang
+	$(PYTEST) -q tests/test_mutation_resistant.py
+
+llama-tests: $(VENV)/.dev ## both, and the tests of model, adapters and accounting
+	@tools/system.sh clang
+	$(PYTEST) -q $(LLAMA_TESTS)
+
+llama-demo-train: $(VENV)/.demo ## train the demo's model for BUDGET=20 seconds: its loss must fall
+llama-demo-lora: $(VENV)/.demo ## fine-tune that with LoRA, evaluate, merge: it must get better
+llama-demo-qlora: $(VENV)/.demo ## the same with QLoRA, on the base packed into 4 bits
+$(LLAMA_DEMOS): BUDGET = 20
+$(LLAMA_DEMOS):
+	@tools/system.sh clang
+	@$(PY) tools/demo_llama.py $(@:llama-demo-%=%) --budget $(BUDGET)
+
+llama-ci: lint llama-tests $(LLAMA_DEMOS) ## lint, then all of these in this order
+
 conformance: $(VENV)-conformance/.made ## compare with torch, transformers and peft (a large download)
 	@tools/system.sh clang
 	$(VENV)-conformance/bin/python -m pytest -k conformance
@@ -65,7 +98,7 @@ proof-7b: $(VENV)/.demo ## QLoRA on 6.7 billion parameters in 8 GiB (an hour, 15
 
 clean: ## remove everything that make made, .venv too
 	rm -rf $(VENV) $(VENV)-conformance .demo build *.egg-info .coverage .benchmarks
-	rm -rf .hypothesis .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .hypothesis .pytest_cache .mypy_cache .ruff_cache mutants
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A venv is made once; the packages are installed again only when pyproject.toml changes.
@@ -75,7 +108,7 @@ $(VENV)/.created:
 	@$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(VENV)/.demo $(VENV)/.dev: $(VENV)/.%: pyproject.toml $(VENV)/.created
+$(VENV)/.demo $(VENV)/.dev $(VENV)/.mutants: $(VENV)/.%: pyproject.toml $(VENV)/.created
 	@echo "Installing tinyllama[$*] into $(VENV) ..."
 	@$(PIP) --editable '.[$*]'
 	@touch $@

@@ -1,6 +1,10 @@
 """Every test runs on the CPU backend unless it starts a process of its own."""
 
+import json
 import os
+from pathlib import Path
+
+import pytest
 
 for name in ("GPU", "CPU", "METAL", "CUDA", "NV", "AMD", "CL"):
     os.environ.pop(name, None)
@@ -8,3 +12,24 @@ os.environ["DEV"] = "CPU"
 # Tests that call make speak with it as a person does, not as the make that runs the tests.
 for name in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "MAKEOVERRIDES"):
     os.environ.pop(name, None)
+
+# Test files and tests that take a second or so: make tier2 leaves them out.
+SLOW = frozenset(Path(__file__).with_name("slow.txt").read_text().split())
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        file = item.path.name
+        name = item.name.partition("[")[0]
+        if {file, f"{file}::{name}"} & SLOW:
+            item.add_marker("slow")
+    if os.environ.get("MUTANT_UNDER_TEST"):
+        _quick_ones_first(items)
+
+
+def _quick_ones_first(items: list[pytest.Item]) -> None:
+    """Under `make mutants`, where the first test that fails ends the run of a mutant."""
+    stats = Path("mutmut-stats.json")
+    seconds = json.loads(stats.read_text())["duration_by_test"] if stats.exists() else {}
+    items.sort(key=lambda item: seconds.get(item.nodeid, 0))

@@ -17,8 +17,10 @@ from tinyllama.accounting import (
     attention_flops,
     bytes_of,
     folder_parameters,
+    gigabytes,
     layer_parameters,
     linear_shapes,
+    megabytes,
     model_flops,
     packed_bytes,
     packed_linear_bytes,
@@ -158,6 +160,13 @@ def test_bytes_of_the_models():
     assert training_bytes(parameters(BIG).total) == 107_814_649_856
     assert packed_bytes(4, 128, 4, 64) == (256, 16)
     assert packed_linear_bytes(BIG, 4, 64) == (3_238_002_688, 202_375_168)
+    rows = 2**60 + 1  # past what a float can count
+    assert packed_bytes(rows, 64, 4, 64) == (32 * rows, 2 * rows)
+
+
+def test_units_are_powers_of_ten():
+    assert megabytes(10**13) == "10,000,000.0 MB"
+    assert gigabytes(10**19) == "10,000,000,000.00 GB"
 
 
 def test_flops_of_a_step():
@@ -192,6 +201,7 @@ def test_published_figures_stand_beside_the_true_ones():
 def test_a_table_stands_in_columns():
     rows = [{"part": "a", "count": "1", "why": "x"}, {"part": "bcdef", "count": "1,000", "why": ""}]
     assert aligned(rows, left=["why"]) == "part   count  why\na          1  x\nbcdef  1,000"
+    assert aligned(rows[:1]) == "part  count  why\na         1    x"
 
 
 def test_params_prints_one_object(capsys):

@@ -1,7 +1,7 @@
 """The layout of the package: who may import whom, who may know what, how long things may be."""
 
 import ast
-from collections.abc import Iterator
+import functools
 from pathlib import Path
 
 import pytest
@@ -61,16 +61,23 @@ def module_of(path: Path) -> str:
 MODULES = {module_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
+@functools.cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def parsed(module: str) -> ast.Module:
-    return ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    return tree_of(MODULES[module])
 
 
-def imports(tree: ast.Module) -> Iterator[str]:
+@functools.cache
+def imports(tree: ast.Module) -> tuple[str, ...]:
     """Absolute names of all that a file imports, wherever it does so.
 
     What stands under `if __name__ == "__main__"` or `if TYPE_CHECKING` is left out: the first is
     for `python -m`, the second for readers; neither happens on import.
     """
+    names: list[str] = []
     left_out: set[int] = set()
     for node in ast.walk(tree):
         if id(node) in left_out:
@@ -81,10 +88,11 @@ def imports(tree: ast.Module) -> Iterator[str]:
         ):
             left_out |= {id(part) for part in ast.walk(node)}
         elif isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute"
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return tuple(names)
 
 
 def own_module(name: str) -> str | None:
@@ -186,7 +194,7 @@ def test_files_and_functions_are_short(path: str) -> None:
     is_long = len(text.splitlines()) >= FILE_LINES
     assert is_long == (path in LONG_FILES), f"{path}: {len(text.splitlines())} lines"
     if path.endswith(".py"):
-        assert long_functions(ast.parse(text)) == []
+        assert long_functions(tree_of(ROOT / path)) == []
 
 
 def test_a_long_function_is_found() -> None:

@@ -6,9 +6,12 @@ from pathlib import Path
 import pytest
 
 from tinyllama.config import (
+    CheckpointingConfig,
     Config,
     DataConfig,
     LlamaConfig,
+    LoraConfig,
+    LRScheduleConfig,
     QloraConfig,
     TrainingConfig,
     config_from_toml,
@@ -145,6 +148,7 @@ def test_values_at_the_edge_of_what_fits_are_accepted() -> None:
         ("[lora]\nr = 8", "lora.r: unknown key, the nearest is lora.rank"),
         ("[trainin]\nseed = 1", "trainin: unknown section, the nearest is [training]"),
         ("seed = 1", "seed: unknown key, the nearest is training.seed"),
+        ("warmup_step = 1", "warmup_step: unknown key, the nearest is lr_schedule.warmup_steps"),
         ("model = 3", "model: got 3, must be a section, [model]"),
         (
             "[[data]]\ntrain_path = 'x'",
@@ -186,6 +190,16 @@ def test_a_section_made_in_python_is_checked_like_one_from_a_file() -> None:
         TrainingConfig(batch_size=None)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"^data.context_length: got 4096, must be at most model"):
         Config(data=DataConfig(context_length=4096))
+    for section, key in (
+        (lambda: TrainingConfig(beta1=1), "training.beta1"),
+        (lambda: LRScheduleConfig(warmup_steps=-1), "lr_schedule.warmup_steps"),
+        (lambda: DataConfig(cache_dir=""), "data.cache_dir"),
+        (lambda: CheckpointingConfig(save_every=0), "checkpointing.save_every"),
+        (lambda: LoraConfig(rank=0), "lora.rank"),
+        (lambda: QloraConfig(block_size=1), "qlora.block_size"),
+    ):
+        with pytest.raises(ConfigError, match=rf"^{key}: got \S+, must be"):
+            section()
     with pytest.raises(ConfigError, match=r"^qlora.quantize_base: got true, must be false unless"):
         Config(qlora=QloraConfig())
 
@@ -237,6 +251,9 @@ def test_a_file_that_cannot_be_read_is_named_with_the_reason(tmp_path: Path) -> 
     assert said(folder) == f"{folder}: cannot be read: Is a directory"
     (tmp_path / "utf16.toml").write_bytes("[model]".encode("utf-16"))
     assert said(tmp_path / "utf16.toml") == f"{tmp_path}/utf16.toml: not UTF-8 text (byte 0)"
+    wrong = tmp_path / "wrong.toml"
+    wrong.write_text("[model]\nnum_layers = 0")
+    assert said(wrong) == f"{wrong}: model.num_layers: got 0, must be an integer of 1 or more"
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,7 @@ def test_an_override_of_none_unsets_a_key_that_may_be_unset() -> None:
         ("trainin.lr=1", "unknown key, the nearest is training.learning_rate"),
         ("optim.learning_rate=1", "unknown key, the nearest is training.learning_rate"),
         ("training.lr=none", "unknown key, the nearest is training.learning_rate"),
+        ("training.max_steps.x=none", "unknown key, the nearest is training.max_steps"),
         ("training", "must have the form section.key=value"),
         ("training.seed", "must have the form section.key=value"),
         ("lora=8", "must have the form section.key=value"),

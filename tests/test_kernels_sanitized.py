@@ -11,6 +11,8 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -70,13 +72,34 @@ def build_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("harness", "flags"), every_build())
-def test_kernel_agrees_with_its_reference_and_stays_in_bounds(
-    harness: str, flags: str, build_folder: Path
-) -> None:
-    program = build_folder / "harness"
+def build_and_run(harness: str, flags: str, program: Path) -> None:
     run([*BUILD, *flags.split(), str(KERNELS / harness), "-o", str(program), "-lm"])
     run([str(program)])
+    program.unlink()
+
+
+@pytest.fixture(scope="session")
+def started(
+    build_folder: Path, request: pytest.FixtureRequest
+) -> Iterator[dict[tuple[str, str], Future[None]]]:
+    """Every harness that a test of this session asks for, as many at a time as there are
+    processors: a test waits for its own."""
+    calls = [getattr(item, "callspec", None) for item in request.session.items]
+    params = [call.params for call in calls if call is not None]
+    asked = [(p["harness"], p["flags"]) for p in params if p.keys() == {"harness", "flags"}]
+    pool = ThreadPoolExecutor(os.cpu_count())
+    yield {
+        (harness, flags): pool.submit(build_and_run, harness, flags, build_folder / str(number))
+        for number, (harness, flags) in enumerate(asked)
+    }
+    pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize(("harness", "flags"), every_build())
+def test_kernel_agrees_with_its_reference_and_stays_in_bounds(
+    harness: str, flags: str, started: dict[tuple[str, str], Future[None]]
+) -> None:
+    started[harness, flags].result()
 
 
 def test_a_harness_lists_its_variants() -> None:

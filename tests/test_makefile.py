@@ -50,7 +50,7 @@ def test_help_is_the_default_and_lists_every_target() -> None:
     for words in (("make",), ("make", "help")):
         done = run(*words)
         assert re.findall(r"^make ([\w-]+)", done.stdout, re.MULTILINE) == TARGETS
-    phony = re.search(r"^\.PHONY: (.*)", MAKEFILE, re.MULTILINE)
+    phony = re.search(r"^\.PHONY: (.*)", MAKEFILE.replace("\\\n", ""), re.MULTILINE)
     assert phony is not None and phony[1].split() == TARGETS
 
 
@@ -65,11 +65,24 @@ def test_the_budget_reaches_the_demo() -> None:
     assert "tools/demo.py --budget 300" in run("make", "-n", "demo").stdout
 
 
-def test_fast_tests_exist() -> None:
-    found = re.search(r"FAST_TESTS := (.*?)\n\n", MAKEFILE, re.DOTALL)
-    assert found is not None
-    files = re.findall(r"tests/\w+\.py", found[1])
-    assert files and all((ROOT / file).exists() for file in files)
+def test_the_parts_of_the_demo_take_twenty_seconds_unless_told() -> None:
+    for part in ("train", "lora", "qlora"):
+        found = run("make", "-n", f"llama-demo-{part}").stdout
+        assert f"tools/demo_llama.py {part} --budget 20" in found
+    found = run("make", "-n", "llama-ci", "BUDGET=5").stdout
+    assert re.findall(r"demo_llama.py (\w+) --budget 5", found) == ["train", "lora", "qlora"]
+
+
+def test_files_of_tests_exist() -> None:
+    files = re.findall(r"tests/\w+\.py", MAKEFILE)
+    assert len(files) > 10 and [file for file in files if not (ROOT / file).exists()] == []
+
+
+def test_slow_tests_exist() -> None:
+    for line in (ROOT / "tests" / "slow.txt").read_text().split():
+        file, _, name = line.partition("::")
+        text = (ROOT / "tests" / file).read_text(encoding="utf-8")
+        assert not name or f"def {name}(" in text, line
 
 
 def test_ci_runs_the_tests_and_a_minute_of_the_demo() -> None:

@@ -20,8 +20,9 @@ from tinyllama.layers import Linear, block_linears
 from tinyllama.ops import kernel
 from tinyllama.ops.stage import materialized
 from tinyllama.ops.storage import read, write
-from tinyllama.quantize import Int4Linear, load_quantized, quantize_rows
+from tinyllama.quantize import Int4Linear, _parts, load_quantized, quantize_rows
 from tinyllama.weights.dtypes import to_bfloat16
+from tinyllama.weights.hf_read import HfFolder
 
 # All products have a single shape, so that a training step compiles fast.
 CONFIG = LlamaConfig(
@@ -108,6 +109,26 @@ def test_what_a_float16_scale_cannot_hold_is_refused_by_name(value, said, tmp_pa
     with pytest.raises(WeightsError) as error:
         load_quantized(tmp_path / "base", QLORA)
     assert str(error.value) == f"{tmp_path / 'base'}: model.layers.1.mlp.up_proj.weight: {said}"
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight"])
+def test_weights_of_another_type_are_refused_by_name(name, tmp_path):
+    build(CONFIG).save_pretrained(tmp_path / "base")
+    file = tmp_path / "base" / "model.safetensors"
+    start = file.read_bytes().index(name.encode())
+    text = file.read_bytes()
+    file.write_bytes(text[:start] + text[start:].replace(b'"F32"', b'"I32"', 1))
+    with pytest.raises(WeightsError, match=rf"^{tmp_path / 'base'}: {name}: type I32, must be"):
+        load_quantized(tmp_path / "base", QLORA)
+
+
+@pytest.mark.parametrize(("shape", "step"), [((700, 512), 128), ((5, 2**17), 1), ((3, 64), 1024)])
+def test_threads_share_a_tensor_by_its_rows_without_overlap(shape, step, monkeypatch):
+    monkeypatch.setattr(HfFolder, "__init__", lambda self: None)
+    monkeypatch.setattr(HfFolder, "shape", lambda self, name: shape)
+    parts = [range(shape[0])[part] for part in _parts(HfFolder(), "any")]
+    assert [row for rows in parts for row in rows] == list(range(shape[0]))
+    assert {len(rows) for rows in parts[:-1]} <= {step} and len(parts[-1]) <= step
 
 
 @pytest.fixture(scope="module")

@@ -111,7 +111,7 @@ class Config:
         problems = []
         for key, name, default, _, _ in options_of("model", LlamaConfig):
             mine = getattr(self.model, name)
-            if name == "base" or (key not in self.given and mine == default):
+            if key not in self.given and mine == default:
                 continue
             if name in _FREE_OF_WEIGHTS:
                 sizes[name] = mine
