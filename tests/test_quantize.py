@@ -20,9 +20,9 @@ from tinyllama.layers import Linear, block_linears
 from tinyllama.ops import kernel
 from tinyllama.ops.stage import materialized
 from tinyllama.ops.storage import read, write
-from tinyllama.quantize import Int4Linear, _parts, load_quantized, quantize_rows
+from tinyllama.quantize import Int4Linear, load_quantized, quantize_rows
 from tinyllama.weights.dtypes import to_bfloat16
-from tinyllama.weights.hf_read import HfFolder
+from tinyllama.weights.int4 import row_parts
 
 # All products have a single shape, so that a training step compiles fast.
 CONFIG = LlamaConfig(
@@ -123,10 +123,8 @@ def test_weights_of_another_type_are_refused_by_name(name, tmp_path):
 
 
 @pytest.mark.parametrize(("shape", "step"), [((700, 512), 128), ((5, 2**17), 1), ((3, 64), 1024)])
-def test_threads_share_a_tensor_by_its_rows_without_overlap(shape, step, monkeypatch):
-    monkeypatch.setattr(HfFolder, "__init__", lambda self: None)
-    monkeypatch.setattr(HfFolder, "shape", lambda self, name: shape)
-    parts = [range(shape[0])[part] for part in _parts(HfFolder(), "any")]
+def test_threads_share_a_tensor_by_its_rows_without_overlap(shape, step):
+    parts = [range(shape[0])[part] for part in row_parts(shape)]
     assert [row for rows in parts for row in rows] == list(range(shape[0]))
     assert {len(rows) for rows in parts[:-1]} <= {step} and len(parts[-1]) <= step
 
