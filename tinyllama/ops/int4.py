@@ -7,7 +7,7 @@ product widens W where it packs a panel of it (`cpu/int4.h`); elsewhere W is wid
 of one layer.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from tinygrad import Tensor, dtypes
 from tinygrad.dtype import DType
@@ -73,10 +73,8 @@ def _product(
     )[0]
     if gradient is not None or addend is not None:
         return result
-    shapes = a.shape, packed.shape, scales.shape
 
-    def adding(given: Sequence[Tensor], more: Tensor) -> Tensor:
-        a, packed, scales = (t.reshape(shape) for t, shape in zip(given, shapes, strict=True))
-        return _product(layout, a, packed, scales, dtype, addend=more.reshape(m, n))
+    def adding(a: Tensor, packed: Tensor, scales: Tensor, addend: Tensor) -> Tensor:
+        return _product(layout, a, packed, scales, dtype, addend=addend)
 
-    return sums.remember(result, adding)
+    return sums.remember(result, [a, packed, scales], adding)

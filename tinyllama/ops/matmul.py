@@ -5,7 +5,7 @@ elsewhere they are tinygrad's own, with boundaries at the inputs so that the sch
 recompute whatever produced them once per output element.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from tinygrad import Tensor, dtypes
 from tinygrad.dtype import DType
@@ -82,13 +82,11 @@ def gemm(
     )[0]
     if gradient is not None or given is not None or addend is not None:
         return result
-    shapes = a.shape, b.shape
 
-    def adding(inputs: Sequence[Tensor], more: Tensor) -> Tensor:
-        a, b = (t.reshape(shape) for t, shape in zip(inputs, shapes, strict=True))
-        return gemm(layout, a, b, dtype=dtype, addend=more.reshape(m, n))
+    def adding(a: Tensor, b: Tensor, addend: Tensor) -> Tensor:
+        return gemm(layout, a, b, dtype=dtype, addend=addend)
 
-    return sums.remember(result, adding)
+    return sums.remember(result, [a, b], adding)
 
 
 def gemm_defines(

@@ -90,18 +90,18 @@ _collect_buffers = planner._collect_bufs
 
 
 def _buffers(sources: Iterable[UOp], *, slices: bool) -> list[UOp]:
-    wholes = (_whole(u) if slices else u for u in sources)
-    return [buffer for whole in wholes for buffer in _collect_buffers(whole)]
+    taken = (whole(u) if slices else u for u in sources)
+    return [buffer for uop in taken for buffer in _collect_buffers(uop)]
 
 
-def _whole(uop: UOp) -> UOp:
+def whole(uop: UOp) -> UOp:
     """What a slice, or a slice of a slice, is of."""
-    return _whole(uop.src[0]) if uop.op is Ops.BUFFER_VIEW else uop
+    return whole(uop.src[0]) if uop.op is Ops.BUFFER_VIEW else uop
 
 
 @contextlib.contextmanager
 def _seeing_slices() -> Iterator[None]:
-    planner._collect_bufs = lambda uop: _collect_buffers(_whole(uop))
+    planner._collect_bufs = lambda uop: _collect_buffers(whole(uop))
     try:
         yield
     finally:

@@ -14,7 +14,7 @@ from tinygrad import Tensor
 from tinygrad.engine.realize import capturing
 from tinygrad.uop.ops import Ops, UOp, buffers
 
-from tinyllama.ops.memory import plan_memory
+from tinyllama.ops.memory import plan_memory, whole
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def plan(
 def _arena_bytes(planned: UOp, held: set[UOp]) -> int:
     """Bytes of the memory that the planner laid tensors into."""
     views = (u for call in planned.src for u in call.src[1:] if u.op is Ops.BUFFER_VIEW)
-    arenas = {_whole(view) for view in views} - held
+    arenas = {whole(view) for view in views} - held
     return sum(arena.arg * arena.dtype.itemsize for arena in arenas)
 
 
@@ -109,10 +109,5 @@ def _highest(lives: list[_Life]) -> int:
 
 def _buffers(calls: Iterable[UOp]) -> set[UOp]:
     """The buffers that kernels read and write, whole or a slice."""
-    whole = (_whole(u) for call in calls for u in call.src[1:])
-    return {u for u in whole if u.op is Ops.BUFFER}
-
-
-def _whole(uop: UOp) -> UOp:
-    """The buffer that a slice is of, or of a slice of a slice."""
-    return _whole(uop.src[0]) if uop.op is Ops.BUFFER_VIEW else uop
+    taken = (whole(u) for call in calls for u in call.src[1:])
+    return {u for u in taken if u.op is Ops.BUFFER}

@@ -14,14 +14,19 @@ from tinygrad.uop.ops import Ops, UOp
 
 from tinyllama.ops import kernel
 
-# A kernel's inputs and the addend -> its result plus the addend, in the shape of the result.
-Adding = Callable[[Sequence[Tensor], Tensor], Tensor]
+# A kernel's inputs and an addend like its result -> the result plus the addend.
+Adding = Callable[..., Tensor]
 _adding: WeakKeyDictionary[UOp, Adding] = WeakKeyDictionary()
 
 
-def remember(result: Tensor, adding: Adding) -> Tensor:
+def remember(result: Tensor, inputs: Sequence[Tensor], adding: Adding) -> Tensor:
     """Note how to compute a kernel's result plus something; returns the result."""
-    _adding[_call(kernel.written(result).uop).src[0]] = adding
+    shapes = [t.shape for t in (*inputs, result)]  # a graph knows flat buffers alone
+
+    def adding_flat(*given: Tensor) -> Tensor:
+        return adding(*(t.reshape(shape) for t, shape in zip(given, shapes, strict=True)))
+
+    _adding[_call(kernel.written(result).uop).src[0]] = adding_flat
     return result
 
 
@@ -57,7 +62,7 @@ def _added(uop: UOp, place: UOp, readers: Counter[UOp]) -> UOp:
         adding = _adding.get(call.src[0])
         if adding is not None:
             inputs = [Tensor(source) for source in call.src[1 + len(call.src[0].arg.outs) :]]
-            return adding(inputs, Tensor(place.src[other])).reshape(uop.shape).uop
+            return adding(*inputs, Tensor(place.src[other])).reshape(uop.shape).uop
     return place
 
 
