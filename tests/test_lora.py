@@ -137,7 +137,7 @@ def test_no_gradient_of_a_frozen_weight_is_computed():
     with_adapters(model, placed_on(model, QV))
     staged = StagedLoss(model, adapter_tensors(model))
     staged.gradients(*on_device(random_batch(SQUARE)))
-    found = products(staged._backward)
+    found = products(staged.stages.backward)
     transposed, plain = "2", "1"  # the layouts of dW and dx
     assert found["Block.__call__", True][transposed] == 2 * len(QV)
     assert found["Block.__call__", True][plain] == 7 + 2 * len(QV)
@@ -156,7 +156,7 @@ def test_layers_below_the_lowest_adapter_are_not_pulled_back():
     staged = StagedLoss(model, adapter_tensors(model))
     _, grads = staged.gradients(*on_device(random_batch(SQUARE)))
     assert set(grads) == set(adapter_tensors(model))
-    assert [part for part, _ in products(staged._backward)] == [
+    assert [part for part, _ in products(staged.stages.backward)] == [
         "RMSNorm.__call__",
         "Block.__call__",
     ]
