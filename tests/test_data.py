@@ -85,6 +85,24 @@ def test_each_epoch_trains_on_every_token_once(
     assert dataset.n_tokens - dataset.n_documents == len(expected_pairs(dataset))
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    texts=st.lists(st.text(st.sampled_from("ab1 \n"), min_size=1, max_size=30), min_size=1),
+    lengths=st.integers(2, 12).flatmap(lambda c: st.tuples(st.just(c), st.integers(1, c))),
+    batch_size=st.integers(1, 5),
+)
+def test_overlapping_windows_predict_every_token_once_from_enough_text(
+    tokenizer: Tokenizer, texts: list[str], lengths: tuple[int, int], batch_size: int
+) -> None:
+    dataset = make_dataset(tokenizer, texts)
+    batches = list(sequential(dataset, lengths[0], batch_size, lengths[1]))
+    assert trained_pairs(batches) == expected_pairs(dataset)
+    later_rows = np.concatenate([batch.targets for batch in batches])[1:]
+    assert (later_rows[:, : lengths[0] - lengths[1]] == -1).all()
+    count = dataset.window_count(*lengths)
+    assert -(-count // batch_size) == len(batches) and len(later_rows) >= count - 1
+
+
 def check_starts(batch: Batch, tokenizer: Tokenizer) -> None:
     """Against the definition, token by token; a padded token sees only itself."""
     for tokens, targets, starts in zip(*batch, strict=True):

@@ -95,3 +95,19 @@ def test_a_context_that_the_model_does_not_have_is_refused(capsys):
     words = ["evaluate", "--model", finished_run() / "final", "--data", *VAL_FILES]
     assert cli(*words, "--context", 49) == 2
     assert "--context: got 49, must be at most the model's 48" in capsys.readouterr().err
+
+
+def test_a_shorter_stride_predicts_the_same_tokens_each_from_more_text(texts):
+    model = build(CONFIG)
+    apart, overlapping = (
+        Evaluator(model, texts, CONTEXT, 2, stride).run() for stride in (None, CONTEXT // 4)
+    )
+    assert overlapping.tokens == apart.tokens
+    whole = Evaluator(model, texts, texts.n_tokens, 1).run()
+    assert abs(overlapping.loss - whole.loss) < abs(apart.loss - whole.loss)
+
+
+def test_a_stride_that_would_leave_tokens_out_is_refused(capsys):
+    words = ["evaluate", "--model", finished_run() / "final", "--data", *VAL_FILES]
+    assert cli(*words, "--context", 24, "--stride", 25) == 2
+    assert "--stride: got 25, must be at most the context, 24" in capsys.readouterr().err

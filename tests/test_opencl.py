@@ -40,7 +40,7 @@ for step in range(1, STEPS + 1):
 @pytest.fixture(scope="module", autouse=True)
 def opencl():
     if ctypes.util.find_library("OpenCL") is None:
-        pytest.skip("no OpenCL here; `apt-get install pocl-opencl-icd`")
+        pytest.skip("no OpenCL here; `apt-get install pocl-opencl-icd ocl-icd-libopencl1`")
 
 
 def lines(code, **variables):

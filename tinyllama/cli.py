@@ -144,6 +144,12 @@ def evaluate(words: list[str]) -> None:
     parser.add_argument("--data", required=True, nargs="+", help="files, folders or patterns")
     parser.add_argument("--context", type=_count, help="tokens a window (default: the model's)")
     parser.add_argument("--batch", type=_count, default=1, help="windows at once")
+    parser.add_argument(
+        "--stride",
+        type=_count,
+        help="tokens from window to window (default: the context): with fewer, windows overlap, and"
+        " a token has more text before it",
+    )
     parser.add_argument("--cache-dir", default=".cache/tinyllama", help="for tokenized text")
     asked = _parse(parser, words)
     choice = _select(asked)
@@ -156,8 +162,10 @@ def evaluate(words: list[str]) -> None:
     context = asked.context or longest
     if context > longest:
         raise ConfigError(f"--context: got {context}, must be at most the model's {longest}")
+    if asked.stride and asked.stride > context:
+        raise ConfigError(f"--stride: got {asked.stride}, must be at most the context, {context}")
     dataset = prepare(asked.data, tokenizer, asked.cache_dir)
-    result = Evaluator(model, dataset, context, asked.batch).run(progress=True)
+    result = Evaluator(model, dataset, context, asked.batch, asked.stride).run(progress=True)
     print(json.dumps(result._asdict()))
 
 

@@ -57,9 +57,12 @@ class TokenDataset:
         """With BOS and EOS of each document; n_tokens - n_documents of them have a target."""
         return len(self.tokens)
 
-    def window_count(self, context_length: int) -> int:
-        """Windows that hold all tokens; the very last one, which has no target, needs none."""
-        return -(-(self.n_tokens - 1) // context_length)
+    def window_count(self, context_length: int, stride: int | None = None) -> int:
+        """Windows, `stride` tokens apart (a context, if not given), that hold all tokens; the very
+        last one, which has no target, needs none."""
+        stride = stride or context_length
+        targets = self.n_tokens - 1
+        return max(min(targets, 1), -(-(targets - context_length + stride) // stride))
 
 
 def prepare(

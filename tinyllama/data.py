@@ -72,7 +72,8 @@ class Batches:
         self._window += len(windows)
         if self._window == self._n_windows:
             self.epoch, self._window, self._order = self.epoch + 1, 0, None
-        return _make_batch(self._dataset, windows, self._context_length, self._batch_size)
+        begins = windows * self._context_length
+        return _make_batch(self._dataset, begins, self._context_length, self._batch_size)
 
     def state(self) -> dict[str, int | str | bool]:
         """The position, as plain values for JSON."""
@@ -114,29 +115,40 @@ class Batches:
         return np.argsort(generator.random_raw(self._n_windows), kind="stable")
 
 
-def sequential(dataset: TokenDataset, context_length: int, batch_size: int) -> Iterator[Batch]:
-    """Every token that has a target, once, in order; the last batch is padded to its full size."""
-    n_windows = dataset.window_count(context_length)
+def sequential(
+    dataset: TokenDataset, context_length: int, batch_size: int, stride: int | None = None
+) -> Iterator[Batch]:
+    """Every token that has a target, once, in order; the last batch is padded to its full size.
+
+    Windows begin `stride` tokens apart. With a stride below the context they overlap, and a
+    window's targets are those that no window before it has: each has context_length - stride
+    tokens before it at least, where the text has them.
+    """
+    stride = stride or context_length
+    n_windows = dataset.window_count(context_length, stride)
     for first in range(0, n_windows, batch_size):
         windows = np.arange(first, min(first + batch_size, n_windows))
-        yield _make_batch(dataset, windows, context_length, batch_size)
+        batch = _make_batch(dataset, windows * stride, context_length, batch_size)
+        overlapping = slice(int(first == 0), None)  # all but the text's first window
+        batch.targets[overlapping, : context_length - stride] = -1
+        yield batch
 
 
 def _make_batch(
-    dataset: TokenDataset, windows: npt.NDArray[np.int64], context_length: int, batch_size: int
+    dataset: TokenDataset, begins: npt.NDArray[np.int64], context_length: int, batch_size: int
 ) -> Batch:
-    """The windows as rows, filled up with padding: EOS that attends to itself alone."""
+    """Windows that begin at these tokens as rows, filled up with padding: EOS that attends to
+    itself alone."""
     rows = np.full((batch_size, context_length + 1), -1, np.int32)
-    for row, window in zip(rows, windows, strict=False):
-        start = int(window) * context_length
-        found = dataset.tokens[start : start + context_length + 1]
+    for row, begin in zip(rows, begins, strict=False):
+        found = dataset.tokens[begin : begin + context_length + 1]
         row[: len(found)] = found
     tokens, targets = rows[:, :-1].copy(), rows[:, 1:].copy()  # (B, T)
     is_padding = tokens < 0
     targets[is_padding | (tokens == dataset.eos_id)] = -1
     # No text contains BOS, so it marks where a document begins.
-    begins = is_padding | (tokens == dataset.bos_id)
+    is_first = is_padding | (tokens == dataset.bos_id)
     positions = np.arange(context_length, dtype=np.int32)
-    starts = np.maximum.accumulate(np.where(begins, positions, 0), axis=1).astype(np.int32)
+    starts = np.maximum.accumulate(np.where(is_first, positions, 0), axis=1).astype(np.int32)
     tokens[is_padding] = dataset.eos_id
     return Batch(tokens, targets, starts)

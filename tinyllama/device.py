@@ -26,7 +26,8 @@ INSTALL = {
     "CUDA": "an NVIDIA driver and the CUDA toolkit (libcuda, libnvrtc)",
     "NV": "an NVIDIA card whose driver files /dev/nvidia* are open to you",
     "AMD": "an AMD card with the amdgpu driver (/dev/kfd)",
-    "CL": "an OpenCL driver: `apt-get install pocl-opencl-icd` (processor), or your card's own",
+    "CL": "an OpenCL driver: your card's own, or for the processor"
+    " `apt-get install pocl-opencl-icd ocl-icd-libopencl1`",
     "WEBGPU": "the dawn library (libwebgpu_dawn)",
     "QCOM": "a Qualcomm Adreno GPU (/dev/kgsl-3d0)",
 }

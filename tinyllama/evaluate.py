@@ -33,19 +33,26 @@ class Evaluator:
     """Evaluates a model on one text, as often as asked, with one compiled graph."""
 
     def __init__(
-        self, model: Llama, dataset: TokenDataset, context_length: int, batch_size: int
+        self,
+        model: Llama,
+        dataset: TokenDataset,
+        context_length: int,
+        batch_size: int,
+        stride: int | None = None,
     ) -> None:
         self.model, self.dataset = model, dataset
         self.context_length, self.batch_size = context_length, batch_size
+        self.stride = stride or context_length
         self._inputs = Inputs()
         self._summed_loss = captured(StagedLoss(model).loss)
 
     def run(self, *, progress: bool = False) -> Evaluation:
-        """Every token of the text once, in windows of context_length."""
+        """Every token of the text once, in windows of context_length, `stride` tokens apart."""
         total, tokens = 0.0, 0
-        windows = self.dataset.window_count(self.context_length)
+        shape = self.context_length, self.batch_size, self.stride
+        windows = self.dataset.window_count(self.context_length, self.stride)
         with tqdm(total=windows, desc="Evaluating", unit="window", disable=not progress) as bar:
-            for batch in sequential(self.dataset, self.context_length, self.batch_size):
+            for batch in sequential(self.dataset, *shape):
                 total += float(self._summed_loss(*self._inputs(*batch)).item())
                 tokens += int((batch.targets >= 0).sum())
                 bar.update(self.batch_size)

@@ -1,4 +1,4 @@
-"""Write the parts of README.md that the code knows best: options, files, published figures.
+"""Write the parts of README.md that code and measurements know best: options, files, figures.
 
 python tools/readme.py            rewrite them in place
 python tools/readme.py --check    exit code 1 if the README says something else
@@ -11,6 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import speed
 
 from tinyllama.accounting import published_claims
 from tinyllama.config import option_table
@@ -79,7 +82,12 @@ def published_table() -> str:
 
 def written(text: str) -> str:
     """README text with its generated parts as the code has them now."""
-    parts = {"options": option_table(), "files": file_list(), "published": published_table()}
+    parts = {
+        "options": option_table(),
+        "files": file_list(),
+        "published": published_table(),
+        "speed": speed.report(),
+    }
     for name, part in parts.items():
         begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
         assert begin in text and end in text, f"README.md has no place for {name}"

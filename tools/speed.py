@@ -16,6 +16,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tinyllama.bench import machine
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PLOT = ROOT / "docs" / "speed.json", ROOT / "docs" / "speed.png"
 
@@ -77,6 +81,13 @@ def measured(words: str, peer_python: str | None) -> dict[str, Any]:
     )
     day = time.strftime("%Y-%m-%d")
     return {"command": " ".join(command), "day": day, **json.loads(done.stdout)}
+
+
+def report() -> str:
+    """What the README says of speed: the table, and where and when it was measured."""
+    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    places = {f"{machine.line(r['machine'])}; {r['day']}" for r in results.values()}
+    return "\n".join([table(results), "", *(f"Measured on {place}." for place in sorted(places))])
 
 
 def table(results: Mapping[str, Mapping[str, Any]]) -> str:

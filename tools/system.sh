@@ -30,7 +30,7 @@ main() {
 install_missing() {
   local apt
   apt=$(apt_command) || return 0
-  for word in "${missing[@]}"; do packages+=("$("package_$word")"); done
+  for word in "${missing[@]}"; do packages+=($("package_$word")); done # one may be several
   echo "Installing ${packages[*]} with apt-get ..."
   local log
   log=$(mktemp)
@@ -77,8 +77,11 @@ versioned_clang() {
   return 1
 }
 
+# A driver, and the library that finds drivers, which is a package of its own.
 has_opencl() {
-  [ "$(uname)" = Darwin ] || compgen -G "/etc/OpenCL/vendors/*.icd" >/dev/null
+  [ "$(uname)" = Darwin ] && return
+  compgen -G "/etc/OpenCL/vendors/*.icd" >/dev/null &&
+    "$PYTHON" -c 'from ctypes.util import find_library; exit(find_library("OpenCL") is None)'
 }
 
 has_sanitizers() {
@@ -92,7 +95,7 @@ has_venv() {
 }
 
 package_clang() { echo clang; }
-package_opencl() { echo pocl-opencl-icd; }
+package_opencl() { echo pocl-opencl-icd ocl-icd-libopencl1; }
 package_venv() { "$PYTHON" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])'; }
 
 package_sanitizers() {

@@ -1,0 +1,60 @@
+"""The script behind the README's table of speed: its commands parse, and one case runs for real."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from tinyllama.bench.__main__ import parser, resolve
+
+TOOLS = Path(__file__).resolve().parents[1] / "tools"
+sys.path.insert(0, str(TOOLS))
+
+speed = importlib.import_module("speed")
+
+
+@pytest.mark.parametrize("name", speed.CASES)
+def test_a_case_is_what_its_name_says(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(speed.ROOT)
+    options = parser().parse_args(speed.CASES[name].split())
+    config = resolve(options)
+    batch, context = config.training.micro_batch, config.context_length
+    assert f"{batch} x {context}" in name
+    assert f"{config.training.dtype}" in name or config.qlora is not None
+    assert config.model.hidden_size == (768 if name.startswith("124m") else 256)
+    assert ("LoRA" in name) == (config.lora is not None)
+    assert ("QLoRA" in name) == (config.qlora is not None) == (options.peer == "lora")
+    assert (options.peer_dtype is not None) == ("(PyTorch float32)" in name)
+
+
+def test_a_measured_case_ends_up_in_file_table_and_plot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results, plot = tmp_path / "speed.json", tmp_path / "speed.png"
+    monkeypatch.setattr(speed, "RESULTS", results)
+    monkeypatch.setattr(speed, "PLOT", plot)
+    tiny = "configs/124m.toml --set model.num_layers=1 --set model.vocab_size=512 --steps 2"
+    monkeypatch.setattr(speed, "CASES", {"tiny, 1 x 64": f"{tiny} --batch 1 --context 64"})
+    kept = {"tokens_per_second": 2000.0, "peak_memory_bytes": 10**9, "flops_ratio": 1.25}
+    peer = {"tokens_per_second": 1000.0, "peak_memory_bytes": 2 * 10**9}
+    here = {"processor": "P", "threads": 2, "instruction_set": "I", "system": "S"}
+    before = {**kept, "peer": peer, "ratio": 2.0, "memory_ratio": 0.5, "day": "2026-01-01"}
+    before |= {"machine": {**here, "versions": {"python": "3"}}}
+    results.write_text(json.dumps({"other": before}))
+
+    assert speed.main(["--only", "tiny"]) == 0
+
+    found = json.loads(results.read_text())
+    assert list(found) == ["other", "tiny, 1 x 64"]
+    measured = found["tiny, 1 x 64"]
+    assert measured["run"]["context"] == 64 and measured["tokens_per_second"] > 0
+    assert measured["command"].startswith("python -m tinyllama.bench configs/124m.toml --set")
+    assert plot.read_bytes().startswith(b"\x89PNG") and len(plot.read_bytes()) > 10_000
+    lines = speed.report().splitlines()
+    assert "| other | 2,000 | 1,000 | **2.00** | 1.00 GB | 2.00 GB | 0.50 | 1.25 |" in lines
+    row = f"| tiny, 1 x 64 | {measured['tokens_per_second']:,.0f} |  |  |"
+    assert any(line.startswith(row) for line in lines)
+    assert "Measured on P, 2 threads, I, S; python 3; 2026-01-01." in lines
+    assert row in capsys.readouterr().out
