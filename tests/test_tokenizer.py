@@ -164,18 +164,6 @@ def test_training_splits_digits_and_learns_runs_of_spaces(trained: Tokenizer) ->
     assert model.encode("x123", out_type=str)[-3:] == ["1", "2", "3"]
 
 
-def test_pieces_across_words_hold_words_and_line_ends_and_lose_nothing() -> None:
-    text = "def run(self):\n    return self.value\n" * 40
-    plain, across = (train_tokenizer([text], 310, across_words=across) for across in (False, True))
-    ids = across.encode(text)
-    assert len(ids) < 0.5 * len(plain.encode(text))
-    model = sentencepiece.SentencePieceProcessor(model_proto=across.model)
-    pieces = [model.id_to_piece(number) for number in ids]
-    assert any("\n" in piece.strip("\n") and "▁" in piece.strip("▁") for piece in pieces)
-    for text in (text, CODE, *TEXTS):
-        assert across.decode(across.encode(text)) == text
-
-
 def test_training_twice_gives_the_same_bytes_and_writes_them(tmp_path: Path) -> None:
     out = tmp_path / "new" / "t.model"
     first = train_tokenizer(iter([CODE]), 290, out)

@@ -36,18 +36,6 @@ def test_the_script_trains_a_tokenizer_that_loads(tmp_path: Path) -> None:
     assert "Reading" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_pieces_across_words_make_fewer_tokens(tmp_path: Path) -> None:
-    text = "some words of text, and others\n" * 50
-    (tmp_path / "a.txt").write_text(text)
-    counts = []
-    for number, options in enumerate(([], ["--across-words"])):
-        out = tmp_path / f"{number}.model"
-        words = [str(tmp_path), "--vocab-size=310", *options, "--out", str(out)]
-        assert train_tokenizer.main(words) == 0
-        counts.append(len(load_tokenizer(out).encode(text)))
-    assert counts[1] < counts[0] / 2
-
-
 @pytest.mark.parametrize(
     ("text", "arguments", "message"),
     [

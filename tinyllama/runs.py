@@ -109,11 +109,9 @@ def find_tokenizer(config: Config, resume: Path | None, show: bool) -> Tokenizer
         return load_tokenizer(config.tokenizer_source)
     sources = find_sources(config.data.train_path)
     cache = Path(config.data.cache_dir)
-    vocab_size, across_words = config.tokenizer_vocab_size, config.data.tokenizer_across_words
-    made_of = [f"{vocab_size} {across_words}", *content_digests(sources, cache)]
+    made_of = [str(config.tokenizer_vocab_size), *content_digests(sources, cache)]
     digest = hashlib.sha256("\n".join(made_of).encode()).hexdigest()[:32]
     file = cache / f"tokenizer-{digest}" / MODEL_FILE
     if file.exists():
         return load_tokenizer(file)
-    texts = read_texts(sources, progress=show)
-    return train_tokenizer(texts, vocab_size, file, across_words=across_words)
+    return train_tokenizer(read_texts(sources, progress=show), config.tokenizer_vocab_size, file)

@@ -153,11 +153,6 @@ class DataConfig:
     tokenizer_vocab_size: Count | None = option(
         None, 'vocabulary of a tokenizer made with "train"; when not set, model.vocab_size'
     )
-    tokenizer_across_words: bool = option(
-        False,
-        'pieces of a tokenizer made with "train" may hold several words, punctuation and line ends:'
-        " fewer tokens a text",
-    )
     train_on: Literal["all", "assistant", "last"] = option(
         "all", "which tokens of a conversation are learned: all, the assistant's, its last answer's"
     )

@@ -38,11 +38,6 @@ _REPLACE_INVALID = dict.fromkeys(range(0xDC80, 0xDD00), "\ufffd")
 _TRAIN_CHARS = 32 << 20
 _BLOCK_CHARS = 4096
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: its multiples fill 0..2^64 evenly
-_ACROSS_WORDS = {
-    "split_by_whitespace": False,
-    "split_by_unicode_script": False,
-    "max_sentencepiece_length": 32,
-}
 
 
 class Tokenizer:
@@ -186,17 +181,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def train_tokenizer(
-    texts: Iterable[str],
-    vocab_size: int,
-    out_file: str | Path | None = None,
-    *,
-    across_words: bool = False,
+    texts: Iterable[str], vocab_size: int, out_file: str | Path | None = None
 ) -> Tokenizer:
     """Train a byte-pair model as LLaMA's was made, write it to `out_file` (if given), return it.
-
-    A piece is a part of a word with the space before it. `across_words`: pieces may hold several
-    words, punctuation and line ends, up to 32 characters ("SuperBPE", Liu et al. 2025,
-    arXiv:2503.13423), so that a text has fewer tokens; any SentencePiece reads such a model too.
 
     `texts` is read once; what is kept of it is bounded (32 Mi characters, spread evenly), so it may
     be a generator over any amount. Ids: 0 unknown, 1 begin, 2 end, then 256 bytes, then pieces.
@@ -204,8 +191,7 @@ def train_tokenizer(
     few for `vocab_size`, or it is too small for the characters in them.
     """
     blocks = _sample(texts)
-    lines = (line for block in blocks for line in _training_lines(block, across_words))
-    settings = _ACROSS_WORDS if across_words else {}
+    lines = (line for block in blocks for line in _training_lines(block))
     written = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -226,7 +212,6 @@ def train_tokenizer(
             pad_id=-1,
             num_threads=16,  # fixed: the number is written into the model
             minloglevel=2,
-            **settings,
         )
     except RuntimeError as error:
         raise TokenizerError(_explain_training(str(error), vocab_size)) from error
@@ -286,12 +271,10 @@ def _sample(texts: Iterable[str]) -> list[str]:
     return [block for _, block in kept]
 
 
-def _training_lines(block: str, across_words: bool) -> Iterator[str]:
+def _training_lines(block: str) -> Iterator[str]:
     """Lines as the trainer takes them: short, and free of the characters it reserves (it would
-    skip the line). Line ends are left to the byte pieces, as in LLaMA's own model, or, where
-    pieces go across words, are characters like others."""
-    block = block.translate({0: " ", 0x2581: " ", 0x2585: " "})
-    for line in [block] if across_words else block.split("\n"):
+    skip the line). Line ends are left to the byte pieces, as in LLaMA's own model."""
+    for line in block.translate({0: " ", 0x2581: " ", 0x2585: " "}).split("\n"):
         for start in range(0, len(line), _BLOCK_CHARS):
             yield line[start : start + _BLOCK_CHARS]
 

@@ -20,19 +20,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("inputs", nargs="+", help=".jsonl or .txt files, folders or globs")
     parser.add_argument("--vocab-size", type=int, default=32000, help="pieces (default: 32000)")
-    parser.add_argument(
-        "--across-words",
-        action="store_true",
-        help="pieces may hold several words, punctuation and line ends: fewer tokens a text",
-    )
     parser.add_argument("--out", type=Path, default=Path("tokenizer.model"), help="file to write")
     options = parser.parse_args(arguments)
     try:
         sources = find_sources(options.inputs)
         texts = read_texts(sources, progress=True)
-        tokenizer = train_tokenizer(
-            texts, options.vocab_size, options.out, across_words=options.across_words
-        )
+        tokenizer = train_tokenizer(texts, options.vocab_size, options.out)
     except (TinyllamaError, OSError) as error:
         print(f"train_tokenizer: {error}", file=sys.stderr)
         return 2
