@@ -2,10 +2,14 @@
 
 Normal with standard deviation 0.02, the two projections that write into the residual stream
 0.02 / sqrt(2 L) (GPT-2, Radford et al. 2019), norms 1. Numbers come from numpy, from the seed and
-the parameter's name alone, so that every backend and every number of threads starts equal.
+the parameter's name alone, so that every backend and every number of threads starts equal. Each
+is one of 65,536 quantiles of the normal distribution, drawn by 16 random bits: a sixth of the time
+of numpy's normals, and no start-up should wait for 162 million of those.
 """
 
+import functools
 import math
+import statistics
 import zlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -48,15 +52,31 @@ def _fill(
     deviation = STANDARD_DEVIATION
     if name.endswith(RESIDUAL_PROJECTIONS):
         deviation /= math.sqrt(2 * num_layers)
+    table = quantiles() * np.float32(deviation)
     flat = values.reshape(-1)
     starts = range(0, flat.size, PART_ELEMENTS)
-    list(pool.map(lambda start: _fill_part(flat, start, deviation, seed, name), starts))
+    list(pool.map(lambda start: _fill_part(flat, start, table, seed, name), starts))
 
 
 def _fill_part(
-    values: npt.NDArray[np.float32], start: int, deviation: float, seed: int, name: str
+    values: npt.NDArray[np.float32],
+    start: int,
+    table: npt.NDArray[np.float32],
+    seed: int,
+    name: str,
 ) -> None:
     part = values[start : start + PART_ELEMENTS]
-    key = np.random.SeedSequence([seed, zlib.crc32(name.encode()), start])
-    np.random.Generator(np.random.SFC64(key)).standard_normal(out=part, dtype=np.float32)
-    part *= np.float32(deviation)
+    bits = np.random.SFC64(np.random.SeedSequence([seed, zlib.crc32(name.encode()), start]))
+    words = bits.random_raw(-(-part.size // 4)).astype("<u8", copy=False)
+    # What an index may be is known: "clip" saves numpy from looking.
+    np.take(table, words.view("<u2")[: part.size], out=part, mode="clip")
+
+
+@functools.cache
+def quantiles() -> npt.NDArray[np.float32]:
+    """Of the standard normal distribution, at (i + 1/2) / 65536: its standard deviation is
+    0.99999, its largest number 4.3."""
+    half = 1 << 15
+    normal = statistics.NormalDist()
+    upper = [normal.inv_cdf((half + i + 0.5) / (2 * half)) for i in range(half)]
+    return np.array([-x for x in reversed(upper)] + upper, np.float32)

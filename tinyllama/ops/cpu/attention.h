@@ -6,6 +6,9 @@
    needs no horizontal sums, and only Q (and dO) are ever transposed. All products run in one
    register-tiled micro-kernel, which adds an outer product of MR by NR numbers per step.
 
+   Loops are AS_WRITTEN but for those that do the arithmetic: clang would unroll each around the
+   micro-kernel that it holds, which takes three times as long to compile and is no faster.
+
    Macros: B, T, H, KV, D, SCALE (1 / sqrt(D)), NT, ACT. starts must not decrease along a row. */
 
 #define NR (2 * VW)
@@ -65,27 +68,28 @@ INLINE int owns(int shared, long tile, int core) {
 /* One row of D elements times `scale` as floats, zeros up to WIDTH. */
 INLINE void pack_row(float *to, const ELEM(ACT) *from, float scale) {
   long d = 0;
-  for (; d + VW <= D; d += VW) vstore(to + d, LOAD(ACT, from + d) * scale);
-  for (; d < WIDTH; d += VW)
+  AS_WRITTEN for (; d + VW <= D; d += VW) vstore(to + d, LOAD(ACT, from + d) * scale);
+  AS_WRITTEN for (; d < WIDTH; d += VW)
     vstore(to + d, d < D ? LOADN(ACT, from + d, (int)(D - d)) * scale : vset(0.0f));
 }
 
 INLINE void zero_rows(float *to, long rows) {
-  for (long r = 0; r < rows; r++)
-    for (long d = 0; d < WIDTH; d += VW) vstore(to + r * STRIDE + d, vset(0.0f));
+  AS_WRITTEN for (long r = 0; r < rows; r++)
+    AS_WRITTEN for (long d = 0; d < WIDTH; d += VW) vstore(to + r * STRIDE + d, vset(0.0f));
 }
 
 /* Rows of a (rows, heads, D) array; zero rows follow up to `padded`. */
 INLINE void pack_rows(float *to, const ELEM(ACT) *from, long heads, float scale, long rows,
                       long padded) {
-  for (long r = 0; r < rows; r++) pack_row(to + r * STRIDE, from + r * heads * D, scale);
+  AS_WRITTEN for (long r = 0; r < rows; r++)
+    pack_row(to + r * STRIDE, from + r * heads * D, scale);
   zero_rows(to + rows * STRIDE, padded - rows);
 }
 
 /* The inverse of pack_row. */
 INLINE void unpack_row(ELEM(ACT) *to, const float *from, float scale) {
   long d = 0;
-  for (; d + VW <= D; d += VW) STORE(ACT, to + d, vload(from + d) * scale);
+  AS_WRITTEN for (; d + VW <= D; d += VW) STORE(ACT, to + d, vload(from + d) * scale);
   if (d < D) STOREN(ACT, to + d, vload(from + d) * scale, (int)(D - d));
 }
 
@@ -123,8 +127,8 @@ INLINE void transpose_block(float *to, long to_stride, const float *from) {
 
 /* Packed rows to panels of NR rows, (rows / NR, WIDTH, NR): panel p begins at p * WIDTH * NR. */
 INLINE void transpose_rows(float *to, const float *from, long rows) {
-  for (long r = 0; r < rows; r += VW)
-    for (long d = 0; d < WIDTH; d += VW)
+  AS_WRITTEN for (long r = 0; r < rows; r += VW)
+    AS_WRITTEN for (long d = 0; d < WIDTH; d += VW)
       transpose_block(to + r / NR * NR * WIDTH + d * NR + r % NR, NR, from + r * STRIDE + d);
 }
 
@@ -189,12 +193,12 @@ INLINE strip make_strip(tile t, long panel) {
 
 /* scores (keys, TILE) of a strip: rows (a key or value each) times one panel (WIDTH, NR). */
 INLINE void score_strip(float *scores, strip s, const float *rows, const float *panel) {
-  for (long k = s.low; k < s.high; k += MR)
+  AS_WRITTEN for (long k = s.low; k < s.high; k += MR)
     product(scores + k * TILE, TILE, 0, 0, rows + k * STRIDE, STRIDE, 1, panel, NR, D);
 }
 
 INLINE void mask_row(float *scores, int key, const vi *from, const vi *to) {
-  for (int half = 0; half < 2; half++) {
+  AS_WRITTEN for (int half = 0; half < 2; half++) {
     vi seen = (from[half] <= key) & (to[half] >= key);
     vstore(scores + half * VW, vselect(seen, vload(scores + half * VW), vset(MASKED)));
   }
@@ -205,19 +209,21 @@ INLINE void mask_strip(float *scores, tile t, strip s) {
   long inside = least(t.starts[s.last] - t.key, s.high), after = most(s.first + 1 - t.key, s.low);
   if (inside <= s.low && after >= s.high) return;
   vi from[2], to[2];
-  for (int i = 0; i < NR; i++) {
+  AS_WRITTEN for (int i = 0; i < NR; i++) {
     from[i / VW][i % VW] = t.starts[least(s.first + i, s.last)];
     to[i / VW][i % VW] = (int)s.first + i;
   }
-  for (long k = s.low; k < inside; k++) mask_row(scores + k * TILE, (int)(t.key + k), from, to);
-  for (long k = most(after, inside); k < s.high; k++)
+  AS_WRITTEN for (long k = s.low; k < inside; k++)
+    mask_row(scores + k * TILE, (int)(t.key + k), from, to);
+  AS_WRITTEN for (long k = most(after, inside); k < s.high; k++)
     mask_row(scores + k * TILE, (int)(t.key + k), from, to);
 }
 
 /* Zeros for the keys of the tile outside [low, high). */
 INLINE void zero_strip(float *scores, tile t, strip s) {
   long end = round_up(t.keys, MR);
-  for (long k = s.low == 0 ? s.high : 0; k < end; k = k + 1 == s.low ? s.high : k + 1) {
+  AS_WRITTEN for (long k = s.low == 0 ? s.high : 0; k < end;
+                  k = k + 1 == s.low ? s.high : k + 1) {
     vstore(scores + k * TILE, vset(0.0f));
     vstore(scores + k * TILE + VW, vset(0.0f));
   }
@@ -227,8 +233,8 @@ INLINE void zero_strip(float *scores, tile t, strip s) {
    MR queries takes the keys from its first one's start to its last one. */
 INLINE void add_over_keys(float *out, const float *keep, const float *scores, const float *rows,
                           tile t) {
-  for (long d = 0; d < WIDTH; d += NR)
-    for (long q = 0; q < t.queries; q += MR) {
+  AS_WRITTEN for (long d = 0; d < WIDTH; d += NR)
+    AS_WRITTEN for (long q = 0; q < t.queries; q += MR) {
       long low = most(t.starts[t.query + q] - t.key, 0);
       long high = least(t.keys, t.query + q + MR - t.key);
       if (low < high)

@@ -35,14 +35,14 @@ INLINE void differentiate_half(float *p, float *ds, strip s, const float *lse,
 }
 
 INLINE void score_tile(backward_space w, const row_values *values, tile t) {
-  for (long panel = 0; panel * NR < t.queries; panel++) {
+  AS_WRITTEN for (long panel = 0; panel * NR < t.queries; panel++) {
     strip s = make_strip(t, panel);
     long at = panel * NR;
     float *p = w.p + at, *ds = w.ds + at;
     score_strip(p, s, w.keys + t.key * STRIDE, w.query_panels + at * WIDTH);
     score_strip(ds, s, w.values + t.key * STRIDE, w.dout_panels + at * WIDTH);
     mask_strip(p, t, s);
-    for (int half = 0; half < NR; half += VW)
+    AS_WRITTEN for (int half = 0; half < NR; half += VW)
       differentiate_half(p + half, ds + half, s, values->lse + at + half,
                          values->delta + at + half);
     zero_strip(p, t, s);
@@ -53,8 +53,8 @@ INLINE void score_tile(backward_space w, const row_values *values, tile t) {
 /* out (keys, WIDTH) += scores rows. A group of MR keys takes the queries from its first key to the
    last one whose document begins at or before its last key. */
 INLINE void add_over_queries(float *out, const float *scores, const float *rows, tile t) {
-  for (long d = 0; d < WIDTH; d += NR)
-    for (long k = 0; k < t.keys; k += MR) {
+  AS_WRITTEN for (long d = 0; d < WIDTH; d += NR)
+    AS_WRITTEN for (long k = 0; k < t.keys; k += MR) {
       long low = most(t.key + k - t.query, 0), high = t.queries;
       while (high > low && t.starts[t.query + high - 1] >= t.key + k + MR) high--;
       if (low < high)
@@ -72,9 +72,9 @@ INLINE void load_queries(backward_space w, row_values *values, const ELEM(ACT) *
   pack_rows(w.douts, dout, H, 1.0f, rows, padded);
   transpose_rows(w.query_panels, w.queries, padded);
   transpose_rows(w.dout_panels, w.douts, padded);
-  for (long r = 0; r < padded; r++) {
+  AS_WRITTEN for (long r = 0; r < padded; r++) {
     vf sum = vset(0.0f);
-    for (long d = 0; d < D && r < rows; d += VW) {
+    AS_WRITTEN for (long d = 0; d < D && r < rows; d += VW) {
       const ELEM(ACT) *at = out + r * H * D + d;
       vf value = d + VW <= D ? LOAD(ACT, at) : LOADN(ACT, at, (int)(D - d));
       sum = vfma(value, vload(w.douts + r * STRIDE + d), sum);
@@ -89,7 +89,7 @@ INLINE void differentiate(ELEM(ACT) *dq, backward_space w, const row_values *val
                           const int *starts, long query, int own_queries, int shared, int core) {
   long rows = least(TILE, T - query);
   zero_rows(w.dqueries, round_up(rows, MR));
-  for (long key = starts[query] / TILE * TILE; key < query + rows; key += TILE) {
+  AS_WRITTEN for (long key = starts[query] / TILE * TILE; key < query + rows; key += TILE) {
     int own_keys = owns(shared, key / TILE, core);
     if (!own_keys && !own_queries) continue;
     tile t = make_tile(starts, query, key);
@@ -98,7 +98,7 @@ INLINE void differentiate(ELEM(ACT) *dq, backward_space w, const row_values *val
     if (own_keys) add_over_queries(w.dkeys + key * STRIDE, w.ds, w.queries, t);
     if (own_queries) add_over_keys(w.dqueries, 0, w.ds, w.keys + key * STRIDE, t);
   }
-  for (long r = 0; r < rows && own_queries; r++)
+  AS_WRITTEN for (long r = 0; r < rows && own_queries; r++)
     unpack_row(dq + r * H * D, w.dqueries + r * STRIDE, SCALE);
 }
 
@@ -119,7 +119,7 @@ NO_LIBC void KERNEL(ELEM(ACT) *restrict dq, ELEM(ACT) *restrict dk, ELEM(ACT) *r
   w.dout_panels = w.query_panels + ROWS_FLOATS;
   w.p = w.dout_panels + ROWS_FLOATS;
   w.ds = w.p + SCORE_FLOATS;
-  for (int n = 0; n < PAIRS_PER_THREAD; n++) {
+  AS_WRITTEN for (int n = 0; n < PAIRS_PER_THREAD; n++) {
     int shared = is_shared(n);
     long pair = pair_of(n, core_id), b = pair / KV, kv = pair % KV;
     long padded = round_up(T, MR), rows_at = (b * T * KV + kv) * D;
@@ -127,7 +127,7 @@ NO_LIBC void KERNEL(ELEM(ACT) *restrict dq, ELEM(ACT) *restrict dk, ELEM(ACT) *r
     pack_rows(w.values, v + rows_at, KV, 1.0f, T, padded);
     zero_rows(w.dkeys, padded);
     zero_rows(w.dvalues, padded);
-    for (long i = 0; i < GROUP * TILES; i++) {
+    AS_WRITTEN for (long i = 0; i < GROUP * TILES; i++) {
       long head = kv * GROUP + i / TILES, query = i % TILES * TILE;
       long at = ((b * T + query) * H + head) * D;
       row_values values;
@@ -136,7 +136,7 @@ NO_LIBC void KERNEL(ELEM(ACT) *restrict dq, ELEM(ACT) *restrict dk, ELEM(ACT) *r
       differentiate(dq + at, w, &values, starts + b * T, query, owns(shared, i, core_id), shared,
                     core_id);
     }
-    for (long s = 0; s < T; s++) {
+    AS_WRITTEN for (long s = 0; s < T; s++) {
       if (!owns(shared, s / TILE, core_id)) continue;
       unpack_row(dk + rows_at + s * KV * D, w.dkeys + s * STRIDE, 1.0f);
       unpack_row(dv + rows_at + s * KV * D, w.dvalues + s * STRIDE, 1.0f);

@@ -37,13 +37,13 @@ INLINE void softmax_half(float *scores, strip s, float *max, float *sum, float *
 }
 
 INLINE void attend_tile(forward_space w, softmax *state, tile t) {
-  for (long panel = 0; panel * NR < t.queries; panel++) {
+  AS_WRITTEN for (long panel = 0; panel * NR < t.queries; panel++) {
     strip s = make_strip(t, panel);
     long at = panel * NR;
     float *scores = w.scores + at;
     score_strip(scores, s, w.keys + t.key * STRIDE, w.panels + at * WIDTH);
     mask_strip(scores, t, s);
-    for (int half = 0; half < NR; half += VW)
+    AS_WRITTEN for (int half = 0; half < NR; half += VW)
       softmax_half(scores + half, s, state->max + at + half, state->sum + at + half,
                    state->keep + at + half);
     zero_strip(scores, t, s);
@@ -56,7 +56,7 @@ INLINE void attend(ELEM(ACT) *out, float *lse, const ELEM(ACT) *q, const int *st
                    forward_space w) {
   long rows = least(TILE, T - query);
   softmax state;
-  for (long i = 0; i < TILE; i += VW) {
+  AS_WRITTEN for (long i = 0; i < TILE; i += VW) {
     vstore(state.max + i, vset(-1e30f));
     vstore(state.sum + i, vset(0.0f));
     vstore(state.keep + i, vset(1.0f));
@@ -64,11 +64,11 @@ INLINE void attend(ELEM(ACT) *out, float *lse, const ELEM(ACT) *q, const int *st
   pack_rows(w.queries, q, H, SCALE, rows, round_up(rows, NR));
   transpose_rows(w.panels, w.queries, round_up(rows, NR));
   zero_rows(w.out, round_up(rows, MR));
-  for (long key = starts[query] / TILE * TILE; key < query + rows; key += TILE)
+  AS_WRITTEN for (long key = starts[query] / TILE * TILE; key < query + rows; key += TILE)
     attend_tile(w, &state, make_tile(starts, query, key));
-  for (long r = 0; r < rows; r++)
+  AS_WRITTEN for (long r = 0; r < rows; r++)
     unpack_row(out + r * H * D, w.out + r * STRIDE, 1.0f / state.sum[r]);
-  for (long r = 0; r < rows; r += VW) {
+  AS_WRITTEN for (long r = 0; r < rows; r += VW) {
     vf value = vload(state.max + r) + vlog(vload(state.sum + r));
     if (r + VW <= rows)
       vstore(lse + r, value);
@@ -87,11 +87,11 @@ NO_LIBC void KERNEL(ELEM(ACT) *restrict out, float *restrict lse, float *restric
   w.panels = w.queries + ROWS_FLOATS;
   w.out = w.panels + ROWS_FLOATS;
   w.scores = w.out + ROWS_FLOATS;
-  for (int n = 0; n < PAIRS_PER_THREAD; n++) {
+  AS_WRITTEN for (int n = 0; n < PAIRS_PER_THREAD; n++) {
     long pair = pair_of(n, core_id), b = pair / KV, kv = pair % KV;
     pack_rows(w.keys, k + (b * T * KV + kv) * D, KV, 1.0f, T, round_up(T, MR));
     pack_rows(w.values, v + (b * T * KV + kv) * D, KV, 1.0f, T, round_up(T, MR));
-    for (long i = 0; i < GROUP * TILES; i++) {
+    AS_WRITTEN for (long i = 0; i < GROUP * TILES; i++) {
       if (!owns(is_shared(n), i, core_id)) continue;
       long head = kv * GROUP + i / TILES, query = i % TILES * TILE;
       long at = ((b * T + query) * H + head) * D;

@@ -26,7 +26,7 @@ INLINE float cross_entropy_max(const ELEM(ACT) *x, long n, float start) {
   for (; i + 4 * VW <= n; i += 4 * VW) {
     for (int k = 0; k < 4; k++) best[k] = vmax(LOAD(ACT, x + i + k * VW), best[k]);
   }
-  for (; i + VW <= n; i += VW) best[0] = vmax(LOAD(ACT, x + i), best[0]);
+  AS_WRITTEN for (; i + VW <= n; i += VW) best[0] = vmax(LOAD(ACT, x + i), best[0]);
   if (i < n) best[0] = vmax(cross_entropy_tail(x + i, n - i), best[0]);
   return hmax(vmax(vmax(best[0], best[1]), vmax(best[2], best[3])));
 }
@@ -39,7 +39,7 @@ INLINE float cross_entropy_sum(const ELEM(ACT) *x, long n, float max) {
     sum[0] += vexp_nonpositive(LOAD(ACT, x + i) - max);
     sum[1] += vexp_nonpositive(LOAD(ACT, x + i + VW) - max);
   }
-  for (; i + VW <= n; i += VW) sum[0] += vexp_nonpositive(LOAD(ACT, x + i) - max);
+  AS_WRITTEN for (; i + VW <= n; i += VW) sum[0] += vexp_nonpositive(LOAD(ACT, x + i) - max);
   if (i < n) sum[1] += vexp_nonpositive(cross_entropy_tail(x + i, n - i) - max);
   return hsum(sum[0] + sum[1]);
 }
@@ -60,15 +60,15 @@ INLINE void cross_entropy_gradient(ELEM(ACT) *x, float max, float sum, int targe
 
 void KERNEL(ELEM(ACT) *restrict logits, float *restrict loss, const int *restrict targets,
             int core_id) {
-  for (long row = split(N, 1, core_id, NT); row < split(N, 1, core_id + 1, NT); row++) {
+  AS_WRITTEN for (long row = split(N, 1, core_id, NT); row < split(N, 1, core_id + 1, NT); row++) {
     ELEM(ACT) *x = logits + row * V;
     if (targets[row] < 0 || targets[row] >= V) {
       loss[row] = targets[row] < 0 ? 0.0f : __builtin_nanf("");
-      for (long i = 0; GRADIENT && i < V; i++) x[i] = 0;
+      AS_WRITTEN for (long i = 0; GRADIENT && i < V; i++) x[i] = 0;
       continue;
     }
     float max = CROSS_ENTROPY_LOWEST, sum = 0.0f;
-    for (long i = 0; i < V; i += CROSS_ENTROPY_BLOCK) {
+    AS_WRITTEN for (long i = 0; i < V; i += CROSS_ENTROPY_BLOCK) {
       long n = V - i < CROSS_ENTROPY_BLOCK ? V - i : CROSS_ENTROPY_BLOCK;
       float higher = cross_entropy_max(x + i, n, max);
       sum *= vexp_nonpositive(vset(max - higher))[0];
