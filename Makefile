@@ -7,6 +7,8 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 PYTEST := $(PY) -m pytest
+# Brings a LLaMA's tokenizer.model for the tests; what it needs to run itself is of no use here.
+REAL_TOKENIZER := mistral-common>=1.5
 
 # tools/system.sh puts a clang-NN there as clang, where that is all there is.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
@@ -111,6 +113,7 @@ $(VENV)/.created:
 $(VENV)/.demo $(VENV)/.dev $(VENV)/.mutants: $(VENV)/.%: pyproject.toml $(VENV)/.created
 	@echo "Installing tinyllama[$*] into $(VENV) ..."
 	@$(PIP) --editable '.[$*]'
+	@if [ $* = dev ]; then $(PIP) --no-deps '$(REAL_TOKENIZER)'; fi
 	@touch $@
 
 $(VENV)-conformance/.made: pyproject.toml

@@ -43,7 +43,10 @@ def test_validation_while_training_reads_a_part_of_each_file(tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     ("bits", "verdict"),
-    [(1.5, "The model beats gzip: 25 % fewer bits."), (2.5, "gzip is ahead: the model needs more time, e.g. make demo BUDGET=600.")],
+    [
+        (1.5, "The model beats gzip: 25 % fewer bits."),
+        (2.5, "gzip is ahead: the model needs more time, e.g. make demo BUDGET=600."),
+    ],
 )
 def test_the_verdict_follows_the_figures(
     bits: float, verdict: str, capsys: pytest.CaptureFixture[str]

@@ -78,6 +78,14 @@ def test_files_of_tests_exist() -> None:
     assert len(files) > 10 and [file for file in files if not (ROOT / file).exists()] == []
 
 
+def test_developers_get_a_real_tokenizer_without_what_it_needs_itself() -> None:
+    for kind, expected in (("dev", True), ("demo", False)):
+        planned = run("make", "-n", "-B", f".venv/.{kind}").stdout
+        assert f"--editable '.[{kind}]'" in planned
+        shell = [line for line in planned.splitlines() if "--no-deps" in line]
+        assert ("if [ dev = dev ]" in "".join(shell)) == expected
+
+
 def test_slow_tests_exist() -> None:
     for line in (ROOT / "tests" / "slow.txt").read_text().split():
         file, _, name = line.partition("::")
