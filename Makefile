@@ -19,8 +19,9 @@ FAST_TESTS := tests/test_architecture.py tests/test_config.py tests/test_config_
   tests/test_config_overrides.py tests/test_files.py tests/test_safetensors.py
 
 LLAMA_TESTS := tests/test_properties.py tests/test_mutation_resistant.py tests/test_model.py \
-  tests/test_lora.py tests/test_lora_run.py tests/test_quantize.py tests/test_int4.py \
-  tests/test_merge.py tests/test_accounting.py
+  tests/test_lora.py tests/test_lora_run.py tests/test_lora_start.py tests/test_quantize.py \
+  tests/test_int4.py tests/test_merge.py tests/test_merge_qlora.py tests/test_accounting.py \
+  tests/test_memory_estimate.py
 LLAMA_DEMOS := llama-demo-train llama-demo-lora llama-demo-qlora
 
 .DEFAULT_GOAL := help

@@ -23,7 +23,7 @@ from model_helpers import (
 from tinygrad import Tensor, dtypes
 from tinygrad.uop.ops import Ops
 
-from tinyllama.config import ALL_LINEAR, LoraConfig, TrainingConfig
+from tinyllama.config import ALL_LINEAR, LoraConfig, QloraConfig, TrainingConfig
 from tinyllama.gradients import StagedLoss
 from tinyllama.layers import Linear
 from tinyllama.lora import (
@@ -41,8 +41,11 @@ from tinyllama.lora import (
 from tinyllama.ops import kernel
 from tinyllama.ops.storage import read, write
 from tinyllama.optim import AdamW
+from tinyllama.quantize import load_quantized
 from tinyllama.step import TrainStep
+from tinyllama.weights.dtypes import to_bfloat16
 from tinyllama.weights.hf_names import llama_shapes
+from tinyllama.weights.int4 import as_packed
 from tinyllama.weights.peft import AdapterConfig, Placement
 
 QV = ("q_proj", "v_proj")
@@ -87,12 +90,34 @@ def test_new_adapters_leave_the_logits_bit_identical(form, dtype):
         assert (logits_of(model) != before).any()
 
 
-@pytest.mark.parametrize("checkpoint", [False, True], ids=["kept", "recomputed"])
-def test_gradients_of_both_matrices_equal_finite_differences(checkpoint):
+def test_new_adapters_on_a_packed_base_leave_the_logits_bit_identical(tmp_path):
+    model, _ = packed_model(tmp_path, ONE_LAYER, 8)
+    before = logits_of(model)
+    attach(model, AdapterConfig(placed_on(model, ALL_LINEAR)), seed=1)
+    assert (logits_of(model) == before).all()
+
+
+def packed_model(folder, config, block_size):
+    """A model with random weights in 4 bits, and the weights that it stands for."""
+    build(config).save_pretrained(folder / "base")
+    weights = random_weights(config)
+    for name, values in weights.items():
+        if name.endswith("_proj.weight"):
+            weights[name] = as_packed(name, values, block_size)
+        elif values.ndim == 2:
+            weights[name] = (to_bfloat16(values).astype(np.uint32) << 16).view(np.float32)
+    return load_quantized(folder / "base", QloraConfig(block_size=block_size)), weights
+
+
+@pytest.mark.parametrize("form", ["kept", "recomputed", "in 4 bits"])
+def test_gradients_of_both_matrices_equal_finite_differences(form, tmp_path):
     """Layers with different ranks and scales: no layer may run with the numbers of another."""
     three = replace(GROUPED, num_layers=3)
-    model = build(three)
-    model.checkpoint_activations = checkpoint
+    if form == "in 4 bits":
+        model, weights = packed_model(tmp_path, three, 8)
+    else:
+        model, weights = build(three), random_weights(three)
+    model.checkpoint_activations = form == "recomputed"
     placed = placed_on(model, ("q_proj", "k_proj", "down_proj"))
     placed["model.layers.0.self_attn.q_proj"] = Placement(3, 1.5)
     placed["model.layers.1.mlp.down_proj"] = Placement(3, 4.0)
@@ -102,7 +127,6 @@ def test_gradients_of_both_matrices_equal_finite_differences(checkpoint):
     batch = random_batch(GROUPED)
     loss, grads = StagedLoss(model, adapter_tensors(model)).gradients(*on_device(batch))
     adapters = {n: a.astype(np.float64) for n, a in copied(adapter_tensors(model)).items()}
-    weights = random_weights(three)
 
     def loss_with(name, change):
         moved = adapters | {name: adapters[name] + change}

@@ -27,6 +27,7 @@ from tinyllama.lora import (
     load_adapter,
     load_model,
 )
+from tinyllama.metrics import read_metrics
 from tinyllama.model import Llama
 from tinyllama.ops.storage import read
 from tinyllama.train import Trainer, with_base
@@ -60,6 +61,24 @@ class Run:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     return Run(tmp_path_factory.mktemp("lora"))
+
+
+@pytest.mark.parametrize("kind", ["full", "LoRA with dropout", "QLoRA"])
+def test_recomputed_activations_give_the_same_losses(kind, tmp_path):
+    found = []
+    for recomputed in ("false", "true"):
+        folder = tmp_path / recomputed
+        write_base(folder / "base")
+        write_text(folder)
+        chosen = [f"training.checkpoint_activations={recomputed}"]
+        chosen += ["qlora.block_size=16"] if kind == "QLoRA" else []
+        config = with_base(run_config(folder, folder / "base", *chosen))
+        trainer = Trainer(replace(config, lora=None) if kind == "full" else config, show=False)
+        assert trainer.model.checkpoint_activations == (recomputed == "true")
+        trainer.run()
+        found.append([row["loss"] for row in read_metrics(folder / "run" / "metrics.jsonl")])
+    assert len(found[0]) == 4 and found[0][-1] < found[0][0]
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
 
 
 def test_a_run_saves_adapters_alone_and_leaves_its_base_as_it_was(run):

@@ -40,6 +40,7 @@ LARGE = replace(SMALL, hidden_size=512, num_layers=6, num_heads=8, intermediate_
 BATCHES = {"small": (SMALL, 4, 128), "large": (LARGE, 2, 256)}
 LORA = "[lora]\nrank = 8\n"
 KINDS = {"full": "", "lora": LORA, "qlora": f"{LORA}[qlora]\nblock_size = 64\n"}
+KINDS["qlora, recomputed"] = KINDS["qlora"]
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +64,7 @@ def run_text(size, kind, folder, bases):
 [training]
 batch_size = {batch}
 max_steps = 2
+checkpoint_activations = {"true" if "recomputed" in kind else "false"}
 [data]
 train_path = {json.dumps(TRAIN_FILES)}
 tokenizer = "{shared_folder() / "tokenizer.model"}"

@@ -28,6 +28,7 @@ from tinyllama.weights.peft import (
     linear_shapes,
     save_adapter,
 )
+from tinyllama.weights.safetensors import write_safetensors
 
 ROOT = Path(__file__).resolve().parents[1]
 QV = ("q_proj", "v_proj")
@@ -222,6 +223,39 @@ def test_an_adapter_of_another_base_is_refused(base, tmp_path):
     assert merge(other, [(unknown, 1.0)], tmp_path / "out").changed == 4
 
 
+def test_a_base_whose_tied_head_is_stored_twice_is_the_base_that_an_adapter_names(tmp_path):
+    """By a name relative to the adapter's folder, without a fingerprint, as PEFT leaves it."""
+    tied = type(BASE)(**{**BASE.__dict__, "tie_word_embeddings": True})
+    base = write_base(tmp_path / "base", tied)
+    file = base / "model.safetensors"
+    tensors = {name: np.array(a) for name, a in weights_of(base).items()}
+    file.unlink()
+    write_safetensors(file, tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]})
+    adapter, *_ = write_adapter(tmp_path / "a", base, known=False)
+    edit_config(adapter, base_model_name_or_path="../base")
+    assert merge(base, [(adapter, 1.0)], tmp_path / "out").changed == 4
+    other = write_base(tmp_path / "other", tied, seed=5)
+    assert "another base" in refused(WeightsError, other, [(adapter, 1.0)], tmp_path / "no")
+
+
+def test_an_adapter_with_a_value_that_is_not_finite_is_refused_by_name(base, tmp_path):
+    adapter, config, tensors = write_adapter(tmp_path / "a", base)
+    name = next(iter(tensors))
+    tensors[name][1, 2] = np.nan
+    (adapter / "adapter_model.safetensors").unlink()
+    save_adapter(adapter, config, tensors, layers=linear_shapes(open_folder(base).config))
+    message = refused(WeightsError, base, [(adapter, 1.0)], tmp_path / "out")
+    assert message.endswith(f"base_model.model.{name}: holds a value that is not finite")
+
+
+def test_what_a_killed_merge_left_is_removed_by_the_next(base, tmp_path):
+    adapter, *_ = write_adapter(tmp_path / "a", base)
+    left = tmp_path / ".out.partial-999999999"
+    left.mkdir()
+    merge(base, [(adapter, 1.0)], tmp_path / "out")
+    assert not left.exists()
+
+
 def test_missing_and_extra_tensors_are_refused_by_name(base, tmp_path):
     adapter, *_ = write_adapter(tmp_path / "a", base)
     edit_config(adapter, target_modules=["q_proj", "k_proj"])
@@ -242,8 +276,14 @@ def test_missing_and_extra_tensors_are_refused_by_name(base, tmp_path):
         ({"layer_replication": [[0, 1]]}, "layer_replication: got [[0, 1]], must be absent"),
         ({"of_next_year": 3}, "of_next_year: got 3, must be absent or empty"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights: got 'pissa', must be True"),
-        ({"r": 0}, "r: got 0, must be a number above 0"),
-        ({"lora_alpha": "8"}, "lora_alpha: got '8', must be a number above 0"),
+        ({"r": 0}, "r: got 0, must be an integer above 0"),
+        ({"r": 3.5}, "r: got 3.5, must be an integer above 0"),
+        ({"lora_alpha": "8"}, "lora_alpha: got '8', must be a finite number above 0"),
+        ({"lora_alpha": float("nan")}, "lora_alpha: got nan, must be a finite number above 0"),
+        ({"rank_pattern": {"q_proj": "3"}}, "rank_pattern.q_proj: got '3', must be an integer"),
+        ({"alpha_pattern": {"(": 3}}, "alpha_pattern: got '(', must be a regular expression"),
+        ({"target_modules": "*q"}, "target_modules: got '*q', must be a regular expression or"),
+        ({"target_modules": None}, "target_modules: got None, must name linear layers"),
         ({"layers_pattern": "h"}, "layers_pattern: got 'h', must be 'layers'"),
         ({"target_modules": ["c_attn"]}, "target_modules: got ['c_attn'], must name linear layers"),
         (
@@ -298,8 +338,13 @@ def test_the_script_merges_and_tells_mistakes_in_one_line(base, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
-def test_merging_needs_the_memory_of_a_few_tensors_and_not_of_the_model(tmp_path):
-    """A base of 270 MB in bfloat16, most of which no adapter changes."""
+@pytest.mark.parametrize(
+    ("names", "options"),
+    [(QV, [{}]), (ALL_LINEAR, [{"block_size": 64}, {"block_size": 64, "seed": 2}])],
+    ids=["two layers a block", "two adapters on all, in 4 bits"],
+)
+def test_merging_needs_the_memory_of_a_few_tensors_and_not_of_the_model(tmp_path, names, options):
+    """A base of 270 MB in bfloat16; in 4 bits every matrix of it is held in float32, twice."""
     config = type(BASE)(
         vocab_size=8192,
         hidden_size=1024,
@@ -311,7 +356,10 @@ def test_merging_needs_the_memory_of_a_few_tensors_and_not_of_the_model(tmp_path
     base = tmp_path / "base"
     write_base(base, type(BASE)(**{**config.__dict__, "num_layers": 1}), dtype="bfloat16")
     grow_layers(base, config.num_layers)
-    adapter, *_ = write_adapter(tmp_path / "a", base)
+    adapters = [
+        write_adapter(tmp_path / f"a{number}", base, tuple(names), rank=64, **asked)[0]
+        for number, asked in enumerate(options)
+    ]
     # VmHWM is this program's own peak; ru_maxrss begins with that of the process that started it.
     code = """
         import sys
@@ -322,28 +370,28 @@ def test_merging_needs_the_memory_of_a_few_tensors_and_not_of_the_model(tmp_path
                 return 1024 * next(int(x.split()[1]) for x in status if x.startswith("VmHWM"))
 
         before = peak_bytes()
-        done = merge(sys.argv[1], [(sys.argv[2], 1.0)], sys.argv[3])
+        done = merge(sys.argv[1], [(path, 1.0) for path in sys.argv[3:]], sys.argv[2])
         print(done.bytes, peak_bytes() - before)
     """
     command = [
         sys.executable,
         "-c",
         textwrap.dedent(code),
-        *map(str, (base, adapter, tmp_path / "out")),
+        *map(str, (base, tmp_path / "out", *adapters)),
     ]
     environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     weights_bytes, peak_bytes = map(int, done.stdout.split())
     largest_bytes = 2 * 8192 * 1024
-    assert weights_bytes > 200e6 and peak_bytes < 4 * largest_bytes
+    assert weights_bytes > 200e6 and peak_bytes < (8 if "block_size" in options[0] else 4) * (
+        largest_bytes
+    )
     shutil.rmtree(tmp_path / "out")
     shutil.rmtree(base)
 
 
 def grow_layers(base, layers):
     """Give a folder more layers, as shards that are copies of the first layer's."""
-    from tinyllama.weights.safetensors import write_safetensors
-
     opened = HfFolder(base)
     first = [name for name in opened.names if ".layers.0." in name]
     shards = {

@@ -71,6 +71,12 @@ def test_gpu_takes_opencl_where_it_is_the_best_there_is():
     assert "GPU=1 takes the best there is" in line and not line.startswith("backend CPU")
 
 
+def test_a_run_may_take_what_the_driver_says_the_device_has():
+    code = "from tinyllama import device; device.select(); print(device.free_bytes())"
+    (opencl,), (processor,) = lines(code, CL="1"), lines(code, CPU="1")
+    assert 0.2 * int(processor) < int(opencl) < 1 << 50
+
+
 def test_weights_are_read_and_written_unchanged(tmp_path):
     source = finished_run() / "final"
     code = f"""

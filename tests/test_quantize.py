@@ -22,7 +22,7 @@ from tinyllama.ops.stage import materialized
 from tinyllama.ops.storage import read, write
 from tinyllama.quantize import Int4Linear, load_quantized, quantize_rows
 from tinyllama.weights.dtypes import to_bfloat16
-from tinyllama.weights.int4 import row_parts
+from tinyllama.weights.int4 import as_packed, largest_block, row_parts
 
 # All products have a single shape, so that a training step compiles fast.
 CONFIG = LlamaConfig(
@@ -120,6 +120,30 @@ def test_weights_of_another_type_are_refused_by_name(name, tmp_path):
     file.write_bytes(text[:start] + text[start:].replace(b'"F32"', b'"I32"', 1))
     with pytest.raises(WeightsError, match=rf"^{tmp_path / 'base'}: {name}: type I32, must be"):
         load_quantized(tmp_path / "base", QLORA)
+
+
+@settings(max_examples=30, deadline=None)
+@given(GROUPS)
+def test_what_a_packed_weight_stands_for_is_exact_in_parts_of_its_rows(weight):
+    block = weight.shape[1] // 3
+    rows = np.concatenate([weight, -weight, weight])
+    q, scales = unpacked(*quantize_rows(rows, block))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tinyllama.weights.int4.PART_ELEMENTS", weight.shape[1])  # a row at a time
+        found = as_packed("w", rows, block)
+    assert found.dtype == np.float32
+    assert (found == q * scales).all()
+
+
+def test_what_4_bits_cannot_hold_is_said_of_the_tensor():
+    with pytest.raises(WeightsError, match=r"^model: w: holds a value that is not finite$"):
+        as_packed("model: w", np.float32([[np.inf, 1.0]]), 2)
+
+
+@pytest.mark.parametrize(("limit", "largest"), [(64, 64), (63, 32), (8, 8), (7, 4), (1, 1)])
+def test_the_largest_block_divides_every_layers_inputs(limit, largest):
+    sizes = LlamaConfig(vocab_size=64, hidden_size=64, num_layers=1, num_heads=2, intermediate_size=192)
+    assert largest_block(sizes, limit) == largest
 
 
 @pytest.mark.parametrize(("shape", "step"), [((700, 512), 128), ((5, 2**17), 1), ((3, 64), 1024)])

@@ -6,6 +6,7 @@ error that lists what is there; nothing falls back silently. This is the only mo
 the environment.
 """
 
+import ctypes
 import functools
 import os
 import platform
@@ -251,16 +252,31 @@ def memory_in_use_bytes() -> int:
 
 
 def free_bytes(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Bytes a run may take on its device: what the system can give, or a container's limit leaves.
+    """Bytes a run may take on its device: what the system can give, or a container's limit leaves;
+    of an OpenCL device, all it has.
 
-    None where it is not known, which is so of every device but the CPU.
+    None where it is not known, which is so of other devices.
     """
     from tinygrad.device import Device
 
+    if Device.DEFAULT == "CL":
+        return _opencl_bytes()
     if Device.DEFAULT != "CPU":
         return None
     limits = [_container_bytes(cgroup), _system_bytes(proc)]
     return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _opencl_bytes() -> int:
+    """Memory of the OpenCL device, by the driver."""
+    from tinygrad.device import Device
+    from tinygrad.runtime.autogen import opencl
+
+    found, opened = ctypes.c_uint64(), Device["CL"]
+    opencl.clGetDeviceInfo(
+        opened.device_id, opencl.CL_DEVICE_GLOBAL_MEM_SIZE, 8, ctypes.byref(found), None
+    )
+    return found.value
 
 
 def _system_bytes(proc: Path) -> int | None:

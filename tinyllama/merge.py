@@ -25,7 +25,7 @@ from typing import Any, Literal
 import numpy as np
 
 from tinyllama.errors import WeightsError
-from tinyllama.files import atomic_directory
+from tinyllama.files import atomic_directory, remove_partials
 from tinyllama.weights.dtypes import BITS, Array, RawArray, convert, to_float32
 from tinyllama.weights.hf_config import read_json
 from tinyllama.weights.hf_names import EMBEDDING, HEAD, INDEX, STORED, WEIGHTS
@@ -126,6 +126,7 @@ def merge(
     if block_size is not None:
         check_block_size(folder.config, block_size)
     try:
+        remove_partials(out.parent)  # of merges that were killed
         with atomic_directory(out) as unfinished:
             _copy_files(base, unfinished, None if dtype == "keep" else _TYPES[dtype])
             return _write_weights(_Reader(folder, block_size), parts, unfinished, dtype)
@@ -227,14 +228,17 @@ class _Reader:
             scale = np.float32(part.weight * part.config.scale(path))
             a, b = (part.folder.matrix(path, which) for which in PARTS)
             merged += (b * scale) @ a
+            part.folder.forget(path)
         return merged
 
     def _in_4_bits(self, name: str, found: Weights) -> Weights:
         """A matrix as a QLoRA run holds it, in float32; notes what it loses."""
         assert self.block_size is not None
         if name in (EMBEDDING, HEAD):
-            bits = convert(name, found, "BF16")
-            held = to_float32(name, RawArray("BF16", found.shape, bits))
+            held = np.empty_like(found)
+            for rows in row_parts(found.shape):
+                bits = convert(name, found[rows], "BF16")
+                held[rows] = to_float32(name, RawArray("BF16", held[rows].shape, bits))
         else:
             held = as_packed(f"{self.base.path}: {name}", found, self.block_size)
         largest = squares = own_squares = 0.0

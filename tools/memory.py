@@ -37,7 +37,7 @@ def report(options: argparse.Namespace) -> str:
     from tinyllama.train import with_base
 
     config = with_base(config)
-    limit = device.free_bytes() if options.device_memory is None else int(options.device_memory)
+    limit = device.free_bytes() if options.device_memory is None else options.device_memory
     estimate = estimate_memory(config)
     if not options.json:
         return f"{estimate.table()}\n{verdict(config, estimate, limit)}"
@@ -45,6 +45,14 @@ def report(options: argparse.Namespace) -> str:
     found["fits"] = None if limit is None else estimate.total <= limit
     found["largest_micro_batch"] = None if limit is None else largest_micro_batch(config, limit)
     return json.dumps(found)
+
+
+def _bytes(word: str) -> int:
+    """A number of bytes, also as 8e9."""
+    try:
+        return int(float(word))
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(f"got {word!r}, must be a number of bytes") from None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,7 +65,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--context", type=int, help="tokens a sequence")
     parser.add_argument("--dtype", help="of activations: float32, bfloat16 or float16")
     parser.add_argument(
-        "--device-memory", type=float, metavar="BYTES", help="default: what is free on this machine"
+        "--device-memory",
+        type=_bytes,
+        metavar="BYTES",
+        help="default: what is free on this machine",
     )
     parser.add_argument(
         "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override an option"

@@ -9,6 +9,7 @@ counted it. What it wrote is removed, unless --keep.
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -122,7 +123,9 @@ def prove(work: Path, options: argparse.Namespace) -> dict[str, Any]:
         "total_seconds": seconds,
         "peak_memory_bytes": peak_bytes,
         "limit_bytes": LIMIT_BYTES,
-        "proved": losses == sorted(losses, reverse=True) and peak_bytes < LIMIT_BYTES,
+        "proved": len(losses) == options.steps
+        and all(after < before for before, after in itertools.pairwise(losses))
+        and peak_bytes < LIMIT_BYTES,
         "machine": f"{device.processor_name()}, {device.threads()} threads, "
         f"{device.instruction_set()}, {platform.system()}",
     }
@@ -158,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--context", type=int, default=512)
-    parser.add_argument("--learning-rate", type=float, default=3e-4)
+    parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--keep", action="store_true", help="leave the weights where they are")
     parser.add_argument("--out", type=Path, help="Markdown file to write")
     parser.add_argument("--json", action="store_true", help="print JSON instead of Markdown")

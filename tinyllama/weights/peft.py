@@ -77,14 +77,17 @@ class AdapterFolder:
 
     def base_folder(self) -> Path:
         """The base that base_model_name_or_path names, from here or from the adapter's folder."""
-        named = self._found.get("base_model_name_or_path")
-        for path in (Path(str(named)), self.path / str(named)):
-            if named and path.is_dir():
-                return path
+        if path := self._named_folder():
+            return path
         raise WeightsError(
-            f"{self.path / ADAPTER_CONFIG}: base_model_name_or_path: got {named!r}, must be the "
-            "folder of the base model"
+            f"{self.path / ADAPTER_CONFIG}: base_model_name_or_path: got "
+            f"{self._found.get('base_model_name_or_path')!r}, must be the folder of the base model"
         )
+
+    def _named_folder(self) -> Path | None:
+        named = self._found.get("base_model_name_or_path")
+        paths = (Path(str(named)), self.path / str(named)) if named else ()
+        return next((path for path in paths if path.is_dir()), None)
 
     def config(self, model: LlamaConfig) -> AdapterConfig:
         """The adapters on a model of these sizes.
@@ -124,18 +127,31 @@ class AdapterFolder:
         is looked at if it is a folder here, and else only shapes can be compared.
         """
         made_for = self._file.metadata.get(_FINGERPRINT)
-        named = self._found.get("base_model_name_or_path")
-        if made_for is None and named and (Path(named) / "config.json").is_file():
-            made_for = fingerprint(HfFolder(named))
+        named = self._named_folder()
+        if made_for is None and named and (named / "config.json").is_file():
+            made_for = fingerprint(open_folder(named))  # without a tied head, as `base` is
         if made_for is not None and made_for != (found := fingerprint(base)):
             raise WeightsError(
-                f"{self.path}: was made for another base ({named}, fingerprint {made_for[:12]}) "
+                f"{self.path}: was made for another base"
+                f" ({self._found.get('base_model_name_or_path')}, fingerprint {made_for[:12]}) "
                 f"than {base.path} (fingerprint {found[:12]})"
             )
 
     def matrix(self, path: str, part: str) -> npt.NDArray[np.float32]:
-        """lora_A (rank, in) or lora_B (out, rank) of a layer."""
-        return self._file.float32(f"{_PREFIX}{path}.{part}.weight")
+        """lora_A (rank, in) or lora_B (out, rank) of a layer. Raises WeightsError where it holds a
+        value that is not finite."""
+        name = f"{_PREFIX}{path}.{part}.weight"
+        values = self._file.float32(name)
+        if not np.isfinite(values).all():
+            raise WeightsError(
+                f"{self.path / ADAPTER_WEIGHTS}: {name}: holds a value that is not finite"
+            )
+        return values
+
+    def forget(self, path: str) -> None:
+        """Let the system have the memory of a layer's matrices."""
+        for part in PARTS:
+            self._file.forget(f"{_PREFIX}{path}.{part}.weight")
 
     def _check_tensors(self, placed: Mapping[str, Placement], shapes: Mapping[str, Shape]) -> None:
         expected: dict[str, Shape] = {}

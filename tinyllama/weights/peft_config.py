@@ -118,12 +118,39 @@ def unsupported(found: Mapping[str, Any]) -> Iterator[str]:
     pattern = found.get("layers_pattern")
     if pattern not in (None, [], "", "layers", ["layers"]):
         yield f"layers_pattern: got {pattern!r}, must be 'layers'"
-    if found.get("layers_to_transform") is not None and isinstance(found["target_modules"], str):
+    if found.get("layers_to_transform") is not None and isinstance(
+        found.get("target_modules"), str
+    ):
         yield "layers_to_transform: must be absent where target_modules is one expression"
-    for key in ("r", "lora_alpha"):
-        value = found.get(key, 8)
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            yield f"{key}: got {value!r}, must be a number above 0"
+    yield from _wrong_numbers(found)
+    if isinstance(names := found.get("target_modules"), str) and not _is_expression(names):
+        yield f"target_modules: got {names!r}, must be a regular expression or a list of names"
+
+
+def _wrong_numbers(found: Mapping[str, Any]) -> Iterator[str]:
+    """Ranks and numerators, and the patterns of layers that have others, that cannot be used."""
+    for key, pattern, kind in (
+        ("r", "rank_pattern", int),
+        ("lora_alpha", "alpha_pattern", (int, float)),
+    ):
+        word = "an integer" if kind is int else "a finite number"
+        values = {key: found.get(key, 8)}
+        for layers, value in (found.get(pattern) or {}).items():
+            values[f"{pattern}.{layers}"] = value
+            if not _is_expression(layers):
+                yield f"{pattern}: got {layers!r}, must be a regular expression"
+        for place, value in values.items():
+            good = isinstance(value, kind) and not isinstance(value, bool)
+            if not (good and 0 < value < math.inf):
+                yield f"{place}: got {value!r}, must be {word} above 0"
+
+
+def _is_expression(text: str) -> bool:
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return True
 
 
 def _of_pattern(pattern: Mapping[str, Any] | None, path: str, default: Any) -> Any:
