@@ -39,8 +39,9 @@ LEVEL = {name: level for level, line in enumerate(LAYERS) for name in line.split
 
 # How tinygrad works inside is for ops/ to know: these change with every version of it.
 INTERNALS = ("codegen", "engine", "function", "renderer", "runtime", "schedule", "uop")
-# The number of threads is a limit that tinygrad keeps in its C renderer.
-MAY_KNOW = {("device", "tinygrad.renderer.cstyle")}
+# The number of threads is a limit that tinygrad keeps in its C renderer; the memory of an OpenCL
+# device is asked through its bindings.
+MAY_KNOW = {("device", "tinygrad.renderer.cstyle"), ("device", "tinygrad.runtime.autogen")}
 ENVIRONMENT = {"environ", "environb", "getenv", "putenv", "unsetenv"}
 
 FILE_LINES, FUNCTION_LINES = 300, 50

@@ -80,6 +80,18 @@ MISTAKES = {
         ["--set", "training.devices=2"],
         "training.devices: got 2, must be 1 for now",
     ),
+    "a search for kernels": (
+        ["--set", "training.beam=2"],
+        "training.beam: got 2, must be 0 for now",
+    ),
+    "a part of conversations": (
+        ["--set", "data.train_on=last"],
+        "data.train_on: got 'last', must be 'all' for now",
+    ),
+    "validation text that is not there": (
+        ["--set", "data.tokenizer=nowhere.model", "--set", "data.val_path=none.txt"],
+        "none.txt: no such file or folder (data.val_path names it; --set data.val_path=none",
+    ),
     "no threads": (["--threads", "0"], "--threads: got 0, must be 1 or more"),
 }
 

@@ -173,6 +173,14 @@ print(linear(x, x).sum().item())
     assert (rows, total) == ("3", "256.0")
 
 
+@pytest.mark.parametrize("asked", ["0", "all", "-1"])
+def test_a_number_of_threads_that_is_none_is_refused(monkeypatch, asked):
+    monkeypatch.setenv("NUM_CPU_THREADS", asked)
+    message = f"NUM_CPU_THREADS: got '{asked}', must be an integer of 1 or more"
+    with pytest.raises(DeviceError, match=message):
+        device.threads()
+
+
 def test_kernels_can_be_switched_off(tmp_path, monkeypatch):
     config = configuration(tmp_path / "on", "training.max_steps=3", "model.num_layers=1")
     weight = trainer(config).model.head_weight()

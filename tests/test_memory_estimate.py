@@ -192,6 +192,16 @@ def test_what_saves_memory_is_seen_to():
     assert narrow.weights == plain.weights
 
 
+def test_memory_grows_linearly_with_the_context(same_runtime):
+    """No T x T matrix of scores is kept, or made, anywhere."""
+    asked = config(SMALL, batch_size=1)
+    contexts = [replace(asked, data=DataConfig(context_length=length)) for length in (64, 128, 256)]
+    for kind in ("activations", "workspace"):
+        small, middle, large = (getattr(estimate_memory(c), kind) for c in contexts)
+        assert large - middle <= 2.05 * (middle - small) + 4096, kind
+    assert large > small
+
+
 def test_memory_grows_with_the_batch_by_activations_alone():
     one, two, four = (estimate_memory(config(SMALL, batch_size=n)) for n in (1, 2, 4))
     assert two.activations == pytest.approx(2 * one.activations, rel=0.01)

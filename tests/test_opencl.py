@@ -60,7 +60,8 @@ def test_twenty_steps_have_the_same_losses_on_opencl_as_on_the_processor():
     assert len(opencl) == len(processor) == STEPS
     for ours, theirs in zip(opencl, processor, strict=True):
         found, expected = (list(map(float, line.split())) for line in (ours, theirs))
-        assert found == pytest.approx(expected, rel=1e-4)
+        assert found[0] == pytest.approx(expected[0], rel=0, abs=1e-4)  # the loss
+        assert found[1:] == pytest.approx(expected[1:], rel=1e-3)  # the gradient's norm, tokens
     last = float(opencl[-1].split()[0])
     assert last < float(opencl[0].split()[0]) - 0.1  # it trains
 

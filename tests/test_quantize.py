@@ -142,7 +142,9 @@ def test_what_4_bits_cannot_hold_is_said_of_the_tensor():
 
 @pytest.mark.parametrize(("limit", "largest"), [(64, 64), (63, 32), (8, 8), (7, 4), (1, 1)])
 def test_the_largest_block_divides_every_layers_inputs(limit, largest):
-    sizes = LlamaConfig(vocab_size=64, hidden_size=64, num_layers=1, num_heads=2, intermediate_size=192)
+    sizes = LlamaConfig(
+        vocab_size=64, hidden_size=64, num_layers=1, num_heads=2, intermediate_size=192
+    )
     assert largest_block(sizes, limit) == largest
 
 

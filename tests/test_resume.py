@@ -18,7 +18,7 @@ from runs_helpers import (
     trainer,
 )
 
-from tinyllama.checkpoint import step_name
+from tinyllama.checkpoint import read_state, step_name
 from tinyllama.errors import CheckpointError, ConfigError, DataError
 from tinyllama.train import resume_folder
 
@@ -122,6 +122,7 @@ def test_a_longer_schedule_goes_on_after_the_final_checkpoint(tmp_path):
     config = configuration(run, f"training.max_steps={last + 2}", "training.num_epochs=3")
     outcome = train(config, resume=run / "final")
     assert (outcome.step, names(run)) == (last + 2, ["final"])
+    assert read_state(run / "final")["step"] == last + 2
     assert {step: line["epoch"] for step, line in metrics(run).items()}[last + 2] == 3
 
 

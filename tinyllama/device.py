@@ -193,11 +193,17 @@ def instruction_set() -> str:
 
 
 def threads() -> int:
-    """How many threads a CPU kernel is split over (NUM_CPU_THREADS, else every core we may use)."""
+    """How many threads a CPU kernel is split over (NUM_CPU_THREADS, else every core we may use).
+
+    Raises DeviceError where that variable is no number of threads."""
     from tinygrad.helpers import CPU_COUNT
 
     asked = os.environ.get("NUM_CPU_THREADS", "")
-    return set_threads(int(asked)) if asked.isdigit() and int(asked) > 0 else int(CPU_COUNT.value)
+    if not asked:
+        return int(CPU_COUNT.value)
+    if not asked.isdecimal() or int(asked) < 1:
+        raise DeviceError(f"NUM_CPU_THREADS: got {asked!r}, must be an integer of 1 or more")
+    return set_threads(int(asked))
 
 
 def set_thread_variable(environ: MutableMapping[str, str], count: int) -> None:

@@ -25,7 +25,7 @@ from tinyllama.model import Llama
 from tinyllama.ops.storage import read, write
 from tinyllama.optim import AdamW
 from tinyllama.sources import content_digests, find_sources, read_texts
-from tinyllama.tokenizer import MODEL_FILE, Tokenizer, load_tokenizer, train_tokenizer
+from tinyllama.tokenizer import MODEL_FILE, TRAINING, Tokenizer, load_tokenizer, train_tokenizer
 from tinyllama.weights.peft import AdapterConfig
 from tinyllama.weights.safetensors import SafetensorsFile, write_safetensors
 
@@ -109,7 +109,7 @@ def find_tokenizer(config: Config, resume: Path | None, show: bool) -> Tokenizer
         return load_tokenizer(config.tokenizer_source)
     sources = find_sources(config.data.train_path)
     cache = Path(config.data.cache_dir)
-    made_of = [str(config.tokenizer_vocab_size), *content_digests(sources, cache)]
+    made_of = [f"{TRAINING} {config.tokenizer_vocab_size}", *content_digests(sources, cache)]
     digest = hashlib.sha256("\n".join(made_of).encode()).hexdigest()[:32]
     file = cache / f"tokenizer-{digest}" / MODEL_FILE
     if file.exists():

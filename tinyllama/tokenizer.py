@@ -24,6 +24,7 @@ from tinyllama.errors import TokenizerError
 from tinyllama.files import atomic_write
 
 MODEL_FILE = "tokenizer.model"
+TRAINING = 1  # of train_tokenizer: another number where the same texts give another model
 
 _SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
 # SentencePiece slows down and takes some 60 bytes a character on long texts: feed it less at once.

@@ -11,7 +11,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,11 +25,12 @@ from tinyllama import device, lora, quantize, runs
 from tinyllama.accounting import parameters
 from tinyllama.config import Config
 from tinyllama.data import Batch, Batches, prepare
-from tinyllama.errors import CheckpointError, ConfigError, TrainingError
+from tinyllama.errors import CheckpointError, ConfigError, DataError, TrainingError
 from tinyllama.evaluate import Evaluation, Evaluator
 from tinyllama.metrics import MetricsLog, progress
 from tinyllama.model import Llama
 from tinyllama.optim import AdamW, learning_rate
+from tinyllama.sources import find_sources
 from tinyllama.step import TrainStep
 from tinyllama.tokenizer import Tokenizer
 from tinyllama.weights.hf_read import open_folder
@@ -62,6 +63,8 @@ class Trainer:
         self.config = _supported(config)
         self.show, self.budget_seconds = show, budget_seconds
         self.folder = Path(config.checkpointing.checkpoint_dir)
+        if config.data.val_path is not None:
+            _find_validation(config.data.val_path)  # before a tokenizer is made for nothing
         self.tokenizer = _tokenizer(config, resume, show)
         t, context = config.training, config.context_length
         cache = config.data.cache_dir
@@ -85,6 +88,7 @@ class Trainer:
             self.evaluator = Evaluator(self.model, val, context, t.micro_batch)
         self.step = runs.restore(resume, self.optimizer, self.batches) if resume else 0
         self.saved: Path | None = resume
+        self._saved_step = self.step
 
     def run(self) -> Outcome:
         """Train until the schedule ends, or a signal asks to stop after the current step."""
@@ -100,7 +104,7 @@ class Trainer:
                 self._one_step(metrics, bar, begun)
             finished = self.step >= self.total_steps
             name = "final" if finished else runs.step_name(self.step)
-            if self.saved is None or self.saved.name != name:
+            if self.saved is None or (self.saved.name, self._saved_step) != (name, self.step):
                 self.save(name)
         assert self.saved is not None
         return Outcome(self.saved, self.step, finished)
@@ -179,6 +183,7 @@ class Trainer:
     def save(self, name: str) -> Path:
         """Save the run as it stands under `name`."""
         keep = self.config.checkpointing.keep_last_n
+        self._saved_step = self.step
         self.saved = runs.save(
             self.folder / name, self.model, self.optimizer, self.tokenizer,
             {"step": self.step, "data": self.batches.state()}, keep, self.adapter,
@@ -216,14 +221,29 @@ def check_fresh(config: Config) -> None:
         )
 
 
+def _find_validation(paths: str | Sequence[str]) -> None:
+    try:
+        find_sources(paths)
+    except DataError as error:
+        raise DataError(
+            f"{error} (data.val_path names it; --set data.val_path=none trains without validation)"
+        ) from None
+
+
 def _supported(config: Config) -> Config:
     if config.lora is not None and config.model.base is None:
         raise ConfigError(
             "[lora]: adapters are trained on a checkpoint: name its folder with model.base in the "
             "file or --set model.base=DIR, or remove the section to train a whole model"
         )
-    if config.training.devices > 1:
-        raise ConfigError(f"training.devices: got {config.training.devices}, must be 1 for now")
+    t, data = config.training, config.data
+    for key, value, only in (
+        ("training.devices", t.devices, 1),
+        ("training.beam", t.beam, 0),
+        ("data.train_on", data.train_on, "all"),
+    ):
+        if value != only:
+            raise ConfigError(f"{key}: got {value!r}, must be {only!r} for now")
     return config
 
 

@@ -37,6 +37,8 @@ CASES = {
     "h 256, 4 x 128, float32": f"{SMALL} --batch 4 --context 128 --steps 20 --peer torch",
     "124m, 1 x 512, bfloat16 (PyTorch float32)": "configs/124m.toml --batch 1 --context 512"
     " --dtype bfloat16 --steps 4 --peer torch --peer-dtype float32",
+    "124m, 4 x 256, bfloat16 (PyTorch float32)": "configs/124m.toml --batch 4 --context 256"
+    " --dtype bfloat16 --steps 3 --peer torch --peer-dtype float32",
     "h 256, 4 x 128, bfloat16": f"{SMALL} --batch 4 --context 128 --dtype bfloat16 --steps 6"
     " --peer torch",
     "124m LoRA rank 16, 1 x 512, float32 (peft)": f"configs/124m.toml {LORA} --batch 1"
