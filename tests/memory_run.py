@@ -10,7 +10,7 @@ from pathlib import Path
 from tinygrad.device import Buffer
 from tinygrad.helpers import GlobalCounters
 
-from tinyllama import cli, device
+from tinyllama import cli, memory
 
 highest = 0
 allocate = Buffer.allocate
@@ -27,5 +27,5 @@ Buffer.allocate = counting
 try:
     cli.main(sys.argv[2:])
 finally:
-    found = {"tensors": highest, "resident": device.resident_bytes(peak=True)}
+    found = {"tensors": highest, "resident": memory.resident_bytes(peak=True)}
     Path(sys.argv[1]).write_text(json.dumps(found))

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "tinyllama"
 # The layers, lowest first, in the way of the data. A file imports from the lines above its own
 # and from nothing else. A new file gets its place here.
 LAYERS = (
-    "errors files schema ops weights bench",
+    "errors files memory schema ops weights bench",
     "device manifest metrics parallel rows sections settings tokenizer",
     "config sources checkpoint ops.memory ops.bfloat16",
     "corpus ops.storage ops.plan weights.dtypes",
@@ -26,7 +26,7 @@ LAYERS = (
     "gradients quantize",
     "step lora",
     "runs",
-    "estimate evaluate generate",
+    "checks estimate evaluate generate",
     "train",
     "bench.machine bench.operations bench.peer_peft bench.peer_torch bench.protocol bench.text",
     "bench.operations_torch bench.report bench.runner bench.worker_tinyllama bench.worker_torch",
@@ -41,7 +41,7 @@ LEVEL = {name: level for level, line in enumerate(LAYERS) for name in line.split
 INTERNALS = ("codegen", "engine", "function", "renderer", "runtime", "schedule", "uop")
 # The number of threads is a limit that tinygrad keeps in its C renderer; the memory of an OpenCL
 # device is asked through its bindings.
-MAY_KNOW = {("device", "tinygrad.renderer.cstyle"), ("device", "tinygrad.runtime.autogen")}
+MAY_KNOW = {("device", "tinygrad.renderer.cstyle"), ("memory", "tinygrad.runtime.autogen")}
 ENVIRONMENT = {"environ", "environb", "getenv", "putenv", "unsetenv"}
 
 FILE_LINES, FUNCTION_LINES = 300, 50

@@ -9,7 +9,7 @@ from runs_helpers import configuration, environment, metrics, run_command, train
 from tinygrad.device import Device
 from tinygrad.helpers import Context
 
-from tinyllama import device
+from tinyllama import device, memory
 from tinyllama.errors import DeviceError
 from tinyllama.ops import kernel
 
@@ -197,10 +197,10 @@ def test_kernels_can_be_switched_off(tmp_path, monkeypatch):
 
 
 def test_memory_in_use_is_that_of_this_process():
-    before = device.memory_in_use_bytes()
+    before = memory.memory_in_use_bytes()
     held = b"x" * (64 << 20)
-    assert device.memory_in_use_bytes() - before > 60 << 20
-    assert device.resident_bytes(peak=True) >= device.resident_bytes() > len(held)
+    assert memory.memory_in_use_bytes() - before > 60 << 20
+    assert memory.resident_bytes(peak=True) >= memory.resident_bytes() > len(held)
 
 
 @pytest.mark.parametrize("kernels", ["1", "0"])

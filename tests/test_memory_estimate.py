@@ -19,7 +19,7 @@ from tinygrad import dtypes
 from tinygrad.helpers import GlobalCounters
 from tinygrad.uop.ops import Ops
 
-from tinyllama import cli, device
+from tinyllama import cli, memory
 from tinyllama.config import Config, DataConfig, LlamaConfig, TrainingConfig
 from tinyllama.errors import ConfigError, TrainingError
 from tinyllama.estimate import check_fits, estimate_memory, largest_micro_batch, verdict
@@ -178,7 +178,7 @@ def test_every_number_is_there_and_they_add_up():
 
 def test_the_process_itself_is_measured():
     found = estimate_memory(config())
-    now = device.resident_bytes()
+    now = memory.resident_bytes()
     assert 17_000_000 < found.runtime < now + 20_000_000
     assert found.runtime > now - GlobalCounters.mem_used - 30_000_000
 
@@ -243,16 +243,16 @@ def test_a_smaller_micro_batch_takes_less(same_runtime):
 def test_a_run_that_cannot_fit_is_refused(monkeypatch, same_runtime):
     asked = config(batch_size=1)
     total = estimate_memory(asked).total
-    monkeypatch.setattr(device, "free_bytes", lambda: total)
+    monkeypatch.setattr(memory, "free_bytes", lambda: total)
     assert check_fits(asked).endswith(f"fits: {total / 1e9:.2f} GB of {total / 1e9:.2f} GB free")
-    monkeypatch.setattr(device, "free_bytes", lambda: 100_000_000)
+    monkeypatch.setattr(memory, "free_bytes", lambda: 100_000_000)
     with pytest.raises(ConfigError) as refused:
         check_fits(asked)
     needs = f"does not fit: needs {total / 1e9:.2f} GB, and CPU has 0.10 GB free; "
     assert f"{needs}not even a micro-batch of 1 does" in str(refused.value)
     assert str(refused.value).splitlines()[-1].endswith("or try it nevertheless with --force")
     assert check_fits(asked, force=True).endswith("not even a micro-batch of 1 does")
-    monkeypatch.setattr(device, "free_bytes", lambda: None)
+    monkeypatch.setattr(memory, "free_bytes", lambda: None)
     assert check_fits(asked).endswith("the memory of CPU is not known")
 
 
@@ -270,7 +270,7 @@ def test_train_prints_the_estimate_and_refuses_unless_forced(tmp_path, monkeypat
         raise TrainingError("training was reached")
 
     monkeypatch.setattr("tinyllama.train.Trainer", reached)
-    monkeypatch.setattr(device, "free_bytes", lambda: 1_000_000)
+    monkeypatch.setattr(memory, "free_bytes", lambda: 1_000_000)
     (tmp_path / "run.toml").write_text(config(batch_size=1).to_toml())
     words = ["train", str(tmp_path / "run.toml"), "--set"]
     words.append(f"checkpointing.checkpoint_dir={tmp_path / 'run'}")
@@ -312,25 +312,25 @@ def test_the_tool_says_what_is_wrong(tmp_path, capsys):
 def test_free_memory_is_what_the_system_or_a_container_leaves(tmp_path):
     (tmp_path / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:    2000 kB\n")
     groups = tmp_path / "groups"
-    assert device.free_bytes(tmp_path, groups) == 2_048_000
+    assert memory.free_bytes(tmp_path, groups) == 2_048_000
     (groups / "memory").mkdir(parents=True)
     (groups / "memory" / "memory.limit_in_bytes").write_text("9223372036854771712\n")
     (groups / "memory" / "memory.usage_in_bytes").write_text("500\n")
-    assert device.free_bytes(tmp_path, groups) == 2_048_000
+    assert memory.free_bytes(tmp_path, groups) == 2_048_000
     (groups / "memory" / "memory.limit_in_bytes").write_text("3000\n")
     (groups / "memory" / "memory.stat").write_text("cache 1\ntotal_cache 100\n")
-    assert device.free_bytes(tmp_path, groups) == 2_600
+    assert memory.free_bytes(tmp_path, groups) == 2_600
     (groups / "memory.max").write_text("max\n")
     (groups / "memory.current").write_text("10\n")
-    assert device.free_bytes(tmp_path, groups) == 2_600
+    assert memory.free_bytes(tmp_path, groups) == 2_600
     (groups / "memory.max").write_text("1000\n")
     (groups / "memory.stat").write_text("anon 3\nfile 5\n")
-    assert device.free_bytes(tmp_path, groups) == 995
+    assert memory.free_bytes(tmp_path, groups) == 995
 
 
 def test_free_memory_without_linux_is_the_machines():
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    assert device.free_bytes(Path("/nowhere"), Path("/nowhere")) == pages
+    assert memory.free_bytes(Path("/nowhere"), Path("/nowhere")) == pages
 
 
 def test_rotary_tables_outlive_the_step_that_made_them():

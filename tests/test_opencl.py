@@ -73,7 +73,7 @@ def test_gpu_takes_opencl_where_it_is_the_best_there_is():
 
 
 def test_a_run_may_take_what_the_driver_says_the_device_has():
-    code = "from tinyllama import device; device.select(); print(device.free_bytes())"
+    code = "from tinyllama import device, memory; device.select(); print(memory.free_bytes())"
     (opencl,), (processor,) = lines(code, CL="1"), lines(code, CPU="1")
     assert 0.2 * int(processor) < int(opencl) < 1 << 50
 

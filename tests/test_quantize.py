@@ -296,16 +296,16 @@ def test_activations_may_be_narrow(base):
 LOADING = """
 import json, os, sys
 os.environ["DEV"] = "CPU"
-from tinyllama import device
+from tinyllama import memory
 from tinyllama.config import QloraConfig
 from tinyllama.ops.storage import buffer_of
 from tinyllama.quantize import load_quantized
 from tinygrad import Tensor
 buffer_of(Tensor.empty(1))  # the device is open before anything is counted
-before = device.resident_bytes()
+before = memory.resident_bytes()
 model = load_quantized(sys.argv[1], QloraConfig(block_size=64))
 held = sum(t.nbytes() for t in model.parameters())
-print(json.dumps({"before": before, "peak": device.resident_bytes(peak=True), "held": held}))
+print(json.dumps({"before": before, "peak": memory.resident_bytes(peak=True), "held": held}))
 """
 
 

@@ -21,13 +21,13 @@ from runs_helpers import (
 )
 
 from tinyllama.checkpoint import read_state, verify
+from tinyllama.checks import check_fresh
 from tinyllama.config import load_config
 from tinyllama.data import Batches, prepare
 from tinyllama.errors import ConfigError, TrainingError
 from tinyllama.model import Llama
 from tinyllama.optim import learning_rate
 from tinyllama.tokenizer import load_tokenizer
-from tinyllama.train import check_fresh
 from tinyllama.weights.safetensors import SafetensorsFile
 
 KEYS = {"step", "loss", "lr", "grad_norm", "tokens_per_second", "memory_bytes", "epoch"}

@@ -67,8 +67,9 @@ def train(words: list[str]) -> None:
     asked = _parse(parser, words)
     config = load_config(asked.config, asked.set)
     choice = _select(asked)
+    from tinyllama.checks import check_fresh
     from tinyllama.estimate import blank_step, check_fits
-    from tinyllama.train import Trainer, check_fresh, resume_folder, with_base
+    from tinyllama.train import Trainer, resume_folder, with_base
 
     warn = _to_stderr
     resume = None if asked.resume is None else resume_folder(config, asked.resume, warn)

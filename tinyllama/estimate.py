@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from tinygrad import Device, Tensor, dtypes
 from tinygrad.helpers import GlobalCounters
 
-from tinyllama import device, lora
+from tinyllama import lora, memory
 from tinyllama.accounting import Parameters, aligned, gigabytes, parameters_of
 from tinyllama.config import Config
 from tinyllama.errors import ConfigError
@@ -211,7 +211,7 @@ def check_fits(config: Config, step: TrainStep | None = None, *, force: bool = F
 
     With `force` it only says so. `step` as in `estimate_memory`.
     """
-    estimate, limit = estimate_memory(config, step), device.free_bytes()
+    estimate, limit = estimate_memory(config, step), memory.free_bytes()
     if limit is not None and estimate.total <= limit:
         room = f"fits: {gigabytes(estimate.total)} of {gigabytes(limit)} free"
         return f"{estimate.table()}\n{room}"
@@ -243,5 +243,5 @@ def _runtime_bytes(config: Config) -> int:
     """
     if Device.DEFAULT != "CPU":
         return 0
-    now = device.resident_bytes() - int(GlobalCounters.mem_used_per_device["CPU"])
+    now = memory.resident_bytes() - int(GlobalCounters.mem_used_per_device["CPU"])
     return max(now, 0) + GRAPH_BYTES + GRAPH_BYTES_PER_LAYER * config.model.num_layers

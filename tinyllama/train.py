@@ -11,7 +11,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,16 +21,17 @@ from typing import Any
 from tinygrad import dtypes
 from tqdm import tqdm
 
-from tinyllama import device, lora, quantize, runs
+from tinyllama import lora, quantize, runs
 from tinyllama.accounting import parameters
+from tinyllama.checks import find_validation, supported
 from tinyllama.config import Config
 from tinyllama.data import Batch, Batches, prepare
-from tinyllama.errors import CheckpointError, ConfigError, DataError, TrainingError
+from tinyllama.errors import ConfigError, TrainingError
 from tinyllama.evaluate import Evaluation, Evaluator
+from tinyllama.memory import memory_in_use_bytes
 from tinyllama.metrics import MetricsLog, progress
 from tinyllama.model import Llama
 from tinyllama.optim import AdamW, learning_rate
-from tinyllama.sources import find_sources
 from tinyllama.step import TrainStep
 from tinyllama.tokenizer import Tokenizer
 from tinyllama.weights.hf_read import open_folder
@@ -60,11 +61,11 @@ class Trainer:
     ) -> None:
         """`resume` is a checkpoint folder to continue; `budget_seconds` shortens the schedule;
         `planned` is the step that the estimate of this run was made with."""
-        self.config = _supported(config)
+        self.config = supported(config)
         self.show, self.budget_seconds = show, budget_seconds
         self.folder = Path(config.checkpointing.checkpoint_dir)
         if config.data.val_path is not None:
-            _find_validation(config.data.val_path)  # before a tokenizer is made for nothing
+            find_validation(config.data.val_path)  # before a tokenizer is made for nothing
         self.tokenizer = _tokenizer(config, resume, show)
         t, context = config.training, config.context_length
         cache = config.data.cache_dir
@@ -134,7 +135,7 @@ class Trainer:
         self._shorten(*begun)
         line: dict[str, Any] = {"step": step, "loss": result.loss, "lr": lr}
         line |= {"grad_norm": result.grad_norm, "tokens_per_second": result.tokens / seconds}
-        line |= {"memory_bytes": device.memory_in_use_bytes(), "epoch": epoch}
+        line |= {"memory_bytes": memory_in_use_bytes(), "epoch": epoch}
         if self._validates(step, epoch):
             line["val_loss"] = self._validate().loss
             self._check_finite(step, {"validation loss": line["val_loss"], "learning rate": lr})
@@ -207,44 +208,6 @@ def with_base(config: Config) -> Config:
         return config
     folder = open_folder(config.model.base)
     return config.with_base(folder.config, str(folder.path / "config.json"))
-
-
-def check_fresh(config: Config) -> None:
-    """A new run must not mix with an old one: CheckpointError if its folder holds checkpoints."""
-    folder = Path(config.checkpointing.checkpoint_dir)
-    runs.recover(folder)
-    found = runs.list_checkpoints(folder)
-    if found:
-        raise CheckpointError(
-            f"{folder} already holds {found[-1].name}: continue it with --resume, or choose "
-            "another folder with --set checkpointing.checkpoint_dir=..."
-        )
-
-
-def _find_validation(paths: str | Sequence[str]) -> None:
-    try:
-        find_sources(paths)
-    except DataError as error:
-        raise DataError(
-            f"{error} (data.val_path names it; --set data.val_path=none trains without validation)"
-        ) from None
-
-
-def _supported(config: Config) -> Config:
-    if config.lora is not None and config.model.base is None:
-        raise ConfigError(
-            "[lora]: adapters are trained on a checkpoint: name its folder with model.base in the "
-            "file or --set model.base=DIR, or remove the section to train a whole model"
-        )
-    t, data = config.training, config.data
-    for key, value, only in (
-        ("training.devices", t.devices, 1),
-        ("training.beam", t.beam, 0),
-        ("data.train_on", data.train_on, "all"),
-    ):
-        if value != only:
-            raise ConfigError(f"{key}: got {value!r}, must be {only!r} for now")
-    return config
 
 
 def _tokenizer(config: Config, resume: Path | None, show: bool) -> Tokenizer:

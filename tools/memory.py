@@ -34,10 +34,11 @@ def report(options: argparse.Namespace) -> str:
     config = load_config(options.config, overrides(options))
     choice = device.select()
     from tinyllama.estimate import estimate_memory, largest_micro_batch, verdict
+    from tinyllama.memory import free_bytes
     from tinyllama.train import with_base
 
     config = with_base(config)
-    limit = device.free_bytes() if options.device_memory is None else options.device_memory
+    limit = free_bytes() if options.device_memory is None else options.device_memory
     estimate = estimate_memory(config)
     if not options.json:
         return f"{estimate.table()}\n{verdict(config, estimate, limit)}"

@@ -25,7 +25,7 @@ README = ROOT / "README.md"
 THE_WAY = {
     "Errors and files": "errors files",
     "Configuration": "config sections settings schema",
-    "Device": "device backends",
+    "Device": "device memory backends",
     "Text to tokens": "sources rows tokenizer corpus parallel",
     "Tokens to batches": "data",
     "Model": "model layers initialize",
@@ -35,7 +35,7 @@ THE_WAY = {
     " ops.memory ops.plan ops.bfloat16",
     "Adapters": "lora quantize",
     "Loss, gradients, optimizer": "gradients optim step",
-    "The loop": "train metrics runs",
+    "The loop": "train checks metrics runs",
     "Checkpoints and weights": "checkpoint manifest weights weights.hf weights.hf_config"
     " weights.hf_names weights.hf_read weights.hf_write weights.peft weights.peft_config"
     " weights.safetensors weights.header weights.dtypes weights.int4",

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple, Protocol, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
-from tinyllama.device import resident_bytes
 from tinyllama.errors import TinyllamaError
+from tinyllama.memory import resident_bytes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,49 @@
+"""What is refused before a run makes anything: an old run's folder, missing text, what is not yet."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from tinyllama import runs
+from tinyllama.config import Config
+from tinyllama.errors import CheckpointError, ConfigError, DataError
+from tinyllama.sources import find_sources
+
+
+def check_fresh(config: Config) -> None:
+    """A new run must not mix with an old one: CheckpointError if its folder holds checkpoints."""
+    folder = Path(config.checkpointing.checkpoint_dir)
+    runs.recover(folder)
+    found = runs.list_checkpoints(folder)
+    if found:
+        raise CheckpointError(
+            f"{folder} already holds {found[-1].name}: continue it with --resume, or choose "
+            "another folder with --set checkpointing.checkpoint_dir=..."
+        )
+
+
+def find_validation(paths: str | Sequence[str]) -> None:
+    """DataError, with what to do, if there is no validation text."""
+    try:
+        find_sources(paths)
+    except DataError as error:
+        raise DataError(
+            f"{error} (data.val_path names it; --set data.val_path=none trains without validation)"
+        ) from None
+
+
+def supported(config: Config) -> Config:
+    """The configuration, if all that it asks for can be done; ConfigError names what cannot."""
+    if config.lora is not None and config.model.base is None:
+        raise ConfigError(
+            "[lora]: adapters are trained on a checkpoint: name its folder with model.base in the "
+            "file or --set model.base=DIR, or remove the section to train a whole model"
+        )
+    t, data = config.training, config.data
+    for key, value, only in (
+        ("training.devices", t.devices, 1),
+        ("training.beam", t.beam, 0),
+        ("data.train_on", data.train_on, "all"),
+    ):
+        if value != only:
+            raise ConfigError(f"{key}: got {value!r}, must be {only!r} for now")
+    return config
