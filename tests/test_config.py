@@ -52,7 +52,6 @@ def test_124m_file_holds_the_specified_values() -> None:
         epsilon=1e-8,
         grad_clip=1.0,
         batch_size=32,
-        micro_batch_size=1,
         num_epochs=10,
     )
     assert config.lr_schedule == LRScheduleConfig(type="cosine", warmup_steps=1000, min_lr=3e-5)

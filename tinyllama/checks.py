@@ -1,4 +1,4 @@
-"""What is refused before a run makes anything: an old run's folder, missing text, what is not yet."""
+"""What is refused before a run makes anything: an old run's folder, no text, what is not built."""
 
 from collections.abc import Sequence
 from pathlib import Path
