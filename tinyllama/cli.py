@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 from tinyllama import device
 from tinyllama.config import load_config
 from tinyllama.errors import ConfigError, TinyllamaError
+from tinyllama.memory import collect_seldom
 
 if TYPE_CHECKING:
     from tinyllama.model import Llama
@@ -38,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             sys.exit(0)
         print(f"{usage}\ntinyllama: no command {asked!r}", file=sys.stderr)
         sys.exit(2)
+    collect_seldom()
     try:
         commands[words[0]](words[1:])
     except TinyllamaError as error:

@@ -1,6 +1,7 @@
 """How much memory the process holds, and how much its device can give."""
 
 import ctypes
+import gc
 import os
 import sys
 from pathlib import Path
@@ -18,6 +19,15 @@ def resident_bytes(peak: bool = False) -> int:
 
     highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return highest if sys.platform == "darwin" else highest * 1024
+
+
+def collect_seldom() -> None:
+    """Have Python look for garbage in cycles a hundred times less often than it does by default.
+
+    It walks every object it knows, and a step's graph is made of hundreds of thousands that stay: a
+    tenth of the time to the first loss.
+    """
+    gc.set_threshold(100_000, 20, 50)
 
 
 def memory_in_use_bytes() -> int:

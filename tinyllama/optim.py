@@ -7,6 +7,7 @@ AdamW on clip * grad, decay on 2-D weights only          (ops/adamw.py)
 
 import math
 from collections.abc import Mapping
+from functools import partial
 
 import numpy as np
 from tinygrad import Tensor
@@ -14,7 +15,7 @@ from tinygrad import Tensor
 from tinyllama.config import LRScheduleConfig, TrainingConfig
 from tinyllama.ops.adamw import SCALARS, adamw, add_square_sum
 from tinyllama.ops.stage import Stage
-from tinyllama.ops.storage import fill_zero, later
+from tinyllama.ops.storage import begin_zero, later
 
 
 def learning_rate(step: int, total_steps: int, peak: float, schedule: LRScheduleConfig) -> float:
@@ -46,7 +47,7 @@ class AdamW:
         self.exp_avg_sq = {name: _empty_like(p) for name, p in self.parameters.items()}
         self.stages = {"norm": Stage(), "step": Stage()}
         if not blank:
-            later(self._reset)
+            later(partial(begin_zero, self.state_dict().values()))
 
     def hyperparameters(self, step: int, lr: float, trained_tokens: int) -> np.ndarray:
         """What `update` reads, for step 1, 2, ...: float32 in the order of SCALARS.
@@ -103,10 +104,6 @@ class AdamW:
         decay = p.ndim >= 2
         known = [p, m, v, grad, scalars]
         self.stages["step"](known, lambda: adamw(p, m, v, grad, scalars, decay))
-
-    def _reset(self) -> None:
-        for tensor in self.state_dict().values():
-            fill_zero(tensor)
 
     def state_dict(self) -> dict[str, Tensor]:
         """exp_avg.NAME and exp_avg_sq.NAME for every parameter."""

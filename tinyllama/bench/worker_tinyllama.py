@@ -16,6 +16,7 @@ from tinyllama.accounting import parameters
 from tinyllama.bench.protocol import Contender, Spec, Step, serve
 from tinyllama.config import Config, LoraConfig, config_from_toml
 from tinyllama.data import Batch
+from tinyllama.memory import collect_seldom
 from tinyllama.weights.hf_names import llama_shapes
 
 if TYPE_CHECKING:
@@ -119,4 +120,5 @@ def build(spec: Spec) -> Contender:
 
 
 if __name__ == "__main__":
+    collect_seldom()  # as the command line does
     sys.exit(serve(build))

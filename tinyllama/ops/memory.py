@@ -3,7 +3,8 @@
 Large CPU buffers in huge pages: fewer page faults at the start, fewer TLB misses ever after.
 tinygrad maps its CPU buffers as shared memory, for which Linux gives 4 KiB pages: touching the
 2.6 GB of a 124M model's training state for the first time costs seconds. Private memory with
-MADV_HUGEPAGE costs a tenth of it. Elsewhere than on Linux nothing changes.
+MADV_HUGEPAGE costs a tenth of it, and buffers side by side leave no small pages at their ends.
+Elsewhere than on Linux nothing changes.
 
 Tensors that are read in slices live until the last slice is read: tinygrad's planner sees only
 kernels that read a tensor whole, and gives its memory to others too early.
@@ -31,6 +32,8 @@ from tinygrad.schedule import memory as planner
 from tinygrad.uop.ops import Ops, UOp
 
 HUGE_PAGE_BYTES = 2 << 20
+# Addresses asked for at a time: the system gives memory where they are written to.
+REGION_BYTES = 4 << 30
 
 
 @functools.cache
@@ -39,21 +42,61 @@ def use_huge_pages() -> None:
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return
     allocator: Any = Device["CPU"].allocator
-    allocate = allocator._alloc
+    allocate, regions = allocator._alloc, _Regions()
 
     def allocate_huge(size: int, options: BufferSpec) -> HCQBuffer:
         if options.external_ptr is not None or size < HUGE_PAGE_BYTES:
             return allocate(size, options)
-        # One page more than asked, so that the buffer can begin at a huge page's address; what
-        # does not fill a huge page at its end is left to small ones, so that no memory is wasted.
-        memory = mmap.mmap(-1, size + HUGE_PAGE_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANON)
-        start = -mv_address(memory) % HUGE_PAGE_BYTES
-        memory.madvise(mmap.MADV_HUGEPAGE, start, size // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES)
-        address = mv_address(memory) + start
-        view = MMIOInterface(address, size, fmt="B")
-        return HCQBuffer(address, size, meta=memory, view=view, owner=allocator.dev)
+        piece = regions.take(size)
+        view = MMIOInterface(piece.address, size, fmt="B")
+        return HCQBuffer(piece.address, size, meta=piece, view=view, owner=allocator.dev)
 
     allocator._alloc = allocate_huge
+
+
+class _Regions:
+    """Addresses in huge pages, handed out one after another and never again.
+
+    Buffers that lie side by side fill their huge pages whole, whatever their sizes.
+    """
+
+    def __init__(self) -> None:
+        self.memory: mmap.mmap | None = None
+        self.next = self.end = 0
+        self.lock = threading.Lock()
+
+    def take(self, size: int) -> "_Piece":
+        """New memory of `size` bytes, zero."""
+        with self.lock:
+            if self.memory is None or self.next + size > self.end:
+                self._begin(size)
+            assert self.memory is not None
+            start = self.next
+            self.next += -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+            return _Piece(self.memory, start, self.next - start)
+
+    def _begin(self, size: int) -> None:
+        """A new region; the last one lives as long as its pieces."""
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANON
+        length = size + HUGE_PAGE_BYTES  # which lets the first piece begin at a huge page's address
+        try:
+            self.memory = mmap.mmap(-1, max(length, REGION_BYTES), flags)
+        except OSError:  # a small machine, or one with a limit: take what is needed
+            self.memory = mmap.mmap(-1, length, flags)
+        self.end = len(self.memory)
+        self.next = -mv_address(self.memory) % HUGE_PAGE_BYTES
+        self.memory.madvise(mmap.MADV_HUGEPAGE, self.next, self.end - self.next)
+
+
+class _Piece:
+    """A buffer's part of a region; what it held is given back with it."""
+
+    def __init__(self, memory: mmap.mmap, start: int, length: int) -> None:
+        self.memory, self.start, self.length = memory, start, length
+        self.address = mv_address(memory) + start
+
+    def __del__(self) -> None:
+        self.memory.madvise(mmap.MADV_DONTNEED, self.start, self.length)
 
 
 def allocate_zeros(buffer: Buffer) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 
 from tinygrad import TinyJit
 from tinygrad.device import Device
+from tinygrad.engine import jit
 from tinygrad.engine.realize import capturing
 from tinygrad.helpers import Context, diskcache_get, diskcache_put
 
@@ -38,13 +39,14 @@ def _compiled_later(code: str) -> "Future[bytes] | None":
 
 
 def finishing(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, which builds a step, with all that it started done when it returns:
-    compilations, and the tensors that are still being filled."""
+    """`function`, which builds a step to be captured, with all that it started done when it
+    returns: compilations, and the tensors that are still being filled."""
+    _settle_when_lowered()
 
     @functools.wraps(function)
     def run(*args: Any) -> Any:
         result = function(*args)
-        storage.settle()
+        storage.wait_for_fills()
         for code, future in _started.items():
             if future is not None:
                 diskcache_put(Device["CPU"].compiler.cachekey, code, future.result())
@@ -52,6 +54,19 @@ def finishing(function: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return run
+
+
+@functools.cache
+def _settle_when_lowered() -> None:
+    """From here on, what lowers a captured step for its first run ends with `storage.settle`."""
+    lower = jit.jit_lower
+
+    def lower_and_settle(*args: Any) -> Any:
+        lowered = lower(*args)
+        storage.settle()
+        return lowered
+
+    jit.jit_lower = lower_and_settle
 
 
 @functools.cache

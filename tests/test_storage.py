@@ -1,0 +1,93 @@
+"""The memory behind tensors: side by side in huge pages, given back, zero when it begins."""
+
+import gc
+import resource
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tinygrad import Device, Tensor
+
+from tinyllama.memory import resident_bytes
+from tinyllama.ops import storage
+from tinyllama.ops.memory import HUGE_PAGE_BYTES
+from tinyllama.ops.storage import begin_zero, fill_zero, read, settle, write
+
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+needs_huge_pages = pytest.mark.skipif(
+    not HUGE_PAGES.exists() or "[never]" in HUGE_PAGES.read_text(),
+    reason="the system has no huge pages",
+)
+
+
+def tensors(count: int, bytes_each: int) -> list[Tensor]:
+    return [Tensor.empty(bytes_each // 4) for _ in range(count)]
+
+
+@needs_huge_pages
+def test_tensors_side_by_side_are_had_in_few_pages():
+    some = tensors(32, HUGE_PAGE_BYTES * 3 // 2)
+    for tensor in some:
+        fill_zero(tensor)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for tensor in some:
+        read(tensor)[...] = 1
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    # Each by itself would have a huge page and 256 small ones.
+    assert faults < 32 * 256 / 4
+
+
+@pytest.mark.skipif(not HUGE_PAGES.parent.exists(), reason="elsewhere tinygrad maps memory itself")
+def test_memory_that_tinygrad_frees_is_given_back():
+    kept, dropped = tensors(2, 64 << 20)
+    for tensor in (kept, dropped):
+        fill_zero(tensor)
+        read(tensor)[...] = 1
+    with_both = resident_bytes()
+    del tensor, dropped
+    gc.collect()
+    Device["CPU"].allocator.free_cache()  # tinygrad keeps freed memory for the next of its size
+    assert with_both - resident_bytes() > 60 << 20
+    assert (read(kept) == 1).all()
+
+
+def test_new_memory_is_zero_where_other_tensors_had_been():
+    for value in (1, 2):
+        tensor = tensors(1, 8 << 20)[0]
+        fill_zero(tensor)
+        assert not read(tensor).any()
+        read(tensor)[...] = value
+        del tensor
+
+
+def test_nothing_is_written_before_touching_has_ended(monkeypatch):
+    def touch_late(memories: list[np.ndarray]) -> None:
+        storage._enough.wait(10)
+        time.sleep(0.1)
+        for memory in memories:
+            memory[...] = 0
+
+    monkeypatch.setattr(storage, "_touch", touch_late)
+    tensor = tensors(1, 8 << 20)[0]
+    begin_zero([tensor])
+    write(tensor, np.ones(tensor.shape, np.float32))
+    time.sleep(0.2)
+    assert (read(tensor) == 1).all()
+
+
+def test_touching_ends_when_it_is_asked_to(monkeypatch):
+    monkeypatch.setattr(storage, "TOUCH_BYTES", 4096)
+    begin_zero(tensors(1, 2 << 30))  # takes seconds
+    before = resident_bytes()
+    settle()
+    assert resident_bytes() - before < 1 << 30
+
+
+def test_memory_is_had_before_it_is_used():
+    before = resident_bytes()
+    begin_zero(tensors(1, 64 << 20))
+    for thread in storage._touching:
+        thread.join()
+    assert resident_bytes() - before > 60 << 20
+    settle()
