@@ -55,7 +55,6 @@ static int the_m, the_n, the_k, the_nt;
 #define K the_k
 #define NT the_nt
 #define CHOOSE(m, n, k, nt) (the_m = m, the_n = n, the_k = k, the_nt = nt)
-#define _Static_assert(condition, text) typedef int asserted
 #endif
 #define KERNEL gemm
 

@@ -46,7 +46,6 @@ static int the_m, the_n, the_k, the_block, the_nt;
 #define NT the_nt
 #define CHOOSE(m, n, k, block, nt) \
   (the_m = m, the_n = n, the_k = k, the_block = block, the_nt = nt)
-#define _Static_assert(condition, text) typedef int asserted
 #endif
 #define KERNEL gemm
 

@@ -31,9 +31,14 @@ def adamw(
 ) -> list[Tensor]:
     """Update p, m, v (float32, one shape) in place; returns what must be realized for it."""
     if kernel.uses_kernels(p, m, v, grad):
-        defines = {"COUNT": p.numel(), "DECAY": int(decay)}
         return kernel.run(
-            "adamw.c", defines, [p, m, v], [grad, scalars], flops=12 * p.numel(), also_read=True
+            "adamw.c",
+            {"DECAY": int(decay)},
+            [p, m, v],
+            [grad, scalars],
+            sizes={"COUNT": p.numel()},
+            flops=12 * p.numel(),
+            also_read=True,
         )
     lr, beta1, beta2, eps, weight_decay, correction1, correction2, scale = scalars.split(1)
     g = grad.float() * scale.reshape(*(1,) * p.ndim)
@@ -59,11 +64,14 @@ def square_sum(grads: list[Tensor]) -> Tensor:
 def add_square_sum(total: Tensor | None, grad: Tensor) -> Tensor:
     """total plus the sum of grad's squares, both in parts whose sum is meant: (parts,) float32."""
     if kernel.uses_kernels(grad):
-        defines = {"COUNT": grad.numel(), "ACCUMULATE": int(total is not None)}
-        outputs = [kernel.threaded(1).reshape(-1) if total is None else total]
-        count = 2 * grad.numel()
         return kernel.run(
-            "square_sum.c", defines, outputs, [grad], flops=count, also_read=total is not None
+            "square_sum.c",
+            {"ACCUMULATE": int(total is not None)},
+            [kernel.threaded(1).reshape(-1) if total is None else total],
+            [grad],
+            sizes={"COUNT": grad.numel()},
+            flops=2 * grad.numel(),
+            also_read=total is not None,
         )[0]
     squares = (grad.float() * grad.float()).sum().reshape(1)
     return (squares if total is None else total + squares).cast(dtypes.float32).contiguous()

@@ -14,7 +14,7 @@ from tinygrad.dtype import DType
 from tinygrad.uop.ops import UOp
 
 from tinyllama.ops import kernel, sums
-from tinyllama.ops.matmul import NN, NT, gemm_defines
+from tinyllama.ops.matmul import NN, NT, gemm_macros
 
 
 def int4_linear(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
@@ -58,15 +58,16 @@ def _product(
     outputs, inputs = packed.shape[0], 2 * packed.shape[1]
     m, k = a.shape
     n = outputs if layout == NT else inputs
-    defines, scratch = gemm_defines(layout, m, n, k, a.dtype, dtypes.float32, dtype)
+    defines, sizes = gemm_macros(layout, m, n, k, a.dtype, dtypes.float32, dtype)
     defines["BLOCK"] = inputs // scales.shape[1]
     if addend is not None:
         defines["ADDEND"] = 1
     result = kernel.run(
         "gemm.c",
         defines,
-        [kernel.empty(m, n, dtype=dtype), kernel.threaded(scratch)],
+        [kernel.empty(m, n, dtype=dtype), kernel.threaded(sizes["SCRATCH_FLOATS"])],
         [a, packed, scales] if addend is None else [a, packed, scales, addend],
+        sizes=sizes,
         flops=2 * m * n * k,
         headers=("tile.h", "int4.h"),
         gradient=gradient,

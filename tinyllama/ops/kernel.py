@@ -1,14 +1,19 @@
 """C kernels inside tinygrad's graph: assembled here, compiled and run by tinygrad itself.
 
-A kernel is a C file of `ops/cpu/` whose sizes are macros. tinygrad compiles it with clang, caches
+A kernel is a C file of `ops/cpu/` that macros complete. tinygrad compiles it with clang, caches
 the object by its text, plans its memory, and calls it on every thread with that thread's number
 (`core_id`). See `ops/cpu/common.h` for the rules a kernel obeys.
+
+Sizes that a kernel does without at compile time are constants of its object that are put in when
+it is loaded, so that clang runs once for all sizes.
 """
 
 import contextlib
 import functools
+import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import resources
+from types import MappingProxyType
 from typing import Any, Literal
 
 from tinygrad import Tensor, dtypes
@@ -23,6 +28,9 @@ from tinyllama.ops import bfloat16
 
 Form = Literal["portable", "cpu"]
 _forced: list[Form] = []
+
+# Before a kernel's sizes in its object; a number that is nothing else.
+MARK = 0x9E3779B97F4A7C15
 
 # Type codes shared with ops/cpu/common.h.
 TYPE_CODE = {dtypes.float32: 0, dtypes.bfloat16: 1, dtypes.float16: 2}
@@ -72,6 +80,7 @@ def run(
     outputs: Sequence[Tensor],
     inputs: Sequence[Tensor],
     *,
+    sizes: Mapping[str, int] = MappingProxyType({}),
     flops: int = 0,
     also_read: bool = False,
     headers: Sequence[str] = (),
@@ -79,10 +88,13 @@ def run(
 ) -> list[Tensor]:
     """Run one C kernel: KERNEL(outputs..., inputs..., core_id). Returns the written outputs.
 
+    `defines` are macros, `sizes` too, but of numbers that the compiler does not know.
     outputs are buffers to write (`empty(...)`, or existing tensors that are updated in place, then
     `also_read`). gradient(*grads, call=) returns one UOp or None for each output and input.
     """
-    name, code = _source(file, headers, defines)
+    code = _source(file, headers, defines, sizes)
+    name = "_".join([file.removesuffix(".c"), *map(_word, (*sizes.values(), *defines.values()))])
+    load_with_sizes()
     moved = sum(t.numel() * t.dtype.itemsize for t in (*outputs, *inputs))
     writes = tuple(range(len(outputs)))
     reads = tuple(range(0 if also_read else len(outputs), len(outputs) + len(inputs)))
@@ -90,20 +102,63 @@ def run(
     places = [written(t) for t in (*outputs, *inputs)]
     results = Tensor.custom_kernel(
         *places,
-        fxn=lambda *buffers: _program(info, code, buffers, writes, reads),
+        fxn=lambda *buffers: _program(info, code, buffers, writes, reads, tuple(sizes.values())),
         grad_fxn=None if gradient is None else _shaped(gradient),
     )
     return [r.reshape(t.shape) for r, t in zip(results, outputs, strict=False)]
 
 
 def _source(
-    file: str, headers: Sequence[str], defines: Mapping[str, int | float | str]
-) -> tuple[str, str]:
-    """Name and C text of a kernel: its sizes as macros, the headers, the file."""
-    name = "_".join([file.removesuffix(".c"), *(_word(v) for v in defines.values())])
+    file: str,
+    headers: Sequence[str],
+    defines: Mapping[str, int | float | str],
+    sizes: Mapping[str, int],
+) -> str:
+    """C text of a kernel: sizes and macros, the headers, the file."""
+    name = "_".join([file.removesuffix(".c"), *map(_word, defines.values())])
     macros = {"NT": device.threads(), **defines, "KERNEL": name}
     lines = [f"#define {key} {value}" for key, value in macros.items()]
-    return name, "\n".join([*lines, *map(source, ("common.h", *headers, file))])
+    return "\n".join([*_declared(sizes), *lines, *map(source, ("common.h", *headers, file))])
+
+
+def _declared(sizes: Mapping[str, int]) -> list[str]:
+    """C lines that make each size a constant of the object whose number the compiler cannot see."""
+    if not sizes:
+        return []
+    words = [".section .rodata", ".balign 8", f".quad {MARK:#x}"]
+    lines = []
+    for key, value in sizes.items():
+        lines.append(f'extern const long size_{key} __attribute__((visibility("hidden")));')
+        cast = "(int)" if value < 1 << 31 else ""
+        lines.append(f"#define {key} ({cast}size_{key})")
+        words.append(f"size_{key}: .quad 0")
+    text = "\\n".join([*words, ".text"])
+    lines.append(f'__asm__("{text}");')
+    return lines
+
+
+@functools.cache
+def load_with_sizes() -> None:
+    """From here on, tinygrad loads a program with its sizes (ProgramInfo.aux) put in."""
+    with Context(ALLOW_DEVICE_USAGE=1):
+        cpu: Any = Device["CPU"]
+    load = cpu.runtime
+
+    def load_sized(name: str, code: bytes, *sizes: int, **options: Any) -> Any:
+        return load(name, with_sizes(code, sizes), **options)
+
+    cpu.runtime = load_sized
+
+
+def with_sizes(code: bytes, sizes: Sequence[int]) -> bytes:
+    """A compiled kernel with these numbers where its sizes are."""
+    if not sizes:
+        return code
+    mark = struct.pack("=Q", MARK)
+    assert code.count(mark) == 1, "a kernel's sizes are behind one mark"
+    start = code.index(mark) + len(mark)
+    numbers = struct.pack(f"={len(sizes)}q", *sizes)
+    return code[:start] + numbers + code[start + len(numbers) :]
 
 
 def _program(
@@ -112,13 +167,14 @@ def _program(
     buffers: tuple[UOp, ...],
     writes: tuple[int, ...],
     reads: tuple[int, ...],
+    sizes: tuple[int, ...],
 ) -> UOp:
     """A C text as tinygrad's PROGRAM, run once by each thread with its number."""
     threads = device.threads()
     core = UOp.variable("core_id", 0, threads - 1, dtypes.int)
     everything = tuple(range(len(buffers)))
     launch = ProgramInfo(
-        info.name, (threads, 1, 1), (1, 1, 1), (core,), everything, writes, reads
+        info.name, (threads, 1, 1), (1, 1, 1), (core,), everything, writes, reads, sizes
     )  # fmt: skip
     sink = UOp.sink(*buffers, core, arg=info)
     linear = UOp(Ops.LINEAR, src=(*sink.src, sink))

@@ -15,6 +15,8 @@ from tinyllama.ops import kernel, sums
 
 # Layouts of cpu/gemm.c: C[M,N] = A[M,K] B[N,K]^T, A[M,K] B[K,N], A[K,M]^T B[K,N].
 NT, NN, TN = 0, 1, 2
+# Up to so many rows of A, each number of them has code of its own (SKINNY of cpu/gemm.c).
+FEW_ROWS = 8
 
 
 def linear(x: Tensor, weight: Tensor, addend: Tensor | None = None) -> Tensor:
@@ -66,15 +68,16 @@ def gemm(
     n = b.shape[0] if layout == NT else b.shape[1]
     given = over if onto is None else onto
     out = kernel.empty(m, n, dtype=dtype) if given is None else given
-    defines, scratch = gemm_defines(layout, m, n, k, a.dtype, b.dtype, out.dtype)
+    defines, sizes = gemm_macros(layout, m, n, k, a.dtype, b.dtype, out.dtype)
     defines["ACCUMULATE"] = int(onto is not None)
     if addend is not None:
         defines["ADDEND"] = 1
     result = kernel.run(
         "gemm.c",
         defines,
-        [out, kernel.threaded(scratch)],
+        [out, kernel.threaded(sizes["SCRATCH_FLOATS"])],
         [a, b] if addend is None else [a, b, addend],
+        sizes=sizes,
         flops=2 * m * n * k,
         also_read=onto is not None,
         headers=("tile.h",),
@@ -89,15 +92,18 @@ def gemm(
     return sums.remember(result, [a, b], adding)
 
 
-def gemm_defines(
+def gemm_macros(
     layout: int, m: int, n: int, k: int, a: DType, b: DType, c: DType
-) -> tuple[dict[str, int], int]:
-    """Macros of cpu/gemm.c for operands and a result of these types; a thread's scratch floats."""
-    scratch = _scratch_floats(m, n, k, c.itemsize == 2)
-    defines = {"M": m, "N": n, "K": k, "LAYOUT": layout, "SCRATCH_FLOATS": scratch}
+) -> tuple[dict[str, int], dict[str, int]]:
+    """What cpu/gemm.c is told of operands and a result of these types, and the sizes."""
+    few = layout == NT and m <= FEW_ROWS
+    defines = {"LAYOUT": layout}
     defines |= {"A_T": kernel.TYPE_CODE[a], "B_T": kernel.TYPE_CODE[b], "C_T": kernel.TYPE_CODE[c]}
     defines["COMPUTE_BF16"] = int(a == dtypes.bfloat16 and kernel.has_bf16_products())
-    return defines, scratch
+    defines |= {"M": m} if few else {"MANY_ROWS": 1}
+    sizes = {} if few else {"M": m}
+    sizes |= {"N": n, "K": k, "SCRATCH_FLOATS": _scratch_floats(m, n, k, c.itemsize == 2)}
+    return defines, sizes
 
 
 def _scratch_floats(m: int, n: int, k: int, narrow: bool) -> int:

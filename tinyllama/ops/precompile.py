@@ -6,8 +6,10 @@ tinygrad then finds it.
 """
 
 import functools
+import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from tinygrad import TinyJit
@@ -71,4 +73,5 @@ def _settle_when_lowered() -> None:
 
 @functools.cache
 def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(thread_name_prefix="clang")
+    # Python goes before clang, so that it soon knows all that clang has to do.
+    return ThreadPoolExecutor(os.cpu_count(), "clang", partial(storage.stand_back, 5))

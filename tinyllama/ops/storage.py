@@ -2,6 +2,8 @@
 
 import functools
 import mmap
+import os
+import sys
 import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -55,6 +57,12 @@ def settle() -> None:
 @functools.cache
 def _writer() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1, thread_name_prefix=_WRITER)
+
+
+def stand_back(niceness: int) -> None:
+    """Let other threads go before this one and the processes it starts, where that can be."""
+    if sys.platform == "linux":  # elsewhere it would be the whole process
+        os.nice(niceness)
 
 
 def buffer_of(tensor: Tensor) -> Buffer:
@@ -141,6 +149,7 @@ def begin_zero(tensors: Iterable[Tensor]) -> None:
 
 
 def _touch(memories: Iterable[NumpyArray]) -> None:
+    stand_back(15)  # whatever else there is to do is waited for
     for memory in memories:
         for start in range(0, len(memory), TOUCH_BYTES):
             if _enough.is_set():

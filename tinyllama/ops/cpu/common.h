@@ -146,24 +146,30 @@ INLINE void store_2(elem_2 *p, vf x) { *(vh_mem *)p = fp16_encode(x); }
 INLINE vf loadn_0(const elem_0 *p, int n) {
   if (n == VW) return load_0(p);
   vf x = {0};
-  for (int i = 0; i < n; i++) x[i] = p[i];
+  AS_WRITTEN for (int i = 0; i < n; i++) x[i] = p[i];
   return x;
 }
 INLINE vh loadn_half(const unsigned short *p, int n) {
   if (n == VW) return *(const vh_mem *)p;
   vh h = {0};
-  for (int i = 0; i < n; i++) h[i] = p[i];
+  AS_WRITTEN for (int i = 0; i < n; i++) h[i] = p[i];
   return h;
 }
 INLINE vf loadn_1(const elem_1 *p, int n) { return bf16_decode(loadn_half(p, n)); }
 INLINE vf loadn_2(const elem_2 *p, int n) { return fp16_decode(loadn_half(p, n)); }
 INLINE void storen_0(elem_0 *p, vf x, int n) {
-  if (n == VW) store_0(p, x);
-  else for (int i = 0; i < n; i++) p[i] = x[i];
+  if (n == VW) {
+    store_0(p, x);
+    return;
+  }
+  AS_WRITTEN for (int i = 0; i < n; i++) p[i] = x[i];
 }
 INLINE void storen_half(unsigned short *p, vh h, int n) {
-  if (n == VW) *(vh_mem *)p = h;
-  else for (int i = 0; i < n; i++) p[i] = h[i];
+  if (n == VW) {
+    *(vh_mem *)p = h;
+    return;
+  }
+  AS_WRITTEN for (int i = 0; i < n; i++) p[i] = h[i];
 }
 INLINE void storen_1(elem_1 *p, vf x, int n) { storen_half(p, bf16_encode(x), n); }
 INLINE void storen_2(elem_2 *p, vf x, int n) { storen_half(p, fp16_encode(x), n); }

@@ -7,7 +7,8 @@
 
    Macros: KERNEL (name), M, N, K, LAYOUT, NT (threads), A_T, B_T, C_T (storage codes of common.h).
    Optional, 0 unless set: ACCUMULATE (the product is added to C), ADDEND (C = product + R, R like
-   C), COMPUTE_BF16 (products of bfloat16 values). Sums are float32 always.
+   C), COMPUTE_BF16 (products of bfloat16 values), MANY_ROWS (M is more than SKINNY). Sums are
+   float32 always. M, N, K and SCRATCH_FLOATS need not be constants.
 
      void KERNEL(C, scratch, A, B [, R], core_id)
 
@@ -28,6 +29,9 @@
 #endif
 #ifndef COMPUTE_BF16
 #define COMPUTE_BF16 0
+#endif
+#ifndef MANY_ROWS
+#define MANY_ROWS 0
 #endif
 
 /* Panels of B that are packed at a time, before the first block of A needs them. */
@@ -51,8 +55,9 @@
    of the thread's when B is not packed in its whole depth. */
 #define PARTIAL (C_T != 0 && SLOTS > DEPTH)
 #define B_SLOTS (BLOCK_PANELS * DEPTH * BLOCK_COLS)
-/* Rows are packed in whole vectors, which reach beyond the last of a panel's MR. */
-#define A_PANEL (MR * DEPTH + (LAYOUT == 2 ? VW : 0))
+/* Rows lie KC apart, whatever of that is used: a constant is what the tile reads fastest. Columns
+   are packed in whole vectors, which reach beyond the last of a panel's MR. */
+#define A_PANEL (LAYOUT == 2 ? MR * DEPTH + VW : MR * KC)
 #define A_SLOTS (BLOCK_ROWS / MR * A_PANEL)
 #define PARTIAL_ROWS (SLOTS > BLOCK_PANELS * DEPTH ? ROUND(M, MR) : BLOCK_ROWS)
 #define PARTIAL_FLOATS (PARTIAL ? PARTIAL_ROWS * BLOCK_COLS : 0)
@@ -60,7 +65,6 @@
 #ifndef SCRATCH_FLOATS
 #define SCRATCH_FLOATS ROUND(B_SLOTS + A_SLOTS + PARTIAL_FLOATS, 1024)
 #endif
-_Static_assert(B_SLOTS + A_SLOTS + PARTIAL_FLOATS <= SCRATCH_FLOATS, "scratch is too small");
 
 typedef float slot;
 typedef unsigned short half_mem __attribute__((may_alias));
@@ -176,7 +180,7 @@ INLINE void pack_b(slot *restrict out, B_PARAMS, int k0, int depth, int n0, int 
 #if LAYOUT != 0
   /* Some k at a time for all panels: the rows of B lie pages apart. */
   enum { STEP = 8 };
-  for (int first = 0; first < depth; first += STEP)
+  AS_WRITTEN for (int first = 0; first < depth; first += STEP)
     for (int n = n0; n < n1; n += NR) {
       slot *panel = out + (n - n0) * DEPTH;
       int end = MIN(first + STEP, depth);
@@ -211,16 +215,16 @@ INLINE void pack_b(slot *restrict out, B_PARAMS, int k0, int depth, int n0, int 
 }
 #endif
 
-/* Rows m0 .. m1 of A, slots k0 .. k0 + depth, in panels of MR rows: as panel[MR][DEPTH] where k is
+/* Rows m0 .. m1 of A, slots k0 .. k0 + depth, in panels of MR rows: as panel[MR][KC] where k is
    contiguous in A, as panel[k][MR] where rows are. Rows past M become anything. */
-#define A_ROW_STEP (LAYOUT == 2 ? 1 : DEPTH)
+#define A_ROW_STEP (LAYOUT == 2 ? 1 : KC)
 #define A_K_STEP (LAYOUT == 2 ? MR : 1)
 INLINE void pack_a(slot *restrict out, a_ptr restrict A, int k0, int depth, int m0, int m1) {
 #if LAYOUT == 2
   /* Some k at a time for all panels, so that a cache line of A is read once. What a
      vector writes beyond MR the next k overwrites. */
   enum { STEP = 8 };
-  for (int first = 0; first < depth; first += STEP)
+  AS_WRITTEN for (int first = 0; first < depth; first += STEP)
     for (int m = m0; m < m1; m += MR) {
       slot *panel = out + (m - m0) / MR * A_PANEL;
       int end = MIN(first + STEP, depth);
@@ -235,7 +239,7 @@ INLINE void pack_a(slot *restrict out, a_ptr restrict A, int k0, int depth, int 
 #else
   int count = MIN(depth * PAIR, K - k0 * PAIR);
   for (int m = m0; m < m1; m++)
-    pack_a_row(out + (m - m0) * DEPTH, A + (long)m * K + k0 * PAIR, count);
+    pack_a_row(out + (m - m0) * KC, A + (long)m * K + k0 * PAIR, count);
 #endif
 }
 
@@ -272,6 +276,8 @@ INLINE void tile_product(vf sum[MR][COLS], const slot *a, const slot *b, int dep
   for (int i = 0; i < MR; i++)
 #pragma clang loop unroll(full)
     for (int j = 0; j < COLS; j++) sum[i][j] = (vf){0};
+  /* Each address in a register of its own: clang would add two in every instruction. */
+  __asm__("" : "+r"(a), "+r"(b));
   int k = 0;
 #pragma clang loop unroll(disable)
   for (; k + 4 <= depth; k += 4) {
@@ -393,7 +399,7 @@ INLINE void put_dot(target t, float value, long at) {
   STORE1(C_T, t.C + at, value);
 }
 
-#if LAYOUT == 0 && defined(DOT_B)
+#if LAYOUT == 0 && defined(DOT_B) && !MANY_ROWS
 #define SKINNY 8
 #define FEW MIN(M, SKINNY)
 
@@ -406,7 +412,7 @@ INLINE void multiply_skinny(target t, a_ptr A, B_PARAMS, int core_id) {
     for (int m = 0; m < FEW; m++) put_dot(t, hsum(sum[m]), (long)m * N + n);
   }
 }
-#elif LAYOUT == 0 && !defined(B_IS_PACKED_OTHERWISE)
+#elif LAYOUT == 0 && !defined(B_IS_PACKED_OTHERWISE) && !MANY_ROWS
 #define SKINNY 8
 enum { LINES = 4, PASS = 2 };
 
@@ -453,6 +459,7 @@ void KERNEL(ELEM(C_T) *restrict C, float *restrict scratch, a_ptr restrict A, B_
   rectangle r = share(core_id);
   slot *b_block = scratch + (long)core_id * SCRATCH_FLOATS, *a_block = b_block + B_SLOTS;
   target t = {C, R_ARG, a_block + A_SLOTS, 0, 0};
+  if (B_SLOTS + A_SLOTS + PARTIAL_FLOATS > SCRATCH_FLOATS) __builtin_trap();
   if (M <= SKINNY) {
     multiply_skinny(t, A, B_ARGS, core_id);
     return;
