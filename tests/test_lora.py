@@ -146,13 +146,16 @@ def test_gradients_of_both_matrices_equal_finite_differences(form, tmp_path):
 
 
 def products(stage):
-    """How often each layout of cpu/gemm.c is run by a stage's templates, by part and layout."""
+    """How often each layout of cpu/gemm.c is run by a stage's templates, by part and layout.
+
+    A kernel's name has its four sizes first, then the layout.
+    """
     counts = {}
     for key, template in stage._templates.items():
         programs = [call.src[0] for call in template.kernels.src]
         names = [program.arg.name for program in programs if program.op is Ops.PROGRAM]
         words = [name.split("_") for name in names if name.startswith("gemm")]
-        counts[key[0][0], key[0][-1]] = Counter(word[4] for word in words)
+        counts[key[0][0], key[0][-1]] = Counter(word[5] for word in words)
     return counts
 
 
