@@ -301,6 +301,8 @@ def test_each_operation_is_timed_beside_numpy(dtype: str) -> None:
     labels = [entry["operation"] for entry in found]
     assert labels[0] == "matmul x W^T 64 x 64 x 64"
     assert "attention both 2 x 32 x 4 x 2 x 16" in labels and len(set(labels)) == len(labels)
+    assert {"rope both 2 x 32 x 4 x 2 x 16", "embedding both 64 x 300 x 64"} <= {*labels}
+    assert any(label.startswith("int4 both 64 x ") for label in labels)
     assert found[0]["flops"] == 2 * 64**3
     assert all(entry["gflops"]["tinyllama"] > 0 for entry in found)
     assert found[0]["gflops"]["numpy"] > 0 and found[-1]["seconds"]["numpy"] is None

@@ -38,7 +38,9 @@ def test_a_measured_case_ends_up_in_file_table_and_plot(
     tiny = "configs/124m.toml --set model.num_layers=1 --set model.vocab_size=512 --steps 2"
     monkeypatch.setattr(speed, "CASES", {"tiny, 1 x 64": f"{tiny} --batch 1 --context 64"})
     kept = {"tokens_per_second": 2000.0, "peak_memory_bytes": 10**9, "flops_ratio": 1.25}
+    kept |= {"first_loss_seconds": 5.0, "step_seconds": 2.0}
     peer = {"tokens_per_second": 1000.0, "peak_memory_bytes": 2 * 10**9}
+    peer |= {"first_loss_seconds": 11.0, "step_seconds": 4.0}
     here = {"processor": "P", "threads": 2, "instruction_set": "I", "system": "S"}
     before = {**kept, "peer": peer, "ratio": 2.0, "memory_ratio": 0.5, "day": "2026-01-01"}
     before |= {"machine": {**here, "versions": {"python": "3"}}}
@@ -53,7 +55,8 @@ def test_a_measured_case_ends_up_in_file_table_and_plot(
     assert measured["command"].startswith("python -m tinyllama.bench configs/124m.toml --set")
     assert plot.read_bytes().startswith(b"\x89PNG") and len(plot.read_bytes()) > 10_000
     lines = speed.report().splitlines()
-    assert "| other | 2,000 | 1,000 | **2.00** | 1.00 GB | 2.00 GB | 0.50 | 1.25 |" in lines
+    row = "| other | 2,000 | 1,000 | **2.00** | 1.00 GB | 2.00 GB | 0.50 | 1.25 | 3.0 s | 7.0 s |"
+    assert row in lines
     row = f"| tiny, 1 x 64 | {measured['tokens_per_second']:,.0f} |  |  |"
     assert any(line.startswith(row) for line in lines)
     assert "Measured on P, 2 threads, I, S; python 3; 2026-01-01." in lines

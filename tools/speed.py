@@ -95,16 +95,19 @@ def report() -> str:
 def table(results: Mapping[str, Mapping[str, Any]]) -> str:
     """A Markdown table: tokens/s, ratio and memory of each case, ours and the peer's."""
     lines = [
-        "| model, batch | tokens/s | peer | ratio | peak memory | peer | ratio | FLOPs |",
-        "|---|---|---|---|---|---|---|---|",
+        "| model, batch | tokens/s | peer | ratio | peak memory | peer | ratio | FLOPs"
+        " | first loss | peer |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, r in results.items():
         peer = r.get("peer")
         fields = [f"{r['tokens_per_second']:,.0f}", "", "", _gigabytes(r), "", ""]
+        fields += [f"{r['flops_ratio']:.2f}", _start_up(r), ""]
         if peer:
             fields[1:3] = f"{peer['tokens_per_second']:,.0f}", f"**{r['ratio']:.2f}**"
             fields[4:6] = _gigabytes(peer), f"{r['memory_ratio']:.2f}"
-        lines.append(f"| {name} | {' | '.join(fields)} | {r['flops_ratio']:.2f} |")
+            fields[8] = _start_up(peer)
+        lines.append(f"| {name} | {' | '.join(fields)} |")
     return "\n".join(lines)
 
 
@@ -112,8 +115,13 @@ def _gigabytes(result: Mapping[str, Any]) -> str:
     return f"{result['peak_memory_bytes'] / 1e9:.2f} GB"
 
 
+def _start_up(result: Mapping[str, Any]) -> str:
+    """From the start of the process to its first loss, less one steady step."""
+    return f"{result['first_loss_seconds'] - result['step_seconds']:.1f} s"
+
+
 def draw(results: Mapping[str, Mapping[str, Any]], out: Path) -> None:
-    """Bars of the ratios to the peer, and time a token over the context, as a PNG."""
+    """Bars of the ratios to the peer, and time and memory over the context, as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")  # no display is needed
@@ -121,8 +129,8 @@ def draw(results: Mapping[str, Mapping[str, Any]], out: Path) -> None:
 
     compared = {name: r for name, r in results.items() if r.get("peer")}
     contexts = [r for name, r in results.items() if not r.get("peer")]
-    figure, (left, right) = pyplot.subplots(
-        1, 2, figsize=(11, 4), dpi=144, layout="constrained", width_ratios=(3, 2)
+    figure, (left, middle, right) = pyplot.subplots(
+        1, 3, figsize=(13, 4), dpi=144, layout="constrained", width_ratios=(3, 2, 2)
     )
     ratios = [r["ratio"] for r in compared.values()][::-1]
     shown = [min(ratio, 2.5) for ratio in ratios]  # one that is far ahead leaves the others room
@@ -134,11 +142,14 @@ def draw(results: Mapping[str, Mapping[str, Any]], out: Path) -> None:
     seconds = [r["step_seconds"] for r in contexts]
     per_token = [1e3 * s / t for s, t in zip(seconds, lengths, strict=True)]
     per_flop = [1e11 * s / r["run"]["model_flops"] for s, r in zip(seconds, contexts, strict=True)]
-    right.plot(lengths, per_token, marker="o", color="#2f6f9f", label="milliseconds a token")
-    right.plot(lengths, per_flop, marker="s", color="#d1495b", label="seconds per 100 GFLOP")
-    right.set(title="h 256, one row", xlabel="context, tokens", ylim=(0, None))
-    right.legend(frameon=False)
-    for axes in (left, right):
+    middle.plot(lengths, per_token, marker="o", color="#2f6f9f", label="milliseconds a token")
+    middle.plot(lengths, per_flop, marker="s", color="#d1495b", label="seconds per 100 GFLOP")
+    middle.set(title="h 256, one row: time", xlabel="context, tokens", ylim=(0, None))
+    middle.legend(frameon=False)
+    memory = [r["peak_memory_bytes"] / 1e9 for r in contexts]
+    right.plot(lengths, memory, marker="o", color="#2f6f9f")
+    right.set(title="peak memory, GB", xlabel="context, tokens", ylim=(0, None))
+    for axes in (left, middle, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(out)
     pyplot.close(figure)

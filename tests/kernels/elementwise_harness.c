@@ -19,7 +19,6 @@
 static long N, H, V, B, T, HEADS, D, COUNT;
 static int NT;
 #define EPS 1e-5
-#define RESIDUAL FORM
 #define INVERSE FORM
 #define ACCUMULATE FORM
 #define GRADIENT FORM
@@ -116,16 +115,12 @@ static double sigmoid(double x) { return 1 / (1 + exp(-x)); }
 
 static void test_rms_norm(void) {
   const long size = sizeof(act);
-  act *x = make_act(N * H, -2, 2), *dy = make_act(N * H, -1, 1), *dres = make_act(N * H, -1, 1);
+  act *x = make_act(N * H, -2, 2), *dy = make_act(N * H, -1, 1);
   act *y = make(N * H, size), *dx = make(N * H, size);
   float *w = make_float(H, 0.5, 1.5), *rstd = make(N, 4), *dw = make(NT * H, 4);
   double *dw_want = calloc((size_t)H, sizeof(double));
   RUN(rms_norm_forward(y, rstd, x, w, core));
-#if FORM
-  RUN(rms_norm_backward(dx, dw, dy, x, rstd, w, dres, core));
-#else
   RUN(rms_norm_backward(dx, dw, dy, x, rstd, w, core));
-#endif
   for (long r = 0; r < N * H; r += H) {
     double square = 0, dot = 0;
     for (long i = 0; i < H; i++) square += at(x, r + i) * at(x, r + i) / (double)H;
@@ -133,8 +128,8 @@ static void test_rms_norm(void) {
     for (long i = 0; i < H; i++) dot += at(dy, r + i) * w[i] * at(x, r + i) * scale / (double)H;
     check("rstd", r / H, rstd[r / H], scale, 1e-6 * scale);
     for (long i = 0; i < H; i++) {
-      double n = at(x, r + i) * scale, residual = FORM ? at(dres, r + i) : 0;
-      double pulled = scale * (at(dy, r + i) * w[i] - n * dot) + residual;
+      double n = at(x, r + i) * scale;
+      double pulled = scale * (at(dy, r + i) * w[i] - n * dot);
       check_act("rms_norm", r + i, y[r + i], n * w[i], 0);
       check_act("rms_norm dx", r + i, dx[r + i], pulled, 1 + scale * (1 + fabs(n)));
       dw_want[i] += at(dy, r + i) * n;
@@ -145,8 +140,8 @@ static void test_rms_norm(void) {
     for (int c = 0; c < NT; c++) sum += dw[c * H + i];
     check("rms_norm dw", i, sum, dw_want[i], 2e-6 * (double)N);
   }
-  void *acts[] = {x, dy, dres, y, dx}, *floats[] = {w, rstd, dw};
-  for (int i = 0; i < 5; i++) release(acts[i], size);
+  void *acts[] = {x, dy, y, dx}, *floats[] = {w, rstd, dw};
+  for (int i = 0; i < 4; i++) release(acts[i], size);
   for (int i = 0; i < 3; i++) release(floats[i], 4);
   free(dw_want);
 }
@@ -192,8 +187,7 @@ static void test_embedding(void) {
   double *want = calloc((size_t)(V * H), sizeof(double));
   for (long n = 0; n < N; n++) ids[n] = (int)uniform(-1, (double)V + 1); /* V itself is outside */
   ids[N - 1] = (int)V - 1;
-  for (long i = 0; FORM && i < V * H; i++) want[i] = dw[i];
-  if (!FORM) memset(dw, 0xff, (size_t)(V * H) * 4);
+  memset(dw, 0xff, (size_t)(V * H) * 4);
   RUN(embedding_forward(out, weight, ids, core));
   RUN(embedding_backward(dw, dout, ids, core));
   for (long i = 0; i < N * H; i++) {

@@ -18,9 +18,11 @@ from tinyllama.bench.operations import Operation, best_seconds
 Run = Callable[[], Any]
 
 
-def build(operation: Operation, dtype: Any) -> Run:
-    """A function that runs the operation once."""
+def build(operation: Operation, dtype: Any) -> Run | None:
+    """A function that runs the operation once; None for one that PyTorch does not have."""
     kind, _, part = operation.kind.partition(" ")
+    if kind == "int4":
+        return None
     if kind == "matmul":
         return _matmul(operation.sizes, part, dtype)
     if kind == "adamw":
@@ -65,6 +67,14 @@ def _functions(
         return inputs, lambda q, k, v: F.scaled_dot_product_attention(
             q, k, v, is_causal=True, enable_gqa=grouped
         )
+    if kind == "rope":
+        return [torch.randn(*(sizes[name] for name in "BTHD"), dtype=dtype)], _rotation(
+            sizes, dtype
+        )
+    if kind == "embedding":
+        ids = torch.arange(n) * 7919 % sizes["V"]
+        table = torch.randn(sizes["V"], sizes["H"])
+        return [table], lambda w: F.embedding(ids, w).to(dtype)
     if kind == "cross_entropy":
         targets = torch.randint(0, sizes["V"], (n,))
         inputs = [torch.randn(n, sizes["H"], dtype=dtype), torch.randn(sizes["V"], sizes["H"])]
@@ -79,6 +89,15 @@ def _functions(
     return inputs, lambda gate, up: F.silu(gate) * up
 
 
+def _rotation(sizes: dict[str, int], dtype: Any) -> Callable[[Tensor], Tensor]:
+    """The rotary embedding as Hugging Face's LLaMA computes it."""
+    half = sizes["D"] // 2
+    frequencies = 10000.0 ** (-torch.arange(half) / half)
+    angles = torch.outer(torch.arange(sizes["T"]), frequencies).repeat(1, 2)[None, :, None]
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    return lambda x: x * cos + torch.cat((-x[..., half:], x[..., :half]), -1) * sin
+
+
 def main() -> int:
     """Time every operation that standard input lists."""
     request = json.loads(sys.stdin.read())
@@ -86,7 +105,8 @@ def main() -> int:
     dtype = getattr(torch, request["dtype"])
     with contextlib.redirect_stdout(sys.stderr):
         every = [Operation(**entry) for entry in request["operations"]]
-        seconds = [best_seconds(build(operation, dtype)) for operation in every]
+        runs = [build(operation, dtype) for operation in every]
+        seconds = [None if run is None else best_seconds(run) for run in runs]
     print(json.dumps(seconds))
     return 0
 

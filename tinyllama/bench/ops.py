@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import subprocess
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,14 +17,17 @@ from tinyllama.accounting import linear_shapes
 from tinyllama.bench.operations import LAYOUTS, Operation, best_seconds
 from tinyllama.bench.report import table
 from tinyllama.bench.runner import worker_command
-from tinyllama.config import Config, LlamaConfig
+from tinyllama.config import Config, LlamaConfig, QloraConfig
 from tinyllama.errors import TrainingError
 from tinyllama.ops import kernel, storage
 from tinyllama.ops.adamw import SCALARS, adamw
 from tinyllama.ops.attention import attention
 from tinyllama.ops.cross_entropy import linear_cross_entropy
+from tinyllama.ops.embedding import embedding
+from tinyllama.ops.int4 import int4_linear
 from tinyllama.ops.matmul import NN, TN, gemm, linear
 from tinyllama.ops.rms_norm import rms_norm
+from tinyllama.ops.rope import rope, tables
 from tinyllama.ops.swiglu import swiglu
 
 Run = Callable[[], Any]
@@ -75,7 +79,17 @@ def operations(config: LlamaConfig, batch: int, context: int) -> list[Operation]
     pairs = 2 * config.head_dim * batch * heads * context * (context + 1)  # of query and key
     found.append(Operation("attention forward", sizes, pairs))
     found.append(Operation("attention both", sizes, 3 * pairs))
+    found.append(Operation("rope both", sizes, 6 * tokens * heads * config.head_dim))
+    rows, columns = max(linear_shapes(config).values())
+    packed = {
+        "M": tokens,
+        "N": rows,
+        "K": columns,
+        "BLOCK": math.gcd(QloraConfig().block_size, columns),
+    }
+    found.append(Operation("int4 both", packed, 4 * tokens * rows * columns))
     loss = {"N": tokens, "V": vocab, "H": hidden}
+    found.append(Operation("embedding both", loss, tokens * hidden))
     found.append(Operation("cross_entropy both", loss, 6 * tokens * vocab * (hidden + 1)))
     found.append(Operation("rms_norm both", {"N": tokens, "H": hidden}, 14 * tokens * hidden))
     found.append(Operation("swiglu both", {"N": tokens, "I": inner}, 23 * tokens * inner))
@@ -99,9 +113,8 @@ def ours(operation: Operation, dtype: DType) -> Run:
     inputs, function = _functions(kind, operation.sizes, dtype, part)
     if part != "both":
         return _compiled(function, inputs)
-    # Each has an output of its first input's shape, or one number.
-    shape = () if kind == "cross_entropy" else inputs[0].shape
-    upstream = _tensor(np.ones(shape), dtype if shape else dtypes.float32)
+    out = function(*inputs)[0]
+    upstream = _tensor(np.ones(out.shape), out.dtype)
     return _compiled(_with_backward(function), [upstream, *inputs])
 
 
@@ -116,8 +129,10 @@ def by_numpy(operation: Operation) -> Run | None:
     return (lambda: a @ b) if layout == "NN" else (lambda: a.T @ b)
 
 
-def by_torch(python: str, every: Sequence[Operation], dtype: str, threads: int) -> list[float]:
-    """Seconds of each operation in PyTorch, measured in a process of its own."""
+def by_torch(
+    python: str, every: Sequence[Operation], dtype: str, threads: int
+) -> list[float | None]:
+    """Seconds of each operation in PyTorch, measured in another process; None where it has none."""
     request = {"operations": [dataclasses.asdict(op) for op in every]}
     done = subprocess.run(
         worker_command(python, "tinyllama.bench.operations_torch"),
@@ -129,7 +144,7 @@ def by_torch(python: str, every: Sequence[Operation], dtype: str, threads: int) 
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise TrainingError(f"PyTorch's operations could not be timed by {python}: {last}")
-    found: list[float] = json.loads(done.stdout)
+    found: list[float | None] = json.loads(done.stdout)
     return found
 
 
@@ -172,6 +187,20 @@ def _functions(
         heads = [_random(dtype, B, T, sizes[h], D) for h in ("H", "KV", "KV")]
         starts = _tensor(np.zeros((B, T)), dtypes.int32)
         return [*heads, starts], lambda q, k, v, s: [attention(q, k, v, s)]
+    if kind == "rope":
+        B, T, H, D = (sizes[name] for name in "BTHD")
+        cos, sin = (_tensor(table, dtypes.float32) for table in tables(D, 10000.0, T))
+        return [_random(dtype, B, T, H, D)], lambda x: [rope(x, cos, sin)]
+    if kind == "int4":
+        rows, columns = sizes["N"], sizes["K"]
+        bits = np.random.default_rng(0).integers(0, 256, (rows, columns // 2))
+        packed = _tensor(bits, dtypes.uint8)
+        scales = _random(dtypes.float16, rows, columns // sizes["BLOCK"])
+        return [_random(dtype, sizes["M"], columns)], lambda x: [int4_linear(x, packed, scales)]
+    if kind == "embedding":
+        ids = _tensor(np.arange(n).reshape(1, n) * 7919 % sizes["V"], dtypes.int32)
+        weight = _random(dtypes.float32, sizes["V"], sizes["H"])
+        return [weight], lambda w: [embedding(ids, w, dtype)]
     if kind == "cross_entropy":
         targets = _tensor(np.arange(n) % sizes["V"], dtypes.int32)
         weight = _random(dtypes.float32, sizes["V"], sizes["H"])

@@ -25,7 +25,7 @@ def _embedding_cpu(ids: Tensor, weight: Tensor, dtype: DType) -> Tensor:
     def gradient(grad: UOp, call: UOp) -> tuple[UOp | None, ...]:
         dw = kernel.run(
             "embedding_backward.c",
-            defines | {"ACCUMULATE": 0},
+            defines,
             [kernel.empty(vocab_size, width, dtype=dtypes.float32)],
             [Tensor(grad), Tensor(call.src[-1])],
             flops=ids.numel() * width,

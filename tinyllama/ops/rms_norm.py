@@ -29,7 +29,7 @@ def _rms_norm_cpu(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         rstd = Tensor(rstd.uop.after(call))
         dx, partial = kernel.run(
             "rms_norm_backward.c",
-            defines | {"RESIDUAL": 0},
+            defines,
             [kernel.empty(*inputs.shape, dtype=inputs.dtype), kernel.threaded(width)],
             [Tensor(grad), inputs, rstd, w],
             flops=10 * rows * width,

@@ -1,17 +1,10 @@
 /* The gradients of y = x * rstd * w (rms_norm_forward.c), with n = x * rstd:
 
-     dx = rstd * (dy * w - n * mean(dy * w * n))  [+ dres]        dw = sum over rows of dy * n
+     dx = rstd * (dy * w - n * mean(dy * w * n))        dw = sum over rows of dy * n
 
    By differentiation; the same as torch.nn.functional.rms_norm's backward.
-   RESIDUAL=1 takes dres, the gradient that went around the norm, and adds it: one pass less.
    dw_partial [NT, H] has one row a thread; their sum is dw.
-   Macros: N rows, H width, ACT, NT, RESIDUAL. Threads split the rows. */
-
-#if RESIDUAL
-#define RMS_RESIDUAL_PARAMETER const ELEM(ACT) *restrict dres,
-#else
-#define RMS_RESIDUAL_PARAMETER
-#endif
+   Macros: N rows, H width, ACT, NT. Threads split the rows. */
 
 /* The sum of dy * w * x over one row. */
 INLINE float rms_norm_dot(const ELEM(ACT) *dy, const ELEM(ACT) *x, const float *w) {
@@ -32,21 +25,16 @@ INLINE float rms_norm_dot(const ELEM(ACT) *dy, const ELEM(ACT) *x, const float *
 
 /* Columns i to i + n of a row. */
 INLINE void rms_norm_columns(ELEM(ACT) *dx, float *dw, const ELEM(ACT) *dy, const ELEM(ACT) *x,
-                             const ELEM(ACT) *dres, const float *w, float rstd, float pull, long i,
-                             int n) {
+                             const float *w, float rstd, float pull, long i, int n) {
   vf gradient = LOADN(ACT, dy + i, n), value = LOADN(ACT, x + i, n);
   vf result = gradient * LOADN(0, w + i, n) * rstd - value * pull;
-  if (RESIDUAL) result += LOADN(ACT, dres + i, n);
   STOREN(ACT, dx + i, result, n);
   STOREN(0, dw + i, vfma(gradient, value * rstd, LOADN(0, dw + i, n)), n);
 }
 
 void KERNEL(ELEM(ACT) *restrict dx, float *restrict dw_partial, const ELEM(ACT) *restrict dy,
             const ELEM(ACT) *restrict x, const float *restrict rstd, const float *restrict w,
-            RMS_RESIDUAL_PARAMETER int core_id) {
-#if !RESIDUAL
-  const ELEM(ACT) *dres = x; /* never read */
-#endif
+            int core_id) {
   float *dw = dw_partial + (long)core_id * H;
   for (long i = 0; i < H; i++) dw[i] = 0.0f;
   long end = split(N, 1, core_id + 1, NT);
@@ -57,10 +45,10 @@ void KERNEL(ELEM(ACT) *restrict dx, float *restrict dw_partial, const ELEM(ACT) 
     float pull = rms_norm_dot(dy + at, x + at, w) / H * scale * scale * scale;
     long i = 0;
     for (; i + VW <= H; i += VW) {
-      rms_norm_columns(dx + at, dw, dy + at, x + at, dres + at, w, scale, pull, i, VW);
+      rms_norm_columns(dx + at, dw, dy + at, x + at, w, scale, pull, i, VW);
     }
     if (H % VW) {
-      rms_norm_columns(dx + at, dw, dy + at, x + at, dres + at, w, scale, pull, i, H % VW);
+      rms_norm_columns(dx + at, dw, dy + at, x + at, w, scale, pull, i, H % VW);
     }
   }
 }
