@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from tinyllama.memory import collect_seldom
+
+collect_seldom()  # as the command line does
 for name in ("GPU", "CPU", "METAL", "CUDA", "NV", "AMD", "CL"):
     os.environ.pop(name, None)
 os.environ["DEV"] = "CPU"
