@@ -22,7 +22,7 @@ from tinygrad.uop.ops import Ops
 from tinyllama import cli, memory
 from tinyllama.config import Config, DataConfig, LlamaConfig, TrainingConfig
 from tinyllama.errors import ConfigError, TrainingError
-from tinyllama.estimate import check_fits, estimate_memory, largest_micro_batch, verdict
+from tinyllama.estimate import estimate_memory, fit, largest_micro_batch, verdict
 from tinyllama.gradients import StagedLoss
 from tinyllama.ops import kernel
 from tinyllama.optim import AdamW
@@ -244,16 +244,33 @@ def test_a_run_that_cannot_fit_is_refused(monkeypatch, same_runtime):
     asked = config(batch_size=1)
     total = estimate_memory(asked).total
     monkeypatch.setattr(memory, "free_bytes", lambda: total)
-    assert check_fits(asked).endswith(f"fits: {total / 1e9:.2f} GB of {total / 1e9:.2f} GB free")
+    assert fit(asked).report.endswith(f"fits: {total / 1e9:.2f} GB of {total / 1e9:.2f} GB free")
     monkeypatch.setattr(memory, "free_bytes", lambda: 100_000_000)
     with pytest.raises(ConfigError) as refused:
-        check_fits(asked)
+        fit(asked)
     needs = f"does not fit: needs {total / 1e9:.2f} GB, and CPU has 0.10 GB free; "
     assert f"{needs}not even a micro-batch of 1 does" in str(refused.value)
     assert str(refused.value).splitlines()[-1].endswith("or try it nevertheless with --force")
-    assert check_fits(asked, force=True).endswith("not even a micro-batch of 1 does")
+    assert fit(asked, force=True).report.endswith("not even a micro-batch of 1 does")
     monkeypatch.setattr(memory, "free_bytes", lambda: None)
-    assert check_fits(asked).endswith("the memory of CPU is not known")
+    assert fit(asked).report.endswith("the memory of CPU is not known")
+
+
+def test_a_micro_batch_that_fits_is_chosen_where_none_is_set(monkeypatch, same_runtime):
+    asked = config(SMALL, batch_size=64)
+    sizes = [replace(asked.training, micro_batch_size=n) for n in (64, 16, 32)]
+    whole, few, half = (estimate_memory(replace(asked, training=t)).total for t in sizes)
+    assert few < half < whole
+    monkeypatch.setattr(memory, "free_bytes", lambda: half - 1)
+    found = fit(asked)
+    assert (found.config.training, found.step.micro_batches) == (sizes[1], 4)
+    assert found.report.endswith("free; training.micro_batch_size is not set: 16 of 64 at a time")
+    monkeypatch.setattr(memory, "free_bytes", lambda: whole)
+    assert fit(asked).config == asked
+    # One that is set is not changed.
+    monkeypatch.setattr(memory, "free_bytes", lambda: half - 1)
+    with pytest.raises(ConfigError, match="the largest micro-batch that does is 16"):
+        fit(replace(asked, training=sizes[2]))
 
 
 def test_the_verdict_names_the_largest_micro_batch(monkeypatch):

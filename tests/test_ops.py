@@ -241,6 +241,8 @@ CROSS_ENTROPY = [
 def test_cross_entropy(tokens, width, vocab, dtype, threads):
     targets = Tensor(targets_of(tokens, vocab)).realize()
     arrays = [normal(tokens, width), normal(vocab, width, seed=1)]
+    if dtype == BF16 and kernel.has_bf16_products():  # which round the weight: the exact result too
+        arrays[1] = Tensor(arrays[1]).cast(BF16).float().numpy()
     function = lambda _: lambda x, w: cross_entropy.linear_cross_entropy(x, w, targets)  # noqa: E731
     compare(function, arrays, dtype, narrow=[True, False], threads=threads)
 

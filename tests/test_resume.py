@@ -20,7 +20,7 @@ from runs_helpers import (
 
 from tinyllama.checkpoint import read_state, step_name
 from tinyllama.errors import CheckpointError, ConfigError, DataError
-from tinyllama.train import resume_folder
+from tinyllama.train import resume_folder, with_micro_batch_of
 
 VALIDATED = f"data.val_path={VAL_FILES!r}"
 
@@ -65,6 +65,24 @@ def test_resuming_within_accumulated_steps_continues_bit_for_bit(tmp_path):
     for step in (1, 2, 3):
         assert whole[step]["loss"] == pytest.approx(big[step]["loss"], rel=1e-5)
         assert whole[step]["grad_norm"] == pytest.approx(big[step]["grad_norm"], rel=1e-4)
+
+
+def test_a_resumed_run_keeps_the_micro_batch_that_was_chosen_for_it(tmp_path):
+    """What fits may have changed, and sums of other parts round differently."""
+    micro = ["training.micro_batch_size=4", "training.max_steps=2"]
+    checkpoint = train(configuration(tmp_path / "run", *micro)).checkpoint
+    batch = configuration(tmp_path / "run").training.batch_size
+    unset, set_, other = (
+        with_micro_batch_of(checkpoint, configuration(tmp_path / "run", *asked)).training
+        for asked in ([], ["training.micro_batch_size=2"], ["training.batch_size=6"])
+    )
+    assert (unset.micro_batch_size, unset.batch_size) == (4, batch)
+    assert (set_.micro_batch_size, other.micro_batch_size) == (2, None)
+    words = ["train", config_file(tmp_path / "run"), "--quiet", "--resume", "--set"]
+    assert cli(*words, "training.max_steps=3") == 0
+    assert "micro_batch_size = 4" in (tmp_path / "run" / "config.toml").read_text()
+    (state := checkpoint / "training_state.json").write_text('{"step": 2}')
+    assert with_micro_batch_of(state.parent, configuration(tmp_path)).training.micro_batch == batch
 
 
 def test_the_latest_checkpoint_is_resumed_and_every_step_is_written_once(tmp_path, capsys):

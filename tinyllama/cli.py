@@ -70,17 +70,18 @@ def train(words: list[str]) -> None:
     config = load_config(asked.config, asked.set)
     choice = _select(asked)
     from tinyllama.checks import check_fresh
-    from tinyllama.estimate import blank_step, check_fits
-    from tinyllama.train import Trainer, resume_folder, with_base
+    from tinyllama.estimate import fit
+    from tinyllama.train import Trainer, resume_folder, with_base, with_micro_batch_of
 
     warn = _to_stderr
     resume = None if asked.resume is None else resume_folder(config, asked.resume, warn)
     if resume is None:
         check_fresh(config)
-    config = with_base(config)
+    else:
+        config = with_micro_batch_of(resume, config)
     print(choice.line(), flush=True)
-    step = blank_step(config)
-    print(check_fits(config, step, force=asked.force), flush=True)
+    config, step, report = fit(with_base(config), force=asked.force)
+    print(report, flush=True)
     trainer = Trainer(
         config, resume=resume, budget_seconds=asked.budget, show=not asked.quiet, planned=step
     )

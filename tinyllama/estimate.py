@@ -11,6 +11,7 @@ number but the last is the one tinygrad will allocate.
 import bisect
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
+from typing import NamedTuple
 
 from tinygrad import Device, Tensor, dtypes
 from tinygrad.helpers import GlobalCounters
@@ -177,18 +178,25 @@ def largest_micro_batch(config: Config, limit_bytes: int) -> int | None:
 
     Only divisors of batch_size are tried, as only they can be set.
     """
-
-    def fits(size: int) -> bool:
-        training = replace(config.training, micro_batch_size=size)
-        return estimate_memory(replace(config, training=training)).total <= limit_bytes
-
     # A whole batch needs no sums of gradients, so it may fit where half of it does not.
     size = config.training.batch_size
-    if fits(size):
-        return size
+    return size if _fits(config, size, limit_bytes) else _largest_part(config, limit_bytes)
+
+
+def _largest_part(config: Config, limit_bytes: int) -> int | None:
+    """The largest micro_batch_size below batch_size that is within the limit; None for none."""
+    size = config.training.batch_size
     divisors = [n for n in range(1, size) if size % n == 0]
-    count = bisect.bisect_left(divisors, True, key=lambda n: not fits(n))
+    count = bisect.bisect_left(divisors, True, key=lambda n: not _fits(config, n, limit_bytes))
     return divisors[count - 1] if count else None
+
+
+def _fits(config: Config, size: int, limit_bytes: int) -> bool:
+    return estimate_memory(_in_parts(config, size)).total <= limit_bytes
+
+
+def _in_parts(config: Config, size: int) -> Config:
+    return replace(config, training=replace(config.training, micro_batch_size=size))
 
 
 def verdict(config: Config, estimate: MemoryEstimate, limit_bytes: int | None) -> str:
@@ -206,18 +214,36 @@ def verdict(config: Config, estimate: MemoryEstimate, limit_bytes: int | None) -
     return f"does not fit: needs {needed}, and {Device.DEFAULT} has {there} free; {most}"
 
 
-def check_fits(config: Config, step: TrainStep | None = None, *, force: bool = False) -> str:
-    """The estimate of a run, to print before it. Raises ConfigError if it cannot fit the device.
+class Fit(NamedTuple):
+    """A run that fits its device: its configuration, the step it was planned with, and in words."""
 
-    With `force` it only says so. `step` as in `estimate_memory`.
+    config: Config
+    step: TrainStep
+    report: str
+
+
+def fit(config: Config, *, force: bool = False) -> Fit:
+    """Estimate a run; where no micro_batch_size is set, choose the largest that fits the device.
+
+    Raises ConfigError if it cannot fit; with `force`, or where the device's memory is not known,
+    the report only says so. The step's pieces can be taken over by the run.
     """
-    estimate, limit = estimate_memory(config, step), memory.free_bytes()
+    step, limit = blank_step(config), memory.free_bytes()
+    estimate, chosen = estimate_memory(config, step), ""
+    t = config.training
+    if limit is not None and estimate.total > limit and t.micro_batch_size is None:
+        part = _largest_part(config, limit)
+        if part is not None:
+            config = _in_parts(config, part)
+            step = blank_step(config)
+            estimate = estimate_memory(config, step)
+            chosen = f"; training.micro_batch_size is not set: {part} of {t.batch_size} at a time"
     if limit is not None and estimate.total <= limit:
-        room = f"fits: {gigabytes(estimate.total)} of {gigabytes(limit)} free"
-        return f"{estimate.table()}\n{room}"
+        room = f"fits: {gigabytes(estimate.total)} of {gigabytes(limit)} free{chosen}"
+        return Fit(config, step, f"{estimate.table()}\n{room}")
     text = f"{estimate.table()}\n{verdict(config, estimate, limit)}"
     if limit is None or force:
-        return text
+        return Fit(config, step, text)
     raise ConfigError(
         f"{text}\nlower training.micro_batch_size or data.context_length, "
         "set training.checkpoint_activations = true, or try it nevertheless with --force"

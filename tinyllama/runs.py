@@ -85,6 +85,12 @@ def restore(folder: Path, optimizer: AdamW, batches: Batches) -> int:
     return step
 
 
+def micro_batch_size(folder: Path) -> int | None:
+    """The micro_batch_size that a checkpoint was trained with, if it says so."""
+    size = read_state(folder).get("micro_batch_size")
+    return size if isinstance(size, int) and size > 0 else None
+
+
 def resume_folder(root: Path, asked: str, warn: Callable[[str], None]) -> Path:
     """The verified checkpoint to continue: `asked` is a folder, or "latest" for the newest."""
     if asked != "latest":

@@ -91,7 +91,9 @@ class TrainingConfig:
     grad_clip: NotNegative = option(1.0, "largest norm of all gradients together; 0 for no limit")
     batch_size: Count = option(32, "sequences that one optimizer step sees")
     micro_batch_size: Count | None = option(
-        None, "sequences that memory sees at once; must divide batch_size, which is the default"
+        None,
+        "sequences that memory sees at once; must divide batch_size; when not set, as many of them"
+        " as fit",
     )
     num_epochs: Count = option(1, "passes over the training text")
     max_steps: Count | None = option(None, "optimizer steps after which to stop in any case")

@@ -187,9 +187,14 @@ class Trainer:
         self._saved_step = self.step
         self.saved = runs.save(
             self.folder / name, self.model, self.optimizer, self.tokenizer,
-            {"step": self.step, "data": self.batches.state()}, keep, self.adapter,
+            self._state(), keep, self.adapter,
         )  # fmt: skip
         return self.saved
+
+    def _state(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside tensors."""
+        parts = self.config.training.micro_batch
+        return {"step": self.step, "data": self.batches.state(), "micro_batch_size": parts}
 
 
 def resume_folder(config: Config, asked: str, warn: Callable[[str], None]) -> Path:
@@ -208,6 +213,17 @@ def with_base(config: Config) -> Config:
         return config
     folder = open_folder(config.model.base)
     return config.with_base(folder.config, str(folder.path / "config.json"))
+
+
+def with_micro_batch_of(checkpoint: Path, config: Config) -> Config:
+    """The configuration with the micro-batch that `checkpoint` was trained with, if none is set.
+
+    What fits may differ from day to day, and sums of other parts round differently.
+    """
+    t, saved = config.training, runs.micro_batch_size(checkpoint)
+    if t.micro_batch_size is not None or saved is None or t.batch_size % saved:
+        return config
+    return replace(config, training=replace(t, micro_batch_size=saved))
 
 
 def _tokenizer(config: Config, resume: Path | None, show: bool) -> Tokenizer:
