@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from model_helpers import difference
 from tinygrad import Tensor, dtypes
+from tinygrad.helpers import GlobalCounters
 
 from tinyllama import device
 from tinyllama.ops import adamw, cross_entropy, kernel, rope
@@ -219,6 +220,26 @@ def test_embedding(tokens, vocab, width, dtype, threads):
         assert embedding(ids_tensor, Tensor(normal(vocab, width)), dtype).dtype == dtype
     weight = [Tensor(normal(vocab, width)).cast(dtype).float().numpy()]
     compare(function, weight, dtype, narrow=[False], threads=threads)
+
+
+@pytest.mark.parametrize(("tokens", "vocab"), [(33, 2570), (257, 31)])
+def test_the_portable_gradient_of_the_embedding_costs_the_smaller_of_tokens_and_entries(
+    tokens, vocab
+):
+    ids = np.random.default_rng(0).integers(0, vocab, (1, tokens)).astype(np.int32)
+    ids[0, ::3] = ids[0, 0]
+    weight, grad = (Tensor(normal(*s)).realize() for s in ((vocab, 64), (1, tokens, 64)))
+    ids_tensor = Tensor(ids).realize()
+    with kernel.forced("portable"):
+        (found,) = embedding(ids_tensor, weight, F32).gradient(weight, gradient=grad)
+        GlobalCounters.reset()
+        found.realize()
+    expected = np.zeros((vocab, 64), np.float32)
+    np.add.at(expected, ids[0], grad.numpy()[0])
+    assert difference(found.numpy(), expected) < 1e-6
+    # Beside that product: some operations for each pair of token and entry, and each result.
+    product = 3 * tokens * min(tokens, vocab) * 64
+    assert GlobalCounters.global_ops < product + 10 * vocab * (tokens + 64)
 
 
 def targets_of(tokens, vocab):
