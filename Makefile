@@ -30,7 +30,7 @@ LLAMA_DEMOS := llama-demo-train llama-demo-lora llama-demo-qlora
 .NOTPARALLEL:
 .PHONY: help demo test tier1 tier2 tier3 ci lint coverage mutants \
   llama-properties llama-mutations llama-tests llama-demo-train llama-demo-lora llama-demo-qlora \
-  llama-ci conformance tinygrad proof-7b clean
+  llama-ci conformance neon tinygrad proof-7b clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-17s %s\n", $$1, $$2}' Makefile
@@ -92,6 +92,10 @@ llama-ci: lint llama-tests $(LLAMA_DEMOS) ## lint, then all of these in this ord
 conformance: $(VENV)-conformance/.made ## compare with torch, transformers and peft (a large download)
 	@tools/system.sh clang
 	$(VENV)-conformance/bin/python -m pytest -k conformance
+
+neon: $(VENV)/.dev ## run the kernels' NEON form, under emulation (a minute, 200 MB of packages)
+	@tools/system.sh --required clang emulator
+	$(PYTEST) -q $(PARALLEL) tests/neon_under_emulation.py
 
 tinygrad: $(VENV)/.created ## measure the pinned tinygrad beside the newest (VERSIONS=...)
 	@tools/system.sh clang

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tinyllama import device
 from tinyllama.bench.__main__ import parser, resolve
 
 TOOLS = Path(__file__).resolve().parents[1] / "tools"
@@ -15,10 +16,13 @@ sys.path.insert(0, str(TOOLS))
 speed = importlib.import_module("speed")
 
 
-@pytest.mark.parametrize("name", speed.CASES)
+EVERY = {**speed.cases(True), **speed.cases(False)}
+
+
+@pytest.mark.parametrize("name", EVERY)
 def test_a_case_is_what_its_name_says(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(speed.ROOT)
-    options = parser().parse_args(speed.CASES[name].split())
+    options = parser().parse_args(EVERY[name].split())
     config = resolve(options)
     batch, context = config.training.micro_batch, config.context_length
     assert f"{batch} x {context}" in name
@@ -32,11 +36,12 @@ def test_a_case_is_what_its_name_says(name: str, monkeypatch: pytest.MonkeyPatch
 def test_a_measured_case_ends_up_in_file_table_and_plot(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    results, plot = tmp_path / "speed.json", tmp_path / "speed.png"
-    monkeypatch.setattr(speed, "RESULTS", results)
-    monkeypatch.setattr(speed, "PLOT", plot)
+    name = f"speed-{device.instruction_set().lower()}"
+    results, plot = tmp_path / f"{name}.json", tmp_path / f"{name}.png"
+    monkeypatch.setattr(speed, "DOCS", tmp_path)
     tiny = "configs/124m.toml --set model.num_layers=1 --set model.vocab_size=512 --steps 2"
-    monkeypatch.setattr(speed, "CASES", {"tiny, 1 x 64": f"{tiny} --batch 1 --context 64"})
+    tiny += " --batch 1 --context 64"
+    monkeypatch.setattr(speed, "cases", lambda _: {"tiny, 1 x 64": tiny})
     kept = {"tokens_per_second": 2000.0, "peak_memory_bytes": 10**9, "flops_ratio": 1.25}
     kept |= {"first_loss_seconds": 5.0, "step_seconds": 2.0}
     peer = {"tokens_per_second": 1000.0, "peak_memory_bytes": 2 * 10**9}
@@ -59,5 +64,5 @@ def test_a_measured_case_ends_up_in_file_table_and_plot(
     assert row in lines
     row = f"| tiny, 1 x 64 | {measured['tokens_per_second']:,.0f} |  |  |"
     assert any(line.startswith(row) for line in lines)
-    assert "Measured on P, 2 threads, I, S; python 3; 2026-01-01." in lines
+    assert "On P, 2 threads, I, S; python 3; 2026-01-01:" in lines
     assert row in capsys.readouterr().out

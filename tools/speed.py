@@ -3,8 +3,9 @@
 python tools/speed.py --peer-python .venv-conformance/bin/python        all of it, about 20 minutes
 python tools/speed.py --only lora                                       the cases with that word
 
-Writes docs/speed.json, one case after another (others keep what they have), and docs/speed.png.
-`python tools/readme.py` puts the table into the README. Let nothing else run meanwhile.
+Writes docs/speed-SET.json for the processor's instruction set, one case after another (others keep
+what they have), and a picture of it. `python tools/readme.py` puts the tables into the README. Let
+nothing else run meanwhile.
 """
 
 import argparse
@@ -18,10 +19,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from tinyllama import device
 from tinyllama.bench import machine
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS, PLOT = ROOT / "docs" / "speed.json", ROOT / "docs" / "speed.png"
+DOCS = ROOT / "docs"
 
 SMALL = (
     "configs/124m.toml --set model.hidden_size=256 --set model.num_layers=4"
@@ -29,27 +31,34 @@ SMALL = (
     " --set model.max_seq_len=4096"
 )
 LORA = "--set lora.rank=16 --set lora.alpha=32"
-# What `python -m tinyllama.bench` is given. PyTorch's bfloat16 is some 25 times slower than its
-# float32 where the processor has no bfloat16 products, so that the faster of its two is compared.
-CASES = {
-    "124m, 1 x 512, float32": "configs/124m.toml --batch 1 --context 512 --steps 5 --peer torch",
-    "124m, 4 x 256, float32": "configs/124m.toml --batch 4 --context 256 --steps 4 --peer torch",
-    "h 256, 4 x 128, float32": f"{SMALL} --batch 4 --context 128 --steps 20 --peer torch",
-    "124m, 1 x 512, bfloat16 (PyTorch float32)": "configs/124m.toml --batch 1 --context 512"
-    " --dtype bfloat16 --steps 4 --peer torch --peer-dtype float32",
-    "124m, 4 x 256, bfloat16 (PyTorch float32)": "configs/124m.toml --batch 4 --context 256"
-    " --dtype bfloat16 --steps 3 --peer torch --peer-dtype float32",
-    "h 256, 4 x 128, bfloat16": f"{SMALL} --batch 4 --context 128 --dtype bfloat16 --steps 6"
-    " --peer torch",
-    "124m LoRA rank 16, 1 x 512, float32 (peft)": f"configs/124m.toml {LORA} --batch 1"
-    " --context 512 --steps 5 --peer torch",
-    "124m QLoRA rank 16, 1 x 512 (our LoRA)": f"configs/124m.toml {LORA}"
-    " --set qlora.quantize_base=true --batch 1 --context 512 --steps 5 --peer lora",
-    **{
-        f"h 256, 1 x {context}, float32": f"{SMALL} --batch 1 --context {context} --steps 4"
-        for context in (512, 1024, 2048, 4096)
-    },
-}
+
+
+def cases(bf16_products: bool) -> dict[str, str]:
+    """What `python -m tinyllama.bench` is given, by name.
+
+    Without bfloat16 products in the processor, PyTorch's bfloat16 is some 25 times slower than its
+    float32: then the faster of its two is compared.
+    """
+    theirs = "" if bf16_products else " --peer-dtype float32"
+    note = "" if bf16_products else " (PyTorch float32)"
+    narrow = f"--dtype bfloat16 --peer torch{theirs}"
+    big, one, four = "configs/124m.toml", "--batch 1 --context 512", "--batch 4 --context 256"
+    few = f"{SMALL} --batch 4 --context 128 --steps 20"
+    packed = "--set qlora.quantize_base=true"
+    found = {
+        "124m, 1 x 512, float32": f"{big} {one} --steps 5 --peer torch",
+        "124m, 4 x 256, float32": f"{big} {four} --steps 5 --peer torch",
+        "h 256, 4 x 128, float32": f"{few} --peer torch",
+        f"124m, 1 x 512, bfloat16{note}": f"{big} {one} --steps 5 {narrow}",
+        f"124m, 4 x 256, bfloat16{note}": f"{big} {four} --steps 5 {narrow}",
+        f"h 256, 4 x 128, bfloat16{note}": f"{few} {narrow}",
+        "124m LoRA rank 16, 1 x 512, float32 (peft)": f"{big} {LORA} {one} --steps 5 --peer torch",
+        "124m QLoRA rank 16, 1 x 512 (our LoRA)": f"{big} {LORA} {packed} {one} --steps 5"
+        " --peer lora",
+    }
+    for context in (512, 1024, 2048, 4096):
+        found[f"h 256, 1 x {context}, float32"] = f"{SMALL} --batch 1 --context {context} --steps 6"
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,15 +67,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--peer-python", help="interpreter that has PyTorch, transformers and peft")
     parser.add_argument("--plot", action="store_true", help="measure nothing, draw again")
     options = parser.parse_args(arguments)
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    names = [] if options.plot else [name for name in CASES if options.only in name]
-    for name in names:
+    instructions = device.instruction_set()
+    file = DOCS / f"speed-{instructions.lower()}.json"
+    results = json.loads(file.read_text()) if file.exists() else {}
+    every = cases("BF16" in instructions)
+    for name in [] if options.plot else [name for name in every if options.only in name]:
         print(f"== {name}", flush=True)
-        results[name] = measured(CASES[name], options.peer_python)
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        results[name] = measured(every[name], options.peer_python)
+        file.write_text(json.dumps(results, indent=1) + "\n")
         print(table({name: results[name]}).splitlines()[-1], flush=True)
-    draw(results, PLOT)
+    draw(results, file.with_suffix(".png"))
     return 0
 
 
@@ -86,10 +96,14 @@ def measured(words: str, peer_python: str | None) -> dict[str, Any]:
 
 
 def report() -> str:
-    """What the README says of speed: the table, and where and when it was measured."""
-    results = json.loads(RESULTS.read_text(encoding="utf-8"))
-    places = {f"{machine.line(r['machine'])}; {r['day']}" for r in results.values()}
-    return "\n".join([table(results), "", *(f"Measured on {place}." for place in sorted(places))])
+    """What the README says of speed: for each instruction set a table, and where and when it was
+    measured."""
+    parts = []
+    for file in sorted(DOCS.glob("speed-*.json")):
+        results = json.loads(file.read_text(encoding="utf-8"))
+        places = {f"{machine.line(r['machine'])}; {r['day']}" for r in results.values()}
+        parts += [*(f"On {place}:" for place in sorted(places)), "", table(results), ""]
+    return "\n".join(parts)
 
 
 def table(results: Mapping[str, Mapping[str, Any]]) -> str:

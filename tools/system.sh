@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Gets what pip cannot: a C compiler, an OpenCL driver, the sanitizers' runtime, Python's venv.
+# Gets what pip cannot: a C compiler, an OpenCL driver, the sanitizers' runtime, Python's venv, and
+# an emulator of ARM processors.
 #
-#   tools/system.sh [--required] [clang] [opencl] [sanitizers] [venv]
+#   tools/system.sh [--required] [clang] [opencl] [sanitizers] [emulator] [venv]
 #
 # On Debian and its kin apt-get installs what is missing, where root or a sudo without a password
 # allows it. Elsewhere it takes what is there, or says in one sentence what to type and, for what
@@ -18,8 +19,8 @@ main() {
   for word in "$@"; do
     case $word in
       --required) required=true ;;
-      clang | opencl | sanitizers | venv) "has_$word" || missing+=("$word") ;;
-      *) echo "usage: tools/system.sh [--required] [clang] [opencl] [sanitizers] [venv]" >&2; exit 2 ;;
+      clang | opencl | sanitizers | emulator | venv) "has_$word" || missing+=("$word") ;;
+      *) echo "usage: tools/system.sh [--required] [clang] [opencl] [sanitizers] [emulator] [venv]" >&2; exit 2 ;;
     esac
   done
   if [ ${#missing[@]} -eq 0 ]; then return; fi
@@ -90,12 +91,18 @@ has_sanitizers() {
     clang -x c -fsanitize=address,undefined - -o /dev/null 2>/dev/null
 }
 
+has_emulator() {
+  command -v qemu-aarch64 >/dev/null && command -v ld.lld >/dev/null &&
+    [ -d /usr/aarch64-linux-gnu/include ] && [ -d /usr/lib/gcc-cross/aarch64-linux-gnu ]
+}
+
 has_venv() {
   "$PYTHON" -c 'import ensurepip, venv' 2>/dev/null
 }
 
 package_clang() { echo clang; }
 package_opencl() { echo pocl-opencl-icd ocl-icd-libopencl1; }
+package_emulator() { echo qemu-user lld libc6-dev-arm64-cross libgcc-12-dev-arm64-cross; }
 package_venv() { "$PYTHON" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])'; }
 
 package_sanitizers() {
@@ -112,6 +119,7 @@ complain() {
     clang) what="tinygrad's CPU backend needs the C compiler clang" ;;
     opencl) what="the OpenCL tests need an OpenCL driver" ;;
     sanitizers) what="the kernels' sanitizer tests need clang's runtime library" ;;
+    emulator) what="running NEON code here needs an emulator and ARM's libraries" ;;
     venv) what="$PYTHON cannot make virtual environments" ;;
   esac
   if [ "$(uname)" = Darwin ]; then
