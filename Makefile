@@ -99,7 +99,7 @@ neon: $(VENV)/.dev ## run the kernels' NEON form, under emulation (a minute, 200
 
 tinygrad: $(VENV)/.created ## measure the pinned tinygrad beside the newest (VERSIONS=...)
 	@tools/system.sh clang
-	@$(PY) tools/check_tinygrad.py $(VERSIONS)
+	@env -u PYTHON $(PY) tools/check_tinygrad.py $(VERSIONS) # tinygrad 0.12 takes PYTHON for a device
 
 proof-7b: $(VENV)/.demo ## QLoRA on 6.7 billion parameters in 8 GiB (an hour, 15 GB of disk)
 	@tools/system.sh clang

@@ -7,6 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -65,6 +66,20 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path):
     assert names(run) == [step_name(done), step_name(again)]
     for folder in list_checkpoints(run):
         verify(folder)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_training_begins_ends_the_run_in_a_word(tmp_path, number):
+    """Making a tokenizer of so much text takes seconds, and the signal comes before that ends."""
+    run = tmp_path / "run"
+    text = f"data.train_path={sysconfig.get_path('stdlib')}/*.py"
+    words = ["--set", text, "--set", f"data.cache_dir={tmp_path / 'cache'}", "--quiet"]
+    process = start("train", config_file(run), *words)
+    assert process.stdout.readline().startswith("backend CPU")
+    code, _, err = stop(process, number)
+    word = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}[number]
+    assert (code, err) == (128 + number, f"{word}\n")
+    assert not run.exists()
 
 
 def test_the_first_signal_asks_and_the_second_interrupts():

@@ -6,9 +6,11 @@ A mistake of the user ends as one message on standard error and exit code 2.
 import argparse
 import json
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 from tinyllama import device
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run one command and exit: 0 done, 2 the user's mistake, 130 interrupted."""
+    """Run one command and exit: 0 done, 2 the user's mistake, 130 interrupted, 143 terminated."""
     commands: dict[str, Callable[[list[str]], None]] = {
         "train": train,
         "generate": generate,
@@ -40,15 +42,29 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         print(f"{usage}\ntinyllama: no command {asked!r}", file=sys.stderr)
         sys.exit(2)
     collect_seldom()
+    before = signal.signal(signal.SIGTERM, _terminate)
     try:
         commands[words[0]](words[1:])
     except TinyllamaError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
+    except _Terminated:
+        print("terminated", file=sys.stderr)
+        sys.exit(128 + signal.SIGTERM)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(128 + signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     sys.exit(0)
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, where nothing else waits for it (training does, once it has begun)."""
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise _Terminated
 
 
 def train(words: list[str]) -> None:
