@@ -12,7 +12,7 @@ PACKAGE = ROOT / "tinyllama"
 # The layers, lowest first, in the way of the data. A file imports from the lines above its own
 # and from nothing else. A new file gets its place here.
 LAYERS = (
-    "errors files memory schema ops weights bench",
+    "errors files memory schema signals ops weights bench",
     "device manifest metrics parallel rows sections settings tokenizer",
     "config sources checkpoint ops.memory ops.bfloat16",
     "corpus ops.storage ops.plan weights.dtypes",

@@ -12,6 +12,7 @@ from runs_helpers import (
     metrics,
     names,
     run_command,
+    start,
     tokenizer,
 )
 
@@ -133,12 +134,24 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path, capsys, command):
     assert capsys.readouterr().err == message
 
 
+def test_a_reader_that_goes_away_ends_the_command_without_a_word():
+    with start("backends") as process:
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait()) == ("", 141)
+
+
+@pytest.mark.parametrize("budget", ["0", "-5", "nan", "inf", "x"])
+def test_a_budget_is_a_time(capsys, budget):
+    assert cli("train", "configs/demo.toml", f"--budget={budget}") == 2
+    assert f"got {budget!r}, must be a number of seconds above 0" in capsys.readouterr().err
+
+
 def test_numbers_of_options_are_checked(capsys):
     for words in (["--max-new-tokens", "0"], ["--max-new-tokens", "x"], ["--top-k", "x"]):
         assert cli("generate", "--model", "x", *words) == 2
         assert f"argument {words[0]}: " in capsys.readouterr().err
     assert cli("evaluate", "--model", "x", "--data", "y", "--batch", "0") == 2
-    assert "argument --batch: got 0, must be 1 or more" in capsys.readouterr().err
+    assert "argument --batch: got '0', must be an integer of 1 or more" in capsys.readouterr().err
 
 
 def test_no_command_and_an_unknown_one_say_which_there_are(capsys):

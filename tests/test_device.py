@@ -109,6 +109,22 @@ def test_a_gpu_that_is_absent_is_not_replaced_by_the_processor(monkeypatch):
     assert device.select({}).device == "CPU"
 
 
+def test_with_nothing_asked_for_and_nothing_there_the_compiler_is_what_is_missing(monkeypatch):
+    def refuse(target, reason):
+        raise DeviceError(f"no {target} here")
+
+    monkeypatch.setattr(device, "_open", refuse)
+    with pytest.raises(DeviceError) as refused:
+        device.select({})
+    assert str(refused.value) == f"CPU: no CPU here; to use it, install {device.INSTALL['CPU']}"
+
+
+def test_a_wrong_number_of_threads_is_told_before_a_device_is_opened(monkeypatch):
+    monkeypatch.setattr(device, "_open", lambda *_: pytest.fail("opened"))
+    with pytest.raises(DeviceError, match="NUM_CPU_THREADS: got 'x', must be an integer of 1 or"):
+        device.select({"NUM_CPU_THREADS": "x"})
+
+
 def test_the_best_gpu_is_taken_and_opencl_on_a_processor_only_when_asked(monkeypatch):
     def answer(target, reason):
         if target in ("CL", "CPU"):

@@ -1,6 +1,7 @@
 """Generation: the cache changes nothing but the speed, and the draws follow the probabilities."""
 
 import functools
+import math
 from collections import Counter
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ from model_helpers import GROUPED, build, random_weights, reference_logits
 from runs_helpers import cli, finished_run, tokenizer
 
 from tinyllama import generate
-from tinyllama.errors import ConfigError
+from tinyllama.errors import ConfigError, WeightsError
 from tinyllama.generate import PROMPT_CHUNK, Generator, Sampling, sample
 from tinyllama.model import Block
 
@@ -141,7 +142,9 @@ def test_top_k_and_top_p_act_together():
 @pytest.mark.parametrize(
     ("option", "value", "allowed"),
     [
-        ("temperature", -0.1, "0 or more"),
+        ("temperature", -0.1, "finite and 0 or more"),
+        ("temperature", math.nan, "finite and 0 or more"),
+        ("seed", -1, "0 or more"),
         ("top_k", 0, "1 or more"),
         ("top_p", 0.0, "above 0 and at most 1"),
         ("top_p", 1.1, "above 0 and at most 1"),
@@ -150,6 +153,16 @@ def test_top_k_and_top_p_act_together():
 def test_a_wrong_option_says_what_is_allowed(option, value, allowed):
     with pytest.raises(ConfigError, match=f"{option}: got {value}, must be {allowed}"):
         Sampling(**{option: value})
+
+
+def test_logits_that_are_not_finite_are_refused():
+    with pytest.raises(WeightsError, match="not finite"):
+        sample(np.array([0.0, np.nan], np.float32), Sampling(), np.random.default_rng(0))
+
+
+def test_the_smallest_temperature_takes_the_likeliest():
+    logits = np.array([1.0, 300.0, -300.0], np.float32)
+    assert sample(logits, Sampling(temperature=1e-320), np.random.default_rng(0)) == 1
 
 
 def test_the_command_prints_the_prompt_and_its_continuation(capsys):

@@ -19,7 +19,8 @@ from runs_helpers import (
 )
 
 from tinyllama.checkpoint import read_state, step_name
-from tinyllama.errors import CheckpointError, ConfigError, DataError
+from tinyllama.errors import CheckpointError, ConfigError, DataError, TinyllamaError
+from tinyllama.tokenizer import train_tokenizer
 from tinyllama.train import resume_folder, with_micro_batch_of
 
 VALIDATED = f"data.val_path={VAL_FILES!r}"
@@ -153,6 +154,26 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     config = configuration(tmp_path / "run", "model.intermediate_size=96")
     with pytest.raises(ConfigError, match=r"\[model\] differs from .*/final/config\.json"):
         trainer(config, resume=finished_run() / "final")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.tokenizer='{run}/final/nope.model'", "data.tokenizer: .*nope.model: no such file"),
+        (
+            "data.tokenizer=train data.tokenizer_vocab_size=300",
+            "data.tokenizer_vocab_size: got 300, must be",
+        ),
+        ("data.tokenizer='{other}'", "data.tokenizer: .* is not the tokenizer of .*final"),
+    ],
+)
+def test_a_resumed_run_with_another_tokenizer_is_refused(tmp_path, override, message):
+    run, other = finished_run(), tmp_path / "other.model"
+    train_tokenizer(["some other text, and not much of it"], 280, other)
+    overrides = override.format(run=run, other=other).split()
+    config = configuration(tmp_path / "run", *overrides)
+    with pytest.raises(TinyllamaError, match=message):
+        trainer(config, resume=run / "final")
 
 
 def test_a_checkpoint_of_another_text_is_refused(tmp_path):

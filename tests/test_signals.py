@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from runs_helpers import (
+    VAL_FILES,
     config_file,
     configuration,
     environment,
@@ -20,14 +21,17 @@ from runs_helpers import (
     names,
     numbers,
     start,
+    steps_per_epoch,
     stop,
     train,
+    trainer,
     wait_for_steps,
 )
 
 from tinyllama.checkpoint import list_checkpoints, read_state, step_name, verify
 from tinyllama.metrics import read_metrics
-from tinyllama.train import _stop_on_signals, resume_folder
+from tinyllama.signals import stopping_on_signals
+from tinyllama.train import resume_folder
 
 ENDLESS = ["--set", "training.num_epochs=100000"]
 # A rate that does not depend on the length of the schedule.
@@ -84,13 +88,37 @@ def test_a_signal_before_training_begins_ends_the_run_in_a_word(tmp_path, number
 
 def test_the_first_signal_asks_and_the_second_interrupts():
     before = signal.getsignal(signal.SIGTERM)
-    with _stop_on_signals() as stopping:
+    with stopping_on_signals() as stopping:
         assert not stopping()
         os.kill(os.getpid(), signal.SIGTERM)
         assert stopping()
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_second_signal_tells_what_is_saved(tmp_path, monkeypatch):
+    run = trainer(configuration(tmp_path / "run"))
+    monkeypatch.setattr(run, "_one_step", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt, match="after step 0, and nothing was saved"):
+        monkeypatch.setattr(run, "save", lambda _: os.kill(os.getpid(), signal.SIGINT))
+        run.run()
+
+
+def test_a_signal_during_a_validation_cuts_it_short(tmp_path, monkeypatch):
+    run = trainer(configuration(tmp_path / "run", f"data.val_path={VAL_FILES!r}"))
+    loss, seen = run.evaluator._summed_loss, []
+
+    def summed_loss(*inputs):
+        seen.append(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return loss(*inputs)
+
+    monkeypatch.setattr(run.evaluator, "_summed_loss", summed_loss)
+    outcome = run.run()
+    assert (len(seen), outcome.finished, outcome.step) == (1, False, steps_per_epoch())
+    assert "val_loss" not in metrics(tmp_path / "run")[outcome.step]
+    verify(outcome.checkpoint)
 
 
 def kill_and_resume(run, seed):

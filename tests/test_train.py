@@ -157,7 +157,7 @@ def test_the_first_step_that_is_not_finite_has_no_good_checkpoint_to_name(tmp_pa
 def test_a_validation_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     run = trainer(configuration(tmp_path / "run", f"data.val_path={VAL_FILES!r}"))
     found = run.evaluator.run()._replace(loss=math.inf)
-    monkeypatch.setattr(run.evaluator, "run", lambda progress: found)
+    monkeypatch.setattr(run.evaluator, "run", lambda stopping: found)
     with pytest.raises(TrainingError, match=rf"step {steps_per_epoch()}: validation loss inf"):
         run.run()
 
@@ -169,6 +169,19 @@ def test_a_folder_that_holds_checkpoints_is_not_mixed_with_a_new_run(capsys):
     error = capsys.readouterr().err
     assert f"{run} already holds final: continue it with --resume, or choose" in error
     assert metrics(run) == before
+
+
+@pytest.mark.parametrize("folder", ["file", "file/below", "/proc/nowhere"])
+def test_a_folder_that_cannot_be_written_is_refused_before_the_text_is_read(
+    tmp_path, capsys, folder
+):
+    (tmp_path / "file").write_text("in the way")
+    place = tmp_path / folder
+    override = f"checkpointing.checkpoint_dir={place}"
+    assert cli("train", config_file(tmp_path / "run"), "--quiet", "--set", override) == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith(f"checkpointing.checkpoint_dir: {place} cannot be written: ")
+    assert len(shown.err.splitlines()) == 1 and "fits" not in shown.out
 
 
 def test_what_a_killed_run_left_is_settled_before_a_new_one(tmp_path):

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from tinyllama import runs
 from tinyllama.config import Config
@@ -19,6 +20,22 @@ def check_fresh(config: Config) -> None:
             f"{folder} already holds {found[-1].name}: continue it with --resume, or choose "
             "another folder with --set checkpointing.checkpoint_dir=..."
         )
+
+
+def check_files(config: Config) -> None:
+    """What a run reads is there, and its folder can be written: DataError or CheckpointError."""
+    find_sources(config.data.train_path)
+    if config.data.val_path is not None:
+        find_validation(config.data.val_path)
+    folder = Path(config.checkpointing.checkpoint_dir)
+    try:
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        with TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise CheckpointError(
+            f"checkpointing.checkpoint_dir: {folder} cannot be written: {error.strerror}"
+        ) from error
 
 
 def find_validation(paths: str | Sequence[str]) -> None:

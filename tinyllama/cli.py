@@ -5,18 +5,20 @@ A mistake of the user ends as one message on standard error and exit code 2.
 
 import argparse
 import json
+import math
+import os
 import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 from tinyllama import device
 from tinyllama.config import load_config
-from tinyllama.errors import ConfigError, TinyllamaError
+from tinyllama.errors import ConfigError, TinyllamaError, TrainingError
 from tinyllama.memory import collect_seldom
+from tinyllama.signals import Terminated, terminating
 
 if TYPE_CHECKING:
     from tinyllama.model import Llama
@@ -42,29 +44,29 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         print(f"{usage}\ntinyllama: no command {asked!r}", file=sys.stderr)
         sys.exit(2)
     collect_seldom()
-    before = signal.signal(signal.SIGTERM, _terminate)
     try:
-        commands[words[0]](words[1:])
+        with terminating():
+            commands[words[0]](words[1:])
     except TinyllamaError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
-    except _Terminated:
-        print("terminated", file=sys.stderr)
-        sys.exit(128 + signal.SIGTERM)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    except BrokenPipeError:  # who read our output has gone, and wants no more of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+    except OSError as error:
+        print(f"{error.filename or words[0]}: {error.strerror or error}", file=sys.stderr)
+        sys.exit(2)
+    except Terminated as stopped:
+        sys.exit(_ended("terminated", stopped, signal.SIGTERM))
+    except KeyboardInterrupt as stopped:
+        sys.exit(_ended("interrupted", stopped, signal.SIGINT))
     sys.exit(0)
 
 
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM, where nothing else waits for it (training does, once it has begun)."""
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    raise _Terminated
+def _ended(word: str, stopped: KeyboardInterrupt, number: signal.Signals) -> int:
+    """Say how a command was stopped; the exit code that shells give it."""
+    print(" ".join([word, *map(str, stopped.args)]), file=sys.stderr)
+    return 128 + number
 
 
 def train(words: list[str]) -> None:
@@ -78,14 +80,14 @@ def train(words: list[str]) -> None:
         "--resume", nargs="?", const="latest", help="continue the latest checkpoint, or this folder"
     )
     parser.add_argument(
-        "--budget", type=float, metavar="SECONDS", help="shorten the schedule to fit this time"
+        "--budget", type=_seconds, metavar="SECONDS", help="shorten the schedule to fit this time"
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     parser.add_argument("--force", action="store_true", help="train even if memory seems too small")
     asked = _parse(parser, words)
     config = load_config(asked.config, asked.set)
     choice = _select(asked)
-    from tinyllama.checks import check_fresh
+    from tinyllama.checks import check_files, check_fresh
     from tinyllama.estimate import fit
     from tinyllama.train import Trainer, resume_folder, with_base, with_micro_batch_of
 
@@ -96,6 +98,7 @@ def train(words: list[str]) -> None:
     else:
         config = with_micro_batch_of(resume, config)
     print(choice.line(), flush=True)
+    check_files(config)
     config, step, report = fit(with_base(config), force=asked.force)
     print(report, flush=True)
     trainer = Trainer(
@@ -144,6 +147,8 @@ def generate(words: list[str]) -> None:
     _to_stderr(choice.line())
     prompt = [tokenizer.bos_id, *tokenizer.encode(asked.prompt)]
     new_tokens = min(asked.max_new_tokens, model.config.max_seq_len - len(prompt))
+    if 1 <= new_tokens < asked.max_new_tokens:
+        _to_stderr(f"{new_tokens} new tokens at most: the model's context ends there")
     if new_tokens < 1:
         raise ConfigError(
             f"--prompt: got {len(prompt)} tokens, must be fewer than the {model.config.max_seq_len}"
@@ -186,6 +191,11 @@ def evaluate(words: list[str]) -> None:
         raise ConfigError(f"--stride: got {asked.stride}, must be at most the context, {context}")
     dataset = prepare(asked.data, tokenizer, asked.cache_dir)
     result = Evaluator(model, dataset, context, asked.batch, asked.stride).run(progress=True)
+    assert result is not None  # nothing asked it to stop
+    if not math.isfinite(result.loss):
+        raise TrainingError(
+            f"{asked.model}: the loss is {result.loss}, so its weights are of no use"
+        )
     print(json.dumps(result._asdict()))
 
 
@@ -223,10 +233,20 @@ def _select(asked: argparse.Namespace) -> device.DeviceChoice:
 
 def _count(word: str) -> int:
     """An argument that must be 1 or more."""
-    number = int(word)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"got {number}, must be 1 or more")
-    return number
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"got {word!r}, must be an integer of 1 or more")
+    return int(word)
+
+
+def _seconds(word: str) -> float:
+    """An argument that must be a time."""
+    try:
+        seconds = float(word)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"got {word!r}, must be a number of seconds above 0")
+    return seconds
 
 
 def _load(folder: Path) -> "tuple[Tokenizer, Llama]":

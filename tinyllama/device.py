@@ -85,6 +85,7 @@ def select(
     for name in (*FLAGS, "GPU"):
         environ.pop(name, None)
     environ.pop("DEV", None)
+    threads_asked(environ)
     failures: dict[str, str] = {}
     for target in candidates:
         try:
@@ -100,6 +101,8 @@ def select(
         return choice
     name = candidates[0].partition(":")[0].upper()
     there = ", ".join(choice.device for choice in available()) or "none"
+    if "CPU" in candidates[1:]:  # nothing was asked for, and not even the processor answers
+        raise DeviceError(f"CPU: {failures['CPU']}; to use it, install {INSTALL['CPU']}")
     if len(candidates) > 1:
         raise DeviceError(
             f"{reason}: no GPU answered. Available here: {there}. "
@@ -197,12 +200,16 @@ def threads() -> int:
     Raises DeviceError where that variable is no number of threads."""
     from tinygrad.helpers import CPU_COUNT
 
-    asked = os.environ.get("NUM_CPU_THREADS", "")
-    if not asked:
-        return int(CPU_COUNT.value)
-    if not asked.isdecimal() or int(asked) < 1:
+    asked = threads_asked(os.environ)
+    return int(CPU_COUNT.value) if asked is None else set_threads(asked)
+
+
+def threads_asked(environ: Mapping[str, str]) -> int | None:
+    """What NUM_CPU_THREADS asks for, if it is set. Raises DeviceError where it is no number."""
+    asked = environ.get("NUM_CPU_THREADS", "")
+    if asked and (not asked.isdecimal() or int(asked) < 1):
         raise DeviceError(f"NUM_CPU_THREADS: got {asked!r}, must be an integer of 1 or more")
-    return set_threads(int(asked))
+    return int(asked) if asked else None
 
 
 def set_thread_variable(environ: MutableMapping[str, str], count: int) -> None:

@@ -12,6 +12,9 @@
 A message names the file (or the override), what was found and what is allowed.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class TinyllamaError(Exception):
     """What a user can put right; `str(error)` is the whole message, fit for a terminal."""
@@ -43,3 +46,12 @@ class WeightsError(TinyllamaError):
 
 class TrainingError(TinyllamaError):
     """A run that cannot go on, such as a loss that is no longer finite."""
+
+
+@contextmanager
+def naming(what: str) -> Iterator[None]:
+    """Put `what` (an option) before the message of a mistake that is found within."""
+    try:
+        yield
+    except TinyllamaError as error:
+        raise type(error)(f"{what}: {error}") from error

@@ -9,6 +9,7 @@ tokenizer, so it can be laid beside a compressor's.
 
 import math
 import sys
+from collections.abc import Callable
 from typing import NamedTuple
 
 from tqdm import tqdm
@@ -46,16 +47,23 @@ class Evaluator:
         self._inputs = Inputs()
         self._summed_loss = captured(StagedLoss(model).loss)
 
-    def run(self, *, progress: bool = False) -> Evaluation:
-        """Every token of the text once, in windows of context_length, `stride` tokens apart."""
+    def run(
+        self, *, progress: bool = False, stopping: Callable[[], bool] = lambda: False
+    ) -> Evaluation | None:
+        """Every token of the text once, in windows of context_length, `stride` tokens apart.
+
+        None if `stopping` came to be true before all were seen.
+        """
         total, tokens = 0.0, 0
         shape = self.context_length, self.batch_size, self.stride
         windows = self.dataset.window_count(self.context_length, self.stride)
         with tqdm(total=windows, desc="Evaluating", unit="window", disable=not progress) as bar:
             for batch in sequential(self.dataset, *shape):
+                if stopping():
+                    return None
                 total += float(self._summed_loss(*self._inputs(*batch)).item())
                 tokens += int((batch.targets >= 0).sum())
-                bar.update(self.batch_size)
+                bar.update(min(self.batch_size, windows - bar.n))
         loss = total / max(tokens, 1)
         bits_per_byte = total / math.log(2) / max(self.dataset.text_bytes, 1)
         perplexity = math.exp(loss) if loss < 700 else math.inf

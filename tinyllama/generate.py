@@ -5,6 +5,7 @@ compiled graphs in all, whatever the lengths, and each of one layer, scheduled o
 every layer (ops/stage.py).
 """
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from tinygrad import Tensor
 
-from tinyllama.errors import ConfigError
+from tinyllama.errors import ConfigError, WeightsError
 from tinyllama.layers import named_tensors, structure
 from tinyllama.model import Block, Llama
 from tinyllama.ops.kernel import in_memory
@@ -38,12 +39,14 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ConfigError(f"temperature: got {self.temperature}, must be 0 or more")
+        if not 0 <= self.temperature < math.inf:
+            raise ConfigError(f"temperature: got {self.temperature}, must be finite and 0 or more")
         if self.top_k is not None and self.top_k < 1:
             raise ConfigError(f"top_k: got {self.top_k}, must be 1 or more")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p: got {self.top_p}, must be above 0 and at most 1")
+        if self.seed < 0:
+            raise ConfigError(f"seed: got {self.seed}, must be 0 or more")
 
 
 class Generator:
@@ -146,10 +149,14 @@ class Generator:
 def sample(
     logits: npt.NDArray[np.float32], sampling: Sampling, generator: np.random.Generator
 ) -> int:
-    """Draw one id from logits (vocab,)."""
+    """Draw one id from logits (vocab,). Raises WeightsError where they are not finite."""
+    if not np.isfinite(logits).all():
+        raise WeightsError("the model's logits are not finite, so its weights are of no use")
     if sampling.temperature == 0:
         return int(logits.argmax())
-    scaled = logits.astype(np.float64) / sampling.temperature
+    # From the likeliest down: however small the temperature is, that one stays finite.
+    wide = logits.astype(np.float64)
+    scaled = (wide - wide.max()) / max(sampling.temperature, 1e-300)
     order = np.argsort(-scaled, kind="stable")[: sampling.top_k]
     weights = np.exp(scaled[order] - scaled[order[0]])
     probabilities = weights / weights.sum()

@@ -34,9 +34,9 @@ class MetricsLog:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The objects of a metrics.jsonl; a last line cut short by a kill is left out."""
-    lines = path.read_text(encoding="utf-8").split("\n")
-    whole = [line for line in lines[:-1] if line]
     try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+        whole = [line for line in lines[:-1] if line]
         found = [json.loads(line) for line in whole]
         for number, values in enumerate(found, 1):
             if not isinstance(values, dict) or not isinstance(values.get("step"), int):

@@ -17,7 +17,7 @@ from tinyllama.checkpoint import (
 )
 from tinyllama.config import Config
 from tinyllama.data import Batches
-from tinyllama.errors import CheckpointError, WeightsError
+from tinyllama.errors import CheckpointError, ConfigError, WeightsError, naming
 from tinyllama.files import atomic_write
 from tinyllama.lora import adapter_tensors, write_adapter
 from tinyllama.manifest import Digests
@@ -110,9 +110,10 @@ def write_config(folder: Path, config: Config) -> None:
 def find_tokenizer(config: Config, resume: Path | None, show: bool) -> Tokenizer:
     """The run's tokenizer: the checkpoint's, a file, or one trained on the training text."""
     if resume is not None:
-        return load_tokenizer(resume)
+        return _tokenizer_of(resume, config)
     if config.tokenizer_source != "train":
-        return load_tokenizer(config.tokenizer_source)
+        with naming("data.tokenizer" if config.data.tokenizer else "model.base"):
+            return load_tokenizer(config.tokenizer_source)
     sources = find_sources(config.data.train_path)
     cache = Path(config.data.cache_dir)
     made_of = [f"{TRAINING} {config.tokenizer_vocab_size}", *content_digests(sources, cache)]
@@ -120,4 +121,25 @@ def find_tokenizer(config: Config, resume: Path | None, show: bool) -> Tokenizer
     file = cache / f"tokenizer-{digest}" / MODEL_FILE
     if file.exists():
         return load_tokenizer(file)
-    return train_tokenizer(read_texts(sources, progress=show), config.tokenizer_vocab_size, file)
+    with naming(f"data.tokenizer_vocab_size, for a tokenizer of {config.data.train_path}"):
+        texts = read_texts(sources, progress=show)
+        return train_tokenizer(texts, config.tokenizer_vocab_size, file)
+
+
+def _tokenizer_of(checkpoint: Path, config: Config) -> Tokenizer:
+    """A checkpoint's tokenizer. Raises ConfigError if the configuration asks for another."""
+    found, asked = load_tokenizer(checkpoint), config.data
+    if asked.tokenizer not in (None, "train"):
+        with naming("data.tokenizer"):
+            same = load_tokenizer(str(asked.tokenizer)).model == found.model
+        if not same:
+            raise ConfigError(
+                f"data.tokenizer: {asked.tokenizer} is not the tokenizer of {checkpoint}, which a"
+                " resumed run must go on with"
+            )
+    elif asked.tokenizer_vocab_size not in (None, found.vocab_size):
+        raise ConfigError(
+            f"data.tokenizer_vocab_size: got {asked.tokenizer_vocab_size}, must be"
+            f" {found.vocab_size} as in {checkpoint}"
+        )
+    return found

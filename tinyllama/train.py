@@ -8,14 +8,12 @@ tensors of a checkpoint, so a run that is resumed continues bit for bit.
 """
 
 import math
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from tinygrad import dtypes
@@ -23,15 +21,16 @@ from tqdm import tqdm
 
 from tinyllama import lora, quantize, runs
 from tinyllama.accounting import parameters
-from tinyllama.checks import find_validation, supported
+from tinyllama.checks import check_files, supported
 from tinyllama.config import Config
 from tinyllama.data import Batch, Batches, prepare
-from tinyllama.errors import ConfigError, TrainingError
-from tinyllama.evaluate import Evaluation, Evaluator
+from tinyllama.errors import ConfigError, TrainingError, naming
+from tinyllama.evaluate import Evaluator
 from tinyllama.memory import memory_in_use_bytes
 from tinyllama.metrics import MetricsLog, progress
 from tinyllama.model import Llama
 from tinyllama.optim import AdamW, learning_rate
+from tinyllama.signals import stopping_on_signals
 from tinyllama.step import TrainStep
 from tinyllama.tokenizer import Tokenizer
 from tinyllama.weights.hf_read import open_folder
@@ -64,8 +63,7 @@ class Trainer:
         self.config = supported(config)
         self.show, self.budget_seconds = show, budget_seconds
         self.folder = Path(config.checkpointing.checkpoint_dir)
-        if config.data.val_path is not None:
-            find_validation(config.data.val_path)  # before a tokenizer is made for nothing
+        check_files(config)  # before a tokenizer is made for nothing
         self.tokenizer = _tokenizer(config, resume, show)
         t, context = config.training, config.context_length
         cache = config.data.cache_dir
@@ -93,16 +91,25 @@ class Trainer:
 
     def run(self) -> Outcome:
         """Train until the schedule ends, or a signal asks to stop after the current step."""
+        try:
+            return self._run()
+        except KeyboardInterrupt as interrupt:
+            raise type(interrupt)(
+                f"after step {self.step}, and {self._last_checkpoint()}"
+            ) from None
+
+    def _run(self) -> Outcome:
         self.folder.mkdir(parents=True, exist_ok=True)
         runs.write_config(self.folder, self.config)
         begun = (self.step, time.monotonic())
+        told = "\nstopping after this step, then saving; once more to stop at once\n"
         with (
             closing(MetricsLog(self.folder / "metrics.jsonl", self.step + 1)) as metrics,
-            _stop_on_signals() as stopping,
+            stopping_on_signals(told if self.show else "") as stopping,
             progress(self.total_steps, self.step, self.show) as bar,
         ):
             while self.step < self.total_steps and not stopping():
-                self._one_step(metrics, bar, begun)
+                self._one_step(metrics, bar, begun, stopping)
             finished = self.step >= self.total_steps
             name = "final" if finished else runs.step_name(self.step)
             if self.saved is None or (self.saved.name, self._saved_step) != (name, self.step):
@@ -121,7 +128,13 @@ class Trainer:
             f"{t.batch_size} x {context} tokens, {t.dtype}"
         )
 
-    def _one_step(self, metrics: MetricsLog, bar: "tqdm[None]", begun: tuple[int, float]) -> None:
+    def _one_step(
+        self,
+        metrics: MetricsLog,
+        bar: "tqdm[None]",
+        begun: tuple[int, float],
+        stopping: Callable[[], bool],
+    ) -> None:
         t = self.config.training
         epoch, batch = self.batches.epoch + 1, self.batches.next()
         step = self.step + 1
@@ -136,8 +149,9 @@ class Trainer:
         line: dict[str, Any] = {"step": step, "loss": result.loss, "lr": lr}
         line |= {"grad_norm": result.grad_norm, "tokens_per_second": result.tokens / seconds}
         line |= {"memory_bytes": memory_in_use_bytes(), "epoch": epoch}
-        if self._validates(step, epoch):
-            line["val_loss"] = self._validate().loss
+        found = self._validate(step, epoch, stopping)
+        if found is not None:
+            line["val_loss"] = found
             self._check_finite(step, {"validation loss": line["val_loss"], "learning rate": lr})
         metrics.write(line)
         shown = {"loss": f"{result.loss:.4f}", "tok/s": f"{line['tokens_per_second']:.0f}"}
@@ -149,27 +163,28 @@ class Trainer:
         if step % self.config.checkpointing.save_every == 0 and step < self.total_steps:
             self.save(runs.step_name(step))
 
-    def _validates(self, step: int, epoch: int) -> bool:
-        if self.evaluator is None:
-            return False
+    def _validate(self, step: int, epoch: int, stopping: Callable[[], bool]) -> float | None:
+        """The validation loss after `step` of `epoch`, if it is time for one and nothing stops."""
         every = self.config.training.eval_every
-        last = step == self.total_steps
-        return last or (self.batches.epoch + 1 != epoch if every is None else step % every == 0)
-
-    def _validate(self) -> Evaluation:
-        assert self.evaluator is not None
-        return self.evaluator.run(progress=False)
+        due = self.batches.epoch + 1 != epoch if every is None else step % every == 0
+        if self.evaluator is None or not (due or step == self.total_steps):
+            return None
+        found = self.evaluator.run(stopping=stopping)
+        return None if found is None else found.loss
 
     def _check_finite(self, step: int, seen: dict[str, float]) -> None:
         """Raise TrainingError, which tells what was seen, if a number in it is NaN or infinite."""
         if all(map(math.isfinite, seen.values())):
             return
         numbers = ", ".join(f"{name} {value:.6g}" for name, value in seen.items())
-        last = f"the last good checkpoint is {self.saved}" if self.saved else "nothing was saved"
+        last = self._last_checkpoint()
         raise TrainingError(
             f"step {step}: {numbers}: the numbers are no longer finite, so training stops; {last}. "
             "A lower training.learning_rate or a longer lr_schedule.warmup_steps may help"
         )
+
+    def _last_checkpoint(self) -> str:
+        return f"the last good checkpoint is {self.saved}" if self.saved else "nothing was saved"
 
     def _shorten(self, first: int, started: float) -> None:
         """With a time budget, end the schedule at the step that the budget reaches: as many steps
@@ -211,7 +226,8 @@ def with_base(config: Config) -> Config:
     """The configuration with the sizes of `model.base`, if there is one."""
     if config.model.base is None:
         return config
-    folder = open_folder(config.model.base)
+    with naming("model.base"):
+        folder = open_folder(config.model.base)
     return config.with_base(folder.config, str(folder.path / "config.json"))
 
 
@@ -268,24 +284,6 @@ def _micro_batches(batch: Batch, size: int) -> list[Batch]:
     """The rows of a batch in parts of `size`."""
     starts = range(0, len(batch.tokens), size)
     return [Batch(*(part[i : i + size] for part in batch)) for i in starts]
-
-
-@contextmanager
-def _stop_on_signals() -> Iterator[Callable[[], bool]]:
-    """SIGINT and SIGTERM ask to stop after the current step; a second one stops at once."""
-    asked: list[int] = []
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    previous = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

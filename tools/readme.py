@@ -23,7 +23,7 @@ README = ROOT / "README.md"
 
 # The files in the order in which the data meets them; each is described by its own first line.
 THE_WAY = {
-    "Errors and files": "errors files",
+    "Errors and files": "errors files signals",
     "Configuration": "config sections settings schema",
     "Device": "device memory backends",
     "Text to tokens": "sources rows tokenizer corpus parallel",
