@@ -1,6 +1,7 @@
 """A whole run on real text: metrics, checkpoints, validation, the time budget, and how it stops."""
 
 import math
+import re
 import time
 
 import numpy as np
@@ -24,7 +25,7 @@ from tinyllama.checkpoint import read_state, verify
 from tinyllama.checks import check_fresh
 from tinyllama.config import load_config
 from tinyllama.data import Batches, prepare
-from tinyllama.errors import ConfigError, TrainingError
+from tinyllama.errors import ConfigError, DataError, TokenizerError, TrainingError
 from tinyllama.model import Llama
 from tinyllama.optim import learning_rate
 from tinyllama.tokenizer import load_tokenizer
@@ -201,6 +202,21 @@ def test_a_tokenizer_is_trained_on_the_training_text_once(tmp_path):
     written = file.stat().st_mtime_ns
     assert trainer(config).tokenizer.fingerprint == first.fingerprint
     assert file.stat().st_mtime_ns == written
+
+
+def test_a_tokenizer_that_cannot_be_made_names_its_option_and_the_text(tmp_path):
+    (tmp_path / "short.txt").write_text("too short for so many pieces")
+    text = f"data.train_path='{tmp_path}/short.txt'"
+    config = configuration(tmp_path / "run", text, "data.tokenizer=train")
+    with pytest.raises(TokenizerError) as refused:
+        trainer(config)
+    expected = (
+        rf"data\.tokenizer_vocab_size, for a tokenizer of {tmp_path}/short\.txt: vocab_size \d+"
+    )
+    assert re.match(expected, str(refused.value))
+    (tmp_path / "short.txt").write_bytes(b"\xff\xff no text")
+    with pytest.raises(DataError, match=r"^[^:]*short\.txt"):
+        trainer(config)
 
 
 def test_a_vocabulary_larger_than_the_model_is_refused(tmp_path):

@@ -49,9 +49,9 @@ class TrainingError(TinyllamaError):
 
 
 @contextmanager
-def naming(what: str) -> Iterator[None]:
-    """Put `what` (an option) before the message of a mistake that is found within."""
+def naming(what: str, kind: type[TinyllamaError] = TinyllamaError) -> Iterator[None]:
+    """Put `what` (an option) before the message of a mistake of that kind that is found within."""
     try:
         yield
-    except TinyllamaError as error:
+    except kind as error:
         raise type(error)(f"{what}: {error}") from error

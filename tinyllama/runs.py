@@ -17,7 +17,7 @@ from tinyllama.checkpoint import (
 )
 from tinyllama.config import Config
 from tinyllama.data import Batches
-from tinyllama.errors import CheckpointError, ConfigError, WeightsError, naming
+from tinyllama.errors import CheckpointError, ConfigError, TokenizerError, WeightsError, naming
 from tinyllama.files import atomic_write
 from tinyllama.lora import adapter_tensors, write_adapter
 from tinyllama.manifest import Digests
@@ -121,7 +121,8 @@ def find_tokenizer(config: Config, resume: Path | None, show: bool) -> Tokenizer
     file = cache / f"tokenizer-{digest}" / MODEL_FILE
     if file.exists():
         return load_tokenizer(file)
-    with naming(f"data.tokenizer_vocab_size, for a tokenizer of {config.data.train_path}"):
+    what = f"data.tokenizer_vocab_size, for a tokenizer of {config.data.train_path}"
+    with naming(what, TokenizerError):  # what is wrong in the texts tells its own place
         texts = read_texts(sources, progress=show)
         return train_tokenizer(texts, config.tokenizer_vocab_size, file)
 
