@@ -148,6 +148,8 @@ def test_a_longer_schedule_goes_on_after_the_final_checkpoint(tmp_path):
 def test_resuming_where_nothing_was_saved_is_an_error(tmp_path):
     with pytest.raises(CheckpointError, match="run: holds no checkpoint to resume from"):
         resume_folder(configuration(tmp_path / "run"), "latest", print)
+    with pytest.raises(CheckpointError, match="--resume nope: no such folder"):
+        resume_folder(configuration(tmp_path / "run"), "nope", print)
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):

@@ -94,6 +94,8 @@ def micro_batch_size(folder: Path) -> int | None:
 def resume_folder(root: Path, asked: str, warn: Callable[[str], None]) -> Path:
     """The verified checkpoint to continue: `asked` is a folder, or "latest" for the newest."""
     if asked != "latest":
+        if not Path(asked).is_dir():
+            raise CheckpointError(f"--resume {asked}: no such folder")
         verify(asked)
         return Path(asked)
     folder = latest_valid(root, warn)
