@@ -237,7 +237,8 @@ def test_integers_serve_as_floats_and_lists_as_tuples() -> None:
 def test_every_error_is_a_tinyllama_error() -> None:
     from tinyllama import errors
 
-    classes = [value for value in vars(errors).values() if isinstance(value, type)]
+    found = (value for value in vars(errors).values() if isinstance(value, type))
+    classes = [cls for cls in found if cls.__module__ == errors.__name__]
     assert len(classes) == 8
     assert all(issubclass(cls, TinyllamaError) for cls in classes)
     assert all(f"-- {cls.__name__} " in (errors.__doc__ or "") for cls in classes[1:])

@@ -291,6 +291,8 @@ def test_train_prints_the_estimate_and_refuses_unless_forced(tmp_path, monkeypat
     (tmp_path / "run.toml").write_text(config(batch_size=1).to_toml())
     words = ["train", str(tmp_path / "run.toml"), "--set"]
     words.append(f"checkpointing.checkpoint_dir={tmp_path / 'run'}")
+    (tmp_path / "train.txt").write_text("not read")
+    words += ["--set", f"data.train_path={tmp_path / 'train.txt'}"]
     for extra, expected in (([], "does not fit"), (["--force"], "training was reached")):
         with pytest.raises(SystemExit) as stopped:
             cli.main([*words, *extra])

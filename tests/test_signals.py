@@ -78,7 +78,10 @@ def test_a_signal_before_training_begins_ends_the_run_in_a_word(tmp_path, number
     run = tmp_path / "run"
     text = f"data.train_path={sysconfig.get_path('stdlib')}/*.py"
     words = ["--set", text, "--set", f"data.cache_dir={tmp_path / 'cache'}", "--quiet"]
+    # Whoever runs the tests in the background ignores SIGINT, which processes inherit.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = start("train", config_file(run), *words)
+    signal.signal(signal.SIGINT, before)
     assert process.stdout.readline().startswith("backend CPU")
     code, _, err = stop(process, number)
     word = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}[number]
