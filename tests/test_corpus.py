@@ -113,6 +113,15 @@ def test_a_file_that_changes_while_it_is_read_is_refused(
     assert not list(Path("cache").iterdir())
 
 
+def test_what_another_run_has_made_meanwhile_is_taken(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write("a.txt", LINE)
+    build = corpus._build
+    monkeypatch.setattr(corpus, "_build", lambda *given: (build(*given), build(*given)))
+    assert load(tokenizer, "a.txt").n_documents == 1
+
+
 def test_a_cache_that_cannot_be_written_is_named(tokenizer: Tokenizer) -> None:
     write("a.txt", LINE)
     write("cache", "a file")

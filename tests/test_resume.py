@@ -1,6 +1,7 @@
 """A run that was stopped and resumed is, bit for bit, the run that was never stopped."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 from runs_helpers import (
@@ -20,6 +21,7 @@ from runs_helpers import (
 
 from tinyllama.checkpoint import read_state, step_name
 from tinyllama.errors import CheckpointError, ConfigError, DataError, TinyllamaError
+from tinyllama.runs import find_tokenizer
 from tinyllama.tokenizer import train_tokenizer
 from tinyllama.train import resume_folder, with_micro_batch_of
 
@@ -176,6 +178,14 @@ def test_a_resumed_run_with_another_tokenizer_is_refused(tmp_path, override, mes
     config = configuration(tmp_path / "run", *overrides)
     with pytest.raises(TinyllamaError, match=message):
         trainer(config, resume=run / "final")
+
+
+def test_the_size_of_a_vocabulary_that_nobody_makes_is_not_compared(tmp_path):
+    """With a base its tokenizer is used, and the option says nothing."""
+    run, config = finished_run(), configuration(tmp_path / "run")
+    data = replace(config.data, tokenizer=None, tokenizer_vocab_size=10)
+    config = replace(config, data=data, model=replace(config.model, base=str(run / "final")))
+    assert find_tokenizer(config, run / "final", False).vocab_size > 10
 
 
 def test_a_checkpoint_of_another_text_is_refused(tmp_path):

@@ -89,7 +89,8 @@ def test_a_signal_before_training_begins_ends_the_run_in_a_word(tmp_path, number
     assert not run.exists()
 
 
-def test_the_first_signal_asks_and_the_second_interrupts():
+def test_the_first_signal_asks_and_the_second_interrupts(monkeypatch):
+    monkeypatch.setattr("tinyllama.signals.REPEAT_SECONDS", 0)
     before = signal.getsignal(signal.SIGTERM)
     with stopping_on_signals() as stopping:
         assert not stopping()
@@ -100,7 +101,15 @@ def test_the_first_signal_asks_and_the_second_interrupts():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_a_signal_that_comes_twice_at_once_is_one():
+    with stopping_on_signals() as stopping:
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+            os.kill(os.getpid(), number)
+        assert stopping()
+
+
 def test_a_second_signal_tells_what_is_saved(tmp_path, monkeypatch):
+    monkeypatch.setattr("tinyllama.signals.REPEAT_SECONDS", 0)
     run = trainer(configuration(tmp_path / "run"))
     monkeypatch.setattr(run, "_one_step", lambda *_: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt, match="after step 0, and nothing was saved"):

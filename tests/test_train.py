@@ -25,7 +25,8 @@ from tinyllama.checkpoint import read_state, verify
 from tinyllama.checks import check_fresh
 from tinyllama.config import load_config
 from tinyllama.data import Batches, prepare
-from tinyllama.errors import ConfigError, DataError, TokenizerError, TrainingError
+from tinyllama.errors import CheckpointError, ConfigError, DataError, TokenizerError, TrainingError
+from tinyllama.files import held
 from tinyllama.model import Llama
 from tinyllama.optim import learning_rate
 from tinyllama.tokenizer import load_tokenizer
@@ -183,6 +184,16 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_text_is_read(
     shown = capsys.readouterr()
     assert shown.err.startswith(f"checkpointing.checkpoint_dir: {place} cannot be written: ")
     assert len(shown.err.splitlines()) == 1 and "fits" not in shown.out
+
+
+def test_two_runs_do_not_write_into_one_folder(tmp_path):
+    """A lock belongs to an open file, so this process can stand for another one."""
+    run = trainer(configuration(tmp_path / "run"))
+    (tmp_path / "run").mkdir()
+    with held(tmp_path / "run"), pytest.raises(CheckpointError, match="another process trains the"):
+        run.run()
+    assert list((tmp_path / "run").iterdir()) == []
+    assert run.run().finished
 
 
 def test_what_a_killed_run_left_is_settled_before_a_new_one(tmp_path):

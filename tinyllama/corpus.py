@@ -93,7 +93,11 @@ def prepare(
         if dataset is None:
             remove_partials(cache)
             shutil.rmtree(folder, ignore_errors=True)  # a damaged one
-            _build(folder, sources, tokenizer, workers, progress)
+            try:
+                _build(folder, sources, tokenizer, workers, progress)
+            except FileExistsError:
+                if _open(folder) is None:  # else another run has made it meanwhile
+                    raise
             dataset = _open(folder)
     except OSError as error:
         raise DataError(f"{cache}: cannot keep the tokens there: {error}") from error

@@ -5,6 +5,7 @@ name (atomic within one file system), fsync the folder so that the new name itse
 """
 
 import errno
+import fcntl
 import hashlib
 import os
 import shutil
@@ -90,6 +91,17 @@ def remove_partials(parent: str | os.PathLike[str]) -> list[Path]:
             path.unlink(missing_ok=True)
         removed.append(path)
     return removed
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process alone. Raises BlockingIOError if another one does."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _partial_beside(final: Path) -> Path:

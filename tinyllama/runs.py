@@ -132,6 +132,7 @@ def find_tokenizer(config: Config, resume: Path | None, show: bool) -> Tokenizer
 def _tokenizer_of(checkpoint: Path, config: Config) -> Tokenizer:
     """A checkpoint's tokenizer. Raises ConfigError if the configuration asks for another."""
     found, asked = load_tokenizer(checkpoint), config.data
+    size = asked.tokenizer_vocab_size
     if asked.tokenizer not in (None, "train"):
         with naming("data.tokenizer"):
             same = load_tokenizer(str(asked.tokenizer)).model == found.model
@@ -140,9 +141,8 @@ def _tokenizer_of(checkpoint: Path, config: Config) -> Tokenizer:
                 f"data.tokenizer: {asked.tokenizer} is not the tokenizer of {checkpoint}, which a"
                 " resumed run must go on with"
             )
-    elif asked.tokenizer_vocab_size not in (None, found.vocab_size):
+    elif config.tokenizer_source == "train" and size not in (None, found.vocab_size):
         raise ConfigError(
-            f"data.tokenizer_vocab_size: got {asked.tokenizer_vocab_size}, must be"
-            f" {found.vocab_size} as in {checkpoint}"
+            f"data.tokenizer_vocab_size: got {size}, must be {found.vocab_size} as in {checkpoint}"
         )
     return found

@@ -107,8 +107,10 @@ class TrainingConfig:
     checkpoint_activations: bool = option(
         False, "keep only each layer's input and compute the rest again: less memory, more time"
     )
-    devices: Count = option(1, "devices that share the batch")
-    beam: Natural = option(0, "width of tinygrad's search for faster kernels; 0 for none")
+    devices: Count = option(1, "devices that share the batch; for now 1")
+    beam: Natural = option(
+        0, "width of tinygrad's search for faster kernels; 0 for none, which is all for now"
+    )
 
     def __post_init__(self) -> None:
         _validate("training", self)
@@ -156,7 +158,9 @@ class DataConfig:
         None, 'vocabulary of a tokenizer made with "train"; when not set, model.vocab_size'
     )
     train_on: Literal["all", "assistant", "last"] = option(
-        "all", "which tokens of a conversation are learned: all, the assistant's, its last answer's"
+        "all",
+        "which tokens of a conversation are learned: all (for now this), the assistant's, its last"
+        " answer's",
     )
     cache_dir: Text = option(".cache/tinyllama", "where tokenized text is kept between runs")
 

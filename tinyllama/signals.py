@@ -2,9 +2,13 @@
 
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+# A signal that comes again so soon is the same one: `timeout` sends it to a process and its group.
+REPEAT_SECONDS = 1.0
 
 
 class Terminated(KeyboardInterrupt):
@@ -29,12 +33,14 @@ def terminating() -> Iterator[None]:
 def stopping_on_signals(told: str = "") -> Iterator[Callable[[], bool]]:
     """SIGINT and SIGTERM ask to stop, which is what the yielded function tells; a second one
     interrupts. The first puts `told` on standard error."""
-    asked: list[int] = []
+    asked: list[float] = []
 
     def ask(number: int, frame: FrameType | None) -> None:
         if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
+            if time.monotonic() - asked[0] >= REPEAT_SECONDS:
+                raise KeyboardInterrupt
+            return
+        asked.append(time.monotonic())
         os.write(2, told.encode())  # print may be under way here
 
     before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}

@@ -24,8 +24,9 @@ from tinyllama.accounting import parameters
 from tinyllama.checks import check_files, supported
 from tinyllama.config import Config
 from tinyllama.data import Batch, Batches, prepare
-from tinyllama.errors import ConfigError, TrainingError, naming
+from tinyllama.errors import CheckpointError, ConfigError, TrainingError, naming
 from tinyllama.evaluate import Evaluator
+from tinyllama.files import held
 from tinyllama.memory import memory_in_use_bytes
 from tinyllama.metrics import MetricsLog, progress
 from tinyllama.model import Llama
@@ -91,15 +92,21 @@ class Trainer:
 
     def run(self) -> Outcome:
         """Train until the schedule ends, or a signal asks to stop after the current step."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         try:
-            return self._run()
+            with held(self.folder):
+                return self._run()
+        except BlockingIOError:
+            raise CheckpointError(
+                f"{self.folder}: another process trains there: wait for it, or choose another "
+                "folder with --set checkpointing.checkpoint_dir=..."
+            ) from None
         except KeyboardInterrupt as interrupt:
             raise type(interrupt)(
                 f"after step {self.step}, and {self._last_checkpoint()}"
             ) from None
 
     def _run(self) -> Outcome:
-        self.folder.mkdir(parents=True, exist_ok=True)
         runs.write_config(self.folder, self.config)
         begun = (self.step, time.monotonic())
         told = "\nstopping after this step, then saving; once more to stop at once\n"
