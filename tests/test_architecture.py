@@ -26,7 +26,7 @@ LAYERS = (
     "gradients quantize",
     "step lora",
     "runs",
-    "checks estimate evaluate generate",
+    "checks estimate evaluate generate start",
     "train",
     "bench.machine bench.operations bench.peer_peft bench.peer_torch bench.protocol bench.text",
     "bench.operations_torch bench.report bench.runner bench.worker_tinyllama bench.worker_torch",

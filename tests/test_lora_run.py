@@ -30,7 +30,8 @@ from tinyllama.lora import (
 from tinyllama.metrics import read_metrics
 from tinyllama.model import Llama
 from tinyllama.ops.storage import read
-from tinyllama.train import Trainer, with_base
+from tinyllama.start import with_base
+from tinyllama.train import Trainer
 from tinyllama.weights.peft import Placement
 from tinyllama.weights.safetensors import SafetensorsFile
 

@@ -20,7 +20,8 @@ from tinyllama.merge import merge, total_lost
 from tinyllama.model import Llama
 from tinyllama.ops.storage import read
 from tinyllama.quantize import Int4Linear, load_quantized
-from tinyllama.train import Trainer, with_base
+from tinyllama.start import with_base
+from tinyllama.train import Trainer
 from tinyllama.weights.hf_names import EMBEDDING
 from tinyllama.weights.peft import AdapterFolder
 

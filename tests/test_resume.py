@@ -1,6 +1,7 @@
 """A run that was stopped and resumed is, bit for bit, the run that was never stopped."""
 
 import shutil
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -21,9 +22,9 @@ from runs_helpers import (
 
 from tinyllama.checkpoint import read_state, step_name
 from tinyllama.errors import CheckpointError, ConfigError, DataError, TinyllamaError
-from tinyllama.runs import find_tokenizer
+from tinyllama.files import held
+from tinyllama.start import find_tokenizer, resume_folder, with_micro_batch_of
 from tinyllama.tokenizer import train_tokenizer
-from tinyllama.train import resume_folder, with_micro_batch_of
 
 VALIDATED = f"data.val_path={VAL_FILES!r}"
 
@@ -147,6 +148,68 @@ def test_a_longer_schedule_goes_on_after_the_final_checkpoint(tmp_path):
     assert {step: line["epoch"] for step, line in metrics(run).items()}[last + 2] == 3
 
 
+def test_going_back_sets_aside_what_came_later(tmp_path, capsys):
+    """The next --resume must not take the newest of the former way."""
+    whole, last = finished_run(), 2 * steps_per_epoch()
+    run = part_of(whole, tmp_path / "run", step_name(3), step_name(4), step_name(6), "final")
+    stop = [f"training.max_steps={last}", "training.learning_rate=1e-3"]
+    again = trainer(configuration(run, *stop), resume=run / step_name(4))
+    again.planned_steps = again.total_steps = 5
+    outcome, told = again.run(), capsys.readouterr().err
+    assert (outcome.step, outcome.finished) == (5, True)
+    assert names(run) == [step_name(3), step_name(4), "final"]
+    for old in (step_name(6), "final"):
+        assert f"{run / old} is of a later step: renamed to {old}.aside-1\n" in told
+        assert (run / f"{old}.aside-1" / "model.safetensors").read_bytes() == (
+            whole / old / "model.safetensors"
+        ).read_bytes()
+    assert list(metrics(run)) == [1, 2, 3, 4, 5]
+    assert resume_folder(configuration(run), "latest", pytest.fail) == run / "final"
+    assert read_state(run / "final")["step"] == 5
+
+
+def test_a_run_is_not_continued_in_the_folder_of_another_one(tmp_path):
+    run = part_of(finished_run(), tmp_path / "run", step_name(3))
+    with pytest.raises(CheckpointError, match=f"run already holds {step_name(3)}"):
+        resume_folder(configuration(run), str(finished_run() / step_name(4)), pytest.fail)
+
+
+def test_a_folder_in_which_a_run_is_going_on_is_left_alone(tmp_path):
+    run = part_of(finished_run(), tmp_path / "run", step_name(3))
+    (run / step_name(3)).rename(run / f".{step_name(3)}.next")
+    with held(run), pytest.raises(CheckpointError, match="another process trains there"):
+        resume_folder(configuration(run), "latest", pytest.fail)
+    assert (run / f".{step_name(3)}.next").is_dir()
+
+
+def stopping_at(run, step):
+    """A stand-in for stopping_on_signals: a signal comes during the validation after `step`."""
+
+    @contextmanager
+    def stopping_on_signals(told):
+        yield lambda: run.step >= step
+
+    return stopping_on_signals
+
+
+@pytest.mark.parametrize("at", ["the first epoch", "the end"])
+def test_a_validation_that_was_cut_short_is_made_up_for(tmp_path, monkeypatch, at):
+    whole, epoch = finished_run(), steps_per_epoch()
+    step = epoch if at == "the first epoch" else 2 * epoch
+    run = part_of(whole, tmp_path / "run", step_name(step - 1))
+    first = trainer(configuration(run, VALIDATED), resume=run / step_name(step - 1))
+    with monkeypatch.context() as patch:
+        patch.setattr("tinyllama.train.stopping_on_signals", stopping_at(first, step))
+        outcome = first.run()
+    assert (outcome.checkpoint, outcome.finished) == (run / step_name(step), False)
+    assert "val_loss" not in metrics(run)[step]
+    second = trainer(configuration(run, VALIDATED), resume=outcome.checkpoint)
+    assert second.run().finished
+    assert numbers(run) == numbers(whole)
+    assert same_weights_and_moments(run / "final", whole / "final")
+    assert "unvalidated" not in read_state(run / "final")
+
+
 def test_resuming_where_nothing_was_saved_is_an_error(tmp_path):
     with pytest.raises(CheckpointError, match="run: holds no checkpoint to resume from"):
         resume_folder(configuration(tmp_path / "run"), "latest", print)
@@ -156,7 +219,9 @@ def test_resuming_where_nothing_was_saved_is_an_error(tmp_path):
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     config = configuration(tmp_path / "run", "model.intermediate_size=96")
-    with pytest.raises(ConfigError, match=r"\[model\] differs from .*/final/config\.json"):
+    with pytest.raises(
+        ConfigError, match=r"^model\.\w+: got 96, must be 128 as in .*/final/config"
+    ):
         trainer(config, resume=finished_run() / "final")
 
 

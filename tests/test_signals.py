@@ -20,6 +20,7 @@ from runs_helpers import (
     metrics,
     names,
     numbers,
+    run_command,
     start,
     steps_per_epoch,
     stop,
@@ -31,7 +32,7 @@ from runs_helpers import (
 from tinyllama.checkpoint import list_checkpoints, read_state, step_name, verify
 from tinyllama.metrics import read_metrics
 from tinyllama.signals import stopping_on_signals
-from tinyllama.train import resume_folder
+from tinyllama.start import resume_folder
 
 ENDLESS = ["--set", "training.num_epochs=100000"]
 # A rate that does not depend on the length of the schedule.
@@ -115,6 +116,45 @@ def test_a_second_signal_tells_what_is_saved(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt, match="after step 0, and nothing was saved"):
         monkeypatch.setattr(run, "save", lambda _: os.kill(os.getpid(), signal.SIGINT))
         run.run()
+
+
+def test_an_interrupt_while_older_ones_are_removed_finds_the_new_one_saved(tmp_path, monkeypatch):
+    def interrupted(saved, keep_last_n):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tinyllama.checkpoint._prune", interrupted)
+    run = trainer(configuration(tmp_path / "run", "checkpointing.save_every=2"))
+    saved = tmp_path / "run" / step_name(2)
+    with pytest.raises(
+        KeyboardInterrupt, match=f"after step 2, and the last checkpoint is {saved}"
+    ):
+        run.run()
+    verify(saved)
+
+
+INTERRUPTS = """
+import os, signal, sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == {name!r}:
+            os.kill(os.getpid(), signal.{number})
+sys.meta_path.insert(0, Finder())
+signal.signal(signal.SIGINT, signal.default_int_handler)
+"""
+
+
+@pytest.mark.parametrize("command", ["train", "generate", "evaluate"])
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("name", ["tinygrad", "numpy"])
+def test_a_signal_during_imports_ends_in_a_word(tmp_path, command, number, name):
+    """Python imports sitecustomize first, and that sends the signal when an import begins."""
+    (tmp_path / "sitecustomize.py").write_text(INTERRUPTS.format(name=name, number=number))
+    path = os.pathsep.join([str(tmp_path), environment()["PYTHONPATH"]])
+    words = {"train": [config_file(tmp_path / "run")], "generate": ["--model", tmp_path]}
+    asked = words.get(command, ["--model", tmp_path, "--data", tmp_path])
+    code, out, err = run_command(command, *asked, PYTHONPATH=path)
+    word = {"SIGINT": "interrupted", "SIGTERM": "terminated"}[number]
+    assert (code, out, err) == (128 + signal.Signals[number], "", f"{word}\n")
 
 
 def test_a_signal_during_a_validation_cuts_it_short(tmp_path, monkeypatch):

@@ -28,6 +28,7 @@ from tinyllama.data import Batches, prepare
 from tinyllama.errors import CheckpointError, ConfigError, DataError, TokenizerError, TrainingError
 from tinyllama.files import held
 from tinyllama.model import Llama
+from tinyllama.ops.storage import read, write
 from tinyllama.optim import learning_rate
 from tinyllama.tokenizer import load_tokenizer
 from tinyllama.weights.safetensors import SafetensorsFile
@@ -137,22 +138,55 @@ def test_a_budget_is_shared_by_the_steps_of_this_process(tmp_path):
 
 def test_numbers_that_are_not_finite_stop_the_run(tmp_path, capsys):
     run = tmp_path / "run"
-    words = ["train", config_file(run), "--quiet", "--set", "training.learning_rate=1e38"]
+    words = ["train", config_file(run), "--quiet", "--set", "training.learning_rate=1e36"]
     words += ["--set", "training.grad_clip=0", "--set", "checkpointing.save_every=1"]
     assert cli(*words, "--set", "lr_schedule.warmup_steps=2") == 2
     error = capsys.readouterr().err
-    lines = metrics(run)
-    bad = len(lines) + 1
-    assert error.startswith(f"step {bad}: loss ") and "gradient norm" in error
+    assert list(metrics(run)) == [1]
+    assert error.startswith("step 2: loss ") and "gradient norm" in error
     assert "nan" in error or "inf" in error
-    assert f"the last good checkpoint is {run}/step-{bad - 1:08d}" in error
-    assert "Traceback" not in error
-    verify(run / f"step-{bad - 1:08d}")
+    first = run / "step-00000001"
+    assert f"{first} holds the weights that led to them, and there is none before it" in error
+    assert "lower training.learning_rate" in error and "Traceback" not in error
+    verify(first)
 
 
-def test_the_first_step_that_is_not_finite_has_no_good_checkpoint_to_name(tmp_path):
+def test_the_last_good_checkpoint_is_the_one_that_a_finite_step_came_after(tmp_path):
+    """Step 3 breaks the weights without making them infinite; what is saved then is not good."""
+    steps = ["checkpointing.save_every=1", "training.max_steps=6", "training.grad_clip=0"]
+    rate = ["training.learning_rate=1e36", "lr_schedule.warmup_steps=0"]
+    two = train(configuration(tmp_path / "run", *steps[:1], "training.max_steps=2")).checkpoint
+    good = two.rename(tmp_path / "run" / "step-00000002")
+    run = trainer(configuration(tmp_path / "run", *steps, *rate), resume=good)
+    with pytest.raises(TrainingError, match=f"step 4: loss .*last good checkpoint is {good}"):
+        run.run()
+    assert names(tmp_path / "run")[-2:] == ["step-00000002", "step-00000003"]
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, value):
+    run = trainer(configuration(tmp_path / "run", "training.max_steps=2"))
+    name, tensor = list(run.optimizer.parameters.items())[3]
+    stepped = run.train_step
+
+    def breaks(*arguments):
+        result = stepped(*arguments)
+        if arguments[1] == 2:
+            broken = read(tensor).copy()
+            broken.flat[7] = value
+            write(tensor, broken)
+        return result
+
+    run.train_step = breaks
+    told = rf"step 2: {name}: the weights are no longer finite, .*nothing was saved"
+    with pytest.raises(TrainingError, match=told):
+        run.run()
+    assert names(tmp_path / "run") == []
+
+
+def test_the_first_step_that_is_not_finite_looks_at_what_was_given(tmp_path):
     run = trainer(configuration(tmp_path / "run"))
-    with pytest.raises(TrainingError, match=r"step 1: loss nan, .* nothing was saved"):
+    with pytest.raises(TrainingError, match=r"step 1: loss nan, .*nothing was saved.*model\.base"):
         run._check_finite(1, {"loss": math.nan, "gradient norm": 1.0})
 
 

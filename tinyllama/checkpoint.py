@@ -41,9 +41,11 @@ from tinyllama.manifest import (
 __all__ = [
     "latest_valid",
     "list_checkpoints",
+    "looks_whole",
     "read_state",
     "recover",
     "save_checkpoint",
+    "set_aside",
     "step_name",
     "verify",
     "write_state",
@@ -139,6 +141,19 @@ def latest_valid(root: str | os.PathLike[str], warn: Callable[[str], None]) -> P
         else:
             return folder
     return None
+
+
+def set_aside(root: str | os.PathLike[str], step: int) -> list[tuple[Path, Path]]:
+    """Give checkpoints of more than `step` steps another name (`NAME.aside-1`), so that a run that
+    goes on from there is not mixed with what came after it before; old and new names."""
+    found = []
+    for path in list_checkpoints(root):
+        if (age := _age(path)) is not None and age > step:
+            found.append((path, _name_aside(path)))
+            os.rename(*found[-1])
+    if found:
+        _fsync(Path(root))
+    return found
 
 
 def write_state(folder: Path, state: Mapping[str, Any]) -> None:

@@ -7,19 +7,15 @@ from tempfile import TemporaryFile
 from tinyllama import runs
 from tinyllama.config import Config
 from tinyllama.errors import CheckpointError, ConfigError, DataError
+from tinyllama.schema import got, shown
 from tinyllama.sources import find_sources
 
 
 def check_fresh(config: Config) -> None:
-    """A new run must not mix with an old one: CheckpointError if its folder holds checkpoints."""
+    """A new run gets a folder of its own: CheckpointError if it holds checkpoints or a run."""
     folder = Path(config.checkpointing.checkpoint_dir)
-    runs.recover(folder)
-    found = runs.list_checkpoints(folder)
-    if found:
-        raise CheckpointError(
-            f"{folder} already holds {found[-1].name}: continue it with --resume, or choose "
-            "another folder with --set checkpointing.checkpoint_dir=..."
-        )
+    runs.settle(folder)
+    runs.check_holds_none(folder)
 
 
 def check_files(config: Config) -> None:
@@ -56,11 +52,15 @@ def supported(config: Config) -> Config:
             "file or --set model.base=DIR, or remove the section to train a whole model"
         )
     t, data = config.training, config.data
-    for key, value, only in (
-        ("training.devices", t.devices, 1),
-        ("training.beam", t.beam, 0),
-        ("data.train_on", data.train_on, "all"),
-    ):
-        if value != only:
-            raise ConfigError(f"{key}: got {value!r}, must be {only!r} for now")
+    problems = [
+        f"{key}: {got(value, f'{shown(only)} for now')}"
+        for key, value, only in (
+            ("training.devices", t.devices, 1),
+            ("training.beam", t.beam, 0),
+            ("data.train_on", data.train_on, "all"),
+        )
+        if value != only
+    ]
+    if problems:
+        raise ConfigError("\n".join(problems))
     return config

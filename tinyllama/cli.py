@@ -89,7 +89,8 @@ def train(words: list[str]) -> None:
     choice = _select(asked)
     from tinyllama.checks import check_files, check_fresh
     from tinyllama.estimate import fit
-    from tinyllama.train import Trainer, resume_folder, with_base, with_micro_batch_of
+    from tinyllama.start import resume_folder, with_base, with_micro_batch_of
+    from tinyllama.train import Trainer
 
     warn = _to_stderr
     resume = None if asked.resume is None else resume_folder(config, asked.resume, warn)

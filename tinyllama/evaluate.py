@@ -7,8 +7,14 @@ Bits per byte counts the bits for the ends of documents too, and does not depend
 tokenizer, so it can be laid beside a compressor's.
 """
 
-import math
 import sys
+
+if __name__ == "__main__":  # above what takes long to import: an interrupt then ends in a word
+    from tinyllama.cli import main
+
+    main(["evaluate", *sys.argv[1:]])
+
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -68,9 +74,3 @@ class Evaluator:
         bits_per_byte = total / math.log(2) / max(self.dataset.text_bytes, 1)
         perplexity = math.exp(loss) if loss < 700 else math.inf
         return Evaluation(loss, perplexity, bits_per_byte, tokens)
-
-
-if __name__ == "__main__":
-    from tinyllama.cli import main
-
-    main(["evaluate", *sys.argv[1:]])

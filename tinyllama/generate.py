@@ -5,8 +5,14 @@ compiled graphs in all, whatever the lengths, and each of one layer, scheduled o
 every layer (ops/stage.py).
 """
 
-import math
 import sys
+
+if __name__ == "__main__":  # above what takes long to import: an interrupt then ends in a word
+    from tinyllama.cli import main
+
+    main(["generate", *sys.argv[1:]])
+
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -165,9 +171,3 @@ def sample(
         kept = int((before < sampling.top_p).sum())  # the first always stays
         order, probabilities = order[:kept], probabilities[:kept] / probabilities[:kept].sum()
     return int(generator.choice(order, p=probabilities))
-
-
-if __name__ == "__main__":
-    from tinyllama.cli import main
-
-    main(["generate", *sys.argv[1:]])

@@ -1,35 +1,37 @@
-"""What a run keeps on disk: its tokenizer, its resolved configuration, its checkpoints."""
+"""What a run keeps on disk: its folder, its resolved configuration, its checkpoints."""
 
-import hashlib
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from tinygrad import Tensor
+
 from tinyllama.checkpoint import (
-    latest_valid,
     list_checkpoints,
+    looks_whole,
     read_state,
     recover,
     save_checkpoint,
+    set_aside,
     step_name,
-    verify,
     write_state,
 )
 from tinyllama.config import Config
 from tinyllama.data import Batches
-from tinyllama.errors import CheckpointError, ConfigError, TokenizerError, WeightsError, naming
-from tinyllama.files import atomic_write
+from tinyllama.errors import CheckpointError, WeightsError
+from tinyllama.files import atomic_write, held
 from tinyllama.lora import adapter_tensors, write_adapter
 from tinyllama.manifest import Digests
 from tinyllama.model import Llama
 from tinyllama.ops.storage import read, write
 from tinyllama.optim import AdamW
-from tinyllama.sources import content_digests, find_sources, read_texts
-from tinyllama.tokenizer import MODEL_FILE, TRAINING, Tokenizer, load_tokenizer, train_tokenizer
+from tinyllama.tokenizer import Tokenizer
 from tinyllama.weights.peft import AdapterConfig
 from tinyllama.weights.safetensors import SafetensorsFile, write_safetensors
 
-__all__ = ["list_checkpoints", "recover", "restore", "resume_folder", "save", "step_name"]
+__all__ = ["looks_whole", "read_state", "restore", "save", "set_aside", "step_name"]
 
 OPTIMIZER = "optimizer.safetensors"
 
@@ -65,6 +67,15 @@ def save(
     return save_checkpoint(folder.parent, folder.name, fill, keep_last_n, needed_bytes=needed)
 
 
+def not_finite(weights: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor that holds a NaN or an infinity."""
+    for name, tensor in weights.items():
+        values = read(tensor)
+        if not np.isfinite((values.min(), values.max())).all():  # a NaN is the least and greatest
+            return name
+    return None
+
+
 def restore(folder: Path, optimizer: AdamW, batches: Batches) -> int:
     """Load what `save` kept besides the weights; returns the step. Raises CheckpointError."""
     state = read_state(folder)
@@ -91,58 +102,35 @@ def micro_batch_size(folder: Path) -> int | None:
     return size if isinstance(size, int) and size > 0 else None
 
 
-def resume_folder(root: Path, asked: str, warn: Callable[[str], None]) -> Path:
-    """The verified checkpoint to continue: `asked` is a folder, or "latest" for the newest."""
-    if asked != "latest":
-        if not Path(asked).is_dir():
-            raise CheckpointError(f"--resume {asked}: no such folder")
-        verify(asked)
-        return Path(asked)
-    folder = latest_valid(root, warn)
-    if folder is None:
-        raise CheckpointError(f"{root}: holds no checkpoint to resume from")
-    return folder
+@contextmanager
+def held_alone(folder: Path) -> Iterator[None]:
+    """Hold a run's folder, which must exist. Raises CheckpointError if another process does."""
+    try:
+        with held(folder):
+            yield
+    except BlockingIOError:
+        raise CheckpointError(
+            f"{folder}: another process trains there: wait for it, or choose another "
+            "folder with --set checkpointing.checkpoint_dir=..."
+        ) from None
+
+
+def settle(folder: Path) -> None:
+    """Settle what a killed run left in its folder. Raises CheckpointError if a run is in it."""
+    if folder.is_dir():
+        with held_alone(folder):
+            recover(folder)
+
+
+def check_holds_none(folder: Path) -> None:
+    """A new run must not mix with an old one: CheckpointError if its folder holds checkpoints."""
+    if found := list_checkpoints(folder):
+        raise CheckpointError(
+            f"{folder} already holds {found[-1].name}: continue it with --resume, or choose "
+            "another folder with --set checkpointing.checkpoint_dir=..."
+        )
 
 
 def write_config(folder: Path, config: Config) -> None:
     """config.toml of the run: every option with the value it had."""
     atomic_write(folder / "config.toml", config.to_toml().encode())
-
-
-def find_tokenizer(config: Config, resume: Path | None, show: bool) -> Tokenizer:
-    """The run's tokenizer: the checkpoint's, a file, or one trained on the training text."""
-    if resume is not None:
-        return _tokenizer_of(resume, config)
-    if config.tokenizer_source != "train":
-        with naming("data.tokenizer" if config.data.tokenizer else "model.base"):
-            return load_tokenizer(config.tokenizer_source)
-    sources = find_sources(config.data.train_path)
-    cache = Path(config.data.cache_dir)
-    made_of = [f"{TRAINING} {config.tokenizer_vocab_size}", *content_digests(sources, cache)]
-    digest = hashlib.sha256("\n".join(made_of).encode()).hexdigest()[:32]
-    file = cache / f"tokenizer-{digest}" / MODEL_FILE
-    if file.exists():
-        return load_tokenizer(file)
-    what = f"data.tokenizer_vocab_size, for a tokenizer of {config.data.train_path}"
-    with naming(what, TokenizerError):  # what is wrong in the texts tells its own place
-        texts = read_texts(sources, progress=show)
-        return train_tokenizer(texts, config.tokenizer_vocab_size, file)
-
-
-def _tokenizer_of(checkpoint: Path, config: Config) -> Tokenizer:
-    """A checkpoint's tokenizer. Raises ConfigError if the configuration asks for another."""
-    found, asked = load_tokenizer(checkpoint), config.data
-    size = asked.tokenizer_vocab_size
-    if asked.tokenizer not in (None, "train"):
-        with naming("data.tokenizer"):
-            same = load_tokenizer(str(asked.tokenizer)).model == found.model
-        if not same:
-            raise ConfigError(
-                f"data.tokenizer: {asked.tokenizer} is not the tokenizer of {checkpoint}, which a"
-                " resumed run must go on with"
-            )
-    elif config.tokenizer_source == "train" and size not in (None, found.vocab_size):
-        raise ConfigError(
-            f"data.tokenizer_vocab_size: got {size}, must be {found.vocab_size} as in {checkpoint}"
-        )
-    return found

@@ -7,35 +7,36 @@ Everything that decides the numbers is in the configuration, the position in the
 tensors of a checkpoint, so a run that is resumed continues bit for bit.
 """
 
-import math
 import sys
+
+if __name__ == "__main__":  # above what takes long to import: an interrupt then ends in a word
+    from tinyllama.cli import main
+
+    main(["train", *sys.argv[1:]])
+
+import math
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tinygrad import dtypes
 from tqdm import tqdm
 
-from tinyllama import lora, quantize, runs
+from tinyllama import lora, runs
 from tinyllama.accounting import parameters
 from tinyllama.checks import check_files, supported
 from tinyllama.config import Config
 from tinyllama.data import Batch, Batches, prepare
-from tinyllama.errors import CheckpointError, ConfigError, TrainingError, naming
+from tinyllama.errors import TrainingError
 from tinyllama.evaluate import Evaluator
-from tinyllama.files import held
 from tinyllama.memory import memory_in_use_bytes
 from tinyllama.metrics import MetricsLog, progress
-from tinyllama.model import Llama
 from tinyllama.optim import AdamW, learning_rate
 from tinyllama.signals import stopping_on_signals
+from tinyllama.start import find_tokenizer, make_adapter, make_model
 from tinyllama.step import TrainStep
-from tinyllama.tokenizer import Tokenizer
-from tinyllama.weights.hf_read import open_folder
-from tinyllama.weights.peft import AdapterConfig
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Trainer:
         self.show, self.budget_seconds = show, budget_seconds
         self.folder = Path(config.checkpointing.checkpoint_dir)
         check_files(config)  # before a tokenizer is made for nothing
-        self.tokenizer = _tokenizer(config, resume, show)
+        self.tokenizer = find_tokenizer(config, resume, show)
         t, context = config.training, config.context_length
         cache = config.data.cache_dir
         train = prepare(config.data.train_path, self.tokenizer, cache, progress=show)
@@ -74,8 +75,8 @@ class Trainer:
         if t.max_steps is not None:
             self.total_steps = min(self.total_steps, t.max_steps)
         self.planned_steps = self.total_steps  # what a time budget shortens
-        self.model = _model(self.config, resume)
-        self.adapter = _adapter(self.config, self.model, resume)
+        self.model = make_model(self.config, resume)
+        self.adapter = make_adapter(self.config, self.model, resume)
         trained = lora.adapter_tensors(self.model) if self.adapter else self.model.state_dict()
         self.optimizer = AdamW(trained, t)
         dropping = lora.dropping(self.model, t.seed)
@@ -87,37 +88,39 @@ class Trainer:
             val = prepare(config.data.val_path, self.tokenizer, cache, progress=show)
             self.evaluator = Evaluator(self.model, val, context, t.micro_batch)
         self.step = runs.restore(resume, self.optimizer, self.batches) if resume else 0
+        # The line of metrics of a step whose validation a signal cut short.
+        self._unvalidated = runs.read_state(resume).get("unvalidated") if resume else None
         self.saved: Path | None = resume
         self._saved_step = self.step
+        self._good: Path | None = None  # the newest checkpoint that a finite step came after
 
     def run(self) -> Outcome:
         """Train until the schedule ends, or a signal asks to stop after the current step."""
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
-            with held(self.folder):
+            with runs.held_alone(self.folder):
                 return self._run()
-        except BlockingIOError:
-            raise CheckpointError(
-                f"{self.folder}: another process trains there: wait for it, or choose another "
-                "folder with --set checkpointing.checkpoint_dir=..."
-            ) from None
         except KeyboardInterrupt as interrupt:
-            raise type(interrupt)(
-                f"after step {self.step}, and {self._last_checkpoint()}"
-            ) from None
+            saved = f"the last checkpoint is {self.saved}" if self.saved else "nothing was saved"
+            raise type(interrupt)(f"after step {self.step}, and {saved}") from None
 
     def _run(self) -> Outcome:
+        for old, new in runs.set_aside(self.folder, self.step):
+            print(f"{old} is of a later step: renamed to {new.name}", file=sys.stderr)
         runs.write_config(self.folder, self.config)
         begun = (self.step, time.monotonic())
         told = "\nstopping after this step, then saving; once more to stop at once\n"
+        again = self._unvalidated is not None  # that step's line is written once more
         with (
-            closing(MetricsLog(self.folder / "metrics.jsonl", self.step + 1)) as metrics,
+            closing(MetricsLog(self.folder / "metrics.jsonl", self.step + 1 - again)) as metrics,
             stopping_on_signals(told if self.show else "") as stopping,
             progress(self.total_steps, self.step, self.show) as bar,
         ):
+            if self._unvalidated is not None:
+                metrics.write(self._validate(self._unvalidated, stopping))
             while self.step < self.total_steps and not stopping():
                 self._one_step(metrics, bar, begun, stopping)
-            finished = self.step >= self.total_steps
+            finished = self.step >= self.total_steps and self._unvalidated is None
             name = "final" if finished else runs.step_name(self.step)
             if self.saved is None or (self.saved.name, self._saved_step) != (name, self.step):
                 self.save(name)
@@ -151,15 +154,13 @@ class Trainer:
         seconds = time.perf_counter() - clock
         seen = {"loss": result.loss, "gradient norm": result.grad_norm, "learning rate": lr}
         self._check_finite(step, seen)
-        self.step = step
+        self.step, self._good = step, self.saved
         self._shorten(*begun)
         line: dict[str, Any] = {"step": step, "loss": result.loss, "lr": lr}
         line |= {"grad_norm": result.grad_norm, "tokens_per_second": result.tokens / seconds}
         line |= {"memory_bytes": memory_in_use_bytes(), "epoch": epoch}
-        found = self._validate(step, epoch, stopping)
-        if found is not None:
-            line["val_loss"] = found
-            self._check_finite(step, {"validation loss": line["val_loss"], "learning rate": lr})
+        if self._validation_is_due(step, epoch):
+            line = self._validate(line, stopping)
         metrics.write(line)
         shown = {"loss": f"{result.loss:.4f}", "tok/s": f"{line['tokens_per_second']:.0f}"}
         if "val_loss" in line:
@@ -170,28 +171,52 @@ class Trainer:
         if step % self.config.checkpointing.save_every == 0 and step < self.total_steps:
             self.save(runs.step_name(step))
 
-    def _validate(self, step: int, epoch: int, stopping: Callable[[], bool]) -> float | None:
-        """The validation loss after `step` of `epoch`, if it is time for one and nothing stops."""
+    def _validation_is_due(self, step: int, epoch: int) -> bool:
+        """Whether a validation loss is asked for after `step`, which was of `epoch`."""
         every = self.config.training.eval_every
         due = self.batches.epoch + 1 != epoch if every is None else step % every == 0
-        if self.evaluator is None or not (due or step == self.total_steps):
-            return None
+        return due or step == self.total_steps
+
+    def _validate(self, line: dict[str, Any], stopping: Callable[[], bool]) -> dict[str, Any]:
+        """A step's line of metrics with its validation loss, if there is text for one.
+
+        Where a signal cuts it short, the run that goes on from here makes up for it.
+        """
+        if self.evaluator is None:
+            self._unvalidated = None
+            return line
         found = self.evaluator.run(stopping=stopping)
-        return None if found is None else found.loss
+        self._unvalidated = line if found is None else None
+        if found is None:
+            return line
+        self._check_finite(
+            line["step"], {"validation loss": found.loss, "learning rate": line["lr"]}
+        )
+        return line | {"val_loss": found.loss}
 
     def _check_finite(self, step: int, seen: dict[str, float]) -> None:
         """Raise TrainingError, which tells what was seen, if a number in it is NaN or infinite."""
         if all(map(math.isfinite, seen.values())):
             return
         numbers = ", ".join(f"{name} {value:.6g}" for name, value in seen.items())
-        last = self._last_checkpoint()
-        raise TrainingError(
-            f"step {step}: {numbers}: the numbers are no longer finite, so training stops; {last}. "
-            "A lower training.learning_rate or a longer lr_schedule.warmup_steps may help"
+        raise self._broken(step, f"{numbers}: the numbers are no longer finite")
+
+    def _broken(self, step: int, what: str) -> TrainingError:
+        """The error that ends a run at a step: what was seen, and what can be done."""
+        advice = "A lower training.learning_rate or a longer lr_schedule.warmup_steps may help"
+        if self.step == 0:
+            advice = "No weight was trained before: look at model.base, the text and training.dtype"
+        return TrainingError(
+            f"step {step}: {what}, so training stops; {self._last_good()}. {advice}"
         )
 
-    def _last_checkpoint(self) -> str:
-        return f"the last good checkpoint is {self.saved}" if self.saved else "nothing was saved"
+    def _last_good(self) -> str:
+        """The checkpoint to go back to: weights that are followed by such a step are none."""
+        if self._good is not None and self._good.is_dir():
+            return f"the last good checkpoint is {self._good}"
+        if self.saved is None:
+            return "nothing was saved"
+        return f"{self.saved} holds the weights that led to them, and there is none before it"
 
     def _shorten(self, first: int, started: float) -> None:
         """With a time budget, end the schedule at the step that the budget reaches: as many steps
@@ -204,96 +229,28 @@ class Trainer:
         self.total_steps = max(self.step, min(self.planned_steps, self.step + int(left)))
 
     def save(self, name: str) -> Path:
-        """Save the run as it stands under `name`."""
-        keep = self.config.checkpointing.keep_last_n
-        self._saved_step = self.step
-        self.saved = runs.save(
-            self.folder / name, self.model, self.optimizer, self.tokenizer,
-            self._state(), keep, self.adapter,
-        )  # fmt: skip
-        return self.saved
+        """Save the run as it stands under `name`. TrainingError if its weights are not finite."""
+        if broken := runs.not_finite(self.optimizer.parameters):
+            raise self._broken(self.step, f"{broken}: the weights are no longer finite")
+        folder, keep = self.folder / name, self.config.checkpointing.keep_last_n
+        try:
+            runs.save(
+                folder, self.model, self.optimizer, self.tokenizer,
+                self._state(), keep, self.adapter,
+            )  # fmt: skip
+        finally:  # an interrupt may come when it is there, and older ones are being removed
+            if runs.looks_whole(folder) and runs.read_state(folder)["step"] == self.step:
+                self.saved, self._saved_step = folder, self.step
+        return folder
 
     def _state(self) -> dict[str, Any]:
         """What a checkpoint keeps beside tensors."""
         parts = self.config.training.micro_batch
-        return {"step": self.step, "data": self.batches.state(), "micro_batch_size": parts}
-
-
-def resume_folder(config: Config, asked: str, warn: Callable[[str], None]) -> Path:
-    """The checkpoint `--resume` means: a folder by name, or "latest" in the run's folder.
-
-    Settles first what a killed run may have left there.
-    """
-    root = Path(config.checkpointing.checkpoint_dir)
-    runs.recover(root)
-    return runs.resume_folder(root, asked, warn)
-
-
-def with_base(config: Config) -> Config:
-    """The configuration with the sizes of `model.base`, if there is one."""
-    if config.model.base is None:
-        return config
-    with naming("model.base"):
-        folder = open_folder(config.model.base)
-    return config.with_base(folder.config, str(folder.path / "config.json"))
-
-
-def with_micro_batch_of(checkpoint: Path, config: Config) -> Config:
-    """The configuration with the micro-batch that `checkpoint` was trained with, if none is set.
-
-    What fits may differ from day to day, and sums of other parts round differently.
-    """
-    t, saved = config.training, runs.micro_batch_size(checkpoint)
-    if t.micro_batch_size is not None or saved is None or t.batch_size % saved:
-        return config
-    return replace(config, training=replace(t, micro_batch_size=saved))
-
-
-def _tokenizer(config: Config, resume: Path | None, show: bool) -> Tokenizer:
-    tokenizer = runs.find_tokenizer(config, resume, show)
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise ConfigError(
-            f"model.vocab_size: got {config.model.vocab_size}, must be at least the tokenizer's "
-            f"{tokenizer.vocab_size} ({config.tokenizer_source})"
-        )
-    return tokenizer
-
-
-def _model(config: Config, resume: Path | None) -> Llama:
-    t = config.training
-    dtype = getattr(dtypes, t.dtype)
-    source = config.model.base if config.lora else resume or config.model.base
-    if source is None:
-        model = Llama(config.model, dtype=dtype, seed=t.seed, background=True)
-    else:
-        if config.qlora is not None and config.qlora.quantize_base:
-            model = quantize.load_quantized(source, config.qlora, dtype=dtype)
-        else:
-            model = Llama.from_pretrained(source, dtype=dtype)
-        sizes = replace(model.config, base=config.model.base, max_seq_len=config.model.max_seq_len)
-        # An adapter's folder holds no sizes: its base's must be the ones it was trained with.
-        fixed = resume is not None or config.lora is not None
-        if fixed and sizes != replace(config.model, num_kv_heads=config.model.kv_heads):
-            raise ConfigError(f"[model] differs from {source}/config.json: {sizes} is saved there")
-        model.config = config.model
-    model.checkpoint_activations = t.checkpoint_activations
-    return model
-
-
-def _adapter(config: Config, model: Llama, resume: Path | None) -> AdapterConfig | None:
-    if config.lora is None:
-        return None
-    assert config.model.base is not None
-    return lora.start(model, config.lora, Path(config.model.base), config.training.seed, resume)
+        state = {"step": self.step, "data": self.batches.state(), "micro_batch_size": parts}
+        return state if self._unvalidated is None else state | {"unvalidated": self._unvalidated}
 
 
 def _micro_batches(batch: Batch, size: int) -> list[Batch]:
     """The rows of a batch in parts of `size`."""
     starts = range(0, len(batch.tokens), size)
     return [Batch(*(part[i : i + size] for part in batch)) for i in starts]
-
-
-if __name__ == "__main__":
-    from tinyllama.cli import main
-
-    main(["train", *sys.argv[1:]])

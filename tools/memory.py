@@ -35,7 +35,7 @@ def report(options: argparse.Namespace) -> str:
     choice = device.select()
     from tinyllama.estimate import estimate_memory, largest_micro_batch, verdict
     from tinyllama.memory import free_bytes
-    from tinyllama.train import with_base
+    from tinyllama.start import with_base
 
     config = with_base(config)
     limit = free_bytes() if options.device_memory is None else options.device_memory

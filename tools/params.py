@@ -34,7 +34,7 @@ def count(source: str, overrides: Sequence[str]) -> Parameters:
     config = load_config(source, overrides)
     device.select()
     from tinyllama.estimate import model_parameters
-    from tinyllama.train import with_base
+    from tinyllama.start import with_base
 
     return model_parameters(with_base(config))
 

@@ -35,7 +35,7 @@ THE_WAY = {
     " ops.memory ops.plan ops.bfloat16",
     "Adapters": "lora quantize",
     "Loss, gradients, optimizer": "gradients optim step",
-    "The loop": "train checks metrics runs",
+    "The loop": "train checks start metrics runs",
     "Checkpoints and weights": "checkpoint manifest weights weights.hf weights.hf_config"
     " weights.hf_names weights.hf_read weights.hf_write weights.peft weights.peft_config"
     " weights.safetensors weights.header weights.dtypes weights.int4",

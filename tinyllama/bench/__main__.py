@@ -66,7 +66,7 @@ def resolve(options: argparse.Namespace) -> Config:
     named = {override.partition("=")[0].strip() for override in options.set}
     config = load_config(options.config, options.set)
     if config.model.base is not None:
-        from tinyllama.train import with_base
+        from tinyllama.start import with_base
 
         config = with_base(config)
     context = options.context or config.context_length

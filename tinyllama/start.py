@@ -1,0 +1,153 @@
+"""What a run starts from: the checkpoint it resumes, its base's sizes, its tokenizer and model."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from tinygrad import dtypes
+
+from tinyllama import lora, quantize, runs
+from tinyllama.checkpoint import latest_valid, verify
+from tinyllama.config import Config, LlamaConfig
+from tinyllama.errors import CheckpointError, ConfigError, TokenizerError, naming
+from tinyllama.model import Llama
+from tinyllama.schema import got, shown
+from tinyllama.sources import content_digests, find_sources, read_texts
+from tinyllama.tokenizer import MODEL_FILE, TRAINING, Tokenizer, load_tokenizer, train_tokenizer
+from tinyllama.weights.hf_read import open_folder
+from tinyllama.weights.peft import AdapterConfig
+
+
+def resume_folder(config: Config, asked: str, warn: Callable[[str], None]) -> Path:
+    """The verified checkpoint that `--resume` means: a folder by name, or "latest" for the newest
+    of the run's folder, where what a killed run may have left is settled first.
+
+    Raises CheckpointError, also where the run's folder belongs to another run or process.
+    """
+    root = Path(config.checkpointing.checkpoint_dir)
+    runs.settle(root)
+    if asked == "latest":
+        folder = latest_valid(root, warn)
+        if folder is None:
+            raise CheckpointError(f"{root}: holds no checkpoint to resume from")
+        return folder
+    folder = Path(asked)
+    if not folder.is_dir():
+        raise CheckpointError(f"--resume {asked}: no such folder")
+    verify(folder)
+    if folder.absolute().parent.resolve() != root.resolve():
+        runs.check_holds_none(root)
+    return folder
+
+
+def with_base(config: Config) -> Config:
+    """The configuration with the sizes of `model.base`, if there is one."""
+    if config.model.base is None:
+        return config
+    with naming("model.base"):
+        folder = open_folder(config.model.base)
+    return config.with_base(folder.config, str(folder.path / "config.json"))
+
+
+def with_micro_batch_of(checkpoint: Path, config: Config) -> Config:
+    """The configuration with the micro-batch that `checkpoint` was trained with, if none is set.
+
+    What fits may differ from day to day, and sums of other parts round differently.
+    """
+    t, saved = config.training, runs.micro_batch_size(checkpoint)
+    if t.micro_batch_size is not None or saved is None or t.batch_size % saved:
+        return config
+    return replace(config, training=replace(t, micro_batch_size=saved))
+
+
+def find_tokenizer(config: Config, resume: Path | None, show: bool) -> Tokenizer:
+    """The run's tokenizer: the checkpoint's, a file, or one trained on the training text.
+
+    Raises ConfigError if the model has no room for it.
+    """
+    tokenizer = _tokenizer_of(resume, config) if resume else _new_tokenizer(config, show)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size: got {config.model.vocab_size}, must be at least the tokenizer's "
+            f"{tokenizer.vocab_size} ({config.tokenizer_source})"
+        )
+    return tokenizer
+
+
+def _new_tokenizer(config: Config, show: bool) -> Tokenizer:
+    if config.tokenizer_source != "train":
+        with naming("data.tokenizer" if config.data.tokenizer else "model.base"):
+            return load_tokenizer(config.tokenizer_source)
+    sources = find_sources(config.data.train_path)
+    cache = Path(config.data.cache_dir)
+    made_of = [f"{TRAINING} {config.tokenizer_vocab_size}", *content_digests(sources, cache)]
+    digest = hashlib.sha256("\n".join(made_of).encode()).hexdigest()[:32]
+    file = cache / f"tokenizer-{digest}" / MODEL_FILE
+    if file.exists():
+        return load_tokenizer(file)
+    what = f"data.tokenizer_vocab_size, for a tokenizer of {config.data.train_path}"
+    with naming(what, TokenizerError):  # what is wrong in the texts tells its own place
+        texts = read_texts(sources, progress=show)
+        return train_tokenizer(texts, config.tokenizer_vocab_size, file)
+
+
+def _tokenizer_of(checkpoint: Path, config: Config) -> Tokenizer:
+    """A checkpoint's tokenizer. Raises ConfigError if the configuration asks for another."""
+    found, asked = load_tokenizer(checkpoint), config.data
+    size = asked.tokenizer_vocab_size
+    if asked.tokenizer not in (None, "train"):
+        with naming("data.tokenizer"):
+            same = load_tokenizer(str(asked.tokenizer)).model == found.model
+        if not same:
+            raise ConfigError(
+                f"data.tokenizer: {asked.tokenizer} is not the tokenizer of {checkpoint}, which a"
+                " resumed run must go on with"
+            )
+    elif config.tokenizer_source == "train" and size not in (None, found.vocab_size):
+        raise ConfigError(
+            f"data.tokenizer_vocab_size: got {size}, must be {found.vocab_size} as in {checkpoint}"
+        )
+    return found
+
+
+def make_model(config: Config, resume: Path | None) -> Llama:
+    """The model: new, that of a base, or that of the checkpoint. Raises ConfigError where the
+    checkpoint has other sizes than the configuration."""
+    t = config.training
+    dtype = getattr(dtypes, t.dtype)
+    source = config.model.base if config.lora else resume or config.model.base
+    if source is None:
+        model = Llama(config.model, dtype=dtype, seed=t.seed, background=True)
+    else:
+        if config.qlora is not None and config.qlora.quantize_base:
+            model = quantize.load_quantized(source, config.qlora, dtype=dtype)
+        else:
+            model = Llama.from_pretrained(source, dtype=dtype)
+        # An adapter's folder holds no sizes: its base's must be the ones it was trained with.
+        if resume is not None or config.lora is not None:
+            _check_sizes(config.model, model.config, source)
+        model.config = config.model
+    model.checkpoint_activations = t.checkpoint_activations
+    return model
+
+
+def _check_sizes(asked: LlamaConfig, saved: LlamaConfig, source: str | Path) -> None:
+    """Raise ConfigError if a checkpoint's [model] is not the one that is asked for."""
+    mine = asdict(replace(asked, num_kv_heads=asked.kv_heads))
+    theirs = asdict(replace(saved, base=asked.base, max_seq_len=asked.max_seq_len))
+    problems = [
+        f"model.{name}: {got(mine[name], f'{shown(value)} as in {source}/config.json')}"
+        for name, value in theirs.items()
+        if mine[name] != value
+    ]
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def make_adapter(config: Config, model: Llama, resume: Path | None) -> AdapterConfig | None:
+    """Put the adapters of [lora] on the model, new or those of the checkpoint; None without."""
+    if config.lora is None:
+        return None
+    assert config.model.base is not None
+    return lora.start(model, config.lora, Path(config.model.base), config.training.seed, resume)
