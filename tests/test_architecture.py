@@ -12,8 +12,8 @@ PACKAGE = ROOT / "tinyllama"
 # The layers, lowest first, in the way of the data. A file imports from the lines above its own
 # and from nothing else. A new file gets its place here.
 LAYERS = (
-    "errors files memory schema signals ops weights bench",
-    "device manifest metrics parallel rows sections settings tokenizer",
+    "errors files memory processor schema signals ops weights bench",
+    "command device manifest metrics parallel rows sections settings tokenizer",
     "config sources checkpoint ops.memory ops.bfloat16",
     "corpus ops.storage ops.plan weights.dtypes",
     "data initialize ops.precompile weights.header weights.hf_config weights.hf_names",

@@ -1,5 +1,6 @@
 """The command line: what it prints, and that a mistake ends as one message and exit code 2."""
 
+import signal
 import subprocess
 import sys
 
@@ -13,7 +14,9 @@ from runs_helpers import (
     names,
     run_command,
     start,
+    stop,
     tokenizer,
+    wait_for_steps,
 )
 
 from tinyllama.checkpoint import step_name
@@ -53,6 +56,28 @@ def test_an_override_acts(tmp_path, capsys):
     assert names(tmp_path / "b") == ["final"]
 
 
+def test_the_command_that_continues_a_run_names_device_and_threads(tmp_path):
+    run = tmp_path / "run"
+    words = [config_file(run), "--quiet", "--set", "training.num_epochs=100000"]
+    process = start("train", *words, CPU="1", NUM_CPU_THREADS="1")
+    wait_for_steps(process, run, 1)
+    code, out, _ = stop(process, signal.SIGTERM)
+    assert code == 0
+    command = out.splitlines()[-1]
+    assert command.startswith(f"CPU=1 python -m tinyllama.train {words[0]} --resume {run}/step-")
+    assert command.endswith(" --threads 1 --quiet")
+
+
+def test_all_that_is_not_built_yet_is_told_at_once_and_first(tmp_path, capsys):
+    words = ["--set", "training.beam=2", "--set", "data.train_on=last"]
+    assert cli("train", config_file(tmp_path / "run"), "--resume", "nowhere", *words) == 2
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err.splitlines() == [
+        "training.beam: got 2, must be 0 for now",
+        'data.train_on: got "last", must be "all" for now',
+    ]
+
+
 MISTAKES = {
     "an unknown key": (
         ["--set", "training.learnin_rate=1"],
@@ -87,7 +112,7 @@ MISTAKES = {
     ),
     "a part of conversations": (
         ["--set", "data.train_on=last"],
-        "data.train_on: got 'last', must be 'all' for now",
+        'data.train_on: got "last", must be "all" for now',
     ),
     "validation text that is not there": (
         ["--set", "data.tokenizer=nowhere.model", "--set", "data.val_path=none.txt"],

@@ -171,3 +171,22 @@ def test_what_depends_on_the_sizes_of_a_base_is_checked_when_they_are_known() ->
         config.with_base(BASE, "dir")
     fits = toml("[model]\nbase = 'dir'\n[data]\ncontext_length = 128").with_base(BASE, "dir")
     assert fits.context_length == 128
+
+
+def test_a_tilde_in_a_path_is_its_users_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    text = """
+[model]
+base = "~/base"
+[data]
+tokenizer = "~/t.model"
+cache_dir = "~/cache"
+[checkpointing]
+checkpoint_dir = "~nobody-of-that-name/run"
+"""
+    config = toml(text, "checkpointing.checkpoint_dir=~/run")
+    assert (config.model.base, config.data.tokenizer) == ("/home/me/base", "/home/me/t.model")
+    assert config.data.cache_dir == "/home/me/cache"
+    assert config.checkpointing.checkpoint_dir == "/home/me/run"
+    assert toml(text).checkpointing.checkpoint_dir == "~nobody-of-that-name/run"
+    assert toml("", "data.tokenizer=train").data.tokenizer == "train"

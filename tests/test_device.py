@@ -89,6 +89,46 @@ def test_a_backend_that_does_not_exist_is_refused():
         device.select({"DEV": "CPUU"})
 
 
+@pytest.mark.parametrize("target", ["CPU:NONE", "CL:1", "CPU:LLVM"])
+def test_a_renderer_that_does_not_work_is_not_taken_for_a_missing_device(target, monkeypatch):
+    def refuse(name):
+        raise RuntimeError("src:1: error")
+
+    if target == "CPU:LLVM":  # with some versions of LLVM it works
+        monkeypatch.setattr(device, "_compute", refuse)
+        device._open.cache_clear()
+    with pytest.raises(DeviceError) as refused:
+        device.select({"DEV": target})
+    name = target.partition(":")[0]
+    message = str(refused.value)
+    assert message.startswith(f"DEV={target}: {target} does not work (")
+    assert message.endswith(f"DEV={name} takes what {name} offers by itself")
+    device._open.cache_clear()
+
+
+def test_a_renderer_that_is_named_computes_before_it_is_taken(monkeypatch):
+    computed = []
+    monkeypatch.setattr(device, "_compute", computed.append)
+    device._open.cache_clear()
+    assert device.select({"DEV": "CPU:CLANGJIT"}).asked == ("DEV=CPU:CLANGJIT",)
+    assert computed == ["CPU"]
+    device._open.cache_clear()
+
+
+def test_the_trial_notices_a_wrong_result(monkeypatch):
+    device._compute("CPU")
+    monkeypatch.setattr("tinygrad.Tensor.sum", lambda self: self[0])
+    with pytest.raises(RuntimeError, match=r"computes wrong results: 0\.0 for 4032"):
+        device._compute("CPU")
+
+
+def test_nothing_is_trained_on_a_device_that_only_compiles(tmp_path):
+    (file := tmp_path / "tiny.toml").write_text("")
+    code, out, err = run_command("train", file, DEV="NULL")
+    assert (code, out) == (2, "")
+    assert err.startswith("DEV=NULL: NULL compiles kernels and runs none")
+
+
 def test_selecting_sets_dev_for_children_and_removes_what_tinygrad_refuses():
     environ = {"CPU": "1", "METAL": "0", "OTHER": "1"}
     choice = device.select(environ)
@@ -132,8 +172,11 @@ def test_the_best_gpu_is_taken_and_opencl_on_a_processor_only_when_asked(monkeyp
         raise DeviceError("not here")
 
     monkeypatch.setattr(device, "_open", answer)
-    assert device.select({"GPU": "1"}).device == "CL"
-    assert device.select({}).device == "CPU"
+    choice = device.select({"GPU": "1"})
+    assert (choice.device, choice.asked) == ("CL", ("GPU=1",))
+    assert "(GPU=1: no GPU answered, so OpenCL on the processor)" in choice.line()
+    assert device.select({"CL": "1"}).reason == "CL=1"
+    assert (device.select({}).device, device.select({}).asked) == ("CPU", ())
     monkeypatch.setattr(device, "GPU_ORDER", ("CL", "CUDA"))
     assert device.select({"GPU": "1"}).device == "CL"
 

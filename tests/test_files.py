@@ -8,7 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from tinyllama.files import atomic_directory, atomic_write, remove_partials, sha256_file
+from tinyllama.files import (
+    atomic_directory,
+    atomic_write,
+    naming_file,
+    remove_partials,
+    sha256_file,
+)
 
 
 def contents(folder: Path) -> list[str]:
@@ -197,3 +203,14 @@ def test_a_killed_save_leaves_no_final_folder_and_its_partial_is_removed(tmp_pat
     assert not (tmp_path / "step-1").exists()
     assert len(remove_partials(tmp_path)) == 1
     assert contents(tmp_path) == []
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no such device here")
+def test_a_full_disk_names_the_file_that_is_written(tmp_path):
+    file = tmp_path / "file"
+    with pytest.raises(OSError, match="No space left on device: ") as failed, naming_file(file):
+        Path("/dev/full").write_bytes(b"x")
+    assert failed.value.filename == str(file)
+    with pytest.raises(FileNotFoundError) as missing, naming_file(file):
+        open("nowhere")
+    assert missing.value.filename == "nowhere"

@@ -1,5 +1,7 @@
 """metrics.jsonl: one whole line a step, each step once, whatever a killed run left."""
 
+import os
+
 import pytest
 
 from tinyllama.errors import CheckpointError
@@ -29,6 +31,17 @@ def test_numbers_are_read_back_as_they_were(tmp_path):
     log.write(values)
     log.close()
     assert read_metrics(tmp_path / "metrics.jsonl") == [values]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no such device here")
+def test_a_full_disk_names_the_file(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl", 1)
+    log._file.close()
+    log._file = open("/dev/full", "a")  # every write to it fails so
+    for failing in (lambda: log.write({"step": 1}), log.close):
+        with pytest.raises(OSError, match="No space left on device: ") as failed:
+            failing()
+        assert failed.value.filename == str(tmp_path / "metrics.jsonl")
 
 
 def test_a_file_that_holds_something_else_is_named(tmp_path):

@@ -413,3 +413,33 @@ def test_threads_share_the_work_whatever_their_number():
     assert (device.threads(), os.environ["NUM_CPU_THREADS"]) == (3, "3")
     with pytest.raises(device.DeviceError, match="--threads: got 0, must be 1 or more"):
         device.set_threads(0)
+
+
+def test_a_norm_of_narrow_weights_reads_them_as_what_they_are():
+    x, weight = Tensor(normal(5, 48)).realize(), Tensor(normal(48)).cast(BF16).realize()
+    found = []
+    for form in ("cpu", "portable"):
+        with kernel.forced(form):
+            found.append(rms_norm(x, weight, 1e-6).numpy())
+    assert difference(*found) < 1e-6
+
+
+@pytest.mark.parametrize("kind", [dtypes.int16, dtypes.int64])
+def test_integers_of_any_width_are_the_numbers_they_are(kind):
+    """Python's own are 64 bits wide, and a kernel reads 32."""
+    ids, targets, starts = np.arange(33)[None] % 7, targets_of(33, 7), starts_of(1, 33)
+    table, x = normal(7, 16), normal(33, 16, seed=1)
+    heads = [normal(1, 33, 2, 8, seed=s) for s in (2, 3, 4)]
+    found = []
+    for wide in (dtypes.int32, kind):
+        with kernel.forced("cpu"):
+            given = [Tensor(a).cast(wide).realize() for a in (ids, targets, starts)]
+            weight, *qkv = (Tensor(a).realize() for a in (table, *heads))
+            rows = embedding(given[0], weight, F32)
+            summed = cross_entropy.linear_cross_entropy(Tensor(x).realize(), weight, given[1])
+            each = cross_entropy.token_losses(Tensor(x).realize(), weight, given[1])
+            out = attention(*qkv, given[2])
+            gradients = (rows.sum() + summed + out.sum()).gradient(weight, *qkv)
+            found.append([t.numpy() for t in (rows, summed, each, out, *gradients)])
+    for same, other in zip(*found, strict=True):
+        np.testing.assert_array_equal(other, same)

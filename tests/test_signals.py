@@ -51,8 +51,8 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path):
     *_, says, command = out.splitlines()
     saved = run / step_name(done)
     assert says == f"stopped after step {done}, saved {saved}; continue with:"
-    first, *words = shlex.split(command)
-    assert (first, words[0]) == ("python", "-m")
+    chosen, first, *words = shlex.split(command)
+    assert (chosen, first, words[0]) == ("DEV=CPU", "python", "-m")
     assert words[1:] == [
         "tinyllama.train", str(config_file(run)), "--resume", str(saved), *ENDLESS,
         "--threads", "1", "--quiet",

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import signal
 import subprocess
 import sys
 import tokenize
@@ -57,6 +58,30 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert train_tokenizer.main([*arguments, "--out", "t.model"]) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"train_tokenizer: {message}")
     assert not Path("t.model").exists()
+
+
+def test_a_vocabulary_of_nothing_and_a_folder_in_the_way_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("some words of text\n" * 50)
+    with pytest.raises(SystemExit, match="2"):
+        train_tokenizer.main(["a.txt", "--vocab-size", "0"])
+    assert "--vocab-size: got '0', must be an integer of 1 or more" in capsys.readouterr().err
+    Path("out").mkdir()
+    assert train_tokenizer.main(["a.txt", "--vocab-size", "280", "--out", "out"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "train_tokenizer: --out out: is a folder"
+
+
+def test_an_interrupt_ends_a_tool_in_a_word(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("words " * 1_000_000)
+    command = [sys.executable, TOOLS / "train_tokenizer.py", tmp_path / "a.txt"]
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, before)
+    with process:
+        assert process.stderr is not None and process.stderr.read(1)  # its progress bar begins
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.read().endswith("\ninterrupted\n")
+    assert process.returncode == 130
 
 
 def test_the_corpus_is_the_library_without_tests_and_a_twentieth_held_out(

@@ -6,19 +6,17 @@ A mistake of the user ends as one message on standard error and exit code 2.
 import argparse
 import json
 import math
-import os
 import shlex
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from tinyllama import device
+from tinyllama.command import count, exit_code, seconds
 from tinyllama.config import load_config
-from tinyllama.errors import ConfigError, TinyllamaError, TrainingError
+from tinyllama.errors import ConfigError, DeviceError, TrainingError
 from tinyllama.memory import collect_seldom
-from tinyllama.signals import Terminated, terminating
 
 if TYPE_CHECKING:
     from tinyllama.model import Llama
@@ -44,29 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         print(f"{usage}\ntinyllama: no command {asked!r}", file=sys.stderr)
         sys.exit(2)
     collect_seldom()
-    try:
-        with terminating():
-            commands[words[0]](words[1:])
-    except TinyllamaError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
-    except BrokenPipeError:  # who read our output has gone, and wants no more of it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
-    except OSError as error:
-        print(f"{error.filename or words[0]}: {error.strerror or error}", file=sys.stderr)
-        sys.exit(2)
-    except Terminated as stopped:
-        sys.exit(_ended("terminated", stopped, signal.SIGTERM))
-    except KeyboardInterrupt as stopped:
-        sys.exit(_ended("interrupted", stopped, signal.SIGINT))
-    sys.exit(0)
-
-
-def _ended(word: str, stopped: KeyboardInterrupt, number: signal.Signals) -> int:
-    """Say how a command was stopped; the exit code that shells give it."""
-    print(" ".join([word, *map(str, stopped.args)]), file=sys.stderr)
-    return 128 + number
+    sys.exit(exit_code(lambda: commands[words[0]](words[1:]), words[0]))
 
 
 def train(words: list[str]) -> None:
@@ -80,19 +56,20 @@ def train(words: list[str]) -> None:
         "--resume", nargs="?", const="latest", help="continue the latest checkpoint, or this folder"
     )
     parser.add_argument(
-        "--budget", type=_seconds, metavar="SECONDS", help="shorten the schedule to fit this time"
+        "--budget", type=seconds, metavar="SECONDS", help="shorten the schedule to fit this time"
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     parser.add_argument("--force", action="store_true", help="train even if memory seems too small")
     asked = _parse(parser, words)
     config = load_config(asked.config, asked.set)
     choice = _select(asked)
-    from tinyllama.checks import check_files, check_fresh
+    from tinyllama.checks import check_files, check_fresh, supported
     from tinyllama.estimate import fit
     from tinyllama.start import resume_folder, with_base, with_micro_batch_of
     from tinyllama.train import Trainer
 
     warn = _to_stderr
+    supported(config)
     resume = None if asked.resume is None else resume_folder(config, asked.resume, warn)
     if resume is None:
         check_fresh(config)
@@ -114,7 +91,7 @@ def train(words: list[str]) -> None:
     else:
         print(
             f"stopped after step {outcome.step}, saved {outcome.checkpoint}; continue with:\n"
-            + shlex.join(_resume_command(asked, outcome.checkpoint))
+            + " ".join([*choice.asked, shlex.join(_resume_command(asked, outcome.checkpoint))])
         )
 
 
@@ -123,9 +100,10 @@ def _resume_command(asked: argparse.Namespace, checkpoint: Path) -> list[str]:
     words = ["python", "-m", "tinyllama.train", asked.config, "--resume", str(checkpoint)]
     for override in asked.set:
         words += ["--set", override]
-    for name in ("threads", "budget"):
-        if getattr(asked, name) is not None:
-            words += [f"--{name}", str(getattr(asked, name))]
+    numbers = {"threads": device.threads_asked(), "budget": asked.budget}
+    for name, value in numbers.items():
+        if value is not None:
+            words += [f"--{name}", str(value)]
     return words + [f"--{name}" for name in ("quiet", "force") if getattr(asked, name)]
 
 
@@ -134,7 +112,7 @@ def generate(words: list[str]) -> None:
     parser = _parser("generate", "Continue a prompt with a trained model, streaming its tokens.")
     parser.add_argument("--model", required=True, type=Path, help="checkpoint folder")
     parser.add_argument("--prompt", default="", help="text to continue")
-    parser.add_argument("--max-new-tokens", type=_count, default=128)
+    parser.add_argument("--max-new-tokens", type=count, default=128)
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest")
     parser.add_argument("--top-k", type=int, help="draw among the k likeliest")
     parser.add_argument("--top-p", type=float, help="draw among those that reach this probability")
@@ -168,11 +146,11 @@ def evaluate(words: list[str]) -> None:
     parser = _parser("evaluate", "Loss, perplexity and bits per byte of a model on text, as JSON.")
     parser.add_argument("--model", required=True, type=Path, help="checkpoint folder")
     parser.add_argument("--data", required=True, nargs="+", help="files, folders or patterns")
-    parser.add_argument("--context", type=_count, help="tokens a window (default: the model's)")
-    parser.add_argument("--batch", type=_count, default=1, help="windows at once")
+    parser.add_argument("--context", type=count, help="tokens a window (default: the model's)")
+    parser.add_argument("--batch", type=count, default=1, help="windows at once")
     parser.add_argument(
         "--stride",
-        type=_count,
+        type=count,
         help="tokens from window to window (default: the context): with fewer, windows overlap, and"
         " a token has more text before it",
     )
@@ -229,25 +207,14 @@ def _parse(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namesp
 
 
 def _select(asked: argparse.Namespace) -> device.DeviceChoice:
-    return device.select(threads=asked.threads)
-
-
-def _count(word: str) -> int:
-    """An argument that must be 1 or more."""
-    if not word.isdecimal() or int(word) < 1:
-        raise argparse.ArgumentTypeError(f"got {word!r}, must be an integer of 1 or more")
-    return int(word)
-
-
-def _seconds(word: str) -> float:
-    """An argument that must be a time."""
-    try:
-        seconds = float(word)
-    except ValueError:
-        seconds = math.nan
-    if not 0 < seconds < math.inf:
-        raise argparse.ArgumentTypeError(f"got {word!r}, must be a number of seconds above 0")
-    return seconds
+    """The device to compute on. Raises DeviceError, also for one that only compiles."""
+    choice = device.select(threads=asked.threads)
+    if choice.device == "NULL":
+        raise DeviceError(
+            f"{choice.reason}: NULL compiles kernels and runs none, so it gives no "
+            "numbers; for those choose one of `tinyllama backends`"
+        )
+    return choice
 
 
 def _load(folder: Path) -> "tuple[Tokenizer, Llama]":

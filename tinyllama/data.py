@@ -87,9 +87,11 @@ class Batches:
         """
         for key, ours in self._identity().items():
             if key not in state or state[key] != ours:
+                was = f"{key} is {state.get(key)!r}, here it is {ours!r}"
+                if key == "data":  # a digest tells nobody anything
+                    was = "text or its tokenizer is another one"
                 raise DataError(
-                    f"{self._dataset.name}: cannot go on from the checkpoint: its {key} is"
-                    f" {state.get(key)!r}, here it is {ours!r}"
+                    f"{self._dataset.name}: cannot go on from the checkpoint: its {was}"
                 )
         epoch, window = state.get("epoch"), state.get("window")
         if not isinstance(epoch, int) or not isinstance(window, int):

@@ -8,14 +8,12 @@ the environment.
 
 import functools
 import os
-import platform
 import shutil
-import sys
 from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 from tinyllama.errors import DeviceError
+from tinyllama.processor import instruction_set, processor_name
 
 # What GPU=1 tries, best first, and what to install for each backend.
 GPU_ORDER = ("METAL", "CUDA", "NV", "AMD", "CL")
@@ -41,6 +39,12 @@ class DeviceChoice:
     renderer: str
     description: str
     reason: str
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """The variable that asked for it, as a shell takes it: `GPU=1`; empty if none did."""
+        first = self.reason.partition(" ")[0].rstrip(":")
+        return (first,) if "=" in first else ()
 
     def line(self) -> str:
         """The first line a run prints."""
@@ -95,24 +99,13 @@ def select(
             continue
         if len(candidates) > len(GPU_ORDER) and _is_processor_opencl(choice):
             continue  # without being asked, OpenCL on a processor loses to the processor itself
+        if len(candidates) > 1 and _is_processor_opencl(choice):
+            choice = replace(choice, reason="GPU=1: no GPU answered, so OpenCL on the processor")
         from tinygrad.helpers import DEV
 
         DEV.value = environ["DEV"] = target
         return choice
-    name = candidates[0].partition(":")[0].upper()
-    there = ", ".join(choice.device for choice in available()) or "none"
-    if "CPU" in candidates[1:]:  # nothing was asked for, and not even the processor answers
-        raise DeviceError(f"CPU: {failures['CPU']}; to use it, install {INSTALL['CPU']}")
-    if len(candidates) > 1:
-        raise DeviceError(
-            f"{reason}: no GPU answered. Available here: {there}. "
-            f"Tried {', '.join(candidates)}; a GPU needs its driver, e.g. {INSTALL['CL']}"
-        )
-    what = INSTALL.get(name, f"one of {', '.join(FLAGS)} as DEV")
-    raise DeviceError(
-        f"{reason}: {name} is not available ({failures[candidates[0]]}). "
-        f"Available here: {there}. To use it, install {what}"
-    )
+    raise _refused(candidates, reason, failures)
 
 
 def available() -> list[DeviceChoice]:
@@ -124,6 +117,30 @@ def available() -> list[DeviceChoice]:
         except DeviceError:
             continue  # absent: not in the list, which is what the list is for
     return found
+
+
+def _refused(candidates: tuple[str, ...], reason: str, failures: Mapping[str, str]) -> DeviceError:
+    """Why none of the candidates was taken, what there is, and what to install or to set."""
+    name, _, rest = candidates[0].partition(":")
+    name = name.upper()
+    there = ", ".join(choice.device for choice in available()) or "none"
+    if "CPU" in candidates[1:]:  # nothing was asked for, and not even the processor answers
+        return DeviceError(f"CPU: {failures['CPU']}; to use it, install {INSTALL['CPU']}")
+    if len(candidates) > 1:
+        return DeviceError(
+            f"{reason}: no GPU answered. Available here: {there}. "
+            f"Tried {', '.join(candidates)}; a GPU needs its driver, e.g. {INSTALL['CL']}"
+        )
+    if rest and name in FLAGS:
+        return DeviceError(
+            f"{reason}: {candidates[0]} does not work ({failures[candidates[0]]}). Available here: "
+            f"{there}. DEV={name} takes what {name} offers by itself"
+        )
+    what = INSTALL.get(name, f"one of {', '.join(FLAGS)} as DEV")
+    return DeviceError(
+        f"{reason}: {name} is not available ({failures[candidates[0]]}). "
+        f"Available here: {there}. To use it, install {what}"
+    )
 
 
 @functools.cache
@@ -142,6 +159,8 @@ def _open(target: str, reason: str) -> DeviceChoice:
     try:
         with Context(DEV=target):
             opened = Device[name]
+            if rest and name != "NULL":
+                _compute(name)  # what was named by hand may not fit what is installed
             renderer = type(opened.renderer).__name__.removesuffix("Renderer")
     # tinygrad's backends fail in many ways (a library that does not load, a driver that is not
     # there, no permission); each means that the device cannot be used, and the text is shown.
@@ -149,6 +168,15 @@ def _open(target: str, reason: str) -> DeviceChoice:
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DeviceError(first_line[:160]) from error
     return DeviceChoice(name, renderer, _describe(name, opened), reason)
+
+
+def _compute(name: str) -> None:
+    """Raise whatever a small computation raises, or RuntimeError where its result is wrong."""
+    from tinygrad import Tensor
+
+    numbers = Tensor([float(i) for i in range(64)], device=name).realize()
+    if (found := (2 * numbers).contiguous().sum().item()) != 4032:
+        raise RuntimeError(f"computes wrong results: {found} for 4032")
 
 
 def _describe(name: str, opened: object) -> str:
@@ -164,47 +192,17 @@ def _is_processor_opencl(choice: DeviceChoice) -> bool:
     return choice.device == "CL" and any(word in words for word in ("pthread", "cpu", "basic"))
 
 
-@functools.cache
-def processor_name() -> str:
-    """The processor's model name, e.g. "AMD EPYC"."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-@functools.cache
-def instruction_set() -> str:
-    """The widest vector instructions our kernels have a tile for, by the processor's own flags."""
-    if platform.machine().lower() in ("arm64", "aarch64"):
-        return "NEON"
-    flags: set[str] = set()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("flags"):
-                flags = set(line.partition(":")[2].split())
-                break
-    elif sys.platform == "darwin":
-        return "generic"
-    if {"avx512f", "avx512bw", "avx512vl", "avx512dq"} <= flags:
-        return "AVX-512-BF16" if "avx512_bf16" in flags else "AVX-512"
-    return "AVX2" if {"avx2", "fma", "f16c"} <= flags else "generic"
-
-
 def threads() -> int:
     """How many threads a CPU kernel is split over (NUM_CPU_THREADS, else every core we may use).
 
     Raises DeviceError where that variable is no number of threads."""
     from tinygrad.helpers import CPU_COUNT
 
-    asked = threads_asked(os.environ)
+    asked = threads_asked()
     return int(CPU_COUNT.value) if asked is None else set_threads(asked)
 
 
-def threads_asked(environ: Mapping[str, str]) -> int | None:
+def threads_asked(environ: Mapping[str, str] = os.environ) -> int | None:
     """What NUM_CPU_THREADS asks for, if it is set. Raises DeviceError where it is no number."""
     asked = environ.get("NUM_CPU_THREADS", "")
     if asked and (not asked.isdecimal() or int(asked) < 1):

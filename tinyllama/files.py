@@ -35,7 +35,7 @@ def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
     final = Path(os.path.realpath(path))
     partial = _partial_beside(final)
     try:
-        with open(partial, "wb") as file:
+        with naming_file(final), open(partial, "wb") as file:
             file.write(data)
             file.flush()
             if final.exists():
@@ -46,6 +46,16 @@ def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
         partial.unlink(missing_ok=True)
         raise
     _fsync_path(final.parent)
+
+
+@contextmanager
+def naming_file(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Let an OSError of a write, such as a full disk, tell which file it was."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or os.fspath(path)
+        raise
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import Any
 from tqdm import tqdm
 
 from tinyllama.errors import CheckpointError
+from tinyllama.files import atomic_write, naming_file
 
 
 class MetricsLog:
@@ -21,15 +22,16 @@ class MetricsLog:
         self._file = open(path, "a", encoding="utf-8")
 
     def write(self, values: dict[str, Any]) -> None:
-        """Append one object."""
-        self._file.write(json.dumps(values) + "\n")
-        self._file.flush()
+        """Append one object. Raises OSError that names the file."""
+        with naming_file(self.path):
+            self._file.write(json.dumps(values) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
         """Put everything on disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        with naming_file(self.path), self._file:
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -51,9 +53,7 @@ def _drop_from(path: Path, first_step: int) -> None:
         return
     kept = [line for line in read_metrics(path) if line["step"] < first_step]
     text = "".join(json.dumps(line) + "\n" for line in kept)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    atomic_write(path, text.encode())
 
 
 def progress(total: int, done: int, shown: bool) -> "tqdm[None]":

@@ -9,6 +9,7 @@ import difflib
 import functools
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
@@ -23,6 +24,7 @@ _LIMITS = {
     "lt": "less than {}",
     "multiple_of": "a multiple of {}",
 }
+PATH = "path"  # in the `extra` of a hint: text that names a file or folder, `~` is its user's home
 _SHOWN_CHARACTERS = 100
 _DECIMAL_BITS = 4096  # Python refuses to write far larger integers in decimal
 
@@ -86,7 +88,8 @@ def options_of(section: str, cls: type) -> tuple[Option, ...]:
 
 
 def convert(value: object, hint: Any) -> Any:
-    """The value as the hint's type: integers become floats, lists tuples, nothing else changes.
+    """The value as the hint's type: integers become floats, lists tuples, `~` in paths the home of
+    its user, and nothing else changes.
 
     Raises ValueError for another type, a value outside the limits, an infinity, a NaN, and text
     that no file could hold (a NUL or half of a surrogate pair).
@@ -97,7 +100,13 @@ def convert(value: object, hint: Any) -> Any:
         raise ValueError(str(error)) from error
     if not _is_storable(converted):
         raise ValueError("not a finite number or not valid text")
-    return converted
+    return os.path.expanduser(converted) if _is_path(hint, converted) else converted
+
+
+def _is_path(hint: Any, value: object) -> bool:
+    """Whether a value is text whose hint, or a part of it, is marked as PATH."""
+    metas = [meta for part in (hint, *get_args(hint)) for meta in getattr(part, "__metadata__", ())]
+    return isinstance(value, str) and any((meta.extra or {}).get(PATH) for meta in metas)
 
 
 def _is_storable(value: object) -> bool:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from msgspec import Meta
 
 from tinyllama.errors import ConfigError
-from tinyllama.schema import Relation, allowed, convert, got, option, options_of, problems_of
+from tinyllama.schema import PATH, Relation, allowed, convert, got, option, options_of, problems_of
 
 # Sizes have no upper limit: parameters are counted exactly for models nobody can build.
 Count = Annotated[int, Meta(ge=1)]
@@ -21,6 +21,7 @@ Positive = Annotated[float, Meta(gt=0)]
 NotNegative = Annotated[float, Meta(ge=0)]
 Fraction = Annotated[float, Meta(ge=0, lt=1)]
 Text = Annotated[str, Meta(min_length=1)]
+Place = Annotated[str, Meta(min_length=1, extra={PATH: True})]
 Texts = Text | Annotated[tuple[Text, ...], Meta(min_length=1)]
 LinearName = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LinearNames = Literal["all-linear"] | Annotated[tuple[LinearName, ...], Meta(min_length=1)]
@@ -45,7 +46,7 @@ class LlamaConfig:
     rope_theta: Positive = option(10000.0, "base of the rotary embedding's frequencies")
     rms_norm_eps: Positive = option(1e-5, "added to the mean square in RMSNorm")
     tie_word_embeddings: bool = option(False, "the output head is the embedding matrix")
-    base: Text | None = option(
+    base: Place | None = option(
         None, "checkpoint to start from; sizes that are not set are read from it"
     )
 
@@ -149,7 +150,7 @@ class DataConfig:
     context_length: Count | None = option(
         None, "tokens a training sequence; when not set, model.max_seq_len"
     )
-    tokenizer: Text | None = option(
+    tokenizer: Place | None = option(
         None,
         'tokenizer file or folder, or "train" for one made from the training text; '
         'when not set, that of model.base, or "train" without a base',
@@ -162,7 +163,7 @@ class DataConfig:
         "which tokens of a conversation are learned: all (for now this), the assistant's, its last"
         " answer's",
     )
-    cache_dir: Text = option(".cache/tinyllama", "where tokenized text is kept between runs")
+    cache_dir: Place = option(".cache/tinyllama", "where tokenized text is kept between runs")
 
     def __post_init__(self) -> None:
         _validate("data", self)
@@ -173,7 +174,7 @@ class CheckpointingConfig:
     """[checkpointing]: when and where a run is saved."""
 
     save_every: Count = option(1000, "steps between checkpoints")
-    checkpoint_dir: Text = option("checkpoints", "folder of the run")
+    checkpoint_dir: Place = option("checkpoints", "folder of the run")
     keep_last_n: Count = option(3, "checkpoints kept; older ones are removed")
 
     def __post_init__(self) -> None:

@@ -201,7 +201,7 @@ def _expand(pattern: str) -> list[Path]:
     """The files that one pattern names, by name. Raises DataError if there are none."""
     if not pattern.strip():
         raise DataError("a path is empty")
-    path = Path(pattern).expanduser()
+    path = Path(os.path.expanduser(pattern))
     if path.is_dir():
         return _walk(path)
     if path.exists():

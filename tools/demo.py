@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import demo_corpus
 import plot_loss
 
+from tinyllama.command import exit_code, seconds
 from tinyllama.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,7 +44,7 @@ class Stopped(Exception):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--budget", type=float, default=300, help="seconds of training")
+    parser.add_argument("--budget", type=seconds, default=300, help="seconds of training")
     options = parser.parse_args(arguments)
     os.chdir(ROOT)  # the configuration's paths start there
     try:
@@ -147,4 +148,4 @@ def report(bits: float, gzip_bits: float, more: float) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main, "demo"))

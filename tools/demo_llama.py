@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import demo
 import demo_corpus
 
+from tinyllama.command import exit_code, seconds
 from tinyllama.errors import TinyllamaError
 from tinyllama.merge import merge, parse_adapter
 from tinyllama.metrics import read_metrics
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0, 1 where a check fails, and that of a command which fails."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("part", choices=["train", "lora", "qlora"])
-    parser.add_argument("--budget", type=float, default=20, help="seconds of each training")
+    parser.add_argument("--budget", type=seconds, default=20, help="seconds of each training")
     options = parser.parse_args(arguments)
     os.chdir(demo.ROOT)  # the configuration's paths start there
     try:
@@ -140,4 +141,4 @@ def check_adapters(before: float, after: float, merged: float) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main, "demo_llama"))

@@ -13,6 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tinyllama import device
+from tinyllama.command import exit_code
 from tinyllama.config import load_config
 from tinyllama.errors import TinyllamaError
 
@@ -84,4 +85,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main, "memory"))

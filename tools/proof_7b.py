@@ -29,8 +29,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from demo_corpus import find_names
 
-from tinyllama import device
+from tinyllama import device, processor
 from tinyllama.accounting import parameters
+from tinyllama.command import exit_code
 from tinyllama.config import Config, load_config
 from tinyllama.errors import TinyllamaError
 from tinyllama.files import atomic_write
@@ -126,8 +127,8 @@ def prove(work: Path, options: argparse.Namespace) -> dict[str, Any]:
         "proved": len(losses) == options.steps
         and all(after < before for before, after in itertools.pairwise(losses))
         and peak_bytes < LIMIT_BYTES,
-        "machine": f"{device.processor_name()}, {device.threads()} threads, "
-        f"{device.instruction_set()}, {platform.system()}",
+        "machine": f"{processor.processor_name()}, {device.threads()} threads, "
+        f"{processor.instruction_set()}, {platform.system()}",
     }
 
 
@@ -183,4 +184,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main, "proof_7b"))

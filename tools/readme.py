@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import speed
 
 from tinyllama.accounting import published_claims
+from tinyllama.command import exit_code
 from tinyllama.config import option_table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,7 +26,7 @@ README = ROOT / "README.md"
 THE_WAY = {
     "Errors and files": "errors files signals",
     "Configuration": "config sections settings schema",
-    "Device": "device memory backends",
+    "Device": "device processor memory backends",
     "Text to tokens": "sources rows tokenizer corpus parallel",
     "Tokens to batches": "data",
     "Model": "model layers initialize",
@@ -41,7 +42,7 @@ THE_WAY = {
     " weights.safetensors weights.header weights.dtypes weights.int4",
     "Merge, generate, evaluate": "merge generate evaluate",
     "Counting": "accounting estimate",
-    "Commands": "cli tinyllama __main__",
+    "Commands": "cli command tinyllama __main__",
     "Benchmark": "bench bench.__main__ bench.text bench.protocol bench.runner"
     " bench.worker_tinyllama bench.worker_torch bench.peer_torch bench.peer_peft bench.operations"
     " bench.ops bench.operations_torch bench.machine bench.report",
@@ -117,4 +118,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main, "readme"))

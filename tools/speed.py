@@ -19,8 +19,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tinyllama import device
+from tinyllama import processor
 from tinyllama.bench import machine
+from tinyllama.command import exit_code
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -67,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--peer-python", help="interpreter that has PyTorch, transformers and peft")
     parser.add_argument("--plot", action="store_true", help="measure nothing, draw again")
     options = parser.parse_args(arguments)
-    instructions = device.instruction_set()
+    instructions = processor.instruction_set()
     file = DOCS / f"speed-{instructions.lower()}.json"
     results = json.loads(file.read_text()) if file.exists() else {}
     every = cases("BF16" in instructions)
@@ -170,4 +171,4 @@ def draw(results: Mapping[str, Mapping[str, Any]], out: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main, "speed"))

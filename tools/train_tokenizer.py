@@ -10,7 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tinyllama.errors import TinyllamaError
+from tinyllama.command import count, exit_code
+from tinyllama.errors import ConfigError, TinyllamaError
 from tinyllama.sources import find_sources, read_texts
 from tinyllama.tokenizer import train_tokenizer
 
@@ -19,10 +20,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 with one line on standard error for a mistake in the arguments."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("inputs", nargs="+", help=".jsonl or .txt files, folders or globs")
-    parser.add_argument("--vocab-size", type=int, default=32000, help="pieces (default: 32000)")
+    parser.add_argument("--vocab-size", type=count, default=32000, help="pieces (default: 32000)")
     parser.add_argument("--out", type=Path, default=Path("tokenizer.model"), help="file to write")
     options = parser.parse_args(arguments)
     try:
+        if options.out.is_dir():
+            raise ConfigError(f"--out {options.out}: is a folder")
         sources = find_sources(options.inputs)
         texts = read_texts(sources, progress=True)
         tokenizer = train_tokenizer(texts, options.vocab_size, options.out)
@@ -38,4 +41,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main, "train_tokenizer"))

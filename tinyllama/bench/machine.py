@@ -5,7 +5,7 @@ import platform
 from importlib import metadata
 from typing import Any
 
-from tinyllama import device
+from tinyllama import processor
 
 PACKAGES = ("tinygrad", "numpy")
 BUSY = 0.5  # processors that other programs may keep busy before a figure is in doubt
@@ -14,9 +14,9 @@ BUSY = 0.5  # processors that other programs may keep busy before a figure is in
 def describe(threads: int) -> dict[str, Any]:
     """Processor, threads used, instruction set, versions, and the load before the benchmark."""
     return {
-        "processor": device.processor_name(),
+        "processor": processor.processor_name(),
         "threads": threads,
-        "instruction_set": device.instruction_set(),
+        "instruction_set": processor.instruction_set(),
         "system": f"{platform.system()} {platform.machine()}",
         "versions": {"python": platform.python_version(), **_versions()},
         "load_average": os.getloadavg()[0],

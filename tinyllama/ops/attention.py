@@ -10,7 +10,7 @@ the log-sum-exp of S; no T x T matrix exists. Backward (delta = rowsum(dout out)
 
 import math
 
-from tinygrad import Tensor
+from tinygrad import Tensor, dtypes
 from tinygrad.uop.ops import UOp
 
 from tinyllama import device
@@ -18,7 +18,8 @@ from tinyllama.ops import kernel
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> Tensor:
-    """q (B, T, H, D), k and v (B, T, KV, D), starts (B, T) int32 -> (B, T, H, D) like q."""
+    """q (B, T, H, D), k and v (B, T, KV, D), starts (B, T) integers -> (B, T, H, D) like q."""
+    starts = starts.cast(dtypes.int32)
     if kernel.uses_kernels(q, k, v):
         return _attention_cpu(q, k, v, starts)
     T = q.shape[1]

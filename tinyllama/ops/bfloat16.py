@@ -5,8 +5,6 @@ tinygrad's clang renderer names the type __bf16, which clang has on x86 from ver
 so all that is missing is a name for the storage, and constants as their bits.
 """
 
-import functools
-
 import numpy as np
 from tinygrad import dtypes
 from tinygrad.dtype import float_to_bf16
@@ -14,7 +12,6 @@ from tinygrad.renderer.cstyle import ClangRenderer
 from tinygrad.uop.ops import Ops, PatternMatcher, UOp, UPat
 
 
-@functools.cache
 def store_as_integers() -> None:
     """From here on, C that tinygrad compiles for the CPU needs no __bf16."""
 

@@ -23,7 +23,7 @@ CHUNK_ELEMENTS = 16 * 1024 * 1024
 def linear_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, *, weight_gradient: bool = True
 ) -> Tensor:
-    """x (N, H), weight (V, H) float32, targets (N,) int32 -> summed loss, a float32 scalar.
+    """x (N, H), weight (V, H) float32, targets (N,) integers -> summed loss, a float32 scalar.
 
     Unit: nats, summed over the trained tokens; the caller divides once, by their number.
     """
@@ -40,7 +40,7 @@ def linear_cross_entropy(
 
 def token_losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """The loss of each token, for evaluation: shapes as above -> (N,) float32 nats."""
-    parts = []
+    parts, targets = [], targets.cast(dtypes.int32)
     for begin, end in _chunks(x.shape[0], weight.shape[0]):
         logits = linear(x[begin:end].contiguous(), weight)
         loss, _ = _softmax_loss(logits, targets[begin:end], gradient=False)
@@ -53,6 +53,7 @@ def loss_and_gradients(
 ) -> tuple[Tensor, ...]:
     """Summed loss, its gradient of x and, if asked for, of the weight, in one pass over chunks."""
     losses, dxs, dw, free = [], [], None, None
+    targets = targets.cast(dtypes.int32)
     for begin, end in _chunks(x.shape[0], weight.shape[0]):
         rows = x[begin:end].contiguous()
         logits = _logits(rows, weight, free)

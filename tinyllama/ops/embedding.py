@@ -14,10 +14,11 @@ from tinyllama.ops import kernel
 
 
 def embedding(ids: Tensor, weight: Tensor, dtype: DType) -> Tensor:
-    """ids (B, T) int32 in [0, V), weight (V, H) -> (B, T, H) of type `dtype`.
+    """ids (B, T) integers in [0, V), weight (V, H) -> (B, T, H) of type `dtype`.
 
     A weight that is trained is float32; a frozen one may be narrower.
     """
+    ids = ids.cast(dtypes.int32)
     if kernel.uses_kernels(weight):
         return _embedding_cpu(ids, weight, dtype)
 

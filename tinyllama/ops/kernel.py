@@ -23,7 +23,7 @@ from tinygrad.helpers import Context
 from tinygrad.renderer import Estimates
 from tinygrad.uop.ops import KernelInfo, Ops, ProgramInfo, UOp
 
-from tinyllama import device
+from tinyllama import device, processor
 from tinyllama.ops import bfloat16
 
 Form = Literal["portable", "cpu"]
@@ -34,6 +34,8 @@ MARK = 0x9E3779B97F4A7C15
 
 # Type codes shared with ops/cpu/common.h.
 TYPE_CODE = {dtypes.float32: 0, dtypes.bfloat16: 1, dtypes.float16: 2}
+
+bfloat16.store_as_integers()  # before anything makes a graph
 
 
 @contextlib.contextmanager
@@ -48,7 +50,6 @@ def forced(form: Form) -> Iterator[None]:
 
 def uses_kernels(*tensors: Tensor) -> bool:
     """Whether the CPU kernels apply: tensors on the CPU, compiled by clang, not switched off."""
-    bfloat16.store_as_integers()  # every operation asks here before it makes a graph
     if _forced:
         return _forced[-1] == "cpu"
     if any(t.device != "CPU" or t.dtype not in TYPE_CODE for t in tensors):
@@ -65,7 +66,7 @@ def clang_compiles() -> bool:
 
 def has_bf16_products() -> bool:
     """Whether this processor multiplies bfloat16 itself; elsewhere it is storage alone."""
-    return device.instruction_set() == "AVX-512-BF16"
+    return processor.instruction_set() == "AVX-512-BF16"
 
 
 @functools.cache

@@ -11,9 +11,9 @@ from tinyllama.ops import kernel
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x (..., H) in the activation type, weight (H,) float32 -> like x; arithmetic in float32."""
+    """x (..., H) in the activation type, weight (H,) -> like x; arithmetic in float32."""
     if kernel.uses_kernels(x, weight):
-        return _rms_norm_cpu(x, weight, eps)
+        return _rms_norm_cpu(x, weight.float(), eps)
     y = x.contiguous().float()
     rstd = ((y * y).mean(-1, keepdim=True) + eps).rsqrt()
     return ((y * rstd).cast(x.dtype) * weight.cast(x.dtype)).contiguous()
