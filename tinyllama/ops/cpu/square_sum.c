@@ -11,6 +11,7 @@ INLINE float square_sum_block(const float *x, long n) {
   long i = 0;
   for (; i + 8 * VW <= n; i += 8 * VW) {
     for (int k = 0; k < 8; k++) {
+      __builtin_prefetch(x + i + k * VW + 1024); /* 4 KB ahead: the next page's first lines too */
       vf a = vload(x + i + k * VW);
       sum[k] = vfma(a, a, sum[k]);
     }
