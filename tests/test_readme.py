@@ -1,48 +1,77 @@
 """The README's commands run, what it names is there, and its tables are the code's own."""
 
 import importlib.util
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
-
-import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 
 import readme
 
+from tinyllama import device
 from tinyllama.config import option_table
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
-MARK = "<!-- tested -->\n```sh\n"
-TESTED = [part.partition("```")[0] for part in TEXT.split(MARK)[1:]]
+# (", smaller" or nothing, "sh" or "python", the lines)
+TESTED = re.findall(r"<!-- tested(, smaller)? -->\n```(\w+)\n(.*?)```", TEXT, re.DOTALL)
 SHELL = "\n".join(re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL))
 # What a reader has and we have not: files the README's examples stand for.
 EXAMPLES = (".demo/", "checkpoints/", "data/", "path/", "text/", "step-")
 
 
-def test_the_readme_marks_commands_as_tested() -> None:
-    assert TEXT.count("<!-- tested -->") == len(TESTED) >= 3
+# The sizes of the model that the README's first commands train: what `smaller` blocks run with.
+SMALLER = """
+python() {
+  if [[ "$*" == "-m tinyllama.train configs/"* ]]; then
+    command python "$@" --set model.num_layers=2 --set model.hidden_size=64 \\
+      --set model.num_heads=4 --set model.intermediate_size=128 --set model.vocab_size=512 \\
+      --set data.context_length=64 --set training.batch_size=4 --set training.max_steps=2
+  else
+    command python "$@"
+  fi
+}
+"""
 
 
-@pytest.mark.parametrize("block", TESTED)
-def test_commands_run(block: str, tmp_path: Path) -> None:
+def prepare(folder: Path) -> None:
+    """What a reader has: our configurations and tools, and text under the names of the examples."""
     for name in ("configs", "tools"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "train.txt").write_text(TEXT)
-    (tmp_path / "data" / "val.txt").write_text(TEXT[-3000:])
+        (folder / name).symlink_to(ROOT / name)
+    texts = {"train.txt": TEXT, "val.txt": TEXT[-3000:]}
+    texts |= {f"{Path(name).stem}.jsonl": json.dumps({"text": t}) for name, t in texts.items()}
+    for name, text in texts.items():
+        for place in ("data", "text"):
+            (folder / place).mkdir(exist_ok=True)
+            (folder / place / name).write_text(text)
+
+
+def test_the_readmes_blocks_run_one_after_the_other(tmp_path: Path) -> None:
+    """The model that the first one trains stands for the base that others name."""
+    assert TEXT.count("<!-- tested") == len(TESTED) >= 6
+    prepare(tmp_path)
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    env = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", block],
-        cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert done.stdout.strip(), "a command that shows nothing needs no place in a README"
+    env = {k: v for k, v in os.environ.items() if k != "DEV"}  # the README's commands choose
+    env |= {"PATH": path, "PYTHONPATH": str(ROOT)}
+    for smaller, language, block in TESTED:
+        shell = ["bash", "-euo", "pipefail", "-c", (SMALLER if smaller else "") + block]
+        if not any(choice.device != "CPU" for choice in device.available()):
+            block = block.replace("GPU=1 ", "")  # which would be refused
+        done = subprocess.run(
+            shell if language == "sh" else [sys.executable, "-c", f"{block}print(logits.shape)"],
+            cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, f"{block}{done.stdout[-2000:]}{done.stderr[-4000:]}"
+        assert done.stdout.strip(), "a command that shows nothing needs no place in a README"
+        base = tmp_path / "path" / "to" / "Llama-2-7b-hf"
+        if not base.exists():
+            shutil.copytree(tmp_path / "checkpoints" / "tiny" / "final", base)
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
 
 
 def test_the_option_table_is_the_codes_own() -> None:

@@ -164,6 +164,8 @@ def test_going_back_sets_aside_what_came_later(tmp_path, capsys):
             whole / old / "model.safetensors"
         ).read_bytes()
     assert list(metrics(run)) == [1, 2, 3, 4, 5]
+    former = (run / "metrics.jsonl.aside-1").read_bytes()
+    assert former == (whole / "metrics.jsonl").read_bytes()
     assert resume_folder(configuration(run), "latest", pytest.fail) == run / "final"
     assert read_state(run / "final")["step"] == 5
 

@@ -42,6 +42,7 @@ __all__ = [
     "latest_valid",
     "list_checkpoints",
     "looks_whole",
+    "name_aside",
     "read_state",
     "recover",
     "save_checkpoint",
@@ -149,7 +150,7 @@ def set_aside(root: str | os.PathLike[str], step: int) -> list[tuple[Path, Path]
     found = []
     for path in list_checkpoints(root):
         if (age := _age(path)) is not None and age > step:
-            found.append((path, _name_aside(path)))
+            found.append((path, name_aside(path)))
             os.rename(*found[-1])
     if found:
         _fsync(Path(root))
@@ -208,7 +209,7 @@ def _replace(final: Path, new: Path) -> None:
     ours = (final / MANIFEST).is_file()
     old = new
     if not ours or not _exchange(new, final):
-        old = _hidden(final, "old") if ours else _name_aside(final)
+        old = _hidden(final, "old") if ours else name_aside(final)
         os.rename(final, old)
         os.rename(new, final)
     _fsync(final.parent)
@@ -237,8 +238,8 @@ def _discard(path: Path, final: Path) -> None:
     shutil.rmtree(partial)
 
 
-def _name_aside(final: Path) -> Path:
-    """A free name for what is in the way without a manifest: it is kept, never deleted."""
+def name_aside(final: Path) -> Path:
+    """A free name for what is in the way and not ours to delete: `NAME.aside-1`."""
     names = (final.with_name(f"{final.name}.aside-{number}") for number in itertools.count(1))
     return next(path for path in names if not os.path.lexists(path))
 

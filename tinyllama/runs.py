@@ -1,5 +1,6 @@
 """What a run keeps on disk: its folder, its resolved configuration, its checkpoints."""
 
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from tinygrad import Tensor
 from tinyllama.checkpoint import (
     list_checkpoints,
     looks_whole,
+    name_aside,
     read_state,
     recover,
     save_checkpoint,
@@ -31,8 +33,9 @@ from tinyllama.tokenizer import Tokenizer
 from tinyllama.weights.peft import AdapterConfig
 from tinyllama.weights.safetensors import SafetensorsFile, write_safetensors
 
-__all__ = ["looks_whole", "read_state", "restore", "save", "set_aside", "step_name"]
+__all__ = ["looks_whole", "read_state", "restore", "save", "step_name"]
 
+METRICS = "metrics.jsonl"
 OPTIMIZER = "optimizer.safetensors"
 
 
@@ -120,6 +123,15 @@ def settle(folder: Path) -> None:
     if folder.is_dir():
         with held_alone(folder):
             recover(folder)
+
+
+def go_back(folder: Path, step: int) -> list[tuple[Path, Path]]:
+    """Give checkpoints of later steps another name, and a copy of the metrics too, which the run
+    that goes on from `step` writes anew; old and new names of the checkpoints."""
+    moved, metrics = set_aside(folder, step), folder / METRICS
+    if moved and metrics.exists():
+        shutil.copyfile(metrics, name_aside(metrics))
+    return moved
 
 
 def check_holds_none(folder: Path) -> None:

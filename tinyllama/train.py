@@ -105,14 +105,14 @@ class Trainer:
             raise type(interrupt)(f"after step {self.step}, and {saved}") from None
 
     def _run(self) -> Outcome:
-        for old, new in runs.set_aside(self.folder, self.step):
+        for old, new in runs.go_back(self.folder, self.step):
             print(f"{old} is of a later step: renamed to {new.name}", file=sys.stderr)
         runs.write_config(self.folder, self.config)
         begun = (self.step, time.monotonic())
         told = "\nstopping after this step, then saving; once more to stop at once\n"
         again = self._unvalidated is not None  # that step's line is written once more
         with (
-            closing(MetricsLog(self.folder / "metrics.jsonl", self.step + 1 - again)) as metrics,
+            closing(MetricsLog(self.folder / runs.METRICS, self.step + 1 - again)) as metrics,
             stopping_on_signals(told if self.show else "") as stopping,
             progress(self.total_steps, self.step, self.show) as bar,
         ):
@@ -213,7 +213,9 @@ class Trainer:
     def _last_good(self) -> str:
         """The checkpoint to go back to: weights that are followed by such a step are none."""
         if self._good is not None and self._good.is_dir():
-            return f"the last good checkpoint is {self._good}"
+            return (
+                f"the last good checkpoint is {self._good} (--resume {self._good} goes back to it)"
+            )
         if self.saved is None:
             return "nothing was saved"
         return f"{self.saved} holds the weights that led to them, and there is none before it"

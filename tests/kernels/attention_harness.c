@@ -11,6 +11,7 @@
 // variants: -DVW=16 -DT=257 -DD=48; -DVW=16 -DMR=12 -DT=257 -DD=64 -DNT=3 -DDOCS=9 -DH=3 -DKV=1
 // variants: -DVW=16 -DMR=12 -DT=65 -DD=80 -DACT=1 -DNT=3; -DVW=16 -DT=97 -DD=20 -DACT=2
 // variants: -DVW=4 -DMR=12 -DT=257 -DD=30 -DNT=3 -DDOCS=2; -DVW=4 -DT=130 -DD=16 -DACT=2
+// variants: -DVW=8 -DMR=6 -DT=97 -DD=48 -DNT=3 -DDOCS=2; -DVW=8 -DMR=6 -DT=65 -DD=20 -DACT=1
 
 #include <math.h>
 #include <stdio.h>

@@ -3,6 +3,7 @@
 // variants: -DACT=0; -DACT=1; -DACT=2; -DACT=2 -U__F16C__
 // variants: -DACT=0 -DVW=16; -DACT=1 -DVW=16; -DACT=2 -DVW=16; -DACT=2 -DVW=16 -U__F16C__
 // variants: -DACT=0 -DVW=4; -DACT=1 -DVW=4; -DACT=2 -DVW=4; -DACT=2 -DVW=4 -U__F16C__
+// variants: -DACT=0 -DVW=8; -DACT=1 -DVW=8; -DACT=2 -DVW=8
 
 #include <math.h>
 #include <stdio.h>

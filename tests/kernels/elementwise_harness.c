@@ -8,6 +8,7 @@
 // variants: -DACT=2 -DFORM=0; -DACT=2 -DFORM=1
 // variants: -DACT=0 -DFORM=1 -DVW=16; -DACT=1 -DFORM=0 -DVW=16; -DACT=2 -DFORM=1 -DVW=16
 // variants: -DACT=0 -DFORM=0 -DVW=4; -DACT=1 -DFORM=1 -DVW=4; -DACT=2 -DFORM=0 -DVW=4
+// variants: -DACT=0 -DFORM=1 -DVW=8; -DACT=1 -DFORM=0 -DVW=8; -DACT=2 -DFORM=1 -DVW=8
 
 #include <math.h>
 #include <stdio.h>
