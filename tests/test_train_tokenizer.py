@@ -80,7 +80,7 @@ def test_an_interrupt_ends_a_tool_in_a_word(tmp_path: Path) -> None:
     with process:
         assert process.stderr is not None and process.stderr.read(1)  # its progress bar begins
         process.send_signal(signal.SIGINT)
-        assert process.stderr.read().endswith("\ninterrupted\n")
+        assert process.stderr.read().endswith("interrupted\n")
     assert process.returncode == 130
 
 
