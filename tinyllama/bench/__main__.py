@@ -24,6 +24,7 @@ from tinyllama.bench.runner import (
     speed_ratio,
     summarise,
 )
+from tinyllama.command import exit_code
 from tinyllama.config import Config, load_config
 from tinyllama.errors import ConfigError, TinyllamaError
 
@@ -168,6 +169,8 @@ def _show_progress(name: str, index: int, answer: Answer) -> None:
 def _ops(config: Config, options: argparse.Namespace) -> int:
     from tinyllama.bench import ops
 
+    if options.peer == "lora":
+        raise ConfigError("--ops: single operations have no --peer lora, only torch")
     threads = options.threads or device.threads()
     python = options.peer_python or sys.executable
     has_torch = options.peer or options.peer_python or importlib.util.find_spec("torch")
@@ -197,4 +200,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main, "bench"))
