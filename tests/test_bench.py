@@ -267,7 +267,6 @@ def test_single_operations_have_no_lora_to_compare_with(capsys: pytest.CaptureFi
     assert capsys.readouterr().err.startswith("--ops: single operations have no --peer lora")
 
 
-
 def test_the_table_shows_both_contenders_and_the_ratio(tmp_path: Path, spec: Spec) -> None:
     names = ("ours", "peer")
     commands = {name: fake_command(tmp_path, name, [1.0] * 5) for name in names}

@@ -197,12 +197,10 @@ def test_the_package_is_a_command_too():
 
 
 def test_an_interrupt_before_training_ends_without_a_traceback(monkeypatch, capsys):
-    from tinyllama import cli as module
-
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "load_config", interrupted)
+    monkeypatch.setattr("tinyllama.config.load_config", interrupted)
     assert cli("train", "x.toml") == 130
     assert capsys.readouterr().err == "interrupted\n"
 

@@ -1,5 +1,6 @@
 """A run that was stopped and resumed is, bit for bit, the run that was never stopped."""
 
+import errno
 import shutil
 from contextlib import contextmanager
 from dataclasses import replace
@@ -168,6 +169,92 @@ def test_going_back_sets_aside_what_came_later(tmp_path, capsys):
     assert former == (whole / "metrics.jsonl").read_bytes()
     assert resume_folder(configuration(run), "latest", pytest.fail) == run / "final"
     assert read_state(run / "final")["step"] == 5
+
+
+def test_nothing_is_renamed_before_the_metrics_are_copied(tmp_path, monkeypatch):
+    run = part_of(finished_run(), tmp_path / "run", step_name(3), "final")
+    again = trainer(configuration(run), resume=run / step_name(3))
+
+    def full(path, data):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    before = metrics(run)
+    with monkeypatch.context() as patch:
+        patch.setattr("tinyllama.runs.atomic_write", full)
+        with pytest.raises(OSError, match=r"No space left on device: .*metrics\.jsonl\.aside-1"):
+            again.run()
+    assert (names(run), metrics(run)) == ([step_name(3), "final"], before)
+
+
+def test_metrics_of_another_run_are_not_mixed_with_those_of_one_that_comes_in(tmp_path):
+    run = part_of(finished_run(), tmp_path / "run")
+    foreign = (run / "metrics.jsonl").read_bytes()
+    stop = ["training.max_steps=6", VALIDATED]
+    train(configuration(run, *stop), resume=finished_run() / step_name(4))
+    assert list(metrics(run)) == [5, 6]
+    assert (run / "metrics.jsonl.aside-1").read_bytes() == foreign
+
+
+def test_what_was_set_aside_is_resumed_in_a_folder_of_its_own(tmp_path):
+    run = part_of(finished_run(), tmp_path / "run", step_name(3), "final")
+    aside = (run / "final").rename(run / "final.aside-1")
+    with pytest.raises(CheckpointError, match=f"run already holds {step_name(3)}"):
+        resume_folder(configuration(run), str(aside), pytest.fail)
+    other = configuration(tmp_path / "other")
+    assert resume_folder(other, str(aside), pytest.fail) == aside
+
+
+def test_a_link_to_a_checkpoint_is_that_checkpoint(tmp_path):
+    run = part_of(finished_run(), tmp_path / "run", step_name(3), step_name(4))
+    (tmp_path / "best").symlink_to(run / step_name(3))
+    assert resume_folder(configuration(run), str(tmp_path / "best"), pytest.fail).exists()
+
+
+def test_a_checkpoint_that_lies_elsewhere_behind_a_link_stays_there(tmp_path):
+    run, last = part_of(finished_run(), tmp_path / "run"), 2 * steps_per_epoch()
+    shutil.copytree(finished_run() / "final", tmp_path / "elsewhere")
+    (run / "final").symlink_to(tmp_path / "elsewhere")
+    config = configuration(run, f"training.max_steps={last + 1}", "training.num_epochs=3")
+    assert train(config, resume=run / "final").step == last + 1
+    assert not (run / "final").is_symlink()
+    assert read_state(run / "final")["step"] == last + 1
+    assert read_state(tmp_path / "elsewhere")["step"] == last
+
+
+def test_a_finished_run_is_saved_where_it_is_continued(tmp_path):
+    outcome = train(configuration(tmp_path / "run"), resume=finished_run() / "final")
+    assert (outcome.checkpoint, outcome.finished) == (tmp_path / "run" / "final", True)
+    assert names(tmp_path / "run") == ["final"]
+
+
+def test_a_budget_that_ended_in_a_validation_is_not_given_again(tmp_path, monkeypatch):
+    words = ["training.num_epochs=1000", VALIDATED]
+    first = trainer(configuration(tmp_path / "run", *words), budget_seconds=1e-3)
+    with monkeypatch.context() as patch:
+        patch.setattr("tinyllama.train.stopping_on_signals", stopping_at(first, 2))
+        outcome = first.run()
+    assert (outcome.step, outcome.finished) == (2, False)
+    config = configuration(tmp_path / "run", *words)
+    last = trainer(config, resume=outcome.checkpoint, budget_seconds=60).run()
+    assert (last.step, last.finished) == (2, True)
+    assert "val_loss" in metrics(tmp_path / "run")[2]
+
+
+def test_a_validation_that_is_made_up_for_costs_no_line_where_it_fails(tmp_path, monkeypatch):
+    run = part_of(finished_run(), tmp_path / "run", step_name(steps_per_epoch() - 1))
+    first = trainer(configuration(run, VALIDATED), resume=run / step_name(steps_per_epoch() - 1))
+    with monkeypatch.context() as patch:
+        patch.setattr("tinyllama.train.stopping_on_signals", stopping_at(first, first.step + 1))
+        checkpoint = first.run().checkpoint
+    second, before = trainer(configuration(run, VALIDATED), resume=checkpoint), metrics(run)
+
+    def killed(stopping):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(second.evaluator, "run", killed)
+    with pytest.raises(KeyboardInterrupt):
+        second.run()
+    assert metrics(run) == before and len(before) == steps_per_epoch()
 
 
 def test_a_run_is_not_continued_in_the_folder_of_another_one(tmp_path):

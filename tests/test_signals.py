@@ -31,7 +31,7 @@ from runs_helpers import (
 
 from tinyllama.checkpoint import list_checkpoints, read_state, step_name, verify
 from tinyllama.metrics import read_metrics
-from tinyllama.signals import stopping_on_signals
+from tinyllama.signals import Terminated, stopping_on_signals
 from tinyllama.start import resume_folder
 
 ENDLESS = ["--set", "training.num_epochs=100000"]
@@ -99,7 +99,31 @@ def test_the_first_signal_asks_and_the_second_interrupts(monkeypatch):
         assert stopping()
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(Terminated):
+            os.kill(os.getpid(), signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("ignored", [True, False])
+def test_a_lost_terminal_asks_to_stop_unless_it_is_to_be_ignored(ignored):
+    """nohup ignores SIGHUP."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    with stopping_on_signals() as stopping:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stopping() is not ignored
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_an_interrupt_that_takes_the_reader_along_still_saves(tmp_path):
+    """As Ctrl-C does under `2>&1 | tee log`: it ends tee too."""
+    run = tmp_path / "run"
+    process = start("train", config_file(run), *ENDLESS)
+    wait_for_steps(process, run, 2)
+    process.stderr.close()
+    process.send_signal(signal.SIGINT)
+    with process:
+        out = process.stdout.read()
+    assert process.returncode == 0 and f"saved {run}/{names(run)[-1]}; continue" in out
 
 
 def test_a_signal_that_comes_twice_at_once_is_one():
@@ -143,7 +167,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 """
 
 
-@pytest.mark.parametrize("command", ["train", "generate", "evaluate"])
+@pytest.mark.parametrize("command", ["train", "generate", "evaluate", "bench"])
 @pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
 @pytest.mark.parametrize("name", ["tinygrad", "numpy"])
 def test_a_signal_during_imports_ends_in_a_word(tmp_path, command, number, name):
@@ -151,6 +175,7 @@ def test_a_signal_during_imports_ends_in_a_word(tmp_path, command, number, name)
     (tmp_path / "sitecustomize.py").write_text(INTERRUPTS.format(name=name, number=number))
     path = os.pathsep.join([str(tmp_path), environment()["PYTHONPATH"]])
     words = {"train": [config_file(tmp_path / "run")], "generate": ["--model", tmp_path]}
+    words["bench"] = words["train"]
     asked = words.get(command, ["--model", tmp_path, "--data", tmp_path])
     code, out, err = run_command(command, *asked, PYTHONPATH=path)
     word = {"SIGINT": "interrupted", "SIGTERM": "terminated"}[number]

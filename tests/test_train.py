@@ -1,5 +1,6 @@
 """A whole run on real text: metrics, checkpoints, validation, the time budget, and how it stops."""
 
+import errno
 import math
 import re
 import time
@@ -30,6 +31,7 @@ from tinyllama.files import held
 from tinyllama.model import Llama
 from tinyllama.ops.storage import read, write
 from tinyllama.optim import learning_rate
+from tinyllama.runs import held_alone
 from tinyllama.tokenizer import load_tokenizer
 from tinyllama.weights.safetensors import SafetensorsFile
 
@@ -146,7 +148,7 @@ def test_numbers_that_are_not_finite_stop_the_run(tmp_path, capsys):
     assert error.startswith("step 2: loss ") and "gradient norm" in error
     assert "nan" in error or "inf" in error
     first = run / "step-00000001"
-    assert f"{first} holds the weights that led to them, and there is none before it" in error
+    assert f"{first} holds the weights that led to them, and none is before it" in error
     assert "lower training.learning_rate" in error and "Traceback" not in error
     verify(first)
 
@@ -161,6 +163,38 @@ def test_the_last_good_checkpoint_is_the_one_that_a_finite_step_came_after(tmp_p
     with pytest.raises(TrainingError, match=f"step 4: loss .*last good checkpoint is {good}"):
         run.run()
     assert names(tmp_path / "run")[-2:] == ["step-00000002", "step-00000003"]
+
+
+def broken_from(run, step):
+    """Let a trainer see NaN from a step on, as weights that are broken give it."""
+    stepped = run.train_step
+
+    def train_step(batches, number, lr):
+        result = stepped(batches, number, lr)
+        return result._replace(loss=math.nan) if number >= step else result
+
+    run.train_step = train_step
+    return run
+
+
+def test_a_nan_at_the_first_resumed_step_finds_the_checkpoint_before(tmp_path):
+    every = ["checkpointing.save_every=2", "training.max_steps=4"]
+    train(configuration(tmp_path / "run", *every))
+    longer = configuration(tmp_path / "run", "training.max_steps=8")
+    run = broken_from(trainer(longer, resume=tmp_path / "run" / "final"), 5)
+    good = tmp_path / "run" / "step-00000002"
+    with pytest.raises(TrainingError, match=rf"step 5: .*{good} \(--resume {good} goes back to it"):
+        run.run()
+
+
+def test_what_to_go_back_to_may_lie_in_another_folder(tmp_path):
+    first = train(configuration(tmp_path / "a b", "training.max_steps=4")).checkpoint
+    steps = ["training.max_steps=8", "checkpointing.save_every=1"]
+    run = broken_from(trainer(configuration(tmp_path / "run", *steps), resume=first), 6)
+    with pytest.raises(TrainingError) as stopped:
+        run.run()
+    way = f"--resume '{first}' with another checkpointing.checkpoint_dir goes back to it"
+    assert f"the last good checkpoint is {first} ({way})" in str(stopped.value)
 
 
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
@@ -196,6 +230,7 @@ def test_a_validation_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatc
     monkeypatch.setattr(run.evaluator, "run", lambda stopping: found)
     with pytest.raises(TrainingError, match=rf"step {steps_per_epoch()}: validation loss inf"):
         run.run()
+    assert list(metrics(tmp_path / "run")) == list(range(1, steps_per_epoch() + 1))
 
 
 def test_a_folder_that_holds_checkpoints_is_not_mixed_with_a_new_run(capsys):
@@ -226,8 +261,30 @@ def test_two_runs_do_not_write_into_one_folder(tmp_path):
     (tmp_path / "run").mkdir()
     with held(tmp_path / "run"), pytest.raises(CheckpointError, match="another process trains the"):
         run.run()
-    assert list((tmp_path / "run").iterdir()) == []
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
     assert run.run().finished
+
+
+def test_a_run_that_was_there_first_and_has_finished_is_left_alone(tmp_path):
+    first, second = (trainer(configuration(tmp_path / "run")) for _ in range(2))
+    assert first.run().finished
+    with pytest.raises(CheckpointError, match="run already holds final: continue it with --resum"):
+        second.run()
+    assert names(tmp_path / "run") == ["final"]
+
+
+def test_only_the_lock_says_that_another_process_trains(tmp_path):
+    with pytest.raises(BlockingIOError), held_alone(tmp_path):
+        raise BlockingIOError
+
+
+def test_a_file_system_without_locks_lets_a_run_go_on(tmp_path, monkeypatch):
+    def no_locks(handle, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with held_alone(tmp_path):
+        pass
 
 
 def test_what_a_killed_run_left_is_settled_before_a_new_one(tmp_path):

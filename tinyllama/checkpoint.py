@@ -39,6 +39,7 @@ from tinyllama.manifest import (
 )
 
 __all__ = [
+    "later_than",
     "latest_valid",
     "list_checkpoints",
     "looks_whole",
@@ -144,14 +145,17 @@ def latest_valid(root: str | os.PathLike[str], warn: Callable[[str], None]) -> P
     return None
 
 
+def later_than(root: str | os.PathLike[str], step: int) -> list[Path]:
+    """Checkpoints in `root` of more than `step` steps, damaged ones as well, oldest first."""
+    return [p for p in list_checkpoints(root) if (age := _age(p)) is not None and age > step]
+
+
 def set_aside(root: str | os.PathLike[str], step: int) -> list[tuple[Path, Path]]:
     """Give checkpoints of more than `step` steps another name (`NAME.aside-1`), so that a run that
     goes on from there is not mixed with what came after it before; old and new names."""
-    found = []
-    for path in list_checkpoints(root):
-        if (age := _age(path)) is not None and age > step:
-            found.append((path, name_aside(path)))
-            os.rename(*found[-1])
+    found = [(path, name_aside(path)) for path in later_than(root, step)]
+    for names in found:
+        os.rename(*names)
     if found:
         _fsync(Path(root))
     return found
@@ -235,11 +239,14 @@ def _discard(path: Path, final: Path) -> None:
     """Delete a folder; it loses its name first, so that half of it is never taken for whole."""
     partial = final.with_name(f".{final.name}.partial-{os.getpid()}")
     os.rename(path, partial)
-    shutil.rmtree(partial)
+    if partial.is_symlink():  # what it points to is not ours
+        partial.unlink()
+    else:
+        shutil.rmtree(partial)
 
 
 def name_aside(final: Path) -> Path:
-    """A free name for what is in the way and not ours to delete: `NAME.aside-1`."""
+    """A free name for what is in the way and is not to be deleted: `NAME.aside-1`."""
     names = (final.with_name(f"{final.name}.aside-{number}") for number in itertools.count(1))
     return next(path for path in names if not os.path.lexists(path))
 

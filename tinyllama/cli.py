@@ -6,6 +6,7 @@ A mistake of the user ends as one message on standard error and exit code 2.
 import argparse
 import json
 import math
+import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -13,8 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from tinyllama import device
-from tinyllama.command import count, exit_code, seconds
-from tinyllama.config import load_config
+from tinyllama.command import count, exit_code, path, seconds
 from tinyllama.errors import ConfigError, DeviceError, TrainingError
 from tinyllama.memory import collect_seldom
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run one command and exit: 0 done, 2 the user's mistake, 130 interrupted, 143 terminated."""
+    """Run one command and exit; see `command.exit_code`."""
     commands: dict[str, Callable[[list[str]], None]] = {
         "train": train,
         "generate": generate,
@@ -47,20 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 def train(words: list[str]) -> None:
     """Pretrain or fine-tune as a TOML file says."""
-    parser = _parser("train", "Train a LLaMA as a TOML configuration says.")
-    parser.add_argument("config", help="TOML file, e.g. configs/124m.toml")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override an option"
-    )
-    parser.add_argument(
-        "--resume", nargs="?", const="latest", help="continue the latest checkpoint, or this folder"
-    )
-    parser.add_argument(
-        "--budget", type=seconds, metavar="SECONDS", help="shorten the schedule to fit this time"
-    )
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
-    parser.add_argument("--force", action="store_true", help="train even if memory seems too small")
-    asked = _parse(parser, words)
+    asked = _parse(_train_parser(), words)
+    from tinyllama.config import load_config
+
     config = load_config(asked.config, asked.set)
     choice = _select(asked)
     from tinyllama.checks import check_files, check_fresh, supported
@@ -95,6 +84,27 @@ def train(words: list[str]) -> None:
         )
 
 
+def _train_parser() -> argparse.ArgumentParser:
+    parser = _parser("train", "Train a LLaMA as a TOML configuration says.")
+    parser.add_argument("config", help="TOML file, e.g. configs/124m.toml")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override an option"
+    )
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="latest",
+        type=os.path.expanduser,
+        help="continue the latest checkpoint, or this folder",
+    )
+    parser.add_argument(
+        "--budget", type=seconds, metavar="SECONDS", help="shorten the schedule to fit this time"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    parser.add_argument("--force", action="store_true", help="train even if memory seems too small")
+    return parser
+
+
 def _resume_command(asked: argparse.Namespace, checkpoint: Path) -> list[str]:
     """What a person types to continue the run from `checkpoint`, with the same options."""
     words = ["python", "-m", "tinyllama.train", asked.config, "--resume", str(checkpoint)]
@@ -110,7 +120,7 @@ def _resume_command(asked: argparse.Namespace, checkpoint: Path) -> list[str]:
 def generate(words: list[str]) -> None:
     """Continue a prompt."""
     parser = _parser("generate", "Continue a prompt with a trained model, streaming its tokens.")
-    parser.add_argument("--model", required=True, type=Path, help="checkpoint folder")
+    parser.add_argument("--model", required=True, type=path, help="checkpoint folder")
     parser.add_argument("--prompt", default="", help="text to continue")
     parser.add_argument("--max-new-tokens", type=count, default=128)
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest")
@@ -144,7 +154,7 @@ def generate(words: list[str]) -> None:
 def evaluate(words: list[str]) -> None:
     """Print held-out loss as JSON."""
     parser = _parser("evaluate", "Loss, perplexity and bits per byte of a model on text, as JSON.")
-    parser.add_argument("--model", required=True, type=Path, help="checkpoint folder")
+    parser.add_argument("--model", required=True, type=path, help="checkpoint folder")
     parser.add_argument("--data", required=True, nargs="+", help="files, folders or patterns")
     parser.add_argument("--context", type=count, help="tokens a window (default: the model's)")
     parser.add_argument("--batch", type=count, default=1, help="windows at once")
@@ -154,7 +164,9 @@ def evaluate(words: list[str]) -> None:
         help="tokens from window to window (default: the context): with fewer, windows overlap, and"
         " a token has more text before it",
     )
-    parser.add_argument("--cache-dir", default=".cache/tinyllama", help="for tokenized text")
+    parser.add_argument(
+        "--cache-dir", type=path, default=".cache/tinyllama", help="for tokenized text"
+    )
     asked = _parse(parser, words)
     choice = _select(asked)
     from tinyllama.data import prepare

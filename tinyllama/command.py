@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from tinyllama.errors import TinyllamaError
 from tinyllama.signals import Terminated, terminating
@@ -31,6 +32,11 @@ def exit_code(run: Callable[[], int | None], name: str) -> int:
     # Not before the exception is gone, and with it the progress bars that it held.
     print(told, file=sys.stderr)
     return code
+
+
+def path(word: str) -> Path:
+    """An argument that names a file or folder; shells leave the `~` of --option=~/x to us."""
+    return Path(os.path.expanduser(word))
 
 
 def count(word: str) -> int:

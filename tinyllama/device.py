@@ -42,9 +42,10 @@ class DeviceChoice:
 
     @property
     def asked(self) -> tuple[str, ...]:
-        """The variable that asked for it, as a shell takes it: `GPU=1`; empty if none did."""
+        """The variables that asked for it and for its kernels, as a shell takes them: `GPU=1`."""
         first = self.reason.partition(" ")[0].rstrip(":")
-        return (first,) if "=" in first else ()
+        kernels = () if kernels_enabled() else ("TINYLLAMA_KERNELS=0",)
+        return (first, *kernels) if "=" in first else kernels
 
     def line(self) -> str:
         """The first line a run prints."""
@@ -70,7 +71,7 @@ def wanted(environ: Mapping[str, str]) -> tuple[tuple[str, ...], str]:
     if flags == ["GPU"]:
         return GPU_ORDER, "GPU=1 takes the best there is"
     if flags:
-        return ((target or flags[0]),), f"{flags[0]}=1"
+        return ((target or flags[0]),), f"DEV={target}" if target else f"{flags[0]}=1"
     return (*GPU_ORDER, "CPU"), "nothing asked for: the best there is"
 
 

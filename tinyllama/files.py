@@ -13,6 +13,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+
+class InUseError(Exception):
+    """Another process holds the folder."""
+
+
 _PARTIAL = ".partial-"
 _READ_BYTES = 1 << 20
 
@@ -105,10 +110,19 @@ def remove_partials(parent: str | os.PathLike[str]) -> list[Path]:
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Hold a folder for this process alone. Raises BlockingIOError if another one does."""
-    handle = os.open(folder, os.O_RDONLY)
+    """Hold a folder for this process alone, by a lock on `.lock` in it.
+
+    Raises InUseError if another process does. Where the file system has no locks nobody holds it.
+    """
+    handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InUseError from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+                raise
         yield
     finally:
         os.close(handle)

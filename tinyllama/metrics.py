@@ -2,6 +2,8 @@
 
 import json
 import os
+import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +58,24 @@ def _drop_from(path: Path, first_step: int) -> None:
     atomic_write(path, text.encode())
 
 
+class _Terminal:
+    """Standard error for a bar: where nobody reads it any more, a run goes on without."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
+
+    def write(self, text: str) -> None:
+        with suppress(OSError):
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            sys.stderr.flush()
+
+
 def progress(total: int, done: int, shown: bool) -> "tqdm[None]":
     """A bar over optimizer steps, on standard error."""
     return tqdm(
         total=total, initial=done, desc="Training", unit="step", dynamic_ncols=True,
-        disable=not shown, smoothing=0.1,
+        disable=not shown, smoothing=0.1, file=_Terminal(),
     )  # fmt: skip

@@ -1,6 +1,5 @@
 """What a run keeps on disk: its folder, its resolved configuration, its checkpoints."""
 
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +9,7 @@ import numpy as np
 from tinygrad import Tensor
 
 from tinyllama.checkpoint import (
+    later_than,
     list_checkpoints,
     looks_whole,
     name_aside,
@@ -23,7 +23,7 @@ from tinyllama.checkpoint import (
 from tinyllama.config import Config
 from tinyllama.data import Batches
 from tinyllama.errors import CheckpointError, WeightsError
-from tinyllama.files import atomic_write, held
+from tinyllama.files import InUseError, atomic_write, held
 from tinyllama.lora import adapter_tensors, write_adapter
 from tinyllama.manifest import Digests
 from tinyllama.model import Llama
@@ -111,7 +111,7 @@ def held_alone(folder: Path) -> Iterator[None]:
     try:
         with held(folder):
             yield
-    except BlockingIOError:
+    except InUseError:
         raise CheckpointError(
             f"{folder}: another process trains there: wait for it, or choose another "
             "folder with --set checkpointing.checkpoint_dir=..."
@@ -125,13 +125,25 @@ def settle(folder: Path) -> None:
             recover(folder)
 
 
-def go_back(folder: Path, step: int) -> list[tuple[Path, Path]]:
-    """Give checkpoints of later steps another name, and a copy of the metrics too, which the run
-    that goes on from `step` writes anew; old and new names of the checkpoints."""
-    moved, metrics = set_aside(folder, step), folder / METRICS
-    if moved and metrics.exists():
-        shutil.copyfile(metrics, name_aside(metrics))
-    return moved
+def go_back(folder: Path, resumed: Path, step: int) -> list[tuple[Path, Path]]:
+    """Make a run's folder that of a run which goes on from the checkpoint `resumed`.
+
+    Checkpoints of later steps get another name; old and new ones are returned. The metrics that go
+    with them are copied first, since the run writes them anew. Those of a folder that is not the
+    checkpoint's own are of another run altogether.
+    """
+    metrics, is_ours = folder / METRICS, resumed.resolve().parent == folder.resolve()
+    if metrics.exists() and not is_ours:
+        metrics.rename(name_aside(metrics))
+    elif metrics.exists() and later_than(folder, step):
+        atomic_write(name_aside(metrics), metrics.read_bytes())
+    return set_aside(folder, step)
+
+
+def older_than(checkpoint: Path, step: int) -> Path | None:
+    """The newest whole checkpoint beside this one with fewer steps than `step`."""
+    found = [p for p in list_checkpoints(checkpoint.parent) if p != checkpoint and looks_whole(p)]
+    return next((p for p in reversed(found) if read_state(p)["step"] < step), None)
 
 
 def check_holds_none(folder: Path) -> None:

@@ -4,7 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 # A signal that comes again so soon is the same one: `timeout` sends it to a process and its group.
@@ -31,19 +31,23 @@ def terminating() -> Iterator[None]:
 
 @contextmanager
 def stopping_on_signals(told: str = "") -> Iterator[Callable[[], bool]]:
-    """SIGINT and SIGTERM ask to stop, which is what the yielded function tells; a second one
-    interrupts. The first puts `told` on standard error."""
+    """SIGINT, SIGTERM and SIGHUP (unless ignored, as nohup has it) ask to stop, which is what the
+    yielded function tells; a second one interrupts. The first puts `told` on standard error."""
     asked: list[float] = []
 
     def ask(number: int, frame: FrameType | None) -> None:
         if asked:
             if time.monotonic() - asked[0] >= REPEAT_SECONDS:
-                raise KeyboardInterrupt
+                raise KeyboardInterrupt if number == signal.SIGINT else Terminated
             return
         asked.append(time.monotonic())
-        os.write(2, told.encode())  # print may be under way here
+        with suppress(OSError):  # who reads it may have been interrupted too
+            os.write(2, told.encode())  # print may be under way here
 
-    before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, ask) for number in numbers}
     try:
         yield lambda: bool(asked)
     finally:

@@ -8,7 +8,7 @@ from pathlib import Path
 from tinygrad import dtypes
 
 from tinyllama import lora, quantize, runs
-from tinyllama.checkpoint import latest_valid, verify
+from tinyllama.checkpoint import latest_valid, list_checkpoints, verify
 from tinyllama.config import Config, LlamaConfig
 from tinyllama.errors import CheckpointError, ConfigError, TokenizerError, naming
 from tinyllama.model import Llama
@@ -36,7 +36,7 @@ def resume_folder(config: Config, asked: str, warn: Callable[[str], None]) -> Pa
     if not folder.is_dir():
         raise CheckpointError(f"--resume {asked}: no such folder")
     verify(folder)
-    if folder.absolute().parent.resolve() != root.resolve():
+    if folder.resolve() not in [path.resolve() for path in list_checkpoints(root)]:
         runs.check_holds_none(root)
     return folder
 

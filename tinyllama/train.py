@@ -15,9 +15,10 @@ if __name__ == "__main__":  # above what takes long to import: an interrupt then
     main(["train", *sys.argv[1:]])
 
 import math
+import shlex
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,11 +89,14 @@ class Trainer:
             val = prepare(config.data.val_path, self.tokenizer, cache, progress=show)
             self.evaluator = Evaluator(self.model, val, context, t.micro_batch)
         self.step = runs.restore(resume, self.optimizer, self.batches) if resume else 0
+        state = runs.read_state(resume) if resume else {}
         # The line of metrics of a step whose validation a signal cut short.
-        self._unvalidated = runs.read_state(resume).get("unvalidated") if resume else None
-        self.saved: Path | None = resume
+        self._unvalidated: dict[str, Any] | None = state.get("unvalidated")
+        if state.get("was_last") and budget_seconds is not None:
+            self.total_steps = self.step  # the budget that ended there is not given once more
+        self._resumed = self.saved = resume
         self._saved_step = self.step
-        self._good: Path | None = None  # the newest checkpoint that a finite step came after
+        self._followed: Path | None = None  # the newest checkpoint that a finite step came after
 
     def run(self) -> Outcome:
         """Train until the schedule ends, or a signal asks to stop after the current step."""
@@ -105,27 +109,44 @@ class Trainer:
             raise type(interrupt)(f"after step {self.step}, and {saved}") from None
 
     def _run(self) -> Outcome:
-        for old, new in runs.go_back(self.folder, self.step):
-            print(f"{old} is of a later step: renamed to {new.name}", file=sys.stderr)
-        runs.write_config(self.folder, self.config)
+        self._take_folder()
         begun = (self.step, time.monotonic())
         told = "\nstopping after this step, then saving; once more to stop at once\n"
-        again = self._unvalidated is not None  # that step's line is written once more
         with (
-            closing(MetricsLog(self.folder / runs.METRICS, self.step + 1 - again)) as metrics,
             stopping_on_signals(told if self.show else "") as stopping,
             progress(self.total_steps, self.step, self.show) as bar,
+            self._open_metrics(stopping) as metrics,
         ):
-            if self._unvalidated is not None:
-                metrics.write(self._validate(self._unvalidated, stopping))
             while self.step < self.total_steps and not stopping():
                 self._one_step(metrics, bar, begun, stopping)
             finished = self.step >= self.total_steps and self._unvalidated is None
-            name = "final" if finished else runs.step_name(self.step)
-            if self.saved is None or (self.saved.name, self._saved_step) != (name, self.step):
-                self.save(name)
-        assert self.saved is not None
-        return Outcome(self.saved, self.step, finished)
+            folder = self.folder / ("final" if finished else runs.step_name(self.step))
+            is_there = self.saved is not None and self.saved.resolve() == folder.resolve()
+            if not is_there or self._saved_step != self.step:
+                self.save(folder.name)
+        return Outcome(folder, self.step, finished)
+
+    def _take_folder(self) -> None:
+        """Make the run's folder ours: what a run that is continued here had after this step is
+        set aside. Raises CheckpointError where a new run finds another one's checkpoints."""
+        if self._resumed is None:
+            runs.check_holds_none(self.folder)
+        else:
+            for old, new in runs.go_back(self.folder, self._resumed, self.step):
+                print(f"{old} is of a later step: renamed to {new.name}", file=sys.stderr)
+        runs.write_config(self.folder, self.config)
+
+    @contextmanager
+    def _open_metrics(self, stopping: Callable[[], bool]) -> Iterator[MetricsLog]:
+        """metrics.jsonl, after the validation that is still to be made up for, if there is one:
+        its step's line is then written once more."""
+        line, first = self._unvalidated, self.step + 1
+        if line is not None:
+            line, first = self._validate(line, stopping), self.step
+        with closing(MetricsLog(self.folder / runs.METRICS, first)) as metrics:
+            if line is not None:
+                metrics.write(line)
+            yield metrics
 
     def summary(self) -> str:
         """What is about to be trained, in one line."""
@@ -154,14 +175,16 @@ class Trainer:
         seconds = time.perf_counter() - clock
         seen = {"loss": result.loss, "gradient norm": result.grad_norm, "learning rate": lr}
         self._check_finite(step, seen)
-        self.step, self._good = step, self.saved
+        self.step, self._followed = step, self.saved
         self._shorten(*begun)
         line: dict[str, Any] = {"step": step, "loss": result.loss, "lr": lr}
         line |= {"grad_norm": result.grad_norm, "tokens_per_second": result.tokens / seconds}
         line |= {"memory_bytes": memory_in_use_bytes(), "epoch": epoch}
-        if self._validation_is_due(step, epoch):
-            line = self._validate(line, stopping)
-        metrics.write(line)
+        try:
+            if self._validation_is_due(step, epoch):
+                line = self._validate(line, stopping)
+        finally:
+            metrics.write(line)
         shown = {"loss": f"{result.loss:.4f}", "tok/s": f"{line['tokens_per_second']:.0f}"}
         if "val_loss" in line:
             shown["val"] = f"{line['val_loss']:.4f}"
@@ -212,13 +235,17 @@ class Trainer:
 
     def _last_good(self) -> str:
         """The checkpoint to go back to: weights that are followed by such a step are none."""
-        if self._good is not None and self._good.is_dir():
-            return (
-                f"the last good checkpoint is {self._good} (--resume {self._good} goes back to it)"
-            )
         if self.saved is None:
             return "nothing was saved"
-        return f"{self.saved} holds the weights that led to them, and there is none before it"
+        good = self._followed
+        if good is None or not good.is_dir():
+            good = runs.older_than(self.saved, self._saved_step)
+        if good is None:
+            return f"{self.saved} holds the weights that led to them, and none is before it"
+        way = f"--resume {shlex.quote(str(good))}"
+        if good.resolve().parent != self.folder.resolve():
+            way += " with another checkpointing.checkpoint_dir"
+        return f"the last good checkpoint is {good} ({way} goes back to it)"
 
     def _shorten(self, first: int, started: float) -> None:
         """With a time budget, end the schedule at the step that the budget reaches: as many steps
@@ -240,16 +267,21 @@ class Trainer:
                 folder, self.model, self.optimizer, self.tokenizer,
                 self._state(), keep, self.adapter,
             )  # fmt: skip
-        finally:  # an interrupt may come when it is there, and older ones are being removed
+        except KeyboardInterrupt:  # it may be there, and older ones were being removed
             if runs.looks_whole(folder) and runs.read_state(folder)["step"] == self.step:
                 self.saved, self._saved_step = folder, self.step
+            raise
+        self.saved, self._saved_step = folder, self.step
         return folder
 
     def _state(self) -> dict[str, Any]:
         """What a checkpoint keeps beside tensors."""
         parts = self.config.training.micro_batch
         state = {"step": self.step, "data": self.batches.state(), "micro_batch_size": parts}
-        return state if self._unvalidated is None else state | {"unvalidated": self._unvalidated}
+        if self._unvalidated is None:
+            return state
+        was_last = self.step >= self.total_steps
+        return state | {"unvalidated": self._unvalidated, "was_last": was_last}
 
 
 def _micro_batches(batch: Batch, size: int) -> list[Batch]:

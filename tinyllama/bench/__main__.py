@@ -1,10 +1,16 @@
 """`python -m tinyllama.bench`: times training steps, ours and PyTorch's in turn."""
 
+import sys
+
+if __name__ == "__main__":  # above what takes long to import: an interrupt then ends in a word
+    from tinyllama.cli import main as run
+
+    run(["bench", *sys.argv[1:]])
+
 import argparse
 import dataclasses
 import importlib.util
 import json
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +30,6 @@ from tinyllama.bench.runner import (
     speed_ratio,
     summarise,
 )
-from tinyllama.command import exit_code
 from tinyllama.config import Config, load_config
 from tinyllama.errors import ConfigError, TinyllamaError
 
@@ -197,7 +202,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     print(json.dumps(result) if options.json else report.text(result))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(exit_code(main, "bench"))
