@@ -27,6 +27,7 @@ LAYERS = (
     "step lora",
     "runs",
     "checks estimate evaluate generate start",
+    "fit",
     "train",
     "bench.machine bench.operations bench.peer_peft bench.peer_torch bench.protocol bench.text",
     "bench.operations_torch bench.report bench.runner bench.worker_tinyllama bench.worker_torch",

@@ -73,8 +73,8 @@ def test_all_that_is_not_built_yet_is_told_at_once_and_first(tmp_path, capsys):
     assert cli("train", config_file(tmp_path / "run"), "--resume", "nowhere", *words) == 2
     shown = capsys.readouterr()
     assert shown.out == "" and shown.err.splitlines() == [
-        "training.beam: got 2, must be 0 for now",
-        'data.train_on: got "last", must be "all" for now',
+        "--set training.beam=2: got 2, must be 0 for now",
+        '--set data.train_on=last: got "last", must be "all" for now',
     ]
 
 
@@ -93,7 +93,7 @@ MISTAKES = {
     ),
     "a vocabulary that does not fit": (
         ["--set", "model.vocab_size=300"],
-        "model.vocab_size: got 300, must be at least the tokenizer's 400",
+        "--set model.vocab_size=300: got 300, must be at least the tokenizer's 400",
     ),
     "a tokenizer that is not there": (
         ["--set", "data.tokenizer=nowhere.model"],
@@ -104,15 +104,15 @@ MISTAKES = {
     "a folder without a checkpoint": (["--resume", "nowhere"], "nowhere"),
     "more devices than one": (
         ["--set", "training.devices=2"],
-        "training.devices: got 2, must be 1 for now",
+        "--set training.devices=2: got 2, must be 1 for now",
     ),
     "a search for kernels": (
         ["--set", "training.beam=2"],
-        "training.beam: got 2, must be 0 for now",
+        "--set training.beam=2: got 2, must be 0 for now",
     ),
     "a part of conversations": (
         ["--set", "data.train_on=last"],
-        'data.train_on: got "last", must be "all" for now',
+        '--set data.train_on=last: got "last", must be "all" for now',
     ),
     "validation text that is not there": (
         ["--set", "data.tokenizer=nowhere.model", "--set", "data.val_path=none.txt"],

@@ -58,7 +58,7 @@ def test_overrides_come_after_the_file_and_the_last_one_counts() -> None:
         " training.learning_rate = 2e-3 ",
     )
     assert config.training.learning_rate == 2e-3
-    assert config.given == {"training.learning_rate"}
+    assert list(config.given) == ["training.learning_rate"]
 
 
 def test_an_override_puts_a_wrong_value_of_the_file_right() -> None:
@@ -103,7 +103,7 @@ def test_an_override_of_none_unsets_a_key_that_may_be_unset() -> None:
         "training.micro_batch_size=none",
     )
     assert (config.training.max_steps, config.training.micro_batch_size) == (None, None)
-    assert config.given == set()
+    assert config.given == {}
     said = only_problem("", "training.seed=none")
     assert said.startswith('--set training.seed=none: got "none", must be an integer')
 
@@ -120,6 +120,11 @@ def test_an_override_of_none_unsets_a_key_that_may_be_unset() -> None:
         ("training.seed", "must have the form section.key=value"),
         ("lora=8", "must have the form section.key=value"),
         ("model=none", "must have the form section.key=value"),
+        ("max_steps=3", "must have the form section.key=value, here training.max_steps"),
+        (
+            "qlora.bits=4",
+            "[qlora] packs a base for adapters: add a [lora] section, or leave it out",
+        ),
         ("model.num_layers=1.5", "got 1.5, must be an integer of 1 or more"),
         ("model.num_layers=", 'got "", must be an integer of 1 or more'),
         ("training.devices=True", 'got "True", must be an integer of 1 or more'),
@@ -155,8 +160,8 @@ def test_sizes_that_are_set_must_be_those_of_the_base() -> None:
     with pytest.raises(ConfigError) as caught:
         config.with_base(BASE, "dir/config.json")
     assert str(caught.value).split("\n") == [
-        "model.hidden_size: got 768, must be 64 as in dir/config.json",
-        "model.num_kv_heads: got 2, must be 4 as in dir/config.json",
+        "x.toml: model.hidden_size: got 768, must be 64 as in dir/config.json",
+        "x.toml: model.num_kv_heads: got 2, must be 4 as in dir/config.json",
     ]
     in_python = Config(model=LlamaConfig(base="dir", num_layers=3))
     with pytest.raises(ConfigError, match=r"^model.num_layers: got 3, must be 2 as in dir$"):

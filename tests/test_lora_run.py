@@ -195,5 +195,5 @@ def test_resuming_on_another_base_is_refused_by_its_fingerprint(run, tmp_path):
 def test_a_rope_base_that_the_adapter_could_not_carry_is_refused(run):
     config = with_base(run_config(run.folder, run.base, "model.rope_theta=500.0"))
     message = error(ConfigError, config)
-    assert message.startswith("model.rope_theta: got 500.0, must be 10000.0 as in ")
+    assert message.startswith("--set model.rope_theta=500.0: got 500.0, must be 10000.0 as in ")
     assert message.endswith(f"{run.base}/config.json")

@@ -22,7 +22,8 @@ from tinygrad.uop.ops import Ops
 from tinyllama import cli, memory
 from tinyllama.config import Config, DataConfig, LlamaConfig, TrainingConfig
 from tinyllama.errors import ConfigError, TrainingError
-from tinyllama.estimate import estimate_memory, fit, largest_micro_batch, verdict
+from tinyllama.estimate import estimate_memory
+from tinyllama.fit import fit, largest_micro_batch, verdict
 from tinyllama.gradients import StagedLoss
 from tinyllama.ops import kernel
 from tinyllama.optim import AdamW
@@ -223,16 +224,17 @@ def test_the_largest_micro_batch_is_a_divisor_that_fits(monkeypatch):
     totals = {1: 130, 2: 140, 3: 150, 4: 160, 6: 180, 12: 170}
 
     def estimate(asked):
-        return SimpleNamespace(total=totals[asked.training.micro_batch])
+        return SimpleNamespace(total=totals[asked.training.micro_batch] * mb)
 
-    monkeypatch.setattr("tinyllama.estimate.estimate_memory", estimate)
-    found = {limit: largest_micro_batch(config(batch_size=12), limit) for limit in range(125, 185)}
+    asked, mb = config(batch_size=12), 10**6
+    monkeypatch.setattr("tinyllama.fit.estimate_memory", estimate)
+    found = {limit: largest_micro_batch(asked, limit * mb) for limit in range(125, 185)}
     assert [found[n] for n in (129, 130, 139, 140, 149, 150, 160, 169)] == [
         None, 1, 1, 2, 2, 3, 4, 4,
     ]  # fmt: skip
     assert {found[n] for n in range(170, 185)} == {12}
     totals[12] = 1000
-    assert largest_micro_batch(config(batch_size=12), 185) == 6
+    assert largest_micro_batch(asked, 185 * mb) == 6
 
 
 def test_a_smaller_micro_batch_takes_less(same_runtime):
@@ -273,8 +275,50 @@ def test_a_micro_batch_that_fits_is_chosen_where_none_is_set(monkeypatch, same_r
         fit(replace(asked, training=sizes[2]))
 
 
+@pytest.mark.parametrize(
+    ("section", "sizes", "message"),
+    [
+        ("model", {"num_layers": 10**16}, r"^does not fit: the model has [\d,]{20,} parameters"),
+        ("model", {"hidden_size": 64 * 10**13}, "^does not fit: the model has "),
+        (
+            "training",
+            {"batch_size": 10**9},
+            r"^training\.batch_size: 1000000000 x 32 tokens do not",
+        ),
+        (
+            "training",
+            {"batch_size": 5 * 10**7, "micro_batch_size": 5 * 10**7},
+            r"^training\.micro_batch_size: 50000000 x 32 tokens do not fit: CPU has 20\.00 GB free",
+        ),
+    ],
+)
+def test_what_never_fits_is_refused_without_planning(monkeypatch, section, sizes, message):
+    monkeypatch.setattr("tinyllama.fit.blank_step", lambda _: pytest.fail("planned"))
+    monkeypatch.setattr(memory, "free_bytes", lambda: 20 * 10**9)
+    asked = config(batch_size=1)
+    changed = replace(asked, **{section: replace(getattr(asked, section), **sizes)})
+    with pytest.raises(ConfigError, match=message):
+        fit(changed)
+
+
+def test_only_parts_that_may_fit_are_planned(monkeypatch, same_runtime):
+    """A batch far larger than the memory would take long to plan as a whole."""
+    asked, planned = config(SMALL, batch_size=2**15), []
+    limit = estimate_memory(config(SMALL, batch_size=2**15, micro_batch_size=8)).total
+
+    def noted(asked, step=None):
+        planned.append(asked.training.micro_batch)
+        return estimate_memory(asked, step)
+
+    monkeypatch.setattr("tinyllama.fit.estimate_memory", noted)
+    monkeypatch.setattr(memory, "free_bytes", lambda: limit)
+    assert fit(asked).config.training.micro_batch_size == 8
+    width = 2 * asked.context_length * asked.model.hidden_size
+    assert max(planned) * width <= limit < 2**15 * width
+
+
 def test_the_verdict_names_the_largest_micro_batch(monkeypatch):
-    monkeypatch.setattr("tinyllama.estimate.largest_micro_batch", lambda *_: 4)
+    monkeypatch.setattr("tinyllama.fit.largest_micro_batch", lambda *_: 4)
     found, most = SimpleNamespace(total=3 * 10**9), "the largest micro-batch that does is 4"
     assert verdict(config(), found, 3 * 10**9) == f"fits the 3.00 GB that CPU has free; {most}"
     assert verdict(config(), found, 3 * 10**9 - 1) == (

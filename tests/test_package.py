@@ -40,7 +40,7 @@ def test_the_wheel_has_its_name_its_console_script_and_its_licence(wheel):
     (info,) = {name.split("/")[0] for name in wheel.namelist() if ".dist-info/" in name}
     assert info.startswith("tinyllama_trainer-")
     scripts = wheel.read(f"{info}/entry_points.txt").decode()
-    assert scripts.split("\n")[:2] == ["[console_scripts]", "tinyllama = tinyllama.cli:main"]
+    assert scripts.split("\n")[:2] == ["[console_scripts]", "tinyllama = tinyllama.cli:program"]
     metadata = wheel.read(f"{info}/METADATA").decode()
     assert "Name: tinyllama-trainer\n" in metadata
     assert "Requires-Dist: tinygrad==0.13.0\n" in metadata

@@ -21,10 +21,11 @@ from runs_helpers import (
     trainer,
 )
 
+from tinyllama import device
 from tinyllama.checkpoint import read_state, step_name
 from tinyllama.errors import CheckpointError, ConfigError, DataError, TinyllamaError
 from tinyllama.files import held
-from tinyllama.start import find_tokenizer, resume_folder, with_micro_batch_of
+from tinyllama.start import differences, find_tokenizer, resume_folder, with_micro_batch_of
 from tinyllama.tokenizer import train_tokenizer
 
 VALIDATED = f"data.val_path={VAL_FILES!r}"
@@ -299,17 +300,44 @@ def test_a_validation_that_was_cut_short_is_made_up_for(tmp_path, monkeypatch, a
     assert "unvalidated" not in read_state(run / "final")
 
 
+def test_a_run_that_goes_on_otherwise_says_in_what(tmp_path, capsys, monkeypatch):
+    run = part_of(finished_run(), tmp_path / "run", step_name(4))
+    words = ["train", config_file(run), "--quiet", "--resume", "--set", "training.max_steps=5"]
+    assert cli(*words, "--set", "training.batch_size=6", "--threads", "1") == 0
+    shown = capsys.readouterr().out.splitlines()
+    (told,) = [line for line in shown if " was trained otherwise" in line]
+    threads = read_state(run / step_name(4))["made_with"]["threads"]
+    assert told == (
+        f"{run / step_name(4)} was trained otherwise, so the losses are not those of a run that was"
+        " never stopped: threads is 1, was "
+        f"{threads}; training.batch_size is 6, was 12; training.max_steps is 5, was nothing"
+    )
+    device.set_threads(threads)
+
+
+def test_a_run_that_goes_on_as_it_was_says_nothing(tmp_path):
+    run = finished_run() / step_name(4)
+    places = ["checkpointing.save_every=7", f"data.cache_dir={tmp_path}", VALIDATED]
+    assert trainer(configuration(tmp_path / "run", *places), resume=run).notices() == []
+    (tmp_path / "training_state.json").write_text('{"step": 2}')  # as it was before
+    assert differences(configuration(tmp_path / "run"), tmp_path) is None
+
+
 def test_resuming_where_nothing_was_saved_is_an_error(tmp_path):
     with pytest.raises(CheckpointError, match="run: holds no checkpoint to resume from"):
         resume_folder(configuration(tmp_path / "run"), "latest", print)
     with pytest.raises(CheckpointError, match="--resume nope: no such folder"):
         resume_folder(configuration(tmp_path / "run"), "nope", print)
+    with pytest.raises(
+        CheckpointError, match=r"holds checkpoints and is none; its newest is .*fin"
+    ):
+        resume_folder(configuration(tmp_path / "run"), str(finished_run()), print)
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     config = configuration(tmp_path / "run", "model.intermediate_size=96")
     with pytest.raises(
-        ConfigError, match=r"^model\.\w+: got 96, must be 128 as in .*/final/config"
+        ConfigError, match=r"^--set model\.\w+=96: got 96, must be 128 as in .*/final/config"
     ):
         trainer(config, resume=finished_run() / "final")
 

@@ -31,7 +31,7 @@ from runs_helpers import (
 
 from tinyllama.checkpoint import list_checkpoints, read_state, step_name, verify
 from tinyllama.metrics import read_metrics
-from tinyllama.signals import Terminated, stopping_on_signals
+from tinyllama.signals import Terminated, stopping_on_signals, terminating
 from tinyllama.start import resume_folder
 
 ENDLESS = ["--set", "training.num_epochs=100000"]
@@ -241,3 +241,36 @@ def test_kills_at_twenty_random_moments_lose_nothing_that_was_complete(tmp_path)
         config = configuration(run, *overrides)
         train(config, resume=resume_folder(config, "latest", pytest.fail))
         assert numbers(run) == numbers(whole)
+
+
+def test_a_signal_that_python_lost_ends_a_run_before_it_begins(monkeypatch):
+    """An exception that a destructor meets is dropped."""
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # which the signal silences
+
+    class Lossy:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with terminating():
+        Lossy()
+        with pytest.raises(Terminated), stopping_on_signals():
+            pytest.fail("the run begins")
+    with stopping_on_signals() as stopping:  # it is forgotten with the command
+        assert not stopping()
+
+
+def test_a_thread_that_a_signal_left_behind_does_not_keep_the_process(tmp_path):
+    code = """
+import threading
+from tinyllama.command import exit_code, leave
+def run():
+    threading.Thread(target=threading.Event().wait).start()  # nobody will wake it
+    print("begun")
+    raise KeyboardInterrupt("after step 3")
+leave(exit_code(run, "test"))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (130, "begun\n")
+    assert done.stderr == "interrupted after step 3\n"

@@ -287,6 +287,20 @@ def test_a_file_system_without_locks_lets_a_run_go_on(tmp_path, monkeypatch):
         pass
 
 
+def test_sizes_that_a_run_does_not_reach_are_told(tmp_path):
+    sizes = ["training.batch_size=1000", "lr_schedule.warmup_steps=50", "training.num_epochs=3"]
+    run = trainer(configuration(tmp_path / "run", *sizes))
+    windows = run.batches.n_windows
+    assert run.notices() == [
+        f"training.batch_size is 1000, and the text fills {windows} sequences: the rest of each"
+        " batch is empty",
+        "lr_schedule.warmup_steps is 50, and the run has 3 steps: the learning rate rises to 0.0006"
+        " only",
+    ]
+    fitting = [f"training.batch_size={windows}", "lr_schedule.warmup_steps=3", sizes[2]]
+    assert trainer(configuration(tmp_path / "run", *fitting)).notices() == []
+
+
 def test_what_a_killed_run_left_is_settled_before_a_new_one(tmp_path):
     left = tmp_path / "run" / ".step-00000003.partial-999999999"
     left.mkdir(parents=True)
@@ -323,5 +337,7 @@ def test_a_tokenizer_that_cannot_be_made_names_its_option_and_the_text(tmp_path)
 
 def test_a_vocabulary_larger_than_the_model_is_refused(tmp_path):
     config = configuration(tmp_path / "run", "model.vocab_size=399")
-    with pytest.raises(ConfigError, match=r"model\.vocab_size: got 399, must be at least the"):
+    with pytest.raises(
+        ConfigError, match=r"^--set model\.vocab_size=399: got 399, must be at least the"
+    ):
         trainer(config)

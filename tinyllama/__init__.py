@@ -7,9 +7,8 @@ logits = model(tokens)  # tokens (B, T) int32 Tensor -> (B, T, vocab) float32
 
 from typing import TYPE_CHECKING, Any
 
-from tinyllama.config import LlamaConfig
-
 if TYPE_CHECKING:
+    from tinyllama.config import LlamaConfig
     from tinyllama.model import Llama
 
 __all__ = ["Llama", "LlamaConfig"]
@@ -17,6 +16,10 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
+    if name == "LlamaConfig":
+        from tinyllama.config import LlamaConfig
+
+        return LlamaConfig
     # The device is chosen when the model is first asked for, so that GPU=1, CPU=1, ... are
     # understood in scripts as they are on the command line, and importing us stays instant.
     if name == "Llama":

@@ -2,7 +2,7 @@
 
 import sys
 
-from tinyllama.cli import main
+from tinyllama.cli import program
 
 if __name__ == "__main__":
-    main(["backends", *sys.argv[1:]])
+    program(["backends", *sys.argv[1:]])

@@ -6,7 +6,7 @@ from tempfile import TemporaryFile
 
 from tinyllama import runs
 from tinyllama.config import Config
-from tinyllama.errors import CheckpointError, ConfigError, DataError
+from tinyllama.errors import CheckpointError, ConfigError, DataError, naming
 from tinyllama.schema import got, shown
 from tinyllama.sources import find_sources
 
@@ -20,7 +20,8 @@ def check_fresh(config: Config) -> None:
 
 def check_files(config: Config) -> None:
     """What a run reads is there, and its folder can be written: DataError or CheckpointError."""
-    find_sources(config.data.train_path)
+    with naming("data.train_path"):
+        find_sources(config.data.train_path)
     if config.data.val_path is not None:
         find_validation(config.data.val_path)
     folder = Path(config.checkpointing.checkpoint_dir)
@@ -53,7 +54,7 @@ def supported(config: Config) -> Config:
         )
     t, data = config.training, config.data
     problems = [
-        f"{key}: {got(value, f'{shown(only)} for now')}"
+        f"{config.where(key)}: {got(value, f'{shown(only)} for now')}"
         for key, value, only in (
             ("training.devices", t.devices, 1),
             ("training.beam", t.beam, 0),
@@ -64,3 +65,19 @@ def supported(config: Config) -> Config:
     if problems:
         raise ConfigError("\n".join(problems))
     return config
+
+
+def without_effect(config: Config, sequences: int, steps: int) -> list[str]:
+    """Sizes that a run of so many `steps` over so many `sequences` of text does not reach."""
+    t, warmup, found = config.training, config.lr_schedule.warmup_steps, []
+    if t.batch_size > sequences:
+        found.append(
+            f"training.batch_size is {t.batch_size}, and the text fills {sequences} sequences: the"
+            " rest of each batch is empty"
+        )
+    if warmup > steps:
+        found.append(
+            f"lr_schedule.warmup_steps is {warmup}, and the run has {steps} steps: the learning"
+            f" rate rises to {t.learning_rate * steps / warmup:.2g} only"
+        )
+    return found

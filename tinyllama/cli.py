@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from tinyllama import device
-from tinyllama.command import count, exit_code, path, seconds
+from tinyllama.command import count, exit_code, leave, path, seconds
 from tinyllama.errors import ConfigError, DeviceError, TrainingError
 from tinyllama.memory import collect_seldom
 
@@ -45,6 +45,14 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     sys.exit(exit_code(lambda: commands[words[0]](words[1:]), words[0]))
 
 
+def program(arguments: Sequence[str] | None = None) -> NoReturn:
+    """`main`, where the process has nothing else to do."""
+    try:
+        main(arguments)
+    except SystemExit as ended:
+        leave(int(ended.code or 0))
+
+
 def train(words: list[str]) -> None:
     """Pretrain or fine-tune as a TOML file says."""
     asked = _parse(_train_parser(), words)
@@ -53,7 +61,7 @@ def train(words: list[str]) -> None:
     config = load_config(asked.config, asked.set)
     choice = _select(asked)
     from tinyllama.checks import check_files, check_fresh, supported
-    from tinyllama.estimate import fit
+    from tinyllama.fit import fit
     from tinyllama.start import resume_folder, with_base, with_micro_batch_of
     from tinyllama.train import Trainer
 
@@ -73,7 +81,7 @@ def train(words: list[str]) -> None:
     )
     if resume is not None:
         print(f"resuming {resume} at step {trainer.step}", flush=True)
-    print(trainer.summary(), flush=True)
+    print("\n".join([*trainer.notices(), trainer.summary()]), flush=True)
     outcome = trainer.run()
     if outcome.finished:
         print(f"finished: step {outcome.step}, saved {outcome.checkpoint}")
@@ -131,7 +139,10 @@ def generate(words: list[str]) -> None:
     choice = _select(asked)
     from tinyllama.generate import Generator, Sampling
 
-    sampling = Sampling(asked.temperature, asked.top_k, asked.top_p, asked.seed)
+    try:
+        sampling = Sampling(asked.temperature, asked.top_k, asked.top_p, asked.seed)
+    except ConfigError as error:  # top_k is --top-k here
+        raise ConfigError(f"--{str(error).replace('_', '-', 1)}") from None
     tokenizer, model = _load(asked.model)
     _to_stderr(choice.line())
     prompt = [tokenizer.bos_id, *tokenizer.encode(asked.prompt)]

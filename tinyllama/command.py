@@ -6,7 +6,9 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 from tinyllama.errors import TinyllamaError
 from tinyllama.signals import Terminated, terminating
@@ -15,6 +17,7 @@ from tinyllama.signals import Terminated, terminating
 def exit_code(run: Callable[[], int | None], name: str) -> int:
     """Run the command `name`; the exit code: what it returns or 0, 2 for the user's mistake, 130
     interrupted, 143 terminated, 141 where nobody reads its output any more."""
+    hook = sys.unraisablehook
     try:
         with terminating():
             return run() or 0
@@ -30,8 +33,20 @@ def exit_code(run: Callable[[], int | None], name: str) -> int:
     except KeyboardInterrupt as stopped:
         code, told = 128 + signal.SIGINT, " ".join(["interrupted", *map(str, stopped.args)])
     # Not before the exception is gone, and with it the progress bars that it held.
+    sys.unraisablehook = hook
     print(told, file=sys.stderr)
     return code
+
+
+def leave(code: int) -> NoReturn:
+    """End the process; after a signal at once, since Python would first wait for its threads, and
+    for ever for one that a pool was just making when the signal came."""
+    if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def path(word: str) -> Path:

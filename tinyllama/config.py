@@ -6,7 +6,7 @@ Every problem is reported at once, one line each, with the file or override it c
 The options themselves, their limits and defaults are the dataclasses of sections.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ _FREE_OF_WEIGHTS = ("max_seq_len", "rope_theta", "rms_norm_eps")
 class Config:
     """A whole configuration; raises ConfigError when its sections do not fit each other.
 
-    `given` names the keys that a file or an override set, as against defaults.
+    `given` has the keys that were set, as against defaults, and what set them: a file or override.
     """
 
     model: LlamaConfig = field(default_factory=LlamaConfig)
@@ -72,10 +72,10 @@ class Config:
     checkpointing: CheckpointingConfig = field(default_factory=CheckpointingConfig)
     lora: LoraConfig | None = None
     qlora: QloraConfig | None = None
-    given: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
+    given: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        values = self._values()
+        values = self.values()
         problems = problems_of(RELATIONS, checkable(values))
         problems += _section_problems(values)
         if problems:
@@ -95,6 +95,10 @@ class Config:
     def tokenizer_vocab_size(self) -> int:
         """Vocabulary of a tokenizer that is trained: its own size, or that of the model."""
         return self.data.tokenizer_vocab_size or self.model.vocab_size
+
+    def where(self, key: str) -> str:
+        """What a message calls an option: the override or the file that set it, else its key."""
+        return self.given.get(key, key)
 
     def to_toml(self) -> str:
         """TOML that loads as an equal Config: every key but those that are not set."""
@@ -116,14 +120,15 @@ class Config:
             if name in _FREE_OF_WEIGHTS:
                 sizes[name] = mine
             elif mine != sizes[name]:
-                problems.append(f"{key}: {got(mine, f'{shown(sizes[name])} as in {source}')}")
+                must_be = f"{shown(sizes[name])} as in {source}"
+                problems.append(f"{self.where(key)}: {got(mine, must_be)}")
         config = replace(self, model=LlamaConfig(**sizes))
-        problems += problems_of(RELATIONS, config._values())
+        problems += problems_of(RELATIONS, config.values())
         if problems:
             raise ConfigError("\n".join(problems))
         return config
 
-    def _values(self) -> dict[str, Any]:
+    def values(self) -> dict[str, Any]:
         """Every option of every section that is there, by dotted key."""
         sections = {name: getattr(self, name) for name in SECTIONS}
         return {
@@ -162,7 +167,8 @@ def config_from_toml(text: str, source_name: str, overrides: Sequence[str] = ())
         settings.add_override(override)
     values = settings.known_values()
     problems = settings.problems(RELATIONS, checkable(values))
-    problems += [f"{source_name}: {problem}" for problem in _section_problems(values)]
+    label = settings.section_label("qlora")
+    problems += [f"{label}: {problem}" for problem in _section_problems(values)]
     if problems:
         raise ConfigError("\n".join(problems))
     made = {
@@ -170,7 +176,7 @@ def config_from_toml(text: str, source_name: str, overrides: Sequence[str] = ())
         for name, cls in SECTIONS.items()
         if settings.has_section(name)
     }
-    return Config(**made, given=frozenset(settings.values))
+    return Config(**made, given=settings.labels())
 
 
 def option_table() -> str:
@@ -184,7 +190,7 @@ def option_table() -> str:
 def _section_problems(values: dict[str, Any]) -> list[str]:
     """A packed base takes no gradients, so without adapters nothing could be trained."""
     if values.get("qlora.quantize_base") and "lora.rank" not in values:
-        return [f"qlora.quantize_base: {got(True, 'false unless there is a [lora] section')}"]
+        return ["[qlora] packs a base for adapters: add a [lora] section, or leave it out"]
     return []
 
 

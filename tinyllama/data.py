@@ -58,11 +58,11 @@ class Batches:
         self._batch_size = batch_size
         self._seed = seed
         self._shuffle = shuffle
-        self._n_windows = dataset.window_count(context_length)
+        self.n_windows = dataset.window_count(context_length)
         self._order: npt.NDArray[np.int64] | None = None
         self._window = 0  # how many windows of this epoch are done
         self.epoch = 0  # of the next batch, from 0: how many epochs are done
-        self.steps_per_epoch = -(-self._n_windows // batch_size)
+        self.steps_per_epoch = -(-self.n_windows // batch_size)
 
     def next(self) -> Batch:
         """The next batch; after an epoch's last one, `epoch` has grown by one."""
@@ -70,7 +70,7 @@ class Batches:
             self._order = self._make_order()
         windows = self._order[self._window : self._window + self._batch_size]
         self._window += len(windows)
-        if self._window == self._n_windows:
+        if self._window == self.n_windows:
             self.epoch, self._window, self._order = self.epoch + 1, 0, None
         begins = windows * self._context_length
         return _make_batch(self._dataset, begins, self._context_length, self._batch_size)
@@ -96,7 +96,7 @@ class Batches:
         epoch, window = state.get("epoch"), state.get("window")
         if not isinstance(epoch, int) or not isinstance(window, int):
             raise DataError(f"the checkpoint holds no position in the data: {state!r}")
-        if epoch < 0 or not 0 <= window < self._n_windows:
+        if epoch < 0 or not 0 <= window < self.n_windows:
             raise DataError(f"the checkpoint's position is not in the data: {state!r}")
         self.epoch, self._window, self._order = epoch, window, None
 
@@ -112,9 +112,9 @@ class Batches:
         """Windows in this epoch's order; 16 bytes a window. Sorted by the generator's raw bits:
         numpy promises those for all its versions, but not what permutation() makes of them."""
         if not self._shuffle:
-            return np.arange(self._n_windows)
+            return np.arange(self.n_windows)
         generator = np.random.PCG64(np.random.SeedSequence([self._seed, self.epoch]))
-        return np.argsort(generator.random_raw(self._n_windows), kind="stable")
+        return np.argsort(generator.random_raw(self.n_windows), kind="stable")
 
 
 def sequential(

@@ -137,10 +137,12 @@ def _refused(candidates: tuple[str, ...], reason: str, failures: Mapping[str, st
             f"{reason}: {candidates[0]} does not work ({failures[candidates[0]]}). Available here: "
             f"{there}. DEV={name} takes what {name} offers by itself"
         )
-    what = INSTALL.get(name, f"one of {', '.join(FLAGS)} as DEV")
+    if name not in FLAGS:
+        listed = ", ".join(FLAGS)
+        return DeviceError(f"{reason}: {failures[candidates[0]]}, only {listed}; here: {there}")
     return DeviceError(
         f"{reason}: {name} is not available ({failures[candidates[0]]}). "
-        f"Available here: {there}. To use it, install {what}"
+        f"Available here: {there}. To use it, install {INSTALL.get(name, 'its driver')}"
     )
 
 

@@ -8,10 +8,8 @@ the step is captured without being run and its memory planned (ops/plan.py), so 
 number but the last is the one tinygrad will allocate.
 """
 
-import bisect
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
-from typing import NamedTuple
 
 from tinygrad import Device, Tensor, dtypes
 from tinygrad.helpers import GlobalCounters
@@ -19,7 +17,6 @@ from tinygrad.helpers import GlobalCounters
 from tinyllama import lora, memory
 from tinyllama.accounting import Parameters, aligned, gigabytes, parameters_of
 from tinyllama.config import Config
-from tinyllama.errors import ConfigError
 from tinyllama.gradients import StagedLoss
 from tinyllama.layers import block_linears, named_tensors
 from tinyllama.model import Llama
@@ -171,83 +168,6 @@ def _lasting(model: Llama, optimizer: AdamW) -> dict[str, int]:
     for name, tensor in named_tensors(model):
         found[_purpose(name)] += tensor.nbytes()
     return found | {"optimizer_state": _bytes(optimizer.state_dict().values())}
-
-
-def largest_micro_batch(config: Config, limit_bytes: int) -> int | None:
-    """The largest micro_batch_size whose estimate is within the limit; None where none is.
-
-    Only divisors of batch_size are tried, as only they can be set.
-    """
-    # A whole batch needs no sums of gradients, so it may fit where half of it does not.
-    size = config.training.batch_size
-    return size if _fits(config, size, limit_bytes) else _largest_part(config, limit_bytes)
-
-
-def _largest_part(config: Config, limit_bytes: int) -> int | None:
-    """The largest micro_batch_size below batch_size that is within the limit; None for none."""
-    size = config.training.batch_size
-    divisors = [n for n in range(1, size) if size % n == 0]
-    count = bisect.bisect_left(divisors, True, key=lambda n: not _fits(config, n, limit_bytes))
-    return divisors[count - 1] if count else None
-
-
-def _fits(config: Config, size: int, limit_bytes: int) -> bool:
-    return estimate_memory(_in_parts(config, size)).total <= limit_bytes
-
-
-def _in_parts(config: Config, size: int) -> Config:
-    return replace(config, training=replace(config.training, micro_batch_size=size))
-
-
-def verdict(config: Config, estimate: MemoryEstimate, limit_bytes: int | None) -> str:
-    """The line that says whether a run fits, and the largest micro-batch that does."""
-    if limit_bytes is None:
-        return f"the memory of {Device.DEFAULT} is not known"
-    largest = largest_micro_batch(config, limit_bytes)
-    most = f"the largest micro-batch that does is {largest}"
-    if largest is None:
-        most = "not even a micro-batch of 1 does"
-    there = gigabytes(limit_bytes)
-    if estimate.total <= limit_bytes:
-        return f"fits the {there} that {Device.DEFAULT} has free; {most}"
-    needed = gigabytes(estimate.total)
-    return f"does not fit: needs {needed}, and {Device.DEFAULT} has {there} free; {most}"
-
-
-class Fit(NamedTuple):
-    """A run that fits its device: its configuration, the step it was planned with, and in words."""
-
-    config: Config
-    step: TrainStep
-    report: str
-
-
-def fit(config: Config, *, force: bool = False) -> Fit:
-    """Estimate a run; where no micro_batch_size is set, choose the largest that fits the device.
-
-    Raises ConfigError if it cannot fit; with `force`, or where the device's memory is not known,
-    the report only says so. The step's pieces can be taken over by the run.
-    """
-    step, limit = blank_step(config), memory.free_bytes()
-    estimate, chosen = estimate_memory(config, step), ""
-    t = config.training
-    if limit is not None and estimate.total > limit and t.micro_batch_size is None:
-        part = _largest_part(config, limit)
-        if part is not None:
-            config = _in_parts(config, part)
-            step = blank_step(config)
-            estimate = estimate_memory(config, step)
-            chosen = f"; training.micro_batch_size is not set: {part} of {t.batch_size} at a time"
-    if limit is not None and estimate.total <= limit:
-        room = f"fits: {gigabytes(estimate.total)} of {gigabytes(limit)} free{chosen}"
-        return Fit(config, step, f"{estimate.table()}\n{room}")
-    text = f"{estimate.table()}\n{verdict(config, estimate, limit)}"
-    if limit is None or force:
-        return Fit(config, step, text)
-    raise ConfigError(
-        f"{text}\nlower training.micro_batch_size or data.context_length, "
-        "set training.checkpoint_activations = true, or try it nevertheless with --force"
-    )
 
 
 def _purpose(name: str) -> str:

@@ -10,9 +10,9 @@ tokenizer, so it can be laid beside a compressor's.
 import sys
 
 if __name__ == "__main__":  # above what takes long to import: an interrupt then ends in a word
-    from tinyllama.cli import main
+    from tinyllama.cli import program
 
-    main(["evaluate", *sys.argv[1:]])
+    program(["evaluate", *sys.argv[1:]])
 
 import math
 from collections.abc import Callable

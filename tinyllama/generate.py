@@ -8,9 +8,9 @@ every layer (ops/stage.py).
 import sys
 
 if __name__ == "__main__":  # above what takes long to import: an interrupt then ends in a word
-    from tinyllama.cli import main
+    from tinyllama.cli import program
 
-    main(["generate", *sys.argv[1:]])
+    program(["generate", *sys.argv[1:]])
 
 import math
 from collections.abc import Callable, Iterator, Sequence

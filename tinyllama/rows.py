@@ -29,6 +29,8 @@ def _parse_refused(line: bytes) -> str:
     into other fields, which JSON does not have."""
     try:
         row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"not valid JSON: {error.msg}, column {error.colno}") from None
     except ValueError as error:
         raise DataError(f"not valid JSON: {error}") from None
     except RecursionError:

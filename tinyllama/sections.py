@@ -16,6 +16,7 @@ from tinyllama.schema import PATH, Relation, allowed, convert, got, option, opti
 
 # Sizes have no upper limit: parameters are counted exactly for models nobody can build.
 Count = Annotated[int, Meta(ge=1)]
+Rows = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Natural = Annotated[int, Meta(ge=0)]
 Positive = Annotated[float, Meta(gt=0)]
 NotNegative = Annotated[float, Meta(ge=0)]
@@ -90,8 +91,8 @@ class TrainingConfig:
     beta2: Fraction = option(0.95, "decay of AdamW's mean of squared gradients")
     epsilon: Positive = option(1e-8, "added to the root in AdamW's denominator")
     grad_clip: NotNegative = option(1.0, "largest norm of all gradients together; 0 for no limit")
-    batch_size: Count = option(32, "sequences that one optimizer step sees")
-    micro_batch_size: Count | None = option(
+    batch_size: Rows = option(32, "sequences that one optimizer step sees")
+    micro_batch_size: Rows | None = option(
         None,
         "sequences that memory sees at once; must divide batch_size; when not set, as many of them"
         " as fit",
@@ -147,7 +148,7 @@ class DataConfig:
 
     train_path: Texts = option("data/train.txt", "training text: files, folders or patterns")
     val_path: Texts | None = option(None, "validation text, in the same forms")
-    context_length: Count | None = option(
+    context_length: Rows | None = option(
         None, "tokens a training sequence; when not set, model.max_seq_len"
     )
     tokenizer: Place | None = option(

@@ -65,7 +65,12 @@ class Settings:
         if raw == _UNSET and key in self._optional:
             self._unset_section(key)
         elif not equals or "." not in key:
-            self._problems[label] = f"{label}: must have the form section.key=value"
+            form = "must have the form section.key=value"
+            meant = [
+                k for options in self._options.values() for k in options if k.endswith(f".{key}")
+            ]
+            hint = f", here {meant[0]}" if equals and meant else ""
+            self._problems[label] = f"{label}: {form}{hint}"
         elif section not in self._options:
             self._problems[label] = f"{label}: unknown key, the nearest is {self._nearest_key(key)}"
         elif raw == _UNSET and self._may_be_unset(key):
@@ -83,6 +88,15 @@ class Settings:
     def has_section(self, name: str) -> bool:
         """Whether the section is there: always, unless it is an optional one that nobody set."""
         return name in self._present
+
+    def labels(self) -> dict[str, str]:
+        """What set each value: `--set section.key=value`, or the file and the key."""
+        return {key: self._label((key,)) for key in self.values}
+
+    def section_label(self, name: str) -> str:
+        """What set something in a section: an override, else the file."""
+        found = [label for key, label in self._overrides.items() if key.startswith(f"{name}.")]
+        return found[0] if found else self._source
 
     def known_values(self) -> dict[str, Any]:
         """Every value that stands, set or default; keys with a wrong value are left out."""

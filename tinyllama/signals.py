@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -15,24 +16,41 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, as KeyboardInterrupt is SIGINT."""
 
 
+# What `terminating` has raised. Python drops an exception that a destructor meets, so a run that
+# would begin all the same looks here.
+_raised: list[type[KeyboardInterrupt]] = []
+
+
 @contextmanager
 def terminating() -> Iterator[None]:
-    """SIGTERM raises Terminated."""
+    """SIGTERM raises Terminated, and SIGINT, unless it is ignored, KeyboardInterrupt.
+
+    From then on sys.unraisablehook is silent: objects that were half made have no more to say.
+    """
 
     def end(number: int, frame: FrameType | None) -> None:
-        raise Terminated
+        _raised.append(KeyboardInterrupt if number == signal.SIGINT else Terminated)
+        sys.unraisablehook = lambda _: None
+        raise _raised[-1]
 
-    before = signal.signal(signal.SIGTERM, end)
+    numbers = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        numbers.append(signal.SIGINT)
+    before = {number: signal.signal(number, end) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        _raised.clear()
 
 
 @contextmanager
 def stopping_on_signals(told: str = "") -> Iterator[Callable[[], bool]]:
     """SIGINT, SIGTERM and SIGHUP (unless ignored, as nohup has it) ask to stop, which is what the
     yielded function tells; a second one interrupts. The first puts `told` on standard error."""
+    if _raised:
+        raise _raised[0]
     asked: list[float] = []
 
     def ask(number: int, frame: FrameType | None) -> None:

@@ -4,10 +4,11 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
-from tinygrad import dtypes
+from tinygrad import Device, dtypes
 
-from tinyllama import lora, quantize, runs
+from tinyllama import device, lora, quantize, runs
 from tinyllama.checkpoint import latest_valid, list_checkpoints, verify
 from tinyllama.config import Config, LlamaConfig
 from tinyllama.errors import CheckpointError, ConfigError, TokenizerError, naming
@@ -17,6 +18,9 @@ from tinyllama.sources import content_digests, find_sources, read_texts
 from tinyllama.tokenizer import MODEL_FILE, TRAINING, Tokenizer, load_tokenizer, train_tokenizer
 from tinyllama.weights.hf_read import open_folder
 from tinyllama.weights.peft import AdapterConfig
+
+# Options that change no loss of a step, or are compared elsewhere (the text by its digest).
+_FREE_OF_NUMBERS = ("checkpointing.", "data.", "model.base", "training.eval_every")
 
 
 def resume_folder(config: Config, asked: str, warn: Callable[[str], None]) -> Path:
@@ -30,11 +34,17 @@ def resume_folder(config: Config, asked: str, warn: Callable[[str], None]) -> Pa
     if asked == "latest":
         folder = latest_valid(root, warn)
         if folder is None:
-            raise CheckpointError(f"{root}: holds no checkpoint to resume from")
+            raise CheckpointError(
+                f"{root}: holds no checkpoint to resume from; without --resume the run begins"
+            )
         return folder
     folder = Path(asked)
     if not folder.is_dir():
         raise CheckpointError(f"--resume {asked}: no such folder")
+    if inside := list_checkpoints(folder):
+        raise CheckpointError(
+            f"--resume {asked}: holds checkpoints and is none; its newest is {inside[-1]}"
+        )
     verify(folder)
     if folder.resolve() not in [path.resolve() for path in list_checkpoints(root)]:
         runs.check_holds_none(root)
@@ -61,6 +71,27 @@ def with_micro_batch_of(checkpoint: Path, config: Config) -> Config:
     return replace(config, training=replace(t, micro_batch_size=saved))
 
 
+def made_with(config: Config) -> dict[str, Any]:
+    """What decides a run's numbers beside its text and weights: options, device, threads."""
+    options = {k: v for k, v in config.values().items() if not k.startswith(_FREE_OF_NUMBERS)}
+    found = options | {"device": Device.DEFAULT, "threads": device.threads()}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in found.items()}
+
+
+def differences(config: Config, checkpoint: Path) -> str | None:
+    """What a checkpoint was trained with otherwise than this configuration would, in a line."""
+    was, now = runs.read_state(checkpoint).get("made_with"), made_with(config)
+    if was is None:
+        return None
+    found = [
+        f"{key} is {shown(now.get(key))}, was {shown(was.get(key))}"
+        for key in sorted(was.keys() | now.keys())
+        if was.get(key) != now.get(key)
+    ]
+    told = f"{checkpoint} was trained otherwise, so the losses are not those of a run that was"
+    return f"{told} never stopped: {'; '.join(found)}" if found else None
+
+
 def find_tokenizer(config: Config, resume: Path | None, show: bool) -> Tokenizer:
     """The run's tokenizer: the checkpoint's, a file, or one trained on the training text.
 
@@ -69,8 +100,8 @@ def find_tokenizer(config: Config, resume: Path | None, show: bool) -> Tokenizer
     tokenizer = _tokenizer_of(resume, config) if resume else _new_tokenizer(config, show)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(
-            f"model.vocab_size: got {config.model.vocab_size}, must be at least the tokenizer's "
-            f"{tokenizer.vocab_size} ({config.tokenizer_source})"
+            f"{config.where('model.vocab_size')}: got {config.model.vocab_size}, must be at least"
+            f" the tokenizer's {tokenizer.vocab_size} ({config.tokenizer_source})"
         )
     return tokenizer
 
@@ -126,18 +157,19 @@ def make_model(config: Config, resume: Path | None) -> Llama:
             model = Llama.from_pretrained(source, dtype=dtype)
         # An adapter's folder holds no sizes: its base's must be the ones it was trained with.
         if resume is not None or config.lora is not None:
-            _check_sizes(config.model, model.config, source)
+            _check_sizes(config, model.config, source)
         model.config = config.model
     model.checkpoint_activations = t.checkpoint_activations
     return model
 
 
-def _check_sizes(asked: LlamaConfig, saved: LlamaConfig, source: str | Path) -> None:
+def _check_sizes(config: Config, saved: LlamaConfig, source: str | Path) -> None:
     """Raise ConfigError if a checkpoint's [model] is not the one that is asked for."""
+    asked, file = config.model, f"{source}/config.json"
     mine = asdict(replace(asked, num_kv_heads=asked.kv_heads))
     theirs = asdict(replace(saved, base=asked.base, max_seq_len=asked.max_seq_len))
     problems = [
-        f"model.{name}: {got(mine[name], f'{shown(value)} as in {source}/config.json')}"
+        f"{config.where(f'model.{name}')}: {got(mine[name], f'{shown(value)} as in {file}')}"
         for name, value in theirs.items()
         if mine[name] != value
     ]

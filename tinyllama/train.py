@@ -10,9 +10,9 @@ tensors of a checkpoint, so a run that is resumed continues bit for bit.
 import sys
 
 if __name__ == "__main__":  # above what takes long to import: an interrupt then ends in a word
-    from tinyllama.cli import main
+    from tinyllama.cli import program
 
-    main(["train", *sys.argv[1:]])
+    program(["train", *sys.argv[1:]])
 
 import math
 import shlex
@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from tinyllama import lora, runs
 from tinyllama.accounting import parameters
-from tinyllama.checks import check_files, supported
+from tinyllama.checks import check_files, supported, without_effect
 from tinyllama.config import Config
 from tinyllama.data import Batch, Batches, prepare
 from tinyllama.errors import TrainingError
@@ -36,7 +36,7 @@ from tinyllama.memory import memory_in_use_bytes
 from tinyllama.metrics import MetricsLog, progress
 from tinyllama.optim import AdamW, learning_rate
 from tinyllama.signals import stopping_on_signals
-from tinyllama.start import find_tokenizer, make_adapter, make_model
+from tinyllama.start import differences, find_tokenizer, made_with, make_adapter, make_model
 from tinyllama.step import TrainStep
 
 
@@ -159,6 +159,12 @@ class Trainer:
             f"{t.batch_size} x {context} tokens, {t.dtype}"
         )
 
+    def notices(self) -> list[str]:
+        """What may not be meant, a line each: another run than before, sizes without effect."""
+        other = differences(self.config, self._resumed) if self._resumed else None
+        found = without_effect(self.config, self.batches.n_windows, self.total_steps)
+        return [other, *found] if other else found
+
     def _one_step(
         self,
         metrics: MetricsLog,
@@ -278,6 +284,7 @@ class Trainer:
         """What a checkpoint keeps beside tensors."""
         parts = self.config.training.micro_batch
         state = {"step": self.step, "data": self.batches.state(), "micro_batch_size": parts}
+        state |= {"made_with": made_with(self.config)}
         if self._unvalidated is None:
             return state
         was_last = self.step >= self.total_steps

@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tinyllama.command import exit_code
+from tinyllama.command import exit_code, leave
 from tinyllama.errors import TinyllamaError
 from tinyllama.files import atomic_write
 from tinyllama.weights.hf_read import open_folder
@@ -89,4 +89,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(main, "compare_qlora"))
+    leave(exit_code(main, "compare_qlora"))

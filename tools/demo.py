@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import demo_corpus
 import plot_loss
 
-from tinyllama.command import exit_code, seconds
+from tinyllama.command import exit_code, leave, seconds
 from tinyllama.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -148,4 +148,4 @@ def report(bits: float, gzip_bits: float, more: float) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(main, "demo"))
+    leave(exit_code(main, "demo"))

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import demo
 import demo_corpus
 
-from tinyllama.command import exit_code, seconds
+from tinyllama.command import exit_code, leave, seconds
 from tinyllama.errors import TinyllamaError
 from tinyllama.merge import merge, parse_adapter
 from tinyllama.metrics import read_metrics
@@ -141,4 +141,4 @@ def check_adapters(before: float, after: float, merged: float) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(main, "demo_llama"))
+    leave(exit_code(main, "demo_llama"))

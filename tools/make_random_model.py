@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tinyllama import device
-from tinyllama.command import exit_code
+from tinyllama.command import exit_code, leave
 from tinyllama.config import LlamaConfig, config_from_toml, load_config
 from tinyllama.errors import TinyllamaError, WeightsError
 from tinyllama.files import atomic_directory
@@ -83,4 +83,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(main, "make_random_model"))
+    leave(exit_code(main, "make_random_model"))

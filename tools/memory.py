@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tinyllama import device
-from tinyllama.command import exit_code
+from tinyllama.command import count, exit_code, leave
 from tinyllama.config import load_config
 from tinyllama.errors import TinyllamaError
 
@@ -34,7 +34,8 @@ def report(options: argparse.Namespace) -> str:
     """What is printed. Raises TinyllamaError."""
     config = load_config(options.config, overrides(options))
     choice = device.select()
-    from tinyllama.estimate import estimate_memory, largest_micro_batch, verdict
+    from tinyllama.estimate import estimate_memory
+    from tinyllama.fit import largest_micro_batch, verdict
     from tinyllama.memory import free_bytes
     from tinyllama.start import with_base
 
@@ -63,8 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("config", help="TOML configuration, e.g. configs/124m.toml")
-    parser.add_argument("--batch", type=int, help="sequences a step, all in memory at once")
-    parser.add_argument("--context", type=int, help="tokens a sequence")
+    parser.add_argument("--batch", type=count, help="sequences a step, all in memory at once")
+    parser.add_argument("--context", type=count, help="tokens a sequence")
     parser.add_argument("--dtype", help="of activations: float32, bfloat16 or float16")
     parser.add_argument(
         "--device-memory",
@@ -85,4 +86,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(main, "memory"))
+    leave(exit_code(main, "memory"))

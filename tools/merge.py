@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tinyllama.accounting import aligned
-from tinyllama.command import exit_code
+from tinyllama.command import exit_code, leave
 from tinyllama.errors import ConfigError, TinyllamaError
 from tinyllama.merge import AS_TRAINED, Merged, Packing, merge, parse_adapter, total_lost
 
@@ -107,4 +107,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(main, "merge"))
+    leave(exit_code(main, "merge"))

@@ -26,7 +26,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tinyllama.accounting import aligned
-from tinyllama.command import exit_code
+from tinyllama.command import exit_code, leave
 from tinyllama.files import atomic_write
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -123,4 +123,4 @@ def report(rows: Sequence[dict[str, str]], share: float) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(main, "mutants"))
+    leave(exit_code(main, "mutants"))

@@ -23,7 +23,7 @@ from tinyllama.accounting import (
     folder_parameters,
     published_claims,
 )
-from tinyllama.command import exit_code
+from tinyllama.command import exit_code, leave
 from tinyllama.config import load_config
 from tinyllama.errors import TinyllamaError
 
@@ -92,4 +92,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(main, "params"))
+    leave(exit_code(main, "params"))

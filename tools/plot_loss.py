@@ -13,7 +13,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tinyllama.command import exit_code
+from tinyllama.command import exit_code, leave
 from tinyllama.errors import CheckpointError, TinyllamaError
 from tinyllama.metrics import read_metrics
 
@@ -109,4 +109,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(main, "plot_loss"))
+    leave(exit_code(main, "plot_loss"))

@@ -31,7 +31,7 @@ from demo_corpus import find_names
 
 from tinyllama import device, processor
 from tinyllama.accounting import parameters
-from tinyllama.command import exit_code
+from tinyllama.command import exit_code, leave
 from tinyllama.config import Config, load_config
 from tinyllama.errors import TinyllamaError
 from tinyllama.files import atomic_write
@@ -184,4 +184,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(main, "proof_7b"))
+    leave(exit_code(main, "proof_7b"))

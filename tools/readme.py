@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import speed
 
 from tinyllama.accounting import published_claims
-from tinyllama.command import exit_code
+from tinyllama.command import exit_code, leave
 from tinyllama.config import option_table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,7 +41,7 @@ THE_WAY = {
     " weights.hf_names weights.hf_read weights.hf_write weights.peft weights.peft_config"
     " weights.safetensors weights.header weights.dtypes weights.int4",
     "Merge, generate, evaluate": "merge generate evaluate",
-    "Counting": "accounting estimate",
+    "Counting": "accounting estimate fit",
     "Commands": "cli command tinyllama __main__",
     "Benchmark": "bench bench.__main__ bench.text bench.protocol bench.runner"
     " bench.worker_tinyllama bench.worker_torch bench.peer_torch bench.peer_peft bench.operations"
@@ -118,4 +118,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(main, "readme"))
+    leave(exit_code(main, "readme"))

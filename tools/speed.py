@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tinyllama import processor
 from tinyllama.bench import machine
-from tinyllama.command import exit_code
+from tinyllama.command import exit_code, leave
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -171,4 +171,4 @@ def draw(results: Mapping[str, Mapping[str, Any]], out: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(main, "speed"))
+    leave(exit_code(main, "speed"))

@@ -27,7 +27,7 @@ from tinyllama.bench import machine, text
 from tinyllama.bench.__main__ import make_spec, parser, resolve
 from tinyllama.bench.protocol import Spec
 from tinyllama.bench.runner import WARM_UP_STEPS, contenders, race, summarise
-from tinyllama.command import exit_code
+from tinyllama.command import exit_code, leave
 
 BENCH = "configs/124m.toml --batch 1 --context 512 --steps 3"
 # Takes memory page by page, as a run does, and leaves it.
@@ -95,4 +95,4 @@ def row(caches: str, taken: int, found: Sequence[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(main, "startup"))
+    leave(exit_code(main, "startup"))

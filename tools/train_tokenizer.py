@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tinyllama.command import count, exit_code
+from tinyllama.command import count, exit_code, leave
 from tinyllama.errors import ConfigError, TinyllamaError
 from tinyllama.sources import find_sources, read_texts
 from tinyllama.tokenizer import train_tokenizer
@@ -41,4 +41,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(main, "train_tokenizer"))
+    leave(exit_code(main, "train_tokenizer"))

@@ -3,9 +3,9 @@
 import sys
 
 if __name__ == "__main__":  # above what takes long to import: an interrupt then ends in a word
-    from tinyllama.cli import main as run
+    from tinyllama.cli import program
 
-    run(["bench", *sys.argv[1:]])
+    program(["bench", *sys.argv[1:]])
 
 import argparse
 import dataclasses
