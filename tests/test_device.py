@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from runs_helpers import configuration, environment, metrics, run_command, train, trainer
@@ -113,6 +114,20 @@ def test_a_renderer_that_is_named_computes_before_it_is_taken(monkeypatch):
     device._open.cache_clear()
     assert device.select({"DEV": "CPU:CLANGJIT"}).asked == ("DEV=CPU:CLANGJIT",)
     assert computed == ["CPU"]
+    device._open.cache_clear()
+
+
+@pytest.mark.parametrize("name", device.TRIED)
+def test_a_card_whose_driver_does_not_take_what_is_compiled_does_not_answer(name, monkeypatch):
+    def refuse(name):
+        raise RuntimeError("module load failed with status code 222")
+
+    opened = {name: SimpleNamespace(renderer=None, cu_device=None)}
+    monkeypatch.setattr("tinygrad.device.Device", opened)
+    monkeypatch.setattr(device, "_compute", refuse)
+    device._open.cache_clear()
+    with pytest.raises(DeviceError, match="module load failed with status code 222"):
+        device._open(name, "a test")
     device._open.cache_clear()
 
 

@@ -6,18 +6,24 @@ error that lists what is there; nothing falls back silently. This is the only mo
 the environment.
 """
 
+import ctypes
 import functools
 import os
 import shutil
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from tinyllama.errors import DeviceError
 from tinyllama.processor import instruction_set, processor_name
 
-# What GPU=1 tries, best first, and what to install for each backend.
+# What GPU=1 tries, best first.
 GPU_ORDER = ("METAL", "CUDA", "NV", "AMD", "CL")
 FLAGS = ("CPU", "METAL", "CUDA", "NV", "AMD", "CL", "WEBGPU", "QCOM", "NULL")
+# Their compiler (NVRTC) is installed apart from the driver, which may be too old for it: seen only
+# by computing.
+TRIED = ("CUDA", "NV")
+# What to install for each backend.
 INSTALL = {
     "CPU": "a C compiler: `apt-get install clang` (Debian), `xcode-select --install` (macOS)",
     "METAL": "macOS on Apple Silicon",
@@ -162,7 +168,7 @@ def _open(target: str, reason: str) -> DeviceChoice:
     try:
         with Context(DEV=target):
             opened = Device[name]
-            if rest and name != "NULL":
+            if name in TRIED or (rest and name != "NULL"):
                 _compute(name)  # what was named by hand may not fit what is installed
             renderer = type(opened.renderer).__name__.removesuffix("Renderer")
     # tinygrad's backends fail in many ways (a library that does not load, a driver that is not
@@ -186,7 +192,18 @@ def _describe(name: str, opened: object) -> str:
     """What the device calls itself, in a few words."""
     if name == "CPU":
         return f"{processor_name()}, {threads()} threads, {instruction_set()}"
+    if name == "CUDA":
+        return f"{_cuda_name(opened)}, {getattr(opened, 'arch', '')}"
     return str(getattr(opened, "device_name", None) or getattr(opened, "arch", None) or name)
+
+
+def _cuda_name(opened: Any) -> str:
+    """What the driver calls the card."""
+    from tinygrad.runtime.autogen import cuda
+
+    name = ctypes.create_string_buffer(256)
+    failed = cuda.cuDeviceGetName(name, len(name), opened.cu_device)
+    return "NVIDIA" if failed else name.value.decode(errors="replace")
 
 
 def _is_processor_opencl(choice: DeviceChoice) -> bool:

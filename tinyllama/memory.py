@@ -40,7 +40,7 @@ def memory_in_use_bytes() -> int:
 
 def free_bytes(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:
     """Bytes a run may take on its device: what the system can give, or a container's limit leaves;
-    of an OpenCL device, all it has.
+    of an OpenCL device, all it has; what CUDA's driver has free.
 
     None where it is not known, which is so of other devices.
     """
@@ -48,6 +48,8 @@ def free_bytes(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")
 
     if Device.DEFAULT == "CL":
         return _opencl_bytes()
+    if Device.DEFAULT == "CUDA":
+        return _cuda_bytes()
     if Device.DEFAULT != "CPU":
         return None
     limits = [_container_bytes(cgroup), _system_bytes(proc)]
@@ -64,6 +66,18 @@ def _opencl_bytes() -> int:
         opened.device_id, opencl.CL_DEVICE_GLOBAL_MEM_SIZE, 8, ctypes.byref(found), None
     )
     return found.value
+
+
+def _cuda_bytes() -> int:
+    """Memory of the CUDA device that no process holds, by the driver."""
+    from tinygrad.device import Device
+    from tinygrad.runtime.autogen import cuda
+    from tinygrad.runtime.ops_cuda import check
+
+    free, total, opened = ctypes.c_size_t(), ctypes.c_size_t(), Device["CUDA"]
+    check(cuda.cuCtxSetCurrent(opened.context))
+    check(cuda.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total)))
+    return free.value
 
 
 def _system_bytes(proc: Path) -> int | None:
