@@ -12,8 +12,8 @@ PACKAGE = ROOT / "tinyllama"
 # The layers, lowest first, in the way of the data. A file imports from the lines above its own
 # and from nothing else. A new file gets its place here.
 LAYERS = (
-    "errors files memory processor schema signals ops weights bench",
-    "command device manifest metrics parallel rows sections settings tokenizer",
+    "errors files driver processor schema signals ops weights bench",
+    "command device manifest memory metrics parallel rows sections settings tokenizer",
     "config sources checkpoint ops.memory ops.bfloat16",
     "corpus ops.storage ops.plan weights.dtypes",
     "data initialize ops.precompile weights.header weights.hf_config weights.hf_names",
@@ -40,9 +40,9 @@ LEVEL = {name: level for level, line in enumerate(LAYERS) for name in line.split
 
 # How tinygrad works inside is for ops/ to know: these change with every version of it.
 INTERNALS = ("codegen", "engine", "function", "renderer", "runtime", "schedule", "uop")
-# The number of threads is a limit that tinygrad keeps in its C renderer; the memory of an OpenCL
-# device is asked through its bindings.
-MAY_KNOW = {("device", "tinygrad.renderer.cstyle"), ("memory", "tinygrad.runtime.autogen")}
+# The number of threads is a limit that tinygrad keeps in its C renderer; drivers are asked through
+# its bindings.
+MAY_KNOW = {("device", "tinygrad.renderer.cstyle"), ("driver", "tinygrad.runtime.autogen")}
 ENVIRONMENT = {"environ", "environb", "getenv", "putenv", "unsetenv"}
 
 FILE_LINES, FUNCTION_LINES = 300, 50

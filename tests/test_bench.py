@@ -24,6 +24,7 @@ from tinyllama.bench.runner import (
     summarise,
     worker_command,
 )
+from tinyllama.bench.worker_torch import TORCH_DEVICE
 from tinyllama.config import LlamaConfig, LoraConfig, load_config
 from tinyllama.errors import ConfigError, TrainingError
 
@@ -37,17 +38,23 @@ time.perf_counter = lambda: next(clock)
 class Fake:
     def describe(self):
         print("chatter that must not disturb the protocol")
-        return {{"parameters": 7, "library": "fake", "device": "CPU"}}
+        return {{"parameters": 7, "library": "fake", "device": "CPU", "device_name": "any"}}
     def step(self, tokens):
         {fault}
-        return Step(float(tokens[0, 0]), 11, 2000)
+        return Step(float(tokens[0, 0]), 11, 2000, {device_bytes})
 sys.exit(serve(lambda spec: Fake()))
 """
 
 
-def fake_command(folder: Path, name: str, seconds: list[float], fault: str = "pass") -> list[str]:
+def fake_command(
+    folder: Path,
+    name: str,
+    seconds: list[float],
+    fault: str = "pass",
+    device_bytes: int | None = None,
+) -> list[str]:
     script = folder / f"{name}.py"
-    script.write_text(FAKE.format(seconds=seconds, fault=fault))
+    script.write_text(FAKE.format(seconds=seconds, fault=fault, device_bytes=device_bytes))
     root = str(Path(command.__file__).parents[2])
     bootstrap = f"import sys, runpy; sys.path.append({root!r}); runpy.run_path({str(script)!r})"
     return [sys.executable, "-c", bootstrap]
@@ -107,6 +114,18 @@ def test_medians_leave_the_warm_up_out(tmp_path: Path, spec: Spec) -> None:
     # 3/2, 4/1 and 4/4 in pairs; the ratio of the medians would be 2.
     assert speed_ratio(*workers) == 1.5
     assert speed_ratio(workers[1], workers[0]) == pytest.approx(2 / 3)
+
+
+def test_memory_is_that_of_the_device_where_it_has_its_own(tmp_path: Path, spec: Spec) -> None:
+    there = fake_command(tmp_path, "there", [1.0] * 3, device_bytes=123)
+    worker = race({"there": there}, {"there": spec}, 1)[0]
+    assert summarise(worker, spec, 1000)["peak_memory_bytes"] == 123
+
+
+def test_the_peer_is_on_our_device(spec: Spec) -> None:
+    assert spec.device == "CPU"
+    places = [TORCH_DEVICE.get(name, "cpu") for name in ("CPU", "CL", "CUDA", "METAL")]
+    assert places == ["cpu", "cpu", "cuda", "mps"]
 
 
 def test_contenders_are_given_the_same_batches(tmp_path: Path, spec: Spec) -> None:

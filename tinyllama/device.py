@@ -6,14 +6,13 @@ error that lists what is there; nothing falls back silently. This is the only mo
 the environment.
 """
 
-import ctypes
 import functools
 import os
 import shutil
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, replace
-from typing import Any
 
+from tinyllama.driver import cuda_name
 from tinyllama.errors import DeviceError
 from tinyllama.processor import instruction_set, processor_name
 
@@ -193,17 +192,8 @@ def _describe(name: str, opened: object) -> str:
     if name == "CPU":
         return f"{processor_name()}, {threads()} threads, {instruction_set()}"
     if name == "CUDA":
-        return f"{_cuda_name(opened)}, {getattr(opened, 'arch', '')}"
+        return cuda_name(opened)
     return str(getattr(opened, "device_name", None) or getattr(opened, "arch", None) or name)
-
-
-def _cuda_name(opened: Any) -> str:
-    """What the driver calls the card."""
-    from tinygrad.runtime.autogen import cuda
-
-    name = ctypes.create_string_buffer(256)
-    failed = cuda.cuDeviceGetName(name, len(name), opened.cu_device)
-    return "NVIDIA" if failed else name.value.decode(errors="replace")
 
 
 def _is_processor_opencl(choice: DeviceChoice) -> bool:

@@ -1,10 +1,11 @@
 """How much memory the process holds, and how much its device can give."""
 
-import ctypes
 import gc
 import os
 import sys
 from pathlib import Path
+
+from tinyllama import driver
 
 
 def resident_bytes(peak: bool = False) -> int:
@@ -47,37 +48,13 @@ def free_bytes(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")
     from tinygrad.device import Device
 
     if Device.DEFAULT == "CL":
-        return _opencl_bytes()
+        return driver.opencl_bytes(Device["CL"])
     if Device.DEFAULT == "CUDA":
-        return _cuda_bytes()
+        return driver.cuda_bytes(Device["CUDA"])
     if Device.DEFAULT != "CPU":
         return None
     limits = [_container_bytes(cgroup), _system_bytes(proc)]
     return min((limit for limit in limits if limit is not None), default=None)
-
-
-def _opencl_bytes() -> int:
-    """Memory of the OpenCL device, by the driver."""
-    from tinygrad.device import Device
-    from tinygrad.runtime.autogen import opencl
-
-    found, opened = ctypes.c_uint64(), Device["CL"]
-    opencl.clGetDeviceInfo(
-        opened.device_id, opencl.CL_DEVICE_GLOBAL_MEM_SIZE, 8, ctypes.byref(found), None
-    )
-    return found.value
-
-
-def _cuda_bytes() -> int:
-    """Memory of the CUDA device that no process holds, by the driver."""
-    from tinygrad.device import Device
-    from tinygrad.runtime.autogen import cuda
-    from tinygrad.runtime.ops_cuda import check
-
-    free, total, opened = ctypes.c_size_t(), ctypes.c_size_t(), Device["CUDA"]
-    check(cuda.cuCtxSetCurrent(opened.context))
-    check(cuda.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total)))
-    return free.value
 
 
 def _system_bytes(proc: Path) -> int | None:

@@ -26,7 +26,7 @@ README = ROOT / "README.md"
 THE_WAY = {
     "Errors and files": "errors files signals",
     "Configuration": "config sections settings schema",
-    "Device": "device processor memory backends",
+    "Device": "device processor driver memory backends",
     "Text to tokens": "sources rows tokenizer corpus parallel",
     "Tokens to batches": "data",
     "Model": "model layers initialize",

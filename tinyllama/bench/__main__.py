@@ -99,6 +99,8 @@ def resolve(options: argparse.Namespace) -> Config:
 
 def make_spec(config: Config, options: argparse.Namespace, data_file: Path) -> Spec:
     """What the workers are told."""
+    from tinygrad import Device
+
     model, lora = config.model, config.lora
     names = {
         "vocab_size": model.vocab_size,
@@ -120,6 +122,7 @@ def make_spec(config: Config, options: argparse.Namespace, data_file: Path) -> S
         batch=config.training.micro_batch,
         context=config.context_length,
         dtype=config.training.dtype,
+        device=Device.DEFAULT,
         threads=options.threads or device.threads(),
         seed=config.training.seed,
         data=str(data_file),

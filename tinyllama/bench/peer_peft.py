@@ -5,7 +5,7 @@ is held in the narrow type, which is what loading a checkpoint for fine-tuning d
 its adapters in float32.
 """
 
-from typing import Any
+from typing import Any, Self
 
 import peft
 import torch
@@ -42,6 +42,11 @@ class PeftLlama:
         if checkpoint_activations:
             base.gradient_checkpointing_enable({"use_reentrant": False})
         self.model = peft.get_peft_model(base, wanted).train()
+
+    def to(self, device: str) -> Self:
+        """The same on a device of PyTorch's."""
+        self.model.to(device)
+        return self
 
     def trainable(self) -> list[Tensor]:
         return [tensor for tensor in self.model.parameters() if tensor.requires_grad]

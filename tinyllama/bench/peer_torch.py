@@ -6,7 +6,7 @@ Where PyTorch has several ways to write an operation, this is the one that measu
 """
 
 import math
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -99,6 +99,14 @@ class PeerLlama:
             tensor.requires_grad_(not self.adapters)
         for tensor in self.adapters.values():
             tensor.requires_grad_(True)
+
+    def to(self, device: str) -> Self:
+        """The same on a device of PyTorch's."""
+        for tensors in (self.weights, self.adapters):
+            for name, tensor in tensors.items():
+                moved = tensor.detach().to(device)
+                tensors[name] = moved.requires_grad_(tensor.requires_grad)
+        return self
 
     def trainable(self) -> list[Tensor]:
         return list((self.adapters or self.weights).values())

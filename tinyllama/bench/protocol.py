@@ -33,6 +33,7 @@ class Spec:
     batch: int  # rows a step
     context: int  # tokens a row
     dtype: str  # float32, bfloat16 or float16
+    device: str  # ours, by tinygrad's name: CPU, CUDA, ...
     threads: int
     seed: int
     data: str  # .npy file, int32 (steps, batch, context + 1)
@@ -54,6 +55,7 @@ class Step(NamedTuple):
     loss: float
     kernels: int | None = None
     flops_executed: int | None = None
+    device_bytes: int | None = None  # peak memory of a device that is not the processor
 
 
 class Contender(Protocol):
@@ -92,8 +94,9 @@ def _answer_steps(contender: Contender, batches: NDArray[np.int32], answers: Tex
         start = time.perf_counter()
         step = contender.step(tokens)
         seconds = time.perf_counter() - start
-        peak = resident_bytes(peak=True)
-        _say(answers, {**step._asdict(), "seconds": seconds, "rss_peak_bytes": peak})
+        answer = step._asdict()
+        peak = answer.pop("device_bytes") or resident_bytes(peak=True)
+        _say(answers, {**answer, "seconds": seconds, "memory_peak_bytes": peak})
 
 
 def _say(answers: TextIO, message: dict[str, Any]) -> None:

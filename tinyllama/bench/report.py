@@ -13,6 +13,7 @@ def text(result: dict[str, Any]) -> str:
     run = result["run"]
     head = [
         machine.line(result["machine"]),
+        f"device: {result['device']}, {result['device_name']}",
         f"{run['config']}: {result['parameters'] / MEGA:.1f} M parameters, "
         f"{run['batch']} x {run['context']} tokens a step, {run['dtype']}",
         f"data: {result['data']}",
@@ -35,6 +36,7 @@ def _rows(columns: Sequence[dict[str, Any]]) -> list[list[str]]:
         return [title, *("" if v is None else format(v / scale, form) for v in values)]
 
     return [
+        ["device", *(c["device"] for c in columns)],
         row("tokens per second", "tokens_per_second", ",.1f"),
         row("seconds a step", "step_seconds", ".4f"),
         row("  fastest", "step_seconds_min", ".4f"),

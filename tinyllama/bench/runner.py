@@ -46,7 +46,7 @@ class Answer:
     seconds: float
     kernels: int | None
     flops_executed: int | None
-    rss_peak_bytes: int
+    memory_peak_bytes: int
 
 
 class Worker:
@@ -169,7 +169,7 @@ def summarise(worker: Worker, spec: Spec, model_flops: int) -> dict[str, Any]:
         "step_seconds_max": max(answer.seconds for answer in timed),
         "first_loss_seconds": worker.first_loss_seconds,
         "second_step_seconds": worker.answers[1].seconds,
-        "peak_memory_bytes": last.rss_peak_bytes,
+        "peak_memory_bytes": last.memory_peak_bytes,
         "flops_per_second": model_flops / seconds,
         "flops_ratio": None if executed is None else executed / model_flops,
         "kernels_per_step": last.kernels,

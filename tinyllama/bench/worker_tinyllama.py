@@ -62,6 +62,7 @@ class OurContender:
         return {
             "library": f"tinyllama on tinygrad {version('tinygrad')}{', int4' * self.packed}",
             "device": self.choice.device,
+            "device_name": self.choice.description,
             "threads": device.threads(),
             "parameters": parameters(self.config.model).total,
             "trainable": sum(t.numel() for t in self.optimizer.parameters.values()),
@@ -75,7 +76,8 @@ class OurContender:
         GlobalCounters.reset()
         self.done += 1
         result = self.train([batch], self.done, self.config.training.learning_rate)
-        return Step(result.loss, self.kernels(), GlobalCounters.global_ops)
+        held = None if self.choice.device == "CPU" else int(GlobalCounters.mem_used)
+        return Step(result.loss, self.kernels(), GlobalCounters.global_ops, held)
 
     def kernels(self) -> int:
         """Kernels one step launches; tinygrad's own counter takes a graph of many for one."""

@@ -1,4 +1,4 @@
-"""The peer's worker process: PyTorch trains the model on the CPU, one step a request.
+"""The peer's worker process: PyTorch trains the model on our device, one step a request.
 
 A whole model is trained in plain PyTorch (peer_torch.py). Adapters are trained by transformers and
 peft (peer_peft.py), or where these are not installed by the same formula in plain PyTorch, which is
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from tinyllama.bench.peer_peft import PeftLlama
     from tinyllama.bench.peer_torch import PeerLlama
 
+# PyTorch's name of our device. It has no OpenCL, so there its processor's figures are compared.
+TORCH_DEVICE = {"CUDA": "cuda", "NV": "cuda", "AMD": "cuda", "METAL": "mps"}
 MISSING = "PyTorch is not installed here: pip install 'tinyllama-trainer[bench]', or --peer-python"
 
 
@@ -32,7 +34,9 @@ class TorchContender:
 
         torch.set_num_threads(spec.threads)
         self.torch, self.spec = torch, spec
-        self.peer = _model(spec)
+        self.device = TORCH_DEVICE.get(spec.device, "cpu")
+        self.peer = _model(spec).to(self.device)
+        torch.set_default_device(self.device)  # of the tables that the model makes on its way
         self.loss = torch.compile(self.peer.loss) if spec.compile else self.peer.loss
         options = spec.training
         # As in our optimizer, norms do not decay.
@@ -44,15 +48,15 @@ class TorchContender:
             betas=(options["beta1"], options["beta2"]),
             eps=options["epsilon"],
             weight_decay=options["weight_decay"],
-            fused=True,  # of the three implementations the fastest on a CPU
+            fused=True,  # of the three implementations the fastest
         )
-        self.scaler = torch.amp.GradScaler("cpu", enabled=spec.dtype == "float16")
+        self.scaler = torch.amp.GradScaler(self.device, enabled=spec.dtype == "float16")
 
     def describe(self) -> dict[str, Any]:
         how = "torch.compile" if self.spec.compile else "eager"
         return {
             "library": f"PyTorch {self.torch.__version__} ({how}){self.peer.beside}",
-            "device": "CPU",
+            "device": self.device.upper(),
             "threads": self.torch.get_num_threads(),
             "parameters": self.peer.base_parameters(),
             "trainable": sum(tensor.numel() for tensor in self.peer.trainable()),
@@ -60,10 +64,10 @@ class TorchContender:
 
     def step(self, tokens: NDArray[np.int32]) -> Step:
         torch, training = self.torch, self.spec.training
-        batch = torch.from_numpy(tokens).long()
+        batch = torch.from_numpy(tokens).long().to(self.device)
         context: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if self.spec.dtype != "float32":
-            context = torch.autocast("cpu", getattr(torch, self.spec.dtype))
+            context = torch.autocast(self.device, getattr(torch, self.spec.dtype))
         with context:
             loss = self.loss(batch)
         self.scaler.scale(loss).backward()
@@ -73,7 +77,13 @@ class TorchContender:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return Step(loss.item())
+        return Step(loss.item(), device_bytes=self._device_bytes())
+
+    def _device_bytes(self) -> int | None:
+        """The most that tensors took; None on the processor, where the whole process counts."""
+        if self.device == "cuda":
+            return int(self.torch.cuda.max_memory_allocated())
+        return int(self.torch.mps.driver_allocated_memory()) if self.device == "mps" else None
 
 
 def _model(spec: Spec) -> "PeerLlama | PeftLlama":
