@@ -14,7 +14,7 @@ PACKAGE = ROOT / "tinyllama"
 LAYERS = (
     "errors files driver processor schema signals ops weights bench",
     "command device manifest memory metrics parallel rows sections settings tokenizer",
-    "config sources checkpoint ops.memory ops.bfloat16",
+    "config sources checkpoint ops.memory ops.layout ops.bfloat16",
     "corpus ops.storage ops.plan weights.dtypes",
     "data initialize ops.precompile weights.header weights.hf_config weights.hf_names",
     "ops.kernel ops.stage weights.safetensors weights.peft_config weights.int4",

@@ -5,6 +5,7 @@ In CI that is OpenCL (pocl, on the processor); with a card, CUDA, Metal or AMD t
 
 import functools
 import json
+import re
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from runs_helpers import (
     config_file,
     environment,
     finished_run,
+    metrics,
     numbers,
     run_command,
 )
@@ -138,6 +140,10 @@ def test_the_commands_do_there_what_they_do_on_the_processor(gpu, tmp_path):
     out = said(*words, "--set", "checkpointing.save_every=3", **asked)
     assert out.startswith(f"backend {gpu}, ") and "finished: step 6" in out
     never_stopped = numbers(run)
+    total = re.search(r"^total +([\d,]+) ", out, re.MULTILINE)
+    assert total is not None
+    estimated, used = int(total[1].replace(",", "")), metrics(run)[6]["memory_bytes"]
+    assert used == pytest.approx(estimated, rel=0.01)
     said(*words, "--resume", run / "step-00000003", **asked)
     assert numbers(run) == never_stopped  # bit for bit
     measure = ("evaluate", "--model", run / "final", "--data", VAL_FILES[0])

@@ -18,7 +18,8 @@ from tinyllama.data import Batch
 from tinyllama.gradients import StagedLoss
 from tinyllama.model import Llama
 from tinyllama.ops.launch import launch_natively
-from tinyllama.ops.memory import free_steps_elsewhere, keep_what_slices_read
+from tinyllama.ops.layout import use_layout
+from tinyllama.ops.memory import free_steps_elsewhere
 from tinyllama.ops.plan import Plan, plan
 from tinyllama.ops.precompile import finishing
 from tinyllama.ops.stage import Stage
@@ -136,7 +137,7 @@ class TrainStep:
 
 def captured(function: Callable[..., Any]) -> Any:
     """A compiled graph that is captured at its first call instead of its second."""
-    keep_what_slices_read()
+    use_layout()
     free_steps_elsewhere()
     launch_natively()
     jit = TinyJit(finishing(function))

@@ -33,7 +33,7 @@ THE_WAY = {
     "Operations": "ops ops.embedding ops.rms_norm ops.matmul ops.rope ops.attention ops.swiglu"
     " ops.cross_entropy ops.adamw ops.int4",
     "How operations run": "ops.kernel ops.sums ops.stage ops.precompile ops.launch ops.storage"
-    " ops.memory ops.plan ops.bfloat16",
+    " ops.memory ops.layout ops.plan ops.bfloat16",
     "Adapters": "lora quantize",
     "Loss, gradients, optimizer": "gradients optim step",
     "The loop": "train checks start metrics runs",

@@ -1,4 +1,4 @@
-"""Three changes to how tinygrad 0.13 handles memory.
+"""Two changes to how tinygrad 0.13 handles memory.
 
 Large CPU buffers in huge pages: fewer page faults at the start, fewer TLB misses ever after.
 tinygrad maps its CPU buffers as shared memory, for which Linux gives 4 KiB pages: touching the
@@ -6,30 +6,21 @@ tinygrad maps its CPU buffers as shared memory, for which Linux gives 4 KiB page
 MADV_HUGEPAGE costs a tenth of it, and buffers side by side leave no small pages at their ends.
 Elsewhere than on Linux nothing changes.
 
-Tensors that are read in slices live until the last slice is read: tinygrad's planner sees only
-kernels that read a tensor whole, and gives its memory to others too early.
-
 A captured step that is garbage waits for the device before its memory goes. Python may collect
 garbage on any thread, so also on the one that runs kernels, which then waits for itself for ever.
 """
 
-import contextlib
 import functools
 import mmap
 import os
 import threading
-from collections.abc import Iterable, Iterator
 from typing import Any
 
-from tinygrad import schedule
 from tinygrad.device import Buffer, BufferSpec, Device
-from tinygrad.engine import jit
 from tinygrad.helpers import mv_address
 from tinygrad.runtime.graph.hcq import HCQGraph
 from tinygrad.runtime.ops_cpu import CPUWorker
 from tinygrad.runtime.support.hcq import HCQBuffer, MMIOInterface
-from tinygrad.schedule import memory as planner
-from tinygrad.uop.ops import Ops, UOp
 
 HUGE_PAGE_BYTES = 2 << 20
 # Addresses asked for at a time: the system gives memory where they are written to.
@@ -110,45 +101,6 @@ def allocate_zeros(buffer: Buffer) -> bool:
     allocator: Any = Device["CPU"].allocator
     buffer.allocate(allocator._alloc(buffer.nbytes, BufferSpec()))
     return True
-
-
-@functools.cache
-def keep_what_slices_read() -> None:
-    """From here on, the planner takes a kernel that reads a slice of a tensor for its reader."""
-    for module in (planner, schedule, jit):
-        module.memory_plan_rewrite = plan_memory
-
-
-def plan_memory(kernels: UOp, held: set[UOp] | None = None) -> UOp:
-    """tinygrad's `memory_plan_rewrite`, which sees slices: `held` keep the memory they have."""
-    sources = [u for call in kernels.src for u in call.src[1:]]
-    # Of what no kernel here takes whole, no kernel here wrote what the slices hold.
-    from_elsewhere = set(_buffers(sources, slices=True)) - set(_buffers(sources, slices=False))
-    with _seeing_slices():
-        return _plan_memory(kernels, (held or set()) | from_elsewhere)
-
-
-_plan_memory = planner.memory_plan_rewrite
-_collect_buffers = planner._collect_bufs
-
-
-def _buffers(sources: Iterable[UOp], *, slices: bool) -> list[UOp]:
-    taken = (whole(u) if slices else u for u in sources)
-    return [buffer for uop in taken for buffer in _collect_buffers(uop)]
-
-
-def whole(uop: UOp) -> UOp:
-    """What a slice, or a slice of a slice, is of."""
-    return whole(uop.src[0]) if uop.op is Ops.BUFFER_VIEW else uop
-
-
-@contextlib.contextmanager
-def _seeing_slices() -> Iterator[None]:
-    planner._collect_bufs = lambda uop: _collect_buffers(whole(uop))
-    try:
-        yield
-    finally:
-        planner._collect_bufs = _collect_buffers
 
 
 @functools.cache

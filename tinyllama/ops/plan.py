@@ -1,8 +1,8 @@
 """What a captured step would hold in memory, found by capturing it without running it.
 
-tinygrad lays the tensors that live and die within a captured step into one arena. The same
-planner is asked here for the same kernels, so the arena's size is exact; nothing is compiled,
-allocated or computed, and the tensors that the step works on need no memory.
+The tensors that live and die within a captured step share memory (layout.py). The same layout is
+made here for the same kernels, so the size is exact; nothing is compiled, allocated or computed,
+and the tensors that the step works on need no memory.
 """
 
 import itertools
@@ -14,7 +14,7 @@ from tinygrad import Tensor
 from tinygrad.engine.realize import capturing
 from tinygrad.uop.ops import Ops, UOp, buffers
 
-from tinyllama.ops.memory import plan_memory, whole
+from tinyllama.ops.layout import laid_out_bytes, taken
 
 
 @dataclass(frozen=True)
@@ -63,15 +63,7 @@ def plan(
     held = {result.uop.base} if isinstance(result, Tensor) else set()
     held |= {b for b in _buffers(kernels.src) if b.src[0].arg < before or b in buffers}
     found = {tensor.uop.base for tensor in gradients()}
-    arena = _arena_bytes(plan_memory(kernels, held), held)
-    return Plan(arena, *_purposes(recorder.pieces, held, found))
-
-
-def _arena_bytes(planned: UOp, held: set[UOp]) -> int:
-    """Bytes of the memory that the planner laid tensors into."""
-    views = (u for call in planned.src for u in call.src[1:] if u.op is Ops.BUFFER_VIEW)
-    arenas = {whole(view) for view in views} - held
-    return sum(arena.arg * arena.dtype.itemsize for arena in arenas)
+    return Plan(laid_out_bytes(kernels, held), *_purposes(recorder.pieces, held, found))
 
 
 _Life = tuple[int, int, int]  # first kernel, last kernel, bytes
@@ -109,5 +101,5 @@ def _highest(lives: list[_Life]) -> int:
 
 def _buffers(calls: Iterable[UOp]) -> set[UOp]:
     """The buffers that kernels read and write, whole or a slice."""
-    taken = (whole(u) for call in calls for u in call.src[1:])
-    return {u for u in taken if u.op is Ops.BUFFER}
+    found = (taken(u) for call in calls for u in call.src[1:])
+    return {u for u in found if u.op is Ops.BUFFER}
