@@ -2,17 +2,24 @@
 
 import gc
 import resource
+import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+from model_helpers import SQUARE
 from tinygrad import Device, Tensor
+from tinygrad.helpers import Context
 
+from tinyllama.config import TrainingConfig
 from tinyllama.memory import resident_bytes
+from tinyllama.model import Llama
 from tinyllama.ops import storage
 from tinyllama.ops.memory import HUGE_PAGE_BYTES
-from tinyllama.ops.storage import begin_zero, fill_zero, read, settle, write
+from tinyllama.ops.storage import begin_zero, fill_zero, read, settle, wait_for_fills, write
+from tinyllama.optim import AdamW
 
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 needs_huge_pages = pytest.mark.skipif(
@@ -79,6 +86,7 @@ def test_nothing_is_written_before_touching_has_ended(monkeypatch):
 def test_touching_ends_when_it_is_asked_to(monkeypatch):
     monkeypatch.setattr(storage, "TOUCH_BYTES", 4096)
     begin_zero(tensors(1, 2 << 30))  # takes seconds
+    wait_for_fills()
     before = resident_bytes()
     settle()
     assert resident_bytes() - before < 1 << 30
@@ -87,7 +95,23 @@ def test_touching_ends_when_it_is_asked_to(monkeypatch):
 def test_memory_is_had_before_it_is_used():
     before = resident_bytes()
     begin_zero(tensors(1, 64 << 20))
+    wait_for_fills()
     for thread in storage._touching:
         thread.join()
     assert resident_bytes() - before > 60 << 20
     settle()
+
+
+def test_weights_are_made_while_tinygrad_lets_nobody_ask_for_memory():
+    """It forbids that to every thread while it generates code on one."""
+    ready = threading.Event()
+    storage.later(partial(ready.wait, 10), [])
+    model = Llama(SQUARE, seed=1, background=True)
+    optimizer = AdamW(model.state_dict(), TrainingConfig())
+    with Context(ALLOW_DEVICE_USAGE=0):
+        ready.set()
+        wait_for_fills()
+    again = Llama(SQUARE, seed=1)
+    for name, tensor in model.state_dict().items():
+        assert (read(tensor) == read(again.state_dict()[name])).all() and read(tensor).any()
+    assert not any(read(tensor).any() for tensor in optimizer.state_dict().values())

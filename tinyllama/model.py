@@ -158,7 +158,8 @@ class Llama:
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size)
         if seed is not None:
-            later(partial(initialize, self.state_dict(), config.num_layers, seed))
+            weights = self.state_dict()
+            later(partial(initialize, weights, config.num_layers, seed), weights.values())
         if not background:
             settle()
 

@@ -7,7 +7,6 @@ AdamW on clip * grad, decay on 2-D weights only          (ops/adamw.py)
 
 import math
 from collections.abc import Mapping
-from functools import partial
 
 import numpy as np
 from tinygrad import Tensor
@@ -15,7 +14,7 @@ from tinygrad import Tensor
 from tinyllama.config import LRScheduleConfig, TrainingConfig
 from tinyllama.ops.adamw import SCALARS, adamw, add_square_sum
 from tinyllama.ops.stage import Stage
-from tinyllama.ops.storage import begin_zero, later
+from tinyllama.ops.storage import begin_zero
 
 
 def learning_rate(step: int, total_steps: int, peak: float, schedule: LRScheduleConfig) -> float:
@@ -47,7 +46,7 @@ class AdamW:
         self.exp_avg_sq = {name: _empty_like(p) for name, p in self.parameters.items()}
         self.stages = {"norm": Stage(), "step": Stage()}
         if not blank:
-            later(partial(begin_zero, self.state_dict().values()))
+            begin_zero(self.state_dict().values())
 
     def hyperparameters(self, step: int, lr: float, trained_tokens: int) -> np.ndarray:
         """What `update` reads, for step 1, 2, ...: float32 in the order of SCALARS.

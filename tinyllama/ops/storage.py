@@ -29,11 +29,14 @@ _touching: list[threading.Thread] = []
 _enough = threading.Event()
 
 
-def later(fill: Callable[[], None]) -> None:
-    """Run `fill`, which writes tensors, on another thread, while the step's graph is built.
+def later(fill: Callable[[], None], tensors: Iterable[Tensor]) -> None:
+    """Run `fill`, which writes `tensors`, on another thread, while the step's graph is built.
 
     `settle` waits for it; reading or writing a tensor here and running a captured step do so.
+    The tensors get their memory here: while tinygrad generates code, no thread may ask for any.
     """
+    for tensor in tensors:
+        buffer_of(tensor)
     _pending.append(_writer().submit(fill))
 
 
@@ -137,11 +140,20 @@ def begin_zero(tensors: Iterable[Tensor]) -> None:
     gives a page out when it is first written to, which takes 0.1 to 4 s a GB: time that a core had
     better spend while Python builds the step than in the first step.
     """
+    tensors = list(tensors)
+    for tensor in tensors:
+        if tensor.device == "CPU":
+            _fill_zero(tensor)
+    later(functools.partial(_write_zeros, tensors), tensors)
+
+
+def _write_zeros(tensors: Iterable[Tensor]) -> None:
     memories = []
     for tensor in tensors:
-        _fill_zero(tensor)
         if tensor.device == "CPU":
             memories.append(_memory(tensor).reshape(-1).view(np.uint8))
+        else:
+            _fill_zero(tensor)
     if memories:
         thread = threading.Thread(target=_touch, args=[memories], daemon=True)
         thread.start()
