@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from tinygrad import Tensor, dtypes
+from tinygrad.engine.realize import run_linear
 from tinygrad.uop.ops import Ops
 
 from tinyllama.ops import kernel
@@ -92,3 +93,28 @@ def test_an_addend_gets_the_gradient_of_the_result():
     expected = linear(x, weight).gradient(x, weight, gradient=dy)
     assert (da.numpy() == dy.numpy()).all()
     assert (dx.numpy() == expected[0].numpy()).all() and (dw.numpy() == expected[1].numpy()).all()
+
+
+@pytest.mark.parametrize("widths", [(24, 24, 24), (24, 12, 12), (24, 16, 8)])
+@pytest.mark.parametrize("dtype", [dtypes.float32, dtypes.float16])
+def test_in_portable_form_each_product_of_a_sum_has_a_kernel_of_its_own(widths, dtype):
+    """As tensor cores need it; left to itself tinygrad computes all in one."""
+    with kernel.forced("portable"):
+        x = random(2, 5, 10, dtype=dtype)
+        weights = [random(width, 10, seed=width + i) for i, width in enumerate(widths)]
+        dy = [random(2, 5, width, seed=70 + i, dtype=dtype) for i, width in enumerate(widths)]
+        outputs = [linear(x, weight) for weight in weights]
+        total = sum(((y * d.float()).sum() for y, d in zip(outputs, dy, strict=True)), start=0)
+        dx = into_products(total.gradient(x))[0].contiguous()
+        kernels, _ = Tensor.linear_with_vars(dx)
+        run_linear(kernels)
+    found = [products_in(call.src[0]) for call in kernels.src]
+    assert max(found) == 1 and sum(found) == 3
+    pairs = zip(dy, weights, strict=True)
+    expected = sum(d.float().numpy() @ w.cast(dtype).float().numpy() for d, w in pairs)
+    rounding = 1e-5 if dtype == dtypes.float32 else 5e-3
+    assert np.abs(dx.float().numpy() - expected).max() < rounding * np.abs(expected).max()
+
+
+def products_in(ast):
+    return sum(u.op is Ops.REDUCE and u.arg[0] is Ops.ADD for u in ast.toposort())

@@ -3,8 +3,13 @@
 A tensor that several layers read has the sum of their gradients: dx = dq Wq + dk Wk + dv Wv, twice
 that with adapters. Every term is a kernel's result, and a kernel of products adds another tensor
 while it writes its own (ADDEND of cpu/gemm.c).
+
+In portable form tinygrad would put all the products of a sum into one kernel, and kernels of more
+than one product cannot use tensor cores: on an NVIDIA H200 they did 5 TFLOPS, in bfloat16, and
+others 33. So there each product has a kernel of its own, too.
 """
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from weakref import WeakKeyDictionary
@@ -49,7 +54,11 @@ def into_products(tensors: Sequence[Tensor]) -> list[Tensor]:
             place = uop.replace(src=tuple(kernel.written(Tensor(s)).uop for s in sources))
         else:
             place = uop.replace(src=sources)
-        places[uop] = _added(uop, place, readers) if uop.op is Ops.ADD else place
+        if uop.op is Ops.ADD:
+            place = _apart(_added(uop, place, readers))
+        elif uop.op is Ops.REDUCE:
+            place = _reduced_apart(place)
+        places[uop] = place
     return [Tensor(uop) for uop in places[sink].src]
 
 
@@ -64,6 +73,50 @@ def _added(uop: UOp, place: UOp, readers: Counter[UOp]) -> UOp:
             inputs = [Tensor(source) for source in call.src[1 + len(call.src[0].arg.outs) :]]
             return adding(*inputs, Tensor(place.src[other])).reshape(uop.shape).uop
     return place
+
+
+def _apart(place: UOp) -> UOp:
+    """A sum, its first term in memory if both would compute a product."""
+    if place.op is not Ops.ADD or not all(_computes_product(term) for term in place.src):
+        return place
+    return place.src[0].contiguous() + place.src[1]
+
+
+def _reduced_apart(place: UOp) -> UOp:
+    """The sum over a sum of several products' terms, as the sum of the products.
+
+    Inputs that are multiplied by matrices of one shape have their gradients added before they are
+    summed up.
+    """
+    terms = _terms(place.src[0]) if place.arg[0] is Ops.ADD else []
+    if len(terms) < 2:
+        return place
+    products = [place.replace(src=(term, *place.src[1:])) for term in terms]
+    return functools.reduce(lambda total, product: total.contiguous() + product, products)
+
+
+def _terms(uop: UOp) -> list[UOp]:
+    """What is added up elementwise, if each is a product of two tensors' numbers; or nothing."""
+    if uop.op is Ops.CAST:
+        return [term.cast(uop.dtype) for term in _terms(uop.src[0])]
+    if uop.op is Ops.ADD:
+        first, second = map(_terms, uop.src)
+        return [*first, *second] if first and second else []
+    spread = uop.op is Ops.MUL and all(_uncast(source).op is Ops.EXPAND for source in uop.src)
+    return [uop] if spread else []
+
+
+def _computes_product(uop: UOp) -> bool:
+    """Whether a kernel that reads this would have to compute a matrix product for it."""
+    if uop.op in (Ops.RESHAPE, Ops.PERMUTE, Ops.CAST):
+        return _computes_product(uop.src[0])
+    if uop.op is Ops.ADD:
+        return any(map(_computes_product, uop.src))
+    return uop.op is Ops.REDUCE and uop.arg[0] is Ops.ADD and bool(_terms(uop.src[0]))
+
+
+def _uncast(uop: UOp) -> UOp:
+    return _uncast(uop.src[0]) if uop.op is Ops.CAST else uop
 
 
 def _is_written(uop: UOp) -> bool:
