@@ -1,6 +1,7 @@
 """Which device runs: what the environment asks for, what is refused, what the first line says."""
 
 import os
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -202,6 +203,20 @@ def test_a_missing_compiler_is_named(monkeypatch):
     device._open.cache_clear()
     with pytest.raises(DeviceError, match=r"the C compiler 'no-such-compiler' is not installed"):
         device.select({"DEV": "CPU"})
+    device._open.cache_clear()
+
+
+@pytest.mark.parametrize("named", ["gcc", "clang"])
+def test_a_compiler_that_is_no_clang_is_refused(named, monkeypatch):
+    if shutil.which(named) is None:
+        pytest.skip(f"no {named} here")
+    monkeypatch.setenv("CC", named)
+    device._open.cache_clear()
+    if named == "clang":
+        assert device.select({"DEV": "CPU"}).device == "CPU"
+    else:
+        with pytest.raises(DeviceError, match="CC=gcc is not clang, which kernels need: unset CC"):
+            device.select({"DEV": "CPU"})
     device._open.cache_clear()
 
 

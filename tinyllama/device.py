@@ -9,6 +9,7 @@ the environment.
 import functools
 import os
 import shutil
+import subprocess
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, replace
 
@@ -158,9 +159,8 @@ def _open(target: str, reason: str) -> DeviceChoice:
     name = name.upper()
     if name not in FLAGS:
         raise DeviceError(f"there is no backend called {name!r}")
-    compiler = os.environ.get("CC", "clang")
-    if name == "CPU" and not rest and shutil.which(compiler) is None:
-        raise DeviceError(f"the C compiler {compiler!r} is not installed")
+    if name == "CPU" and not rest:
+        _find_compiler()
     from tinygrad.device import Device
     from tinygrad.helpers import Context
 
@@ -176,6 +176,17 @@ def _open(target: str, reason: str) -> DeviceChoice:
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DeviceError(first_line[:160]) from error
     return DeviceChoice(name, renderer, _describe(name, opened), reason)
+
+
+def _find_compiler() -> None:
+    """DeviceError if what tinygrad compiles with, which CC may name, is not there or no clang."""
+    compiler = os.environ.get("CC", "clang")
+    if shutil.which(compiler) is None:
+        raise DeviceError(f"the C compiler {compiler!r} is not installed")
+    if "CC" in os.environ:
+        version = subprocess.run([compiler, "--version"], capture_output=True, text=True)
+        if "clang" not in version.stdout:
+            raise DeviceError(f"CC={compiler} is not clang, which kernels need: unset CC")
 
 
 def _compute(name: str) -> None:
