@@ -24,6 +24,7 @@ from runs_helpers import (
 
 from tinyllama.checkpoint import read_state, verify
 from tinyllama.checks import check_fresh
+from tinyllama.command import exit_code
 from tinyllama.config import load_config
 from tinyllama.data import Batches, prepare
 from tinyllama.errors import CheckpointError, ConfigError, DataError, TokenizerError, TrainingError
@@ -263,6 +264,34 @@ def test_two_runs_do_not_write_into_one_folder(tmp_path):
         run.run()
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
     assert run.run().finished
+
+
+def test_a_device_without_memory_is_told_with_what_to_lower(tmp_path, monkeypatch, capsys):
+    run = trainer(configuration(tmp_path / "run", "checkpointing.save_every=2"))
+    step = run.train_step
+
+    def short_of_memory(batches, number, lr):
+        if number == 3:
+            raise MemoryError("Allocation of 12.00 GB failed on CL. Used: 1.03 GB")
+        return step(batches, number, lr)
+
+    monkeypatch.setattr(run, "train_step", short_of_memory)
+    with pytest.raises(TrainingError) as refused:
+        run.run()
+    last = tmp_path / "run" / "step-00000002"
+    assert str(refused.value) == (
+        f"out of memory after step 2, and the last checkpoint is {last}: Allocation of 12.00 GB "
+        "failed on CL. Used: 1.03 GB; lower training.micro_batch_size or data.context_length, or "
+        "set training.checkpoint_activations = true"
+    )
+
+    def generate():
+        raise MemoryError("Allocation of 12.00 GB failed on CL.")
+
+    assert exit_code(generate, "generate") == 2
+    assert capsys.readouterr().err == (
+        "generate: out of memory: Allocation of 12.00 GB failed on CL.\n"
+    )
 
 
 def test_a_run_that_was_there_first_and_has_finished_is_left_alone(tmp_path):

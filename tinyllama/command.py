@@ -28,6 +28,8 @@ def exit_code(run: Callable[[], int | None], name: str) -> int:
         return 128 + signal.SIGPIPE
     except OSError as error:
         code, told = 2, f"{error.filename or name}: {error.strerror or error}"
+    except MemoryError as error:
+        code, told = 2, f"{name}: out of memory: {error}"
     except Terminated as stopped:
         code, told = 128 + signal.SIGTERM, " ".join(["terminated", *map(str, stopped.args)])
     except KeyboardInterrupt as stopped:

@@ -22,7 +22,7 @@ from tinyllama.checkpoint import (
 )
 from tinyllama.config import Config
 from tinyllama.data import Batches
-from tinyllama.errors import CheckpointError, WeightsError
+from tinyllama.errors import CheckpointError, TrainingError, WeightsError
 from tinyllama.files import InUseError, atomic_write, held
 from tinyllama.lora import adapter_tensors, write_adapter
 from tinyllama.manifest import Digests
@@ -158,3 +158,17 @@ def check_holds_none(folder: Path) -> None:
 def write_config(folder: Path, config: Config) -> None:
     """config.toml of the run: every option with the value it had."""
     atomic_write(folder / "config.toml", config.to_toml().encode())
+
+
+def so_far(step: int, saved: Path | None) -> str:
+    """Where a run ended, and what there is of it."""
+    there = f"the last checkpoint is {saved}" if saved else "nothing was saved"
+    return f"after step {step}, and {there}"
+
+
+def out_of_memory(error: MemoryError, step: int, saved: Path | None) -> TrainingError:
+    """What a run says whose device had no memory left."""
+    return TrainingError(
+        f"out of memory {so_far(step, saved)}: {error}; lower training.micro_batch_size or "
+        "data.context_length, or set training.checkpoint_activations = true"
+    )

@@ -105,8 +105,9 @@ class Trainer:
             with runs.held_alone(self.folder):
                 return self._run()
         except KeyboardInterrupt as interrupt:
-            saved = f"the last checkpoint is {self.saved}" if self.saved else "nothing was saved"
-            raise type(interrupt)(f"after step {self.step}, and {saved}") from None
+            raise type(interrupt)(runs.so_far(self.step, self.saved)) from None
+        except MemoryError as error:
+            raise runs.out_of_memory(error, self.step, self.saved) from error
 
     def _run(self) -> Outcome:
         self._take_folder()
