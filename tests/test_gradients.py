@@ -138,6 +138,17 @@ def test_activation_checkpointing_keeps_only_the_inputs_of_layers():
     assert all(kept[False][1:-1])
 
 
+@pytest.mark.parametrize("form", ["cpu", "portable"])
+def test_no_matrix_of_tokens_by_tokens_is_kept_for_the_gradient(form):
+    staged = StagedLoss(model := build(GROUPED), model.state_dict())
+    tokens, _, starts = on_device(random_batch(GROUPED))
+    with kernel.forced(form):
+        tape = staged._hidden(tokens, starts, keep=True)
+    kept = [t for _, _, _, saved, _ in tape for t in saved]
+    length = tokens.shape[1]
+    assert kept and not any(t.shape[-2:] == (length, length) for t in kept)
+
+
 def test_kernels_and_portable_form_agree():
     loss, grads = loss_and_gradients(GROUPED)
     portable_loss, portable = loss_and_gradients(GROUPED, form="portable")

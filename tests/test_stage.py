@@ -7,7 +7,7 @@ from tinygrad import Tensor, dtypes
 from tinyllama.ops import kernel
 from tinyllama.ops.adamw import adamw
 from tinyllama.ops.matmul import linear
-from tinyllama.ops.stage import Stage, materialized, replaced
+from tinyllama.ops.stage import Stage, materialized, passing, replaced
 from tinyllama.step import captured
 
 
@@ -131,3 +131,11 @@ def test_what_a_computation_writes_can_be_read_instead_of_computed_again():
         stand_ins = [Tensor.full(t.shape, 3.0).contiguous().realize() for t in saved]
         assert replaced([out], saved, stand_ins)[0].tolist() == [[9, 9], [9, 9]]
         assert out.tolist() == [[1, 16], [9, 64]]
+
+
+def test_what_is_passing_is_computed_again_for_the_gradient():
+    x, w = tensor(1, 2, 3, 4).reshape(2, 2), tensor(1, 0, 0, 2).reshape(2, 2)
+    kept = (x @ w).contiguous()
+    out = (passing((kept * 2).contiguous()) * 3).contiguous()
+    assert [t.uop for t in materialized(out, [x, w])] == [kept.uop]
+    assert replaced([out], [kept], [tensor(1, 1, 1, 1).reshape(2, 2)])[0].tolist() == [[6, 6]] * 2

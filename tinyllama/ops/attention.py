@@ -4,7 +4,8 @@
 
 `starts` keeps documents that are packed into one row from seeing each other. With grouped-query
 attention, H query heads share KV key/value heads, H / KV each. The CPU kernels keep only out and
-the log-sum-exp of S; no T x T matrix exists. Backward (delta = rowsum(dout out)):
+the log-sum-exp of S; no T x T matrix exists. The portable form makes S and P, of one layer at a
+time, and makes them again for the gradient. Backward (delta = rowsum(dout out)):
     dv = P^T dout,  dS = P (dout v^T - delta),  dq = dS k / sqrt(D),  dk = dS^T q / sqrt(D)
 """
 
@@ -15,6 +16,7 @@ from tinygrad.uop.ops import UOp
 
 from tinyllama import device
 from tinyllama.ops import kernel
+from tinyllama.ops.stage import passing
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> Tensor:
@@ -38,8 +40,8 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     values = v.permute(0, 2, 1, 3).reshape(B, KV, 1, S, D)
     scores = (heads.contiguous() @ keys.contiguous()).float() / math.sqrt(D)
     scores = mask.reshape(B, 1, 1, T, S).where(scores, -math.inf)
-    weights = scores.contiguous().softmax(-1).cast(q.dtype).contiguous()
-    out = weights @ values.contiguous()  # (B, KV, H/KV, T, D)
+    weights = passing(scores.contiguous()).softmax(-1).cast(q.dtype)
+    out = passing(weights.contiguous()) @ values.contiguous()  # (B, KV, H/KV, T, D)
     return out.permute(0, 3, 1, 2, 4).reshape(B, T, H, D).contiguous()
 
 

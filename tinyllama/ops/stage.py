@@ -7,6 +7,7 @@ captured step (TinyJit) the pieces become one graph with one memory plan.
 """
 
 from collections.abc import Callable, Hashable, Sequence
+from weakref import WeakSet
 
 from tinygrad import Tensor
 from tinygrad.engine.realize import capturing, run_linear
@@ -17,6 +18,8 @@ from tinyllama.ops import precompile
 from tinyllama.ops.storage import settle
 
 Build = Callable[[], Sequence[Tensor]]
+
+_passing: WeakSet[UOp] = WeakSet()
 
 
 class _Template:
@@ -71,10 +74,17 @@ class Stage:
         return template.run(tensors)
 
 
+def passing(tensor: Tensor) -> Tensor:
+    """`tensor`, not kept for the gradient: its memory costs more than to compute it again."""
+    _passing.add(tensor.uop)
+    return tensor
+
+
 def materialized(
     out: Tensor, inputs: Sequence[Tensor], weights: Sequence[Tensor] = ()
 ) -> list[Tensor]:
-    """Tensors that computing `out` from `inputs` writes to memory, other than `out` itself.
+    """Tensors that computing `out` from `inputs` writes to memory, other than `out` itself and what
+    is `passing`.
 
     What is made of `weights` alone (a packed one that was widened) is not to be kept either.
     """
@@ -88,7 +98,7 @@ def materialized(
         if uop.op is Ops.AFTER and uop.src[1].op is Ops.CALL:
             call = uop.src[1]  # all that the kernel wrote, also what only a gradient reads
             found |= {call.src[1 + i].after(call): None for i in call.src[0].arg.outs}
-        elif uop.op is Ops.CONTIGUOUS and not _is_blank(uop):
+        elif uop.op is Ops.CONTIGUOUS and uop not in _passing and not _is_blank(uop):
             found[uop] = None
     return [Tensor(uop) for uop in found if uop is not out.uop and uop not in known]
 
