@@ -309,8 +309,19 @@ def test_the_table_shows_both_contenders_and_the_ratio(tmp_path: Path, spec: Spe
     assert ["FLOPs executed /", "model's", "2.000"] in cells  # the peer cannot tell its own
     assert "tinyllama is 1.25 times as fast as the peer" in shown
     assert any(line.startswith("warning: the machine was busy (load 4.0") for line in shown)
+    assert "and its peak memory is 0.50 of the peer's" in shown
     result["machine"]["load_average"] = 0.1
-    assert "warning" not in report.text(result)
+    del result["memory_ratio"]
+    assert "warning" not in report.text(result) and "peak memory is" not in report.text(result)
+
+
+def test_memory_is_compared_on_one_device_alone() -> None:
+    ours, peer = (
+        {"device": "CPU", "peak_memory_bytes": 3},
+        {"device": "CPU", "peak_memory_bytes": 4},
+    )
+    assert command._memory_ratio(ours, peer) == {"memory_ratio": 0.75}
+    assert command._memory_ratio(ours | {"device": "CL"}, peer) == {}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

@@ -1,8 +1,9 @@
 """The same seed trains alike on the processor's own kernels and on each GPU backend that is here.
 
-In CI that is OpenCL (pocl, on the processor); with a card, CUDA, Metal or AMD too.
+In CI that is OpenCL (pocl, on the processor); with a card, CUDA, NV, Metal or AMD too.
 """
 
+import ctypes.util
 import functools
 import json
 import re
@@ -65,7 +66,12 @@ def answering() -> list[str]:
     return [line.split()[0] for line in found if "not available" not in line]
 
 
-@pytest.fixture(params=["CL", "CUDA", "METAL", "AMD"])
+def test_opencl_answers_where_it_is_installed():
+    """So that it does not drop out of these tests unnoticed."""
+    assert ("CL" in answering()) == (ctypes.util.find_library("OpenCL") is not None)
+
+
+@pytest.fixture(params=["CL", "CUDA", "NV", "METAL", "AMD"])
 def gpu(request):
     if request.param not in answering():
         pytest.skip(f"no {request.param} here; it needs {device.INSTALL[request.param]}")

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tinygrad import Tensor, TinyJit
+from tinygrad import Tensor, TinyJit, dtypes
 from tinygrad.helpers import GlobalCounters
+from tinygrad.uop.ops import Ops, UOp
 
 from tinyllama.config import Config, DataConfig, LlamaConfig, TrainingConfig
 from tinyllama.estimate import estimate_memory
@@ -62,6 +63,15 @@ def test_tensors_that_follow_each_other_take_the_memory_of_one():
     assert [len(group) for group in shared(chain)] == [5, 5]
     # First come, first served leaves a hole of 1 beside 2, where 3 does not fit.
     assert placed([Life(0, 1, 256), Life(0, 3, 256), Life(2, 3, 512)])[1] == 768
+
+
+def test_a_slice_among_several_devices_is_read_as_a_slice_elsewhere():
+    first, other = (UOp.new_buffer("CPU", 64, dtypes.float) for _ in range(2))
+    part = UOp(Ops.BUFFER_VIEW, dtypes.float, (first,), (32, 0))
+    both = UOp(Ops.MSTACK, dtypes.float, (part, part))
+    calls = [UOp(Ops.SINK).call(*taken) for taken in ((first,), (other,), (other, both))]
+    ((_, lives),) = layout._lanes(UOp(Ops.LINEAR, src=tuple(calls)), set())
+    assert lives == {first: Life(0, 2, 256), other: Life(1, 2, 256)}
 
 
 def test_a_step_takes_hardly_more_than_lives_at_once(monkeypatch):

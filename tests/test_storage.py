@@ -1,5 +1,6 @@
 """The memory behind tensors: side by side in huge pages, given back, zero when it begins."""
 
+import errno
 import gc
 import resource
 import threading
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from model_helpers import SQUARE
-from tinygrad import Device, Tensor
+from tinygrad import Device, Tensor, dtypes
 from tinygrad.helpers import Context
 
 from tinyllama.config import TrainingConfig
@@ -66,6 +67,18 @@ def test_new_memory_is_zero_where_other_tensors_had_been():
         assert not read(tensor).any()
         read(tensor)[...] = value
         del tensor
+
+
+@needs_huge_pages
+@pytest.mark.parametrize("take", [fill_zero, lambda tensor: write(tensor, np.zeros(tensor.shape))])
+def test_a_system_without_memory_is_an_error_that_tinygrad_knows(take, monkeypatch):
+    def none_left(*_):
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    storage.use_huge_pages()
+    monkeypatch.setattr("tinyllama.ops.memory._Regions.take", none_left)
+    with pytest.raises(MemoryError, match=r"Cannot allocate memory|failed on CPU"):
+        take(Tensor.empty(3 << 20, dtype=dtypes.float64))
 
 
 def test_nothing_is_written_before_touching_has_ended(monkeypatch):

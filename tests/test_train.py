@@ -288,6 +288,11 @@ def test_a_device_without_memory_is_told_with_what_to_lower(tmp_path, monkeypatc
     def generate():
         raise MemoryError("Allocation of 12.00 GB failed on CL.")
 
+    def bare():
+        raise MemoryError
+
+    assert exit_code(bare, "train") == 2
+    assert capsys.readouterr().err == "train: out of memory: the system has no more\n"
     assert exit_code(generate, "generate") == 2
     assert capsys.readouterr().err == (
         "generate: out of memory: Allocation of 12.00 GB failed on CL.\n"

@@ -169,6 +169,7 @@ def so_far(step: int, saved: Path | None) -> str:
 def out_of_memory(error: MemoryError, step: int, saved: Path | None) -> TrainingError:
     """What a run says whose device had no memory left."""
     return TrainingError(
-        f"out of memory {so_far(step, saved)}: {error}; lower training.micro_batch_size or "
-        "data.context_length, or set training.checkpoint_activations = true"
+        f"out of memory {so_far(step, saved)}: {str(error) or 'the system has no more'}; lower "
+        "training.micro_batch_size or data.context_length, or set "
+        "training.checkpoint_activations = true"
     )

@@ -120,7 +120,10 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
         fields += [f"{r['flops_ratio']:.2f}", _start_up(r), ""]
         if peer:
             fields[1:3] = f"{peer['tokens_per_second']:,.0f}", f"**{r['ratio']:.2f}**"
-            fields[4:6] = _gigabytes(peer), f"{r['memory_ratio']:.2f}"
+            fields[4:6] = (
+                _gigabytes(peer),
+                f"{r['memory_ratio']:.2f}" if "memory_ratio" in r else "",
+            )
             fields[8] = _start_up(peer)
         lines.append(f"| {name} | {' | '.join(fields)} |")
     return "\n".join(lines)

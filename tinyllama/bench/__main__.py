@@ -164,10 +164,17 @@ def measure(config: Config, options: argparse.Namespace) -> dict[str, Any]:
     if len(workers) > 1:
         result["peer"] = {**summarise(workers[1], theirs, flops), "dtype": theirs.dtype}
         result["ratio"] = speed_ratio(workers[0], workers[1])
-        result["memory_ratio"] = result["peak_memory_bytes"] / result["peer"]["peak_memory_bytes"]
+        result |= _memory_ratio(result, result["peer"])
     run = {"config": options.config, "batch": batch, "context": context, "dtype": spec.dtype}
     run |= {"steps": options.steps, "warm_up_steps": WARM_UP_STEPS, "model_flops": flops}
     return {**result, "data": data, "run": run, "machine": here}
+
+
+def _memory_ratio(ours: dict[str, Any], peer: dict[str, Any]) -> dict[str, float]:
+    """Our memory over the peer's, unless theirs is another device's."""
+    if ours["device"] != peer["device"]:
+        return {}
+    return {"memory_ratio": ours["peak_memory_bytes"] / peer["peak_memory_bytes"]}
 
 
 def _show_progress(name: str, index: int, answer: Answer) -> None:

@@ -55,7 +55,7 @@ class Step(NamedTuple):
     loss: float
     kernels: int | None = None
     flops_executed: int | None = None
-    device_bytes: int | None = None  # peak memory of a device that is not the processor
+    device_bytes: int | None = None  # memory held on a device that is not the processor
 
 
 class Contender(Protocol):

@@ -26,6 +26,7 @@ def text(result: dict[str, Any]) -> str:
     lines += table(["", *(c["library"] for c in columns)], _rows(columns))
     if "ratio" in result:
         lines += ["", f"tinyllama is {result['ratio']:.2f} times as fast as the peer"]
+    if "memory_ratio" in result:
         lines += [f"and its peak memory is {result['memory_ratio']:.2f} of the peer's"]
     return "\n".join([*head, *lines])
 

@@ -76,7 +76,8 @@ class OurContender:
         GlobalCounters.reset()
         self.done += 1
         result = self.train([batch], self.done, self.config.training.learning_rate)
-        held = None if self.choice.device == "CPU" else int(GlobalCounters.mem_used)
+        device = self.choice.device
+        held = None if device == "CPU" else int(GlobalCounters.mem_used_per_device[device])
         return Step(result.loss, self.kernels(), GlobalCounters.global_ops, held)
 
     def kernels(self) -> int:

@@ -119,8 +119,8 @@ def _lanes(kernels: UOp, held: set[UOp]) -> Iterator[tuple[Any, dict[UOp, Life]]
     copied: set[UOp] = set()
     for moment, call in enumerate(kernels.src):
         # What only slices are taken of was written elsewhere.
-        written.update(_buffers(call.src[1:]))
-        found = list(_buffers(map(taken, call.src[1:])))
+        written.update(_buffers(call.src[1:], slices=False))
+        found = list(_buffers(call.src[1:], slices=True))
         first |= {buffer: moment for buffer in found if buffer not in first}
         last |= dict.fromkeys(found, moment)
         if call.src[0].op is Ops.COPY:
@@ -136,13 +136,13 @@ def _lanes(kernels: UOp, held: set[UOp]) -> Iterator[tuple[Any, dict[UOp, Life]]
         yield device, lives
 
 
-def _buffers(uops: Iterable[UOp]) -> Iterator[UOp]:
-    """The buffers among them, also those that are put together of several devices'."""
-    for uop in uops:
+def _buffers(uops: Iterable[UOp], *, slices: bool) -> Iterator[UOp]:
+    """The buffers among them, with `slices` those they are slices of, of one device or several."""
+    for uop in map(taken, uops) if slices else uops:
         if uop.op is Ops.BUFFER:
             yield uop
         elif uop.op in (Ops.MSELECT, Ops.MSTACK):
-            yield from _buffers(uop.src)
+            yield from _buffers(uop.src, slices=slices)
 
 
 def _devices(device: Any) -> tuple[str, ...]:

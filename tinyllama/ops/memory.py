@@ -36,9 +36,12 @@ def use_huge_pages() -> None:
     allocate, regions = allocator._alloc, _Regions()
 
     def allocate_huge(size: int, options: BufferSpec) -> HCQBuffer:
-        if options.external_ptr is not None or size < HUGE_PAGE_BYTES:
-            return allocate(size, options)
-        piece = regions.take(size)
+        try:
+            if options.external_ptr is not None or size < HUGE_PAGE_BYTES:
+                return allocate(size, options)
+            piece = regions.take(size)
+        except OSError as error:  # of which tinygrad expects a MemoryError
+            raise MemoryError(f"the system has no {size:,} bytes: {error.strerror}") from error
         view = MMIOInterface(piece.address, size, fmt="B")
         return HCQBuffer(piece.address, size, meta=piece, view=view, owner=allocator.dev)
 
