@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from tinyllama.device import FLAGS
 from tinyllama.memory import collect_seldom
 
 collect_seldom()  # as the command line does
-for name in ("GPU", "CPU", "METAL", "CUDA", "NV", "AMD", "CL"):
+for name in ("GPU", *FLAGS):
     os.environ.pop(name, None)
 os.environ["DEV"] = "CPU"
 # Tests that call make speak with it as a person does, not as the make that runs the tests.

@@ -94,6 +94,7 @@ def on_the_processor():
 def test_twenty_steps_have_the_same_losses_as_on_the_processor(gpu):
     first, *there = lines(SCRIPT.replace("STEPS", str(STEPS)), **{gpu: "1"})
     assert first.startswith(f"backend {gpu}, ") and first.endswith(f" ({gpu}=1)")
+    assert gpu != "CL" or first.endswith("renderer OpenCL (CL=1)")
     first, *processor = on_the_processor()
     assert first.startswith("backend CPU, ") and first.endswith("renderer ClangJIT (CPU=1)")
     assert len(there) == len(processor) == STEPS
@@ -111,6 +112,8 @@ def test_gpu_takes_the_best_there_is():
         pytest.skip("no GPU backend answers here")
     (line,) = lines("from tinyllama import device; print(device.select().line())", GPU="1")
     assert line.startswith(f"backend {best}, ")
+    if line.startswith(("backend CL, pthread", "backend CL, cpu")):  # pocl
+        assert "(GPU=1: no GPU answered, so OpenCL on the processor)" in line
 
 
 def test_a_run_may_take_what_the_driver_says_the_device_has(gpu):

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from tinyllama.errors import TinyllamaError
+from tinyllama.errors import TinyllamaError, reason
 from tinyllama.signals import Terminated, terminating
 
 
@@ -29,7 +29,7 @@ def exit_code(run: Callable[[], int | None], name: str) -> int:
     except OSError as error:
         code, told = 2, f"{error.filename or name}: {error.strerror or error}"
     except MemoryError as error:
-        code, told = 2, f"{name}: out of memory: {str(error) or 'the system has no more'}"
+        code, told = 2, f"{name}: out of memory: {reason(error)}"
     except Terminated as stopped:
         code, told = 128 + signal.SIGTERM, " ".join(["terminated", *map(str, stopped.args)])
     except KeyboardInterrupt as stopped:

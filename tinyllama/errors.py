@@ -55,3 +55,8 @@ def naming(what: str, kind: type[TinyllamaError] = TinyllamaError) -> Iterator[N
         yield
     except kind as error:
         raise type(error)(f"{what}: {error}") from error
+
+
+def reason(error: MemoryError) -> str:
+    """What it says, or words for one that says nothing."""
+    return str(error) or "the system has no more"

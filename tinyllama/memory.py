@@ -36,7 +36,9 @@ def memory_in_use_bytes() -> int:
     from tinygrad.device import Device
     from tinygrad.helpers import GlobalCounters
 
-    return resident_bytes() if Device.DEFAULT == "CPU" else int(GlobalCounters.mem_used)
+    if Device.DEFAULT == "CPU":
+        return resident_bytes()
+    return int(GlobalCounters.mem_used_per_device[Device.DEFAULT])
 
 
 def free_bytes(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:

@@ -22,7 +22,7 @@ from tinyllama.checkpoint import (
 )
 from tinyllama.config import Config
 from tinyllama.data import Batches
-from tinyllama.errors import CheckpointError, TrainingError, WeightsError
+from tinyllama.errors import CheckpointError, TrainingError, WeightsError, reason
 from tinyllama.files import InUseError, atomic_write, held
 from tinyllama.lora import adapter_tensors, write_adapter
 from tinyllama.manifest import Digests
@@ -169,7 +169,6 @@ def so_far(step: int, saved: Path | None) -> str:
 def out_of_memory(error: MemoryError, step: int, saved: Path | None) -> TrainingError:
     """What a run says whose device had no memory left."""
     return TrainingError(
-        f"out of memory {so_far(step, saved)}: {str(error) or 'the system has no more'}; lower "
-        "training.micro_batch_size or data.context_length, or set "
-        "training.checkpoint_activations = true"
+        f"out of memory {so_far(step, saved)}: {reason(error)}; lower training.micro_batch_size or "
+        "data.context_length, or set training.checkpoint_activations = true"
     )

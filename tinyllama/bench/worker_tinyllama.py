@@ -16,7 +16,7 @@ from tinyllama.accounting import parameters
 from tinyllama.bench.protocol import Contender, Spec, Step, serve
 from tinyllama.config import Config, LoraConfig, config_from_toml
 from tinyllama.data import Batch
-from tinyllama.memory import collect_seldom
+from tinyllama.memory import collect_seldom, memory_in_use_bytes
 from tinyllama.weights.hf_names import llama_shapes
 
 if TYPE_CHECKING:
@@ -76,8 +76,7 @@ class OurContender:
         GlobalCounters.reset()
         self.done += 1
         result = self.train([batch], self.done, self.config.training.learning_rate)
-        device = self.choice.device
-        held = None if device == "CPU" else int(GlobalCounters.mem_used_per_device[device])
+        held = None if self.choice.device == "CPU" else memory_in_use_bytes()
         return Step(result.loss, self.kernels(), GlobalCounters.global_ops, held)
 
     def kernels(self) -> int:

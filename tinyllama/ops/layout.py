@@ -47,7 +47,7 @@ def lay_out(kernels: UOp, held: set[UOp] | None = None) -> UOp:
         if not _has_slices(device):
             _share(device, lives)
             continue
-        offsets, size = placed(list(lives.values()))
+        offsets, size = placed([*lives.values()])
         arena = UOp.new_buffer(device, size, dtypes.int8)
         for buffer, offset in zip(lives, offsets, strict=True):
             where = (buffer.arg, offset // buffer.dtype.itemsize)
@@ -59,17 +59,17 @@ def laid_out_bytes(kernels: UOp, held: set[UOp]) -> int:
     """Bytes of the memory that `lay_out` would share out; takes none."""
     total = 0
     for device, lives in _lanes(kernels, held):
-        sizes = list(lives.values())
+        spans = [*lives.values()]
         if _has_slices(device):
-            total += placed(sizes)[1]
+            total += placed(spans)[1]
         else:
-            total += sum(max(sizes[i].nbytes for i in group) for group in shared(sizes))
+            total += sum(spans[largest].nbytes for largest, *_ in shared(spans))
     return total
 
 
 def placed(lives: Sequence[Life]) -> tuple[list[int], int]:
     """An offset for each, no two of which overlap while both live, and the bytes of it all."""
-    order = sorted(range(len(lives)), key=lambda i: (-lives[i].nbytes, lives[i].first))
+    order = _largest_first(lives)
     first, last = (np.array([lives[i][n] for i in order]) for n in (0, 1))
     sizes = np.array([-(-lives[i].nbytes // BLOCK_BYTES) * BLOCK_BYTES for i in order], np.int64)
     starts = np.zeros(len(order), np.int64)
@@ -89,7 +89,7 @@ def shared(lives: Sequence[Life]) -> list[list[int]]:
     """Groups of which no two ever live together, so that one memory serves each; largest first."""
     groups: list[list[int]] = []
     busy = np.zeros((len(lives), max((life.last for life in lives), default=0) + 1), bool)
-    for i in sorted(range(len(lives)), key=lambda i: (-lives[i].nbytes, lives[i].first)):
+    for i in _largest_first(lives):
         span = slice(lives[i].first, lives[i].last + 1)
         free = np.flatnonzero(~busy[: len(groups), span].any(1))
         if len(free):
@@ -102,9 +102,28 @@ def shared(lives: Sequence[Life]) -> list[list[int]]:
     return groups
 
 
-def taken(uop: UOp) -> UOp:
+def _largest_first(lives: Sequence[Life]) -> list[int]:
+    return sorted(range(len(lives)), key=lambda i: (-lives[i].nbytes, lives[i].first))
+
+
+def taken(uops: Iterable[UOp], *, slices: bool = True) -> Iterator[UOp]:
+    """The buffers that a kernel takes, of one device or several; those that it takes only slices
+    of too, unless not `slices`."""
+    for uop in map(_whole, uops) if slices else uops:
+        if uop.op is Ops.BUFFER:
+            yield uop
+        elif uop.op in (Ops.MSELECT, Ops.MSTACK):
+            yield from taken(uop.src, slices=slices)
+
+
+def _whole(uop: UOp) -> UOp:
     """What a slice, or a slice of a slice, is of."""
-    return taken(uop.src[0]) if uop.op is Ops.BUFFER_VIEW else uop
+    return _whole(uop.src[0]) if uop.op is Ops.BUFFER_VIEW else uop
+
+
+def nbytes(buffer: UOp) -> int:
+    """Its size, whether it has memory or not."""
+    return int(buffer.arg * buffer.dtype.itemsize)
 
 
 def _lanes(kernels: UOp, held: set[UOp]) -> Iterator[tuple[Any, dict[UOp, Life]]]:
@@ -119,8 +138,8 @@ def _lanes(kernels: UOp, held: set[UOp]) -> Iterator[tuple[Any, dict[UOp, Life]]
     copied: set[UOp] = set()
     for moment, call in enumerate(kernels.src):
         # What only slices are taken of was written elsewhere.
-        written.update(_buffers(call.src[1:], slices=False))
-        found = list(_buffers(call.src[1:], slices=True))
+        written.update(taken(call.src[1:], slices=False))
+        found = [*taken(call.src[1:])]
         first |= {buffer: moment for buffer in found if buffer not in first}
         last |= dict.fromkeys(found, moment)
         if call.src[0].op is Ops.COPY:
@@ -130,19 +149,9 @@ def _lanes(kernels: UOp, held: set[UOp]) -> Iterator[tuple[Any, dict[UOp, Life]]
         if buffer in written and buffer not in held and _is_shareable(buffer.device):
             copies, end = buffer in copied, last[buffer]
             end += copies * (end - begin + 1)
-            life = Life(begin, end, buffer.arg * buffer.dtype.itemsize)
-            lanes.setdefault((buffer.device, copies), {})[buffer] = life
+            lanes.setdefault((buffer.device, copies), {})[buffer] = Life(begin, end, nbytes(buffer))
     for (device, _), lives in lanes.items():
         yield device, lives
-
-
-def _buffers(uops: Iterable[UOp], *, slices: bool) -> Iterator[UOp]:
-    """The buffers among them, with `slices` those they are slices of, of one device or several."""
-    for uop in map(taken, uops) if slices else uops:
-        if uop.op is Ops.BUFFER:
-            yield uop
-        elif uop.op in (Ops.MSELECT, Ops.MSTACK):
-            yield from _buffers(uop.src, slices=slices)
 
 
 def _devices(device: Any) -> tuple[str, ...]:
@@ -162,9 +171,9 @@ def _has_slices(device: Any) -> bool:
 
 def _share(device: str, lives: dict[UOp, Life]) -> None:
     """Give tensors that never live together one buffer."""
-    sizes, tensors = list(lives.values()), list(lives)
-    for group in shared(sizes):
-        base = Buffer(device, max(sizes[i].nbytes for i in group), dtypes.int8)
+    tensors = [*lives]
+    for group in shared([*lives.values()]):
+        base = Buffer(device, nbytes(tensors[group[0]]), dtypes.int8)
         for i in group:
             buffers[tensors[i]] = _Beginning(base, tensors[i]).ref(1)
 

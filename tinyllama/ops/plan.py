@@ -6,7 +6,7 @@ and the tensors that the step works on need no memory.
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from tinygrad import Tensor
 from tinygrad.engine.realize import capturing
 from tinygrad.uop.ops import Ops, UOp, buffers
 
-from tinyllama.ops.layout import laid_out_bytes, taken
+from tinyllama.ops.layout import Life, laid_out_bytes, nbytes, taken
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,10 @@ def plan(
         capturing.clear()
     kernels = UOp(Ops.LINEAR, src=tuple(call for piece in recorder.pieces for call in piece.src))
     held = {result.uop.base} if isinstance(result, Tensor) else set()
-    held |= {b for b in _buffers(kernels.src) if b.src[0].arg < before or b in buffers}
+    every = {buffer for call in kernels.src for buffer in taken(call.src[1:])}
+    held |= {b for b in every if b.src[0].arg < before or b in buffers}
     found = {tensor.uop.base for tensor in gradients()}
     return Plan(laid_out_bytes(kernels, held), *_purposes(recorder.pieces, held, found))
-
-
-_Life = tuple[int, int, int]  # first kernel, last kernel, bytes
 
 
 def _purposes(pieces: list[UOp], held: set[UOp], found: set[UOp]) -> tuple[int, int, int]:
@@ -76,19 +74,19 @@ def _purposes(pieces: list[UOp], held: set[UOp], found: set[UOp]) -> tuple[int, 
     for number, piece in enumerate(pieces):
         for call in piece.src:
             moment = next(clock)
-            for buffer in _buffers([call]) - held:
+            for buffer in {*taken(call.src[1:])} - held:
                 uses.setdefault(buffer, []).append((number, moment))
-    gradients: list[_Life] = []
-    kept: list[_Life] = []
-    work: list[_Life] = []
+    gradients: list[Life] = []
+    kept: list[Life] = []
+    work: list[Life] = []
     for buffer, places in uses.items():
         (first_piece, begin), (last_piece, end) = places[0], places[-1]
         group = gradients if buffer in found else work if first_piece == last_piece else kept
-        group.append((begin, end, buffer.arg * buffer.dtype.itemsize))
+        group.append(Life(begin, end, nbytes(buffer)))
     return _highest(gradients), _highest(kept), _highest(work)
 
 
-def _highest(lives: list[_Life]) -> int:
+def _highest(lives: list[Life]) -> int:
     """Largest sum of bytes alive at once."""
     changes = [(begin, size) for begin, _, size in lives]
     changes += [(end + 1, -size) for _, end, size in lives]
@@ -97,9 +95,3 @@ def _highest(lives: list[_Life]) -> int:
         now += change
         highest = max(highest, now)
     return highest
-
-
-def _buffers(calls: Iterable[UOp]) -> set[UOp]:
-    """The buffers that kernels read and write, whole or a slice."""
-    found = (taken(u) for call in calls for u in call.src[1:])
-    return {u for u in found if u.op is Ops.BUFFER}
