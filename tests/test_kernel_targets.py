@@ -20,6 +20,7 @@ from tinyllama.ops import kernel
 
 # Architecture and processor as tinygrad has them, and an instruction that only this one has.
 TARGETS = {
+    "AMX": ("x86_64", "sapphirerapids", "tdpbf16ps"),
     "AVX-512-BF16": ("x86_64", "cooperlake", "vdpbf16ps"),
     "AVX-512": ("x86_64", "skylake-avx512", "zmm"),
     "AVX2+FMA": ("x86_64", "haswell", "vfmadd"),
@@ -46,11 +47,12 @@ RUNS = {
 
 
 @functools.cache
-def sources() -> dict[str, str]:
-    """C texts of the kernels of full training and QLoRA, one of each kind."""
+def sources(amx: bool = False) -> dict[str, str]:
+    """C texts of the kernels of full training and QLoRA, one of each kind, with or without AMX."""
     found: dict[str, str] = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernel, "has_bf16_products", lambda: True)
+        patch.setattr(kernel, "has_amx", lambda: amx)
         for run, words in RUNS.items():
             config = config_from_toml(MODEL + words, run)
             step = blank_step(config)
@@ -65,7 +67,8 @@ def sources() -> dict[str, str]:
 def kind(code: str) -> str:
     """A kernel's file with the macros that choose among its code, not those that are sizes."""
     name = re.search(r"#define KERNEL ([a-z]\w*?)_\d", code)
-    macros = "LAYOUT|ACCUMULATE|ADDEND|COMPUTE_BF16|MANY_ROWS|BLOCK|DECAY|GRADIENT|ACT|[ABC]_T"
+    macros = "LAYOUT|ACCUMULATE|ADDEND|COMPUTE_BF16|TILE_AMX|MANY_ROWS|BLOCK|DECAY|GRADIENT|ACT"
+    macros += "|[ABC]_T"
     chosen = re.findall(rf"#define ({macros}) (\d+)", code.partition("/*")[0])
     return " ".join([name[1] if name else "", *(f"{key}={value}" for key, value in chosen)])
 
@@ -81,10 +84,10 @@ def test_the_steps_have_kernels_of_every_file() -> None:
 @pytest.mark.parametrize("target", TARGETS)
 def test_kernels_compile_for(target: str) -> None:
     architecture, processor, instruction = TARGETS[target]
-    compiler = ClangJITCompiler([architecture, processor])
+    compiler, texts = ClangJITCompiler([architecture, processor]), sources(target == "AMX")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = dict(zip(sources(), pool.map(compiler.compile, sources().values()), strict=True))
+        objects = dict(zip(texts, pool.map(compiler.compile, texts.values()), strict=True))
     assert all(len(code) > 100 for code in objects.values())
-    product = next(code for name, code in sources().items() if "COMPUTE_BF16=1" in name)
+    product = next(code for name, code in texts.items() if "COMPUTE_BF16=1" in name)
     compiler.args += ["-S"]
     assert instruction in compiler.compile_to_obj(product).decode()

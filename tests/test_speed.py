@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tinyllama import processor
+from tinyllama import device
 from tinyllama.bench.__main__ import parser, resolve
 
 TOOLS = Path(__file__).resolve().parents[1] / "tools"
@@ -36,7 +36,7 @@ def test_a_case_is_what_its_name_says(name: str, monkeypatch: pytest.MonkeyPatch
 def test_a_measured_case_ends_up_in_file_table_and_plot(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    name = f"speed-{processor.instruction_set().lower()}"
+    name = f"speed-{device.instruction_set().lower()}"
     results, plot = tmp_path / f"{name}.json", tmp_path / f"{name}.png"
     monkeypatch.setattr(speed, "DOCS", tmp_path)
     tiny = "configs/124m.toml --set model.num_layers=1 --set model.vocab_size=512 --steps 2"

@@ -13,9 +13,9 @@ import subprocess
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, replace
 
+from tinyllama import processor
 from tinyllama.driver import cuda_name
 from tinyllama.errors import DeviceError
-from tinyllama.processor import instruction_set, processor_name
 
 # What GPU=1 tries, best first.
 GPU_ORDER = ("METAL", "CUDA", "NV", "AMD", "CL")
@@ -50,8 +50,9 @@ class DeviceChoice:
     def asked(self) -> tuple[str, ...]:
         """The variables that asked for it and for its kernels, as a shell takes them: `GPU=1`."""
         first = self.reason.partition(" ")[0].rstrip(":")
-        kernels = () if kernels_enabled() else ("TINYLLAMA_KERNELS=0",)
-        return (first, *kernels) if "=" in first else kernels
+        switches = {"TINYLLAMA_KERNELS=0": kernels_enabled(), "TINYLLAMA_AMX=0": amx_enabled()}
+        off = tuple(switch for switch, enabled in switches.items() if not enabled)
+        return (first, *off) if "=" in first else off
 
     def line(self) -> str:
         """The first line a run prints."""
@@ -201,7 +202,11 @@ def _compute(name: str) -> None:
 def _describe(name: str, opened: object) -> str:
     """What the device calls itself, in a few words."""
     if name == "CPU":
-        return f"{processor_name()}, {threads()} threads, {instruction_set()}"
+        words = [processor.processor_name(), f"{threads()} threads", instruction_set()]
+        if processor.has_amx() and instruction_set() != "AMX":
+            off = "is switched off" if not amx_enabled() else "is not permitted by the system"
+            words.append(f"AMX {off}")
+        return ", ".join(words)
     if name == "CUDA":
         return cuda_name(opened)
     return str(getattr(opened, "device_name", None) or getattr(opened, "arch", None) or name)
@@ -247,6 +252,16 @@ def set_threads(count: int) -> int:
     CPU_COUNT.value = count
     ClangRenderer.global_max = (count, 0, 0)
     return count
+
+
+def instruction_set() -> str:
+    """The vector instructions that CPU kernels use; TINYLLAMA_AMX=0 leaves AMX out."""
+    return processor.instruction_set(amx_enabled())
+
+
+def amx_enabled() -> bool:
+    """False when TINYLLAMA_AMX=0 switches AMX off."""
+    return os.environ.get("TINYLLAMA_AMX", "1") != "0"
 
 
 def kernels_enabled() -> bool:

@@ -128,7 +128,7 @@ def prove(work: Path, options: argparse.Namespace) -> dict[str, Any]:
         and all(after < before for before, after in itertools.pairwise(losses))
         and peak_bytes < LIMIT_BYTES,
         "machine": f"{processor.processor_name()}, {device.threads()} threads, "
-        f"{processor.instruction_set()}, {platform.system()}",
+        f"{device.instruction_set()}, {platform.system()}",
     }
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tinyllama import processor
+from tinyllama import device, processor
 from tinyllama.bench import machine
 from tinyllama.command import exit_code, leave
 
@@ -68,10 +68,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--peer-python", help="interpreter that has PyTorch, transformers and peft")
     parser.add_argument("--plot", action="store_true", help="measure nothing, draw again")
     options = parser.parse_args(arguments)
-    instructions = processor.instruction_set()
+    instructions = device.instruction_set()
     file = DOCS / f"speed-{instructions.lower()}.json"
     results = json.loads(file.read_text()) if file.exists() else {}
-    every = cases("BF16" in instructions)
+    every = cases(processor.multiplies_bf16(instructions))
     for name in [] if options.plot else [name for name in every if options.only in name]:
         print(f"== {name}", flush=True)
         results[name] = measured(every[name], options.peer_python)

@@ -20,6 +20,14 @@
 // variants: -DLAYOUT=0 -DVW=4 -DTILE_GENERIC -DBLOCKS; -DLAYOUT=2 -DVW=4 -DTILE_GENERIC
 // variants: -DLAYOUT=0 -DVW=8 -DTILE_AVX2; -DLAYOUT=1 -DVW=8 -DTILE_AVX2 -DA_T=2 -DB_T=2 -DBLOCKS
 // variants: -DLAYOUT=2 -DVW=8 -DTILE_AVX2 -DCOMPUTE_BF16=1 -DBLOCKS
+// variants: -DTILE_AMX -DLAYOUT=0 -DCOMPUTE_BF16=1 -DA_T=1 -DC_T=1 -DBLOCKS
+// variants: -DTILE_AMX -DLAYOUT=1 -DCOMPUTE_BF16=1 -DA_T=1 -DADDEND=1
+// variants: -DTILE_AMX -DLAYOUT=2 -DCOMPUTE_BF16=1 -DA_T=1 -DB_T=1 -DACCUMULATE=1
+// variants: -DTILE_AMX -DTILE_IN_C -DLAYOUT=0 -DCOMPUTE_BF16=1 -DA_T=1 -DC_T=1 -DBLOCKS -DADDEND=1
+// variants: -DTILE_AMX -DTILE_IN_C -DLAYOUT=1 -DCOMPUTE_BF16=1 -DA_T=1 -DB_T=2 -DC_T=1 -DBLOCKS
+// variants: -DTILE_AMX -DTILE_IN_C -DLAYOUT=2 -DCOMPUTE_BF16=1 -DBLOCKS -DACCUMULATE=1 -DADDEND=1
+// variants: -DTILE_AMX -DTILE_IN_C -DLAYOUT=2 -DCOMPUTE_BF16=1 -DA_T=1 -DB_T=1 -DACCUMULATE=1
+// variants: -DTILE_AMX -DTILE_IN_C -DLAYOUT=0 -DCOMPUTE_BF16=1 -DB_T=1 -DADDEND=1 -DMANY_ROWS=1
 // variants: -DFIXED -DLAYOUT=0 -DM=97 -DN=70 -DK=700 -DNT=2 -DC_T=1 -DADDEND=1
 // variants: -DFIXED -DLAYOUT=1 -DM=50 -DN=33 -DK=2500 -DNT=3 -DA_T=1 -DC_T=2
 // variants: -DFIXED -DLAYOUT=2 -DM=256 -DN=257 -DK=64 -DNT=2 -DACCUMULATE=1
@@ -29,6 +37,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+
+#include "tile_permission.h"
 
 #ifndef A_T
 #define A_T 0
@@ -40,10 +50,17 @@
 #define C_T 0
 #endif
 #ifdef BLOCKS /* several panels and blocks along every side of small matrices */
+#ifdef TILE_AMX
+#define KC 32
+#define MC 64
+#define KB 64
+#define BC 6200
+#else
 #define KC 20
 #define MC 24
 #define KB 40
 #define BC 2600
+#endif
 #endif
 #ifdef FIXED
 static const int size_m[] = {M}, size_n[] = {N}, size_k[] = {K}, threads[] = {NT};
@@ -63,6 +80,17 @@ static int the_m, the_n, the_k, the_nt;
 #include "../../tinyllama/ops/cpu/common.h"
 
 #include "../../tinyllama/ops/cpu/tile.h"
+
+#include "../../tinyllama/ops/cpu/panels.h"
+
+#ifdef TILE_IN_C
+#include "tile_in_c.h"
+#endif
+#ifdef TILE_AMX
+#include "../../tinyllama/ops/cpu/tile_amx.h"
+#else
+#include "../../tinyllama/ops/cpu/tile_vector.h"
+#endif
 
 #include "../../tinyllama/ops/cpu/gemm.c"
 
@@ -153,6 +181,7 @@ static int run(int nt_index, int m, int n, int k, matrix a, matrix b, matrix c, 
 
 int main(void) {
   int wrong = 0, runs = 0;
+  if (!tiles_permitted()) return 0;
   for (int i = 0; i < LENGTH(size_m) * LENGTH(size_n) * LENGTH(size_k); i++) {
     int m = size_m[i % LENGTH(size_m)], n = size_n[i / LENGTH(size_m) % LENGTH(size_n)];
     int k = size_k[i / LENGTH(size_m) / LENGTH(size_n)];

@@ -8,6 +8,9 @@
 // variants: -DLAYOUT=0 -DVW=16 -DTILE_AVX512; -DLAYOUT=1 -DVW=16 -DTILE_AVX512 -DCOMPUTE_BF16=1
 // variants: -DLAYOUT=0 -DVW=4 -DTILE_NEON -DBLOCKS; -DLAYOUT=1 -DVW=4 -DTILE_NEON
 // variants: -DLAYOUT=1 -DVW=4 -DTILE_GENERIC -DBLOCKS; -DLAYOUT=0 -DVW=8 -DTILE_AVX2 -DBLOCKS
+// variants: -DTILE_AMX -DTILE_IN_C -DLAYOUT=0 -DCOMPUTE_BF16=1 -DA_T=1 -DC_T=1 -DBLOCKS
+// variants: -DTILE_AMX -DTILE_IN_C -DLAYOUT=1 -DCOMPUTE_BF16=1 -DA_T=1
+// variants: -DTILE_AMX -DLAYOUT=0 -DCOMPUTE_BF16=1 -DA_T=1
 // variants: -DFIXED -DLAYOUT=0 -DM=50 -DN=70 -DK=704 -DBLOCK=64 -DNT=2 -DC_T=1
 // variants: -DFIXED -DLAYOUT=1 -DM=50 -DN=192 -DK=701 -DBLOCK=64 -DNT=2 -DA_T=2
 
@@ -15,6 +18,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+
+#include "tile_permission.h"
 
 #ifndef A_T
 #define A_T 0
@@ -26,10 +31,17 @@
 #define COMPUTE_BF16 0
 #endif
 #ifdef BLOCKS /* several panels and blocks along every side of small matrices */
+#ifdef TILE_AMX
+#define KC 32
+#define MC 64
+#define KB 64
+#define BC 6200
+#else
 #define KC 20
 #define MC 24
 #define KB 40
 #define BC 2600
+#endif
 #endif
 #ifdef FIXED
 static const int size_m[] = {M}, size_rows[] = {LAYOUT == 0 ? N : K}, groups[] = {1};
@@ -54,6 +66,17 @@ static int the_m, the_n, the_k, the_block, the_nt;
 #include "../../tinyllama/ops/cpu/tile.h"
 
 #include "../../tinyllama/ops/cpu/int4.h"
+
+#include "../../tinyllama/ops/cpu/panels.h"
+
+#ifdef TILE_IN_C
+#include "tile_in_c.h"
+#endif
+#ifdef TILE_AMX
+#include "../../tinyllama/ops/cpu/tile_amx.h"
+#else
+#include "../../tinyllama/ops/cpu/tile_vector.h"
+#endif
 
 #include "../../tinyllama/ops/cpu/gemm.c"
 
@@ -135,6 +158,7 @@ static int run(int m, int rows, int width, int block) {
 
 int main(void) {
   int wrong = 0, runs = 0;
+  if (!tiles_permitted()) return 0;
   for (int g = 0; g < LENGTH(group); g++)
     for (int count = 0; count < LENGTH(groups); count++)
       for (int r = 0; r < LENGTH(size_rows); r++)

@@ -5,7 +5,7 @@ import platform
 from importlib import metadata
 from typing import Any
 
-from tinyllama import processor
+from tinyllama import device, processor
 
 PACKAGES = ("tinygrad", "numpy")
 BUSY = 0.5  # processors that other programs may keep busy before a figure is in doubt
@@ -16,7 +16,7 @@ def describe(threads: int) -> dict[str, Any]:
     return {
         "processor": processor.processor_name(),
         "threads": threads,
-        "instruction_set": processor.instruction_set(),
+        "instruction_set": device.instruction_set(),
         "system": f"{platform.system()} {platform.machine()}",
         "versions": {"python": platform.python_version(), **_versions()},
         "load_average": os.getloadavg()[0],

@@ -14,7 +14,7 @@ from tinygrad.dtype import DType
 from tinygrad.uop.ops import UOp
 
 from tinyllama.ops import kernel, sums
-from tinyllama.ops.matmul import NN, NT, gemm_macros
+from tinyllama.ops.matmul import NN, NT, gemm_headers, gemm_macros
 
 
 def int4_linear(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ def _product(
         [a, packed, scales] if addend is None else [a, packed, scales, addend],
         sizes=sizes,
         flops=2 * m * n * k,
-        headers=("tile.h", "int4.h"),
+        headers=gemm_headers(defines, "int4.h"),
         gradient=gradient,
     )[0]
     if gradient is not None or addend is not None:

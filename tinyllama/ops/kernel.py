@@ -65,8 +65,13 @@ def clang_compiles() -> bool:
 
 
 def has_bf16_products() -> bool:
-    """Whether this processor multiplies bfloat16 itself; elsewhere it is storage alone."""
-    return processor.instruction_set() == "AVX-512-BF16"
+    """Whether kernels multiply bfloat16 as it is; elsewhere it is storage alone."""
+    return processor.multiplies_bf16(device.instruction_set())
+
+
+def has_amx() -> bool:
+    """Whether they do so in AMX."""
+    return device.instruction_set() == "AMX"
 
 
 @functools.cache

@@ -5,7 +5,7 @@ elsewhere they are tinygrad's own, with boundaries at the inputs so that the sch
 recompute whatever produced them once per output element.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from tinygrad import Tensor, dtypes
 from tinygrad.dtype import DType
@@ -80,7 +80,7 @@ def gemm(
         sizes=sizes,
         flops=2 * m * n * k,
         also_read=onto is not None,
-        headers=("tile.h",),
+        headers=gemm_headers(defines),
         gradient=gradient,
     )[0]
     if gradient is not None or given is not None or addend is not None:
@@ -101,9 +101,31 @@ def gemm_macros(
     defines |= {"A_T": kernel.TYPE_CODE[a], "B_T": kernel.TYPE_CODE[b], "C_T": kernel.TYPE_CODE[c]}
     defines["COMPUTE_BF16"] = int(a == dtypes.bfloat16 and kernel.has_bf16_products())
     defines |= {"M": m} if few else {"MANY_ROWS": 1}
+    amx = not few and bool(defines["COMPUTE_BF16"]) and kernel.has_amx()
+    if amx:
+        defines["TILE_AMX"] = 1
     sizes = {} if few else {"M": m}
-    sizes |= {"N": n, "K": k, "SCRATCH_FLOATS": _scratch_floats(m, n, k, c.itemsize == 2)}
+    scratch = _scratch_floats_amx if amx else _scratch_floats
+    sizes |= {"N": n, "K": k, "SCRATCH_FLOATS": scratch(m, n, k, c.itemsize == 2)}
     return defines, sizes
+
+
+def gemm_headers(defines: Mapping[str, int], *packing: str) -> tuple[str, ...]:
+    """What goes before cpu/gemm.c; `packing` is the file of a B in another form."""
+    form = "tile_amx.h" if "TILE_AMX" in defines else "tile_vector.h"
+    return ("tile.h", *packing, "panels.h", form)
+
+
+def _scratch_floats_amx(m: int, n: int, k: int, narrow: bool) -> int:
+    """The same where a slot of a panel is a pair of bfloat16 and a tile is 32 x 32."""
+    slots = -(-k // 2)
+    panels = -(-slots // 384)
+    block = min(1 << 20, (slots + 16 * panels) * (n + 31))
+    partial = 0
+    if narrow and panels > 1:
+        columns = min(n + 31, (1 << 20) // min(slots, 2048))
+        partial = (m + 31 if slots > 2048 else min(m + 31, 512)) * columns
+    return -(-(block + 512 * 384 + partial) // 1024) * 1024
 
 
 def _scratch_floats(m: int, n: int, k: int, narrow: bool) -> int:

@@ -7,9 +7,11 @@
      KB  depth of a packed block of B, in whole panels
      BC  floats of that block, which stays in the L3 cache
    Any of them can be set with -D. TILE_AVX512, TILE_AVX2, TILE_NEON or TILE_GENERIC chooses a set
-   (with the VW to go with it, which common.h must then be told too). */
+   (with the VW to go with it, which common.h must then be told too). TILE_AMX, which a process must
+   ask the system for, is never taken by itself; its tile of C is in tile_amx.h. */
 
-#if !defined(TILE_AVX512) && !defined(TILE_AVX2) && !defined(TILE_NEON) && !defined(TILE_GENERIC)
+#if !defined(TILE_AVX512) && !defined(TILE_AVX2) && !defined(TILE_NEON) && \
+    !defined(TILE_GENERIC) && !defined(TILE_AMX)
 #if defined(__AVX512F__)
 #define TILE_AVX512
 #elif defined(__AVX2__) && defined(__FMA__)
@@ -21,7 +23,17 @@
 #endif
 #endif
 
-#if defined(TILE_AVX512) /* 24 of 32 registers */
+#if defined(TILE_AMX) /* 2 x 2 of 16 x 16; a slot of a panel is a pair */
+#define TILE_ROWS 32
+#define TILE_COLS 32
+#define TILE_K 16
+#ifndef KC
+#define KC 384
+#endif
+#ifndef MC
+#define MC 512
+#endif
+#elif defined(TILE_AVX512) /* 24 of 32 registers */
 #define TILE_ROWS 12
 #define TILE_COLS 32
 #elif defined(TILE_NEON) /* 24 of 32 registers */
@@ -35,6 +47,10 @@
 #define TILE_COLS 8
 #endif
 
+/* A panel's depth is a multiple of this. */
+#ifndef TILE_K
+#define TILE_K 4
+#endif
 #ifndef MR
 #define MR TILE_ROWS
 #endif

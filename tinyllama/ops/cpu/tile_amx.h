@@ -1,0 +1,167 @@
+/* A tile of C in AMX, Intel's matrix unit, for gemm.c with COMPUTE_BF16 and TILE_AMX. Goes after
+   panels.h and defines what tile_vector.h does.
+
+   The unit has eight tile registers of 16 rows of 64 bytes. `tdpbf16ps` adds to 16 x 16 floats the
+   product of 16 rows of 32 bfloat16 of A with 16 rows of 16 pairs of B, pair k of a column in row k:
+   just the panels that panels.h packs, A's with its rows along k. Four registers hold 32 x 32 sums,
+   two of A and two of B make 4 products of 4 loads. The unit takes subnormal factors and sums for
+   0, rounds every addition to nearest, and adds the even and the odd k of 32 on their own first.
+
+   A process must have asked the system for the unit (processor.py), or ldtilecfg ends it. The
+   registers are shaped at the beginning of a kernel and released at its end: then there is nothing
+   that the system has to save when it gives the core to another thread.
+
+   With TILE_IN_C the operations are those of a test, which says them in C. */
+
+#define AMX_SIDE 16                   /* rows of a register, and slots or floats of a row */
+#define AMX_ROW_BYTES (4 * AMX_SIDE)
+
+#ifndef TILE_IN_C
+typedef struct {
+  unsigned char palette, start, unused[14];
+  unsigned short row_bytes[16];
+  unsigned char rows[16];
+} amx_shape;
+#define AMX_8(x) {x, x, x, x, x, x, x, x}
+static const amx_shape amx_square = {1, 0, {0}, AMX_8(AMX_ROW_BYTES), AMX_8(AMX_SIDE)};
+
+#define tile_begin() __asm__ volatile("ldtilecfg %0" : : "m"(amx_square))
+#define tile_end() __asm__ volatile("tilerelease")
+#define tile_zero(t) __asm__ volatile("tilezero %%tmm" #t :)
+/* Rows lie `width` slots or floats apart. */
+#define tile_load(t, from, width) \
+  __asm__ volatile("tileloadd (%0,%1), %%tmm" #t : : "r"(from), "r"(4L * (width)) : "memory")
+#define tile_store(t, to, width) \
+  __asm__ volatile("tilestored %%tmm" #t ", (%0,%1)" : : "r"(to), "r"(4L * (width)) : "memory")
+#define tile_multiply(sum, a, b) \
+  __asm__ volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #sum :)
+#endif
+
+/* All four sums to or from MR rows of floats. */
+#define tile_every(move, place, width)              \
+  move(0, (place), width);                          \
+  move(1, (place) + AMX_SIDE, width);               \
+  move(2, (place) + (long)AMX_SIDE * (width), width); \
+  move(3, (place) + (long)AMX_SIDE * (width) + AMX_SIDE, width)
+
+INLINE void tile_clear(void) {
+  tile_zero(0);
+  tile_zero(1);
+  tile_zero(2);
+  tile_zero(3);
+}
+
+/* Adds one step along k to the sums. */
+INLINE void tile_step(const float *a, const float *b) {
+  tile_load(4, a, KC);
+  tile_load(6, b, NR);
+  tile_load(7, b + AMX_SIDE, NR);
+  tile_load(5, a + AMX_SIDE * KC, KC);
+  tile_multiply(0, 4, 6);
+  tile_multiply(1, 4, 7);
+  tile_multiply(2, 5, 6);
+  tile_multiply(3, 5, 7);
+}
+
+/* What the last panels of B have past K, up to whole steps of the tile. */
+INLINE void clear_past(slot *restrict out, int depth, int n0, int n1) {
+  for (int n = n0; n < n1; n += NR)
+    for (int k = depth; k % TILE_K; k++)
+      for (int j = 0; j < NR; j += VW) vstore(out + (n - n0) * DEPTH + k * NR + j, (vf){0});
+}
+
+/* Memory that is needed next, brought near while the matrix unit works: `rows` rows of `lines` cache
+   lines, `row_bytes` apart, `each` lines at a time. */
+typedef struct {
+  const char *row;
+  long row_bytes;
+  int lines, line, rows, each;
+} ahead;
+
+INLINE void bring_near(ahead *next) {
+  AS_WRITTEN for (int i = 0; i < next->each && next->rows; i++) {
+    __builtin_prefetch(next->row + 64L * next->line, 0, 2);
+    if (++next->line < next->lines) continue;
+    next->line = 0, next->rows--, next->row += next->row_bytes;
+  }
+}
+
+#ifndef B_IS_PACKED_OTHERWISE
+/* The panels of B of columns n0 .. n1 at depth k, within so many steps of the tile. */
+INLINE ahead panels_ahead(b_ptr B, int k, int depth, int n0, int n1, long steps) {
+  ahead next = {0, 0, 0, 0, 0, 0};
+  if (n0 >= n1) return next;
+  int count = MIN(depth * PAIR, K - k * PAIR);
+  long first = LAYOUT == 0 ? (long)n0 * K + k * PAIR : (long)k * PAIR * N + n0;
+  next.row = (const char *)(B + first);
+  next.row_bytes = sizeof(*B) * (long)(LAYOUT == 0 ? K : N);
+  next.lines = CEIL((long)(LAYOUT == 0 ? count : n1 - n0) * sizeof(*B), 64);
+  next.rows = LAYOUT == 0 ? n1 - n0 : count;
+  next.each = CEIL((long)next.lines * next.rows, steps);
+  return next;
+}
+#else
+#define panels_ahead(B, k, depth, n0, n1, steps) ((ahead){0, 0, 0, 0, 0, 0})
+#endif
+
+#if C_T == 1 && defined(ENCODED_TWO)
+#define PUT_TWO(place, low, high) (*(halves_mem *)(place) = factor_encode_two(low, high))
+#else
+#define PUT_TWO(place, low, high) (STORE(C_T, place, low), STORE(C_T, (place) + VW, high))
+#endif
+
+INLINE void prefetch_tile(target t, int m, int n) {
+  AS_WRITTEN for (int i = 0; i < MR; i++) {
+    const char *row = (const char *)(t.C + (long)(m + i) * N + n);
+    __builtin_prefetch(row, 1);
+    if (C_T == 0) __builtin_prefetch(row + 64, 1);
+  }
+}
+
+/* Puts float32 sums, MR rows of NR, where they belong; those of earlier panels are in them. */
+INLINE void put_sums(target t, const float *sums, int m, int n) {
+  if (m + MR <= M && n + NR <= N) {
+    for (int i = 0; i < MR; i++) {
+      long at = (long)(m + i) * N + n;
+      vf low = with_others(t, vload(sums + i * NR), at, VW);
+      vf high = with_others(t, vload(sums + i * NR + VW), at + VW, VW);
+      PUT_TWO(t.C + at, low, high);
+    }
+    return;
+  }
+  for (int i = 0; i < MR && m + i < M; i++)
+    for (int j = 0; j < NR && n + j < N; j += VW) {
+      long at = (long)(m + i) * N + n + j;
+      int count = MIN(VW, N - n - j);
+      STOREN(C_T, t.C + at, with_others(t, vload(sums + i * NR + j), at, count), count);
+    }
+}
+
+/* The registers begin with what is in memory and go back there, where that is float32. */
+INLINE void multiply_panel(target t, const slot *a, const slot *b, int depth, int m0, int m1, int n,
+                           long at_partial, ahead *next) {
+  float sums[MR * NR] __attribute__((aligned(64)));
+  for (int m = m0; m < m1; m += MR, a += A_PANEL, at_partial += MR * BLOCK_COLS) {
+    int in_place = !PARTIAL && C_T == 0 && !(ACCUMULATE && ADDEND) && m + MR <= M && n + NR <= N;
+    float *place = PARTIAL ? t.partial + at_partial : (float *)t.C + (long)m * N + n;
+    long width = PARTIAL ? BLOCK_COLS : N;
+    prefetch_tile(t, m, n);
+    if (PARTIAL ? !t.first : in_place && (ACCUMULATE || !t.first)) {
+      tile_every(tile_load, place, width);
+    } else if (in_place && ADDEND) {
+      tile_every(tile_load, (const float *)t.R + (long)m * N + n, width);
+    } else {
+      tile_clear();
+    }
+    for (int k = 0; k < depth; k += TILE_K) {
+      tile_step(a + k, b + (long)k * NR);
+      bring_near(next);
+    }
+    if (PARTIAL ? !t.last : in_place) {
+      tile_every(tile_store, place, width);
+    } else {
+      tile_every(tile_store, sums, NR);
+      put_sums(t, sums, m, n);
+    }
+  }
+}
