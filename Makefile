@@ -17,13 +17,13 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PYTHON VENV
 
 # Tests that need no compiler and take milliseconds: tier1 runs them.
-FAST_TESTS := tests/test_architecture.py tests/test_config.py tests/test_config_errors.py \
-  tests/test_config_overrides.py tests/test_files.py tests/test_safetensors.py
+FAST_TESTS := tests/project/test_architecture.py tests/config/test_config.py tests/config/test_config_errors.py \
+  tests/config/test_config_overrides.py tests/system/test_files.py tests/formats/test_safetensors.py
 
-LLAMA_TESTS := tests/test_properties.py tests/test_mutation_resistant.py tests/test_model.py \
-  tests/test_lora.py tests/test_lora_run.py tests/test_lora_start.py tests/test_quantize.py \
-  tests/test_int4.py tests/test_merge.py tests/test_merge_qlora.py tests/test_accounting.py \
-  tests/test_memory_estimate.py
+LLAMA_TESTS := tests/model/test_properties.py tests/model/test_mutation_resistant.py tests/model/test_llama.py \
+  tests/model/test_lora.py tests/train/test_lora_run.py tests/model/test_lora_start.py tests/model/test_int4.py \
+  tests/ops/test_int4_product.py tests/convert/test_merge.py tests/convert/test_merge_qlora.py tests/model/test_counts.py \
+  tests/train/test_memory_estimate.py
 LLAMA_DEMOS := llama-demo-train llama-demo-lora llama-demo-qlora
 
 .DEFAULT_GOAL := help
@@ -69,11 +69,11 @@ mutants: $(VENV)/.mutants ## change the code in 1,700 places: tests must notice 
 
 llama-properties: $(VENV)/.dev ## the 13 properties of every valid configuration
 	@tools/system.sh clang
-	$(PYTEST) -q tests/test_properties.py
+	$(PYTEST) -q tests/model/test_properties.py
 
 llama-mutations: $(VENV)/.dev ## the 10 tests whose numbers show a swapped operator
 	@tools/system.sh clang
-	$(PYTEST) -q tests/test_mutation_resistant.py
+	$(PYTEST) -q tests/model/test_mutation_resistant.py
 
 llama-tests: $(VENV)/.dev ## both, and the tests of model, adapters and accounting
 	@tools/system.sh clang
@@ -95,7 +95,7 @@ conformance: $(VENV)-conformance/.made ## compare with torch, transformers and p
 
 neon: $(VENV)/.dev ## run the kernels' NEON form, under emulation (a minute, 200 MB of packages)
 	@tools/system.sh --required clang emulator
-	$(PYTEST) -q $(PARALLEL) tests/neon_under_emulation.py
+	$(PYTEST) -q $(PARALLEL) tests/ops/neon_under_emulation.py
 
 tinygrad: $(VENV)/.created ## measure the pinned tinygrad beside the newest (VERSIONS=...)
 	@tools/system.sh clang

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tinyllama.device import FLAGS
-from tinyllama.memory import collect_seldom
+from tinyllama.system.device import FLAGS
+from tinyllama.system.memory import collect_seldom
 
 collect_seldom()  # as the command line does
 for name in ("GPU", *FLAGS):
@@ -18,13 +18,14 @@ for name in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "MAKEOVERRIDES"):
     os.environ.pop(name, None)
 
 # Test files and tests that take a second or so: make tier2 leaves them out.
-SLOW = frozenset(Path(__file__).with_name("slow.txt").read_text().split())
+TESTS = Path(__file__).parent
+SLOW = frozenset((TESTS / "slow.txt").read_text().split())
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        file = item.path.name
+        file = item.path.relative_to(TESTS).as_posix()
         name = item.name.partition("[")[0]
         if {file, f"{file}::{name}"} & SLOW:
             item.add_marker("slow")

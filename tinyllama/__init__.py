@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tinyllama.config import LlamaConfig
-    from tinyllama.model import Llama
+    from tinyllama.model.llama import Llama
 
 __all__ = ["Llama", "LlamaConfig"]
 __version__ = "0.1.0"
@@ -23,10 +23,10 @@ def __getattr__(name: str) -> Any:
     # The device is chosen when the model is first asked for, so that GPU=1, CPU=1, ... are
     # understood in scripts as they are on the command line, and importing us stays instant.
     if name == "Llama":
-        from tinyllama import device
+        from tinyllama.system import device
 
         device.select()
-        from tinyllama.model import Llama
+        from tinyllama.model.llama import Llama
 
         return Llama
     raise AttributeError(f"module 'tinyllama' has no attribute {name!r}")

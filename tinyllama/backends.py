@@ -2,7 +2,7 @@
 
 import sys
 
-from tinyllama.cli import program
+from tinyllama.cli.app import program
 
 if __name__ == "__main__":
     program(["backends", *sys.argv[1:]])

@@ -1,76 +1,8 @@
-"""Held-out loss, perplexity and bits per byte of a model on text.
-
-    loss = mean over tokens of -ln p(token | the tokens before it in its window and document)
-    perplexity = exp(loss);  bits per byte = summed loss / (ln 2 * UTF-8 bytes of the text)
-
-Bits per byte counts the bits for the ends of documents too, and does not depend on the
-tokenizer, so it can be laid beside a compressor's.
-"""
+"""`python -m tinyllama.evaluate`: held-out loss of a model, as JSON."""
 
 import sys
 
-if __name__ == "__main__":  # above what takes long to import: an interrupt then ends in a word
-    from tinyllama.cli import program
+from tinyllama.cli.app import program
 
+if __name__ == "__main__":
     program(["evaluate", *sys.argv[1:]])
-
-import math
-from collections.abc import Callable
-from typing import NamedTuple
-
-from tqdm import tqdm
-
-from tinyllama.data import TokenDataset, sequential
-from tinyllama.gradients import StagedLoss
-from tinyllama.model import Llama
-from tinyllama.ops.storage import Inputs
-from tinyllama.step import captured
-
-
-class Evaluation(NamedTuple):
-    """loss in nats a token; bits_per_byte of text; tokens predicted."""
-
-    loss: float
-    perplexity: float
-    bits_per_byte: float
-    tokens: int
-
-
-class Evaluator:
-    """Evaluates a model on one text, as often as asked, with one compiled graph."""
-
-    def __init__(
-        self,
-        model: Llama,
-        dataset: TokenDataset,
-        context_length: int,
-        batch_size: int,
-        stride: int | None = None,
-    ) -> None:
-        self.model, self.dataset = model, dataset
-        self.context_length, self.batch_size = context_length, batch_size
-        self.stride = stride or context_length
-        self._inputs = Inputs()
-        self._summed_loss = captured(StagedLoss(model).loss)
-
-    def run(
-        self, *, progress: bool = False, stopping: Callable[[], bool] = lambda: False
-    ) -> Evaluation | None:
-        """Every token of the text once, in windows of context_length, `stride` tokens apart.
-
-        None if `stopping` came to be true before all were seen.
-        """
-        total, tokens = 0.0, 0
-        shape = self.context_length, self.batch_size, self.stride
-        windows = self.dataset.window_count(self.context_length, self.stride)
-        with tqdm(total=windows, desc="Evaluating", unit="window", disable=not progress) as bar:
-            for batch in sequential(self.dataset, *shape):
-                if stopping():
-                    return None
-                total += float(self._summed_loss(*self._inputs(*batch)).item())
-                tokens += int((batch.targets >= 0).sum())
-                bar.update(min(self.batch_size, windows - bar.n))
-        loss = total / max(tokens, 1)
-        bits_per_byte = total / math.log(2) / max(self.dataset.text_bytes, 1)
-        perplexity = math.exp(loss) if loss < 700 else math.inf
-        return Evaluation(loss, perplexity, bits_per_byte, tokens)

@@ -17,11 +17,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tinyllama.command import exit_code, leave
+from tinyllama.cli.arguments import exit_code, leave
 from tinyllama.errors import TinyllamaError
-from tinyllama.files import atomic_write
-from tinyllama.weights.hf_read import open_folder
-from tinyllama.weights.int4 import largest_block
+from tinyllama.formats.huggingface import open_folder
+from tinyllama.formats.int4 import largest_block
+from tinyllama.system.files import atomic_write
 
 ALLOWED = 0.02
 

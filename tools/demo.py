@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import demo_corpus
 import plot_loss
 
-from tinyllama.command import exit_code, leave, seconds
-from tinyllama.metrics import read_metrics
+from tinyllama.cli.arguments import exit_code, leave, seconds
+from tinyllama.observe.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = "configs/demo.toml"

@@ -18,8 +18,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tinyllama.command import exit_code, leave
-from tinyllama.files import atomic_write
+from tinyllama.cli.arguments import exit_code, leave
+from tinyllama.system.files import atomic_write
 
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 HELD_OUT_ONE_IN = 20

@@ -24,10 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import demo
 import demo_corpus
 
-from tinyllama.command import exit_code, leave, seconds
+from tinyllama.cli.arguments import exit_code, leave, seconds
+from tinyllama.convert.merge import merge, parse_adapter
 from tinyllama.errors import TinyllamaError
-from tinyllama.merge import merge, parse_adapter
-from tinyllama.metrics import read_metrics
+from tinyllama.observe.metrics import read_metrics
 
 FOLDER = demo.DEMO / "llama"
 BASE = FOLDER / "base" / "final"

@@ -16,12 +16,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tinyllama import device
-from tinyllama.command import exit_code, leave
+from tinyllama.cli.arguments import exit_code, leave
 from tinyllama.config import LlamaConfig, config_from_toml, load_config
 from tinyllama.errors import TinyllamaError, WeightsError
-from tinyllama.files import atomic_directory
-from tinyllama.weights.hf import llama_shapes, save_folder, weights_bytes
+from tinyllama.formats.huggingface import llama_shapes, save_folder, weights_bytes
+from tinyllama.system import device
+from tinyllama.system.files import atomic_directory
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -29,7 +29,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 def make(out: Path, config: LlamaConfig, *, dtype: str, seed: int, shard_bytes: int) -> int:
     """Write the folder `out`, whole or not at all; returns the bytes of its tensors."""
     device.select()
-    from tinyllama.initialize import first_values
+    from tinyllama.model.initialize import first_values
 
     needed = weights_bytes(config, dtype)
     free = shutil.disk_usage(out.absolute().parent).free

@@ -12,10 +12,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tinyllama import device
-from tinyllama.command import count, exit_code, leave
+from tinyllama.cli.arguments import count, exit_code, leave
 from tinyllama.config import load_config
 from tinyllama.errors import TinyllamaError
+from tinyllama.system import device
 
 
 def overrides(options: argparse.Namespace) -> list[str]:
@@ -34,10 +34,10 @@ def report(options: argparse.Namespace) -> str:
     """What is printed. Raises TinyllamaError."""
     config = load_config(options.config, overrides(options))
     choice = device.select()
-    from tinyllama.estimate import estimate_memory
-    from tinyllama.fit import largest_micro_batch, verdict
-    from tinyllama.memory import free_bytes
-    from tinyllama.start import with_base
+    from tinyllama.system.memory import free_bytes
+    from tinyllama.train.memory_estimate import estimate_memory
+    from tinyllama.train.micro_batch import largest_micro_batch, verdict
+    from tinyllama.train.prepare import with_base
 
     config = with_base(config)
     limit = free_bytes() if options.device_memory is None else options.device_memory

@@ -13,10 +13,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tinyllama.accounting import aligned
-from tinyllama.command import exit_code, leave
+from tinyllama.cli.arguments import exit_code, leave
+from tinyllama.convert.merge import (
+    AS_TRAINED,
+    Merged,
+    Packing,
+    merge,
+    parse_adapter,
+    total_lost,
+)
 from tinyllama.errors import ConfigError, TinyllamaError
-from tinyllama.merge import AS_TRAINED, Merged, Packing, merge, parse_adapter, total_lost
+from tinyllama.model.counts import aligned
 
 
 def packing_of(options: argparse.Namespace) -> Packing:

@@ -25,9 +25,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tinyllama.accounting import aligned
-from tinyllama.command import exit_code, leave
-from tinyllama.files import atomic_write
+from tinyllama.cli.arguments import exit_code, leave
+from tinyllama.model.counts import aligned
+from tinyllama.system.files import atomic_write
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "mutants"  # where mutmut puts its copy

@@ -14,8 +14,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tinyllama import device
-from tinyllama.accounting import (
+from tinyllama.cli.arguments import exit_code, leave
+from tinyllama.config import load_config
+from tinyllama.errors import TinyllamaError
+from tinyllama.model.counts import (
     WIDTHS,
     Parameters,
     aligned,
@@ -23,9 +25,7 @@ from tinyllama.accounting import (
     folder_parameters,
     published_claims,
 )
-from tinyllama.command import exit_code, leave
-from tinyllama.config import load_config
-from tinyllama.errors import TinyllamaError
+from tinyllama.system import device
 
 
 def count(source: str, overrides: Sequence[str]) -> Parameters:
@@ -34,8 +34,8 @@ def count(source: str, overrides: Sequence[str]) -> Parameters:
         return folder_parameters(source)
     config = load_config(source, overrides)
     device.select()
-    from tinyllama.estimate import model_parameters
-    from tinyllama.start import with_base
+    from tinyllama.train.memory_estimate import model_parameters
+    from tinyllama.train.prepare import with_base
 
     return model_parameters(with_base(config))
 

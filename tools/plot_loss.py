@@ -13,9 +13,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tinyllama.command import exit_code, leave
+from tinyllama.cli.arguments import exit_code, leave
 from tinyllama.errors import CheckpointError, TinyllamaError
-from tinyllama.metrics import read_metrics
+from tinyllama.observe.metrics import read_metrics
 
 TRAINING, VALIDATION, REFERENCE = "#2f6f9f", "#d1495b", "#555555"
 

@@ -29,13 +29,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from demo_corpus import find_names
 
-from tinyllama import device, processor
-from tinyllama.accounting import parameters
-from tinyllama.command import exit_code, leave
+from tinyllama.cli.arguments import exit_code, leave
 from tinyllama.config import Config, load_config
 from tinyllama.errors import TinyllamaError
-from tinyllama.files import atomic_write
-from tinyllama.tokenizer import train_tokenizer
+from tinyllama.model.counts import parameters
+from tinyllama.system import device, processor
+from tinyllama.system.files import atomic_write
+from tinyllama.tokenizers.sentencepiece import train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT_BYTES = 8 << 30

@@ -15,47 +15,38 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import speed
 
-from tinyllama.accounting import published_claims
-from tinyllama.command import exit_code, leave
+from tinyllama.cli.arguments import exit_code, leave
 from tinyllama.config import option_table
+from tinyllama.model.counts import published_claims
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 
 # The files in the order in which the data meets them; each is described by its own first line.
 THE_WAY = {
-    "Errors and files": "errors files signals",
-    "Configuration": "config sections settings schema",
-    "Device": "device processor driver memory backends",
-    "Text to tokens": "sources rows tokenizer corpus parallel",
-    "Tokens to batches": "data",
-    "Model": "model layers initialize",
-    "Operations": "ops ops.embedding ops.rms_norm ops.matmul ops.rope ops.attention ops.swiglu"
-    " ops.cross_entropy ops.adamw ops.int4",
-    "How operations run": "ops.kernel ops.sums ops.stage ops.precompile ops.launch ops.storage"
-    " ops.memory ops.layout ops.plan ops.bfloat16",
-    "Adapters": "lora quantize",
-    "Loss, gradients, optimizer": "gradients optim step",
-    "The loop": "train checks start metrics runs",
-    "Checkpoints and weights": "checkpoint manifest weights weights.hf weights.hf_config"
-    " weights.hf_names weights.hf_read weights.hf_write weights.peft weights.peft_config"
-    " weights.safetensors weights.header weights.dtypes weights.int4",
-    "Merge, generate, evaluate": "merge generate evaluate",
-    "Counting": "accounting estimate fit",
-    "Commands": "cli command tinyllama __main__",
-    "Benchmark": "bench bench.__main__ bench.text bench.protocol bench.runner"
-    " bench.worker_tinyllama bench.worker_torch bench.peer_torch bench.peer_peft bench.operations"
-    " bench.ops bench.operations_torch bench.machine bench.report",
+    "The machine": "errors system",
+    "Configuration": "config",
+    "Files of other programs": "formats",
+    "Text to tokens to batches": "tokenizers data",
+    "How operations run": "runtime",
+    "Operations": "ops",
+    "Model and adapters": "model",
+    "What a run says": "observe",
+    "Text from a model": "generate",
+    "Training": "train",
+    "Models from models": "convert",
+    "Benchmark": "bench",
+    "Command line": "cli tinyllama __main__ evaluate backends",
 }
 
 
-def path_of(module: str) -> Path:
-    """tinyllama/ops/rope.py for ops.rope; a package is its __init__.py."""
-    path = ROOT / "tinyllama" / (module.replace(".", "/") + ".py")
-    if path.exists():
-        return path
-    folder = ROOT / "tinyllama" if module == "tinyllama" else path.with_suffix("")
-    return folder / "__init__.py"
+def files_of(name: str) -> list[Path]:
+    """The files of a package, or the one file of that name."""
+    package = ROOT / "tinyllama"
+    if name == "tinyllama":
+        return [package / "__init__.py"]
+    folder = package / name
+    return sorted(folder.rglob("*.py")) if folder.is_dir() else [package / f"{name}.py"]
 
 
 def first_sentence(path: Path) -> str:
@@ -69,7 +60,7 @@ def file_list() -> str:
     lines = ["| file | what it is |", "|---|---|"]
     for heading, modules in THE_WAY.items():
         lines.append(f"| **{heading}** | |")
-        lines += [_row(path_of(module)) for module in modules.split()]
+        lines += [_row(path) for module in modules.split() for path in files_of(module)]
     lines.append("| **Tools** | |")
     lines += [_row(path) for path in sorted((ROOT / "tools").glob("*.py"))]
     return "\n".join(lines)

@@ -19,9 +19,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tinyllama import device, processor
 from tinyllama.bench import machine
-from tinyllama.command import exit_code, leave
+from tinyllama.cli.arguments import exit_code, leave
+from tinyllama.system import device, processor
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"

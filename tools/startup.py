@@ -22,12 +22,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from tinyllama import device
 from tinyllama.bench import machine, text
 from tinyllama.bench.__main__ import make_spec, parser, resolve
 from tinyllama.bench.protocol import Spec
-from tinyllama.bench.runner import WARM_UP_STEPS, contenders, race, summarise
-from tinyllama.command import exit_code, leave
+from tinyllama.bench.runner import (
+    WARM_UP_STEPS,
+    contenders,
+    race,
+    summarise,
+)
+from tinyllama.cli.arguments import exit_code, leave
+from tinyllama.system import device
 
 BENCH = "configs/124m.toml --batch 1 --context 512 --steps 3"
 # Takes memory page by page, as a run does, and leaves it.

@@ -10,10 +10,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tinyllama.command import count, exit_code, leave
+from tinyllama.cli.arguments import count, exit_code, leave
+from tinyllama.data.files import find_sources, read_texts
 from tinyllama.errors import ConfigError, TinyllamaError
-from tinyllama.sources import find_sources, read_texts
-from tinyllama.tokenizer import train_tokenizer
+from tinyllama.tokenizers.sentencepiece import train_tokenizer
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

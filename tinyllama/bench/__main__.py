@@ -3,7 +3,7 @@
 import sys
 
 if __name__ == "__main__":  # above what takes long to import: an interrupt then ends in a word
-    from tinyllama.cli import program
+    from tinyllama.cli.app import program
 
     program(["bench", *sys.argv[1:]])
 
@@ -18,8 +18,6 @@ from typing import Any
 
 import numpy as np
 
-from tinyllama import device
-from tinyllama.accounting import model_flops
 from tinyllama.bench import machine, report, text
 from tinyllama.bench.protocol import Spec
 from tinyllama.bench.runner import (
@@ -32,6 +30,8 @@ from tinyllama.bench.runner import (
 )
 from tinyllama.config import Config, load_config
 from tinyllama.errors import ConfigError, TinyllamaError
+from tinyllama.model.counts import model_flops
+from tinyllama.system import device
 
 # What a step holds where neither an option nor --set says: enough to keep every kernel busy.
 DEFAULT_TOKENS = 512
@@ -72,7 +72,7 @@ def resolve(options: argparse.Namespace) -> Config:
     named = {override.partition("=")[0].strip() for override in options.set}
     config = load_config(options.config, options.set)
     if config.model.base is not None:
-        from tinyllama.start import with_base
+        from tinyllama.train.prepare import with_base
 
         config = with_base(config)
     context = options.context or config.context_length

@@ -5,7 +5,7 @@ import platform
 from importlib import metadata
 from typing import Any
 
-from tinyllama import device, processor
+from tinyllama.system import device, processor
 
 PACKAGES = ("tinygrad", "numpy")
 BUSY = 0.5  # processors that other programs may keep busy before a figure is in doubt

@@ -12,23 +12,28 @@ from tinygrad import Tensor, TinyJit, dtypes
 from tinygrad.device import Device
 from tinygrad.dtype import DType
 
-from tinyllama import device
-from tinyllama.accounting import linear_shapes
 from tinyllama.bench.operations import LAYOUTS, Operation, best_seconds
 from tinyllama.bench.report import table
 from tinyllama.bench.runner import worker_command
 from tinyllama.config import Config, LlamaConfig, QloraConfig
 from tinyllama.errors import TrainingError
-from tinyllama.ops import kernel, storage
+from tinyllama.model.counts import linear_shapes
 from tinyllama.ops.adamw import SCALARS, adamw
 from tinyllama.ops.attention import attention
 from tinyllama.ops.cross_entropy import linear_cross_entropy
 from tinyllama.ops.embedding import embedding
 from tinyllama.ops.int4 import int4_linear
-from tinyllama.ops.matmul import NN, TN, gemm, linear
+from tinyllama.ops.matmul import (
+    NN,
+    TN,
+    gemm,
+    linear,
+)
 from tinyllama.ops.rms_norm import rms_norm
 from tinyllama.ops.rope import rope, tables
 from tinyllama.ops.swiglu import swiglu
+from tinyllama.runtime import kernel, storage
+from tinyllama.system import device
 
 Run = Callable[[], Any]
 COLUMNS = ("tinyllama", "numpy", "torch")

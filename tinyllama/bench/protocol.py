@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tinyllama.errors import TinyllamaError
-from tinyllama.memory import resident_bytes
+from tinyllama.system.memory import resident_bytes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tinyllama.config import Config
-from tinyllama.data import prepare
-from tinyllama.tokenizer import load_tokenizer
+from tinyllama.data.batches import prepare
+from tinyllama.tokenizers.sentencepiece import load_tokenizer
 
 Rows = NDArray[np.int32]
 

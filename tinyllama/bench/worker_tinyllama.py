@@ -11,18 +11,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tinyllama import device
-from tinyllama.accounting import parameters
-from tinyllama.bench.protocol import Contender, Spec, Step, serve
+from tinyllama.bench.protocol import (
+    Contender,
+    Spec,
+    Step,
+    serve,
+)
 from tinyllama.config import Config, LoraConfig, config_from_toml
-from tinyllama.data import Batch
-from tinyllama.memory import collect_seldom, memory_in_use_bytes
-from tinyllama.weights.hf_names import llama_shapes
+from tinyllama.data.batches import Batch
+from tinyllama.formats.huggingface import llama_shapes
+from tinyllama.model.counts import parameters
+from tinyllama.system import device
+from tinyllama.system.memory import collect_seldom, memory_in_use_bytes
 
 if TYPE_CHECKING:
     from tinygrad.dtype import DType
 
-    from tinyllama.model import Llama
+    from tinyllama.model.llama import Llama
 
 
 class OurContender:
@@ -33,10 +38,10 @@ class OurContender:
         device.set_threads(spec.threads)
         from tinygrad import dtypes
 
-        from tinyllama import lora
-        from tinyllama.model import Llama
-        from tinyllama.optim import AdamW
-        from tinyllama.step import TrainStep
+        from tinyllama.model import lora
+        from tinyllama.model.llama import Llama
+        from tinyllama.train.optimizer import AdamW
+        from tinyllama.train.step import TrainStep
 
         self.config = config_from_toml(spec.config, "benchmark")
         training = self.config.training
@@ -88,28 +93,28 @@ class OurContender:
 
 def packed_model(config: Config, dtype: "DType", seed: int) -> "Llama":
     """A new model whose linear layers are packed as its weights are made, one at a time."""
-    from tinyllama import quantize
-    from tinyllama.initialize import first_values
-    from tinyllama.model import Llama
+    from tinyllama.model import int4
+    from tinyllama.model.initialize import first_values
+    from tinyllama.model.llama import Llama
 
     assert config.qlora is not None
     sizes, shapes = config.model, llama_shapes(config.model)
-    model = quantize.packed_linears(Llama(sizes, dtype=dtype, seed=None), config.qlora.block_size)
+    model = int4.packed_linears(Llama(sizes, dtype=dtype, seed=None), config.qlora.block_size)
     with ThreadPoolExecutor(device.threads()) as pool:
 
-        def read(name: str) -> "quantize.Rows":
+        def read(name: str) -> "int4.Rows":
             values = first_values(name, shapes[name], sizes.num_layers, seed, pool)
             return values.__getitem__
 
-        quantize.fill_packed(model, "random weights", read)
+        int4.fill_packed(model, "random weights", read)
     return model
 
 
 def attach_adapters(model: "Llama", section: LoraConfig, seed: int) -> None:
     """Wrap the layers that a [lora] section names, over any base: its weights cost the same."""
-    from tinyllama import lora
-    from tinyllama.layers import block_linears
-    from tinyllama.weights.peft import AdapterConfig, Placement
+    from tinyllama.formats.peft import AdapterConfig, Placement
+    from tinyllama.model import lora
+    from tinyllama.model.layers import block_linears
 
     paths = (path for path, _, name in block_linears(model.model.layers) if name in section.modules)
     placed = dict.fromkeys(paths, Placement(section.rank, section.alpha))

@@ -14,7 +14,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tinyllama.bench.protocol import Contender, Spec, Step, serve
+from tinyllama.bench.protocol import (
+    Contender,
+    Spec,
+    Step,
+    serve,
+)
 from tinyllama.errors import TrainingError
 
 if TYPE_CHECKING:

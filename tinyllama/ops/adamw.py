@@ -11,7 +11,7 @@ Only 2-D weights decay. Both changes are summed before p changes, so that a deca
 
 from tinygrad import Tensor, dtypes
 
-from tinyllama.ops import kernel
+from tinyllama.runtime import kernel
 
 # Order of the numbers an update reads, one float32 tensor on the device.
 SCALARS = (

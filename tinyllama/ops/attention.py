@@ -14,9 +14,9 @@ import math
 from tinygrad import Tensor, dtypes
 from tinygrad.uop.ops import UOp
 
-from tinyllama import device
-from tinyllama.ops import kernel
-from tinyllama.ops.stage import passing
+from tinyllama.runtime import kernel
+from tinyllama.runtime.stage import passing
+from tinyllama.system import device
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> Tensor:

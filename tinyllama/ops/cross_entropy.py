@@ -13,8 +13,14 @@ from tinygrad import Tensor, dtypes
 from tinygrad.function import function
 from tinygrad.uop.ops import UOp
 
-from tinyllama.ops import kernel
-from tinyllama.ops.matmul import NN, NT, TN, gemm, linear
+from tinyllama.ops.matmul import (
+    NN,
+    NT,
+    TN,
+    gemm,
+    linear,
+)
+from tinyllama.runtime import kernel
 
 # Largest chunk of logits, in elements: 64 MB of float32.
 CHUNK_ELEMENTS = 16 * 1024 * 1024

@@ -10,7 +10,7 @@ from tinygrad.dtype import DType
 from tinygrad.function import function
 from tinygrad.uop.ops import UOp
 
-from tinyllama.ops import kernel
+from tinyllama.runtime import kernel
 
 
 def embedding(ids: Tensor, weight: Tensor, dtype: DType) -> Tensor:

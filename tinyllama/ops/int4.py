@@ -13,8 +13,14 @@ from tinygrad import Tensor, dtypes
 from tinygrad.dtype import DType
 from tinygrad.uop.ops import UOp
 
-from tinyllama.ops import kernel, sums
-from tinyllama.ops.matmul import NN, NT, gemm_headers, gemm_macros
+from tinyllama.ops import sums
+from tinyllama.ops.matmul import (
+    NN,
+    NT,
+    gemm_headers,
+    gemm_macros,
+)
+from tinyllama.runtime import kernel
 
 
 def int4_linear(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ With r = 1/sqrt(mean(x^2) + eps) and n = x r, the gradient is
 from tinygrad import Tensor
 from tinygrad.uop.ops import UOp
 
-from tinyllama.ops import kernel
+from tinyllama.runtime import kernel
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

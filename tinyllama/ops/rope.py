@@ -8,7 +8,7 @@ import numpy as np
 from tinygrad import Tensor
 from tinygrad.uop.ops import UOp
 
-from tinyllama.ops import kernel
+from tinyllama.runtime import kernel
 
 
 def frequencies(head_dim: int, theta: float) -> np.ndarray:

@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 from tinygrad import Tensor
 from tinygrad.uop.ops import Ops, UOp
 
-from tinyllama.ops import kernel
+from tinyllama.runtime import kernel
 
 # A kernel's inputs and an addend like its result -> the result plus the addend.
 Adding = Callable[..., Tensor]

@@ -7,7 +7,7 @@ Backward, with s = 1 / (1 + exp(-gate)):
 from tinygrad import Tensor
 from tinygrad.uop.ops import UOp
 
-from tinyllama.ops import kernel
+from tinyllama.runtime import kernel
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:

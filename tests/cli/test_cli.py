@@ -1,0 +1,219 @@
+"""The command line: what it prints, and that a mistake ends as one message and exit code 2."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+from runs_helpers import (
+    cli,
+    config_file,
+    environment,
+    finished_run,
+    metrics,
+    names,
+    run_command,
+    start,
+    stop,
+    tokenizer,
+    wait_for_steps,
+)
+
+from tinyllama.train.checkpoint import step_name
+
+
+def test_training_as_a_module_prints_the_device_first_and_the_checkpoint_last(tmp_path):
+    run = tmp_path / "run"
+    words = ["train", config_file(run), "--set", "training.max_steps=2"]
+    code, out, err = run_command(*words)
+    lines = out.splitlines()
+    assert code == 0
+    assert lines[0].startswith("backend CPU, ") and "renderer ClangJIT (DEV=CPU)" in lines[0]
+    assert lines[-2] == "125,248 parameters, 2 steps of 12 x 48 tokens, float32"
+    assert lines[-1] == f"finished: step 2, saved {run}/final"
+    assert "Training: 100%" in err and "2/2" in err
+    assert list(metrics(run)) == [1, 2] and names(run) == ["final"]
+
+
+def test_quiet_prints_no_bars(tmp_path, capsys):
+    run = tmp_path / "run"
+    words = ["train", config_file(run), "--quiet", "--set", "training.max_steps=1"]
+    assert cli(*words) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_budget_is_taken_in_seconds(tmp_path, capsys):
+    run = tmp_path / "run"
+    assert cli("train", config_file(run), "--quiet", "--budget", "0.001") == 0
+    assert capsys.readouterr().out.endswith(f"finished: step 2, saved {run}/final\n")
+
+
+def test_an_override_acts(tmp_path, capsys):
+    words = ["train", config_file(tmp_path / "run"), "--quiet", "--set", "training.max_steps=1"]
+    words += ["--set", "model.num_layers=1", "--set", f"checkpointing.checkpoint_dir={tmp_path}/b"]
+    assert cli(*words) == 0
+    assert "88,256 parameters, 1 steps of" in capsys.readouterr().out
+    assert names(tmp_path / "b") == ["final"]
+
+
+def test_the_command_that_continues_a_run_names_device_and_threads(tmp_path):
+    run = tmp_path / "run"
+    words = [config_file(run), "--quiet", "--set", "training.num_epochs=100000"]
+    process = start("train", *words, CPU="1", NUM_CPU_THREADS="1")
+    wait_for_steps(process, run, 1)
+    code, out, _ = stop(process, signal.SIGTERM)
+    assert code == 0
+    command = out.splitlines()[-1]
+    assert command.startswith(f"CPU=1 python -m tinyllama.train {words[0]} --resume {run}/step-")
+    assert command.endswith(" --threads 1 --quiet")
+
+
+def test_all_that_is_not_built_yet_is_told_at_once_and_first(tmp_path, capsys):
+    words = ["--set", "training.beam=2", "--set", "data.train_on=last"]
+    assert cli("train", config_file(tmp_path / "run"), "--resume", "nowhere", *words) == 2
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err.splitlines() == [
+        "--set training.beam=2: got 2, must be 0 for now",
+        '--set data.train_on=last: got "last", must be "all" for now',
+    ]
+
+
+MISTAKES = {
+    "an unknown key": (
+        ["--set", "training.learnin_rate=1"],
+        "--set training.learnin_rate=1: unknown key, the nearest is training.learning_rate",
+    ),
+    "a value out of range": (
+        ["--set", "training.batch_size=0"],
+        "--set training.batch_size=0: got 0, must be an integer of 1 or more",
+    ),
+    "text that is not there": (
+        ["--set", "data.train_path=nowhere/*.txt"],
+        "nowhere/*.txt",
+    ),
+    "a vocabulary that does not fit": (
+        ["--set", "model.vocab_size=300"],
+        "--set model.vocab_size=300: got 300, must be at least the tokenizer's 400",
+    ),
+    "a tokenizer that is not there": (
+        ["--set", "data.tokenizer=nowhere.model"],
+        "nowhere.model: no such file",
+    ),
+    "a base that is not there": (["--set", "model.base=nowhere"], "nowhere"),
+    "nothing to resume": (["--resume"], "run: holds no checkpoint to resume from"),
+    "a folder without a checkpoint": (["--resume", "nowhere"], "nowhere"),
+    "more devices than one": (
+        ["--set", "training.devices=2"],
+        "--set training.devices=2: got 2, must be 1 for now",
+    ),
+    "a search for kernels": (
+        ["--set", "training.beam=2"],
+        "--set training.beam=2: got 2, must be 0 for now",
+    ),
+    "a part of conversations": (
+        ["--set", "data.train_on=last"],
+        '--set data.train_on=last: got "last", must be "all" for now',
+    ),
+    "validation text that is not there": (
+        ["--set", "data.tokenizer=nowhere.model", "--set", "data.val_path=none.txt"],
+        "none.txt: no such file or folder (data.val_path names it; --set data.val_path=none",
+    ),
+    "no threads": (["--threads", "0"], "--threads: got 0, must be 1 or more"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_training_is_one_message_and_exit_code_2(tmp_path, capsys, mistake):
+    words, message = MISTAKES[mistake]
+    assert cli("train", config_file(tmp_path / "run"), "--quiet", *words) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
+
+
+def test_a_missing_configuration_is_named(capsys):
+    assert cli("train", "nowhere.toml") == 2
+    assert capsys.readouterr().err == "nowhere.toml: cannot be read: No such file or directory\n"
+
+
+@pytest.mark.parametrize("command", ["generate", "evaluate"])
+def test_a_missing_model_is_named(capsys, command):
+    words = ["--data", "x.txt"] if command == "evaluate" else []
+    assert cli(command, "--model", "nowhere", *words) == 2
+    error = capsys.readouterr().err
+    assert "nowhere" in error and len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("command", ["generate", "evaluate"])
+def test_a_tokenizer_of_another_model_is_refused(tmp_path, capsys, command):
+    from tinyllama.config import LlamaConfig
+    from tinyllama.model.llama import Llama
+
+    small = LlamaConfig(
+        vocab_size=399, hidden_size=8, num_layers=1, num_heads=1, intermediate_size=8
+    )
+    folder = Llama(small).save_pretrained(tmp_path / "model", tokenizer())
+    words = ["--data", "x.txt"] if command == "evaluate" else []
+    assert cli(command, "--model", folder, *words) == 2
+    message = f"{folder}: its tokenizer has 400 entries, must be at most the model's 399\n"
+    assert capsys.readouterr().err == message
+
+
+def test_a_reader_that_goes_away_ends_the_command_without_a_word():
+    with start("backends") as process:
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait()) == ("", 141)
+
+
+@pytest.mark.parametrize("budget", ["0", "-5", "nan", "inf", "x"])
+def test_a_budget_is_a_time(capsys, budget):
+    assert cli("train", "configs/demo.toml", f"--budget={budget}") == 2
+    assert f"got {budget!r}, must be a number of seconds above 0" in capsys.readouterr().err
+
+
+def test_numbers_of_options_are_checked(capsys):
+    for words in (["--max-new-tokens", "0"], ["--max-new-tokens", "x"], ["--top-k", "x"]):
+        assert cli("generate", "--model", "x", *words) == 2
+        assert f"argument {words[0]}: " in capsys.readouterr().err
+    assert cli("evaluate", "--model", "x", "--data", "y", "--batch", "0") == 2
+    assert "argument --batch: got '0', must be an integer of 1 or more" in capsys.readouterr().err
+
+
+def test_no_command_and_an_unknown_one_say_which_there_are(capsys):
+    usage = "usage: tinyllama {train,generate,evaluate,bench,backends} ..."
+    assert cli("trian") == 2
+    assert capsys.readouterr().err == f"{usage}\ntinyllama: no command 'trian'\n"
+    assert cli() == 2
+    assert usage in capsys.readouterr().err
+    assert cli("--help") == 0
+    assert capsys.readouterr().out.startswith(usage)
+
+
+def test_the_package_is_a_command_too():
+    words = [sys.executable, "-m", "tinyllama", "evaluate", "--help"]
+    found = subprocess.run(words, capture_output=True, text=True, env=environment())
+    assert found.returncode == 0
+    assert "usage: tinyllama evaluate" in found.stdout and "--data" in found.stdout
+
+
+def test_an_interrupt_before_training_ends_without_a_traceback(monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tinyllama.config.load_config", interrupted)
+    assert cli("train", "x.toml") == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_training_goes_on(tmp_path, capsys):
+    import shutil
+
+    run = tmp_path / "run"
+    for number in (1, 2):
+        shutil.copytree(finished_run() / step_name(number), run / step_name(number))
+    (run / step_name(2) / "optimizer.safetensors").write_bytes(b"damaged")
+    words = ["train", config_file(run), "--quiet", "--resume", "--set", "training.max_steps=2"]
+    assert cli(*words) == 0
+    out, err = capsys.readouterr()
+    assert f"{run / step_name(2)}: damaged, the checkpoint before it is tried" in err
+    assert f"resuming {run / step_name(1)} at step 1" in out

@@ -1,0 +1,294 @@
+/* The element-wise and reduction kernels against plain double precision references,
+   over odd sizes and 1 to 3 threads. The sizes are variables here, so that one build runs them all.
+   Buffers end where their last element does and begin at the alignment of one element. FORM picks
+   the plain (0) or the other (1) form of each kernel that has two. The threads' parts run one after
+   another, the last first: none may count on another's. */
+
+// variants: -DACT=0 -DFORM=0; -DACT=0 -DFORM=1; -DACT=1 -DFORM=0; -DACT=1 -DFORM=1
+// variants: -DACT=2 -DFORM=0; -DACT=2 -DFORM=1
+// variants: -DACT=0 -DFORM=1 -DVW=16; -DACT=1 -DFORM=0 -DVW=16; -DACT=2 -DFORM=1 -DVW=16
+// variants: -DACT=0 -DFORM=0 -DVW=4; -DACT=1 -DFORM=1 -DVW=4; -DACT=2 -DFORM=0 -DVW=4
+// variants: -DACT=0 -DFORM=1 -DVW=8; -DACT=1 -DFORM=0 -DVW=8; -DACT=2 -DFORM=1 -DVW=8
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "../../../tinyllama/ops/cpu/common.h"
+
+static long N, H, V, B, T, HEADS, D, COUNT;
+static int NT;
+#define EPS 1e-5
+#define INVERSE FORM
+#define ACCUMULATE FORM
+#define GRADIENT FORM
+#define DECAY FORM
+
+#define KERNEL rms_norm_forward
+#include "../../../tinyllama/ops/cpu/rms_norm_forward.c"
+#undef KERNEL
+#define KERNEL rms_norm_backward
+#include "../../../tinyllama/ops/cpu/rms_norm_backward.c"
+#undef KERNEL
+#define KERNEL swiglu_forward
+#include "../../../tinyllama/ops/cpu/swiglu_forward.c"
+#undef KERNEL
+#define KERNEL swiglu_backward
+#include "../../../tinyllama/ops/cpu/swiglu_backward.c"
+#undef KERNEL
+#define KERNEL rope
+#include "../../../tinyllama/ops/cpu/rope.c"
+#undef KERNEL
+#define KERNEL embedding_forward
+#include "../../../tinyllama/ops/cpu/embedding_forward.c"
+#undef KERNEL
+#define KERNEL embedding_backward
+#include "../../../tinyllama/ops/cpu/embedding_backward.c"
+#undef KERNEL
+#define KERNEL cross_entropy
+#include "../../../tinyllama/ops/cpu/cross_entropy.c"
+#undef KERNEL
+#define KERNEL square_sum
+#include "../../../tinyllama/ops/cpu/square_sum.c"
+#undef KERNEL
+#define KERNEL adamw
+#include "../../../tinyllama/ops/cpu/adamw.c"
+#undef KERNEL
+
+typedef ELEM(ACT) act;
+
+#define RUN(call)                                 \
+  for (int core = NT - 1; core >= 0; core--) call;
+
+/* The largest relative error of rounding a result, with room for the arithmetic before it. */
+static const double ROUNDING[] = {2e-6, 0x1.02p-8, 0x1.02p-11};
+
+static int failures;
+
+/* Written so that a NaN fails. */
+static void check(const char *what, long at, double got, double want, double tolerance) {
+  if (got == want || fabs(got - want) <= tolerance) return;
+  if (failures++ < 20) {
+    printf("%s[%ld]: got %.9g, want %.9g (N %ld H %ld V %ld T %ld D %ld COUNT %ld NT %d)\n", what,
+           at, got, want, N, H, V, T, D, COUNT, NT);
+  }
+}
+
+/* For a result in the activation type; `scale` is the size of the terms it was summed from. */
+static void check_act(const char *what, long at, act got, double want, double scale) {
+  double tolerance = ROUNDING[ACT] * fabs(want) + 2e-6 * scale + (ACT == 2 ? 0x1p-25 : 1e-38);
+  check(what, at, LOAD1(ACT, &got), want, tolerance);
+}
+
+static double uniform(double low, double high) {
+  static unsigned long long state = 1;
+  state = state * 6364136223846793005ull + 1442695040888963407ull;
+  return low + (high - low) * (double)(state >> 40) * 0x1p-24;
+}
+
+/* Memory that ends with its last byte and starts one element into the allocator's alignment;
+   0xff bytes are a NaN in all three types. */
+static void *make(long count, long size) {
+  char *p = malloc((size_t)((count + 1) * size));
+  if (!p) abort();
+  memset(p, 0xff, (size_t)((count + 1) * size));
+  return p + size;
+}
+
+static act *make_act(long count, double low, double high) {
+  act *p = make(count, sizeof(act));
+  for (long i = 0; i < count; i++) STORE1(ACT, p + i, (float)uniform(low, high));
+  return p;
+}
+
+static float *make_float(long count, double low, double high) {
+  float *p = make(count, sizeof(float));
+  for (long i = 0; i < count; i++) p[i] = (float)uniform(low, high);
+  return p;
+}
+
+static void release(void *p, long size) { free((char *)p - size); }
+
+static double at(const act *p, long i) { return LOAD1(ACT, p + i); }
+
+static double sigmoid(double x) { return 1 / (1 + exp(-x)); }
+
+static void test_rms_norm(void) {
+  const long size = sizeof(act);
+  act *x = make_act(N * H, -2, 2), *dy = make_act(N * H, -1, 1);
+  act *y = make(N * H, size), *dx = make(N * H, size);
+  float *w = make_float(H, 0.5, 1.5), *rstd = make(N, 4), *dw = make(NT * H, 4);
+  double *dw_want = calloc((size_t)H, sizeof(double));
+  RUN(rms_norm_forward(y, rstd, x, w, core));
+  RUN(rms_norm_backward(dx, dw, dy, x, rstd, w, core));
+  for (long r = 0; r < N * H; r += H) {
+    double square = 0, dot = 0;
+    for (long i = 0; i < H; i++) square += at(x, r + i) * at(x, r + i) / (double)H;
+    double scale = 1 / sqrt(square + EPS);
+    for (long i = 0; i < H; i++) dot += at(dy, r + i) * w[i] * at(x, r + i) * scale / (double)H;
+    check("rstd", r / H, rstd[r / H], scale, 1e-6 * scale);
+    for (long i = 0; i < H; i++) {
+      double n = at(x, r + i) * scale;
+      double pulled = scale * (at(dy, r + i) * w[i] - n * dot);
+      check_act("rms_norm", r + i, y[r + i], n * w[i], 0);
+      check_act("rms_norm dx", r + i, dx[r + i], pulled, 1 + scale * (1 + fabs(n)));
+      dw_want[i] += at(dy, r + i) * n;
+    }
+  }
+  for (long i = 0; i < H; i++) {
+    double sum = 0;
+    for (int c = 0; c < NT; c++) sum += dw[c * H + i];
+    check("rms_norm dw", i, sum, dw_want[i], 2e-6 * (double)N);
+  }
+  void *acts[] = {x, dy, y, dx}, *floats[] = {w, rstd, dw};
+  for (int i = 0; i < 4; i++) release(acts[i], size);
+  for (int i = 0; i < 3; i++) release(floats[i], 4);
+  free(dw_want);
+}
+
+static void test_swiglu(void) {
+  const long count = N * H, size = sizeof(act);
+  act *gate = make_act(count, -12, 12), *up = make_act(count, -2, 2), *dy = make_act(count, -1, 1);
+  act *y = make(count, size), *dgate = make(count, size), *dup = make(count, size);
+  STORE1(ACT, gate, -100.0f); /* exp(100) is inf in float32 */
+  RUN(swiglu_forward(y, gate, up, core));
+  RUN(swiglu_backward(dgate, dup, dy, gate, up, core));
+  for (long i = 0; i < count; i++) {
+    double a = at(gate, i), b = at(up, i), g = at(dy, i), s = sigmoid(a);
+    check_act("swiglu", i, y[i], a * s * b, 0);
+    check_act("swiglu dup", i, dup[i], g * a * s, 0);
+    check_act("swiglu dgate", i, dgate[i], g * b * s * (1 + a * (1 - s)), fabs(b) * s);
+  }
+  void *all[] = {gate, up, dy, y, dgate, dup};
+  for (int i = 0; i < 6; i++) release(all[i], size);
+}
+
+static void test_rope(void) {
+  const long half = D / 2, count = B * T * HEADS * D, size = sizeof(act);
+  act *x = make_act(count, -2, 2), *out = make(count, size);
+  float *cosine = make_float(T * half, -1, 1), *sine = make_float(T * half, -1, 1);
+  RUN(rope(out, x, cosine, sine, core));
+  for (long p = 0; p < count; p += D) {
+    const float *c = cosine + p / (HEADS * D) % T * half, *s = sine + p / (HEADS * D) % T * half;
+    for (long i = 0; i < half; i++) {
+      double first = at(x, p + i), second = at(x, p + i + half), turn = FORM ? -s[i] : s[i];
+      check_act("rope", p + i, out[p + i], first * c[i] - second * turn, 1);
+      check_act("rope", p + i + half, out[p + i + half], second * c[i] + first * turn, 1);
+    }
+  }
+  release(x, size), release(out, size), release(cosine, 4), release(sine, 4);
+}
+
+static void test_embedding(void) {
+  const long size = sizeof(act);
+  float *weight = make_float(V * H, -1, 1), *dw = make_float(V * H, -1, 1);
+  act *out = make(N * H, size), *dout = make_act(N * H, -1, 1);
+  int *ids = make(N, 4);
+  double *want = calloc((size_t)(V * H), sizeof(double));
+  for (long n = 0; n < N; n++) ids[n] = (int)uniform(-1, (double)V + 1); /* V itself is outside */
+  ids[N - 1] = (int)V - 1;
+  memset(dw, 0xff, (size_t)(V * H) * 4);
+  RUN(embedding_forward(out, weight, ids, core));
+  RUN(embedding_backward(dw, dout, ids, core));
+  for (long i = 0; i < N * H; i++) {
+    long id = ids[i / H], inside = id >= 0 && id < V, from = id * H + i % H;
+    check_act("embedding", i, out[i], inside ? weight[from] : 0, 0);
+    if (inside) want[from] += at(dout, i);
+  }
+  for (long i = 0; i < V * H; i++) check("embedding dw", i, dw[i], want[i], 2e-6 * (double)N);
+  release(weight, 4), release(dw, 4), release(out, size), release(dout, size), release(ids, 4);
+  free(want);
+}
+
+/* One row: its loss and, where FORM asks for it, its gradient; `before` is the row as it was. */
+static void check_cross_entropy(long row, const act *after, const act *before, float loss, int id) {
+  double max = -INFINITY, sum = 0;
+  for (long i = 0; i < V; i++) max = fmax(max, at(before, i));
+  for (long i = 0; i < V; i++) sum += exp(at(before, i) - max);
+  double want = id < 0 ? 0 : log(sum) + max - at(before, id);
+  check("cross_entropy", row, loss, want, 1e-6 * (fabs(max) + want));
+  for (long i = 0; i < V; i++) {
+    double p = exp(at(before, i) - max) / sum, gradient = id < 0 ? 0 : p - (i == id);
+    /* The exponent is rounded: an error of its size times 2^-24, here in units of 2e-6. */
+    double scale = p * (1 + fmin(max - at(before, i), 1000) / 32) + (i == id);
+    if (FORM) check_act("cross_entropy dx", row * V + i, after[i], gradient, scale);
+    else check("logits stay", row * V + i, at(after, i), at(before, i), 0);
+  }
+}
+
+static void test_cross_entropy(double spread) {
+  const long size = sizeof(act);
+  act *logits = make_act(N * V, -spread, spread), *before = make(N * V, size);
+  float *loss = make(N, 4);
+  int *targets = make(N, 4);
+  /* A masked first half: whole blocks without a finite logit. */
+  for (long i = 0; i < V / 2; i++) STORE1(ACT, logits + i, -INFINITY);
+  memcpy(before, logits, (size_t)(N * V * size));
+  for (long n = 0; n < N; n++) targets[n] = n % 3 == 1 ? -1 : (int)(V - 1 - n % 2 * (V / 3));
+  RUN(cross_entropy(logits, loss, targets, core));
+  for (long n = 0; n < N; n++) {
+    check_cross_entropy(n, logits + n * V, before + n * V, loss[n], targets[n]);
+  }
+  for (long n = 0; n < N; n++) targets[n] = n % 2 ? (int)V : 0x7fffffff; /* no such logit */
+  RUN(cross_entropy(logits, loss, targets, core));
+  for (long n = 0; n < N; n++) check("cross_entropy no logit", n, isnan(loss[n]), 1, 0);
+  release(logits, size), release(before, size), release(loss, 4), release(targets, 4);
+}
+
+static void test_square_sum(void) {
+  float *x = make_float(COUNT, -3, 3), *partial = make(NT, 4);
+  double got = 0, want = ACCUMULATE ? 2.0 * NT : 0;
+  for (int c = 0; c < NT; c++) partial[c] = 2;
+  RUN(square_sum(partial, x, core));
+  for (int c = 0; c < NT; c++) got += partial[c];
+  for (long i = 0; i < COUNT; i++) want += (double)x[i] * x[i];
+  check("square_sum", 0, got, want, 2e-7 * want);
+  release(x, 4), release(partial, 4);
+}
+
+static void test_adamw(void) {
+  const double lr = 0.01, b1 = 0.9, b2 = 0.999, eps = 1e-8, decay = FORM ? 0.1 : 0, clip = 0.5;
+  float *scalars = make(8, 4), *p = make_float(COUNT, -1, 1), *g = make_float(COUNT, -1, 1);
+  float *m = make_float(COUNT, -1, 1), *v = make_float(COUNT, 0.01, 1);
+  double *want = malloc((size_t)(3 * COUNT) * sizeof(double));
+  const double c1 = 1 - b1 * b1, c2 = 1 - b2 * b2;
+  const double values[] = {lr, b1, b2, eps, 0.1, c1, c2, clip};
+  for (int i = 0; i < 8; i++) scalars[i] = (float)values[i];
+  for (long i = 0; i < COUNT; i++) {
+    double gradient = g[i] * clip, mean = b1 * m[i] + (1 - b1) * gradient;
+    double square = b2 * v[i] + (1 - b2) * gradient * gradient;
+    double step = lr / c1 * mean / (sqrt(square) / sqrt(c2) + eps);
+    want[3 * i] = p[i] * (1 - lr * decay) - step;
+    want[3 * i + 1] = mean, want[3 * i + 2] = square;
+  }
+  RUN(adamw(p, m, v, g, scalars, core));
+  for (long i = 0; i < COUNT; i++) {
+    check("adamw p", i, p[i], want[3 * i], 5e-7);
+    check("adamw m", i, m[i], want[3 * i + 1], 3e-7);
+    check("adamw v", i, v[i], want[3 * i + 2], 3e-7);
+  }
+  release(scalars, 4), release(p, 4), release(g, 4), release(m, 4), release(v, 4), free(want);
+}
+
+int main(void) {
+  static const long sizes[] = {1, 7, 31, 33, 257};
+  for (NT = 1; NT <= 3; NT++) {
+    for (int a = 0; a < 5; a++) {
+      for (int b = 0; b < 4; b++) {
+        N = sizes[b], H = V = sizes[a];
+        test_rms_norm(), test_swiglu(), test_embedding(), test_cross_entropy(4);
+        B = 1 + b % 2, T = sizes[b], HEADS = 1 + b % 3, D = 2 * (sizes[a] % 50);
+        test_rope();
+      }
+      COUNT = sizes[a];
+      test_square_sum(), test_adamw();
+    }
+    N = 4, V = 2 * CROSS_ENTROPY_BLOCK + 33;
+    test_cross_entropy(60);
+    COUNT = 3 * SQUARE_SUM_BLOCK + 257;
+    test_square_sum();
+  }
+  if (failures) printf("%d wrong\n", failures);
+  return failures != 0;
+}

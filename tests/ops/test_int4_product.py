@@ -1,0 +1,124 @@
+"""The product with a packed weight: both forms against numpy, and against the dense product."""
+
+import numpy as np
+import pytest
+from tinygrad import Tensor, dtypes
+from tinygrad.uop.ops import Ops
+
+from tinyllama.ops.int4 import dequantize, int4_linear
+from tinyllama.ops.matmul import linear
+from tinyllama.runtime import kernel
+from tinyllama.runtime.storage import read
+
+FORMS = ["cpu", "portable"]
+TYPES = [dtypes.float32, dtypes.bfloat16, dtypes.float16]
+# Relative rounding of a stored result; the portable form also rounds the weight to it.
+ROUNDING = {dtypes.float32: 1e-6, dtypes.bfloat16: 2**-7, dtypes.float16: 2**-10}
+BATCH, LENGTH, OUTPUTS, INPUTS, BLOCK = 2, 17, 37, 96, 32
+
+
+def packed_weight(outputs=OUTPUTS, inputs=INPUTS, block=BLOCK, seed=0):
+    """Every q from -8 to 7 and scales of all sizes: (packed, scales, the weight in float64)."""
+    rng = np.random.default_rng(seed)
+    q = rng.integers(-8, 8, (outputs, inputs))
+    scales = np.exp(rng.uniform(-12, 0, (outputs, inputs // block))).astype(np.float16)
+    low, high = q[:, 0::2] & 15, q[:, 1::2] & 15
+    weight = q * np.repeat(scales.astype(np.float64), block, axis=1)
+    return (low | high << 4).astype(np.uint8), scales, weight
+
+
+def tensors(*arrays):
+    return [Tensor(array).realize() for array in arrays]
+
+
+def input_like(shape, dtype, seed):
+    values = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+    return Tensor(values).cast(dtype).realize()
+
+
+def product_and_gradient(dtype, form):
+    """y, dx and what numpy gets for them from the very inputs."""
+    packed, scales, weight = packed_weight()
+    with kernel.forced(form):
+        x = input_like((BATCH, LENGTH, INPUTS), dtype, 1)
+        dy = input_like((BATCH, LENGTH, OUTPUTS), dtype, 2)
+        y = int4_linear(x, *tensors(packed, scales))
+        (dx,) = y.gradient(x, gradient=dy)
+        assert y.dtype == dx.dtype == dtype
+        found = y.float().numpy(), dx.float().numpy()
+        given = [t.float().numpy().astype(np.float64) for t in (x, dy)]
+    return *found, given[0] @ weight.T, given[1] @ weight
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", TYPES, ids=lambda d: d.name)
+def test_product_and_gradient_of_the_input_are_those_of_the_weight_it_stands_for(dtype, form):
+    y, dx, expected_y, expected_dx = product_and_gradient(dtype, form)
+    assert np.abs(y - expected_y).max() < ROUNDING[dtype] * np.abs(expected_y).max()
+    assert np.abs(dx - expected_dx).max() < ROUNDING[dtype] * np.abs(expected_dx).max()
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=lambda d: d.name)
+@pytest.mark.parametrize(("rows", "inputs", "block"), [(1, 192, 64), (8, 96, 32), (3, 132, 6)])
+def test_few_rows_are_multiplied_without_packing(rows, inputs, block, dtype):
+    """As in generation; groups of whole vectors, and of 6, in a row that ends in half a vector."""
+    packed, scales, weight = packed_weight(inputs=inputs, block=block)
+    with kernel.forced("cpu"):
+        x = input_like((rows, inputs), dtype, 1)
+        y = int4_linear(x, *tensors(packed, scales)).float().numpy()
+    expected = x.float().numpy().astype(np.float64) @ weight.T
+    assert np.abs(y - expected).max() < ROUNDING[dtype] * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_gradient_is_the_slope_of_the_product(form):
+    """Finite differences of sum(y * dy) along random directions; it is linear in x."""
+    packed, scales, _ = packed_weight()
+    with kernel.forced(form):
+        weight = tensors(packed, scales)
+        x, direction = (input_like((3, INPUTS), dtypes.float32, seed) for seed in (3, 4))
+        dy = input_like((3, OUTPUTS), dtypes.float32, 5)
+        (dx,) = int4_linear(x, *weight).gradient(x, gradient=dy)
+        ahead = (int4_linear((x + direction).contiguous(), *weight) * dy).sum().item()
+        behind = (int4_linear((x - direction).contiguous(), *weight) * dy).sum().item()
+        assert (dx * direction).sum().item() == pytest.approx((ahead - behind) / 2, rel=1e-4)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_dequantized_weight_is_exact(form):
+    packed, scales, weight = packed_weight()
+    with kernel.forced(form):
+        assert (dequantize(*tensors(packed, scales)).numpy() == weight).all()
+
+
+def test_kernel_gives_the_bits_of_the_dense_product():
+    """Widening where a panel is packed changes nothing: same panels, same order of the sums."""
+    packed, scales, weight = packed_weight()
+    with kernel.forced("cpu"):
+        x = input_like((LENGTH, INPUTS), dtypes.float32, 6)
+        dense = linear(x, Tensor(weight.astype(np.float32)).realize()).numpy()
+        assert (int4_linear(x, *tensors(packed, scales)).numpy() == dense).all()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_packed_weight_gets_no_gradient(form):
+    packed, scales = tensors(*packed_weight()[:2])
+    with kernel.forced(form):
+        y = int4_linear(input_like((LENGTH, INPUTS), dtypes.float32, 7), packed, scales)
+        assert (y.sum().gradient(scales)[0].numpy() == 0).all()
+
+
+def test_a_thread_holds_no_more_of_the_wide_weight_than_a_block_of_panels():
+    packed, scales, weight = packed_weight(2048, 2048, 64)
+    with kernel.forced("cpu"):
+        x = input_like((LENGTH, 2048), dtypes.float32, 8)
+        y = int4_linear(x, *tensors(packed, scales))
+        written = [u for u in y.uop.toposort() if u.op is Ops.CONTIGUOUS]
+    widths = {u.shape[-1] for u in written} - {2048}  # besides x and y
+    assert len(widths) == 1 and max(widths) < weight.size / 3
+
+
+def test_a_tensor_reads_back_as_it_was_packed():
+    packed, scales = tensors(*packed_weight()[:2])
+    assert (read(packed) == packed_weight()[0]).all()
+    assert (read(scales) == packed_weight()[1]).all()

@@ -1,0 +1,93 @@
+"""Every kernel of a training step compiles for every instruction set, also those not at hand.
+
+What comes out is loaded the way tinygrad loads it, so that a call of a library function, which
+nothing would resolve, is an error. Nothing is run: the sanitized harnesses do that for the
+instruction set of the machine.
+"""
+
+import functools
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+from importlib import resources
+
+import pytest
+from tinygrad.runtime.support.compiler_cpu import ClangJITCompiler
+
+from tinyllama.config import config_from_toml
+from tinyllama.runtime import kernel
+from tinyllama.train.memory_estimate import blank_step, estimate_memory
+
+# Architecture and processor as tinygrad has them, and an instruction that only this one has.
+TARGETS = {
+    "AMX": ("x86_64", "sapphirerapids", "tdpbf16ps"),
+    "AVX-512-BF16": ("x86_64", "cooperlake", "vdpbf16ps"),
+    "AVX-512": ("x86_64", "skylake-avx512", "zmm"),
+    "AVX2+FMA": ("x86_64", "haswell", "vfmadd"),
+    "generic": ("x86_64", "x86-64", "mulps"),
+    "NEON": ("arm64", "apple-m1", "fmla"),
+}
+MODEL = """
+[model]
+vocab_size = 300
+hidden_size = 64
+num_layers = 1
+num_heads = 2
+intermediate_size = 96
+max_seq_len = 64
+[training]
+batch_size = 1
+micro_batch_size = 1
+"""
+RUNS = {
+    "float32": "",
+    "bfloat16": 'dtype = "bfloat16"',
+    "QLoRA": "[lora]\nrank = 4\n[qlora]\nblock_size = 32",
+}
+
+
+@functools.cache
+def sources(amx: bool = False) -> dict[str, str]:
+    """C texts of the kernels of full training and QLoRA, one of each kind, with or without AMX."""
+    found: dict[str, str] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernel, "has_bf16_products", lambda: True)
+        patch.setattr(kernel, "has_amx", lambda: amx)
+        for run, words in RUNS.items():
+            config = config_from_toml(MODEL + words, run)
+            step = blank_step(config)
+            estimate_memory(config, step)
+            stages = [*vars(step.staged.stages).values(), *step.optimizer.stages.values()]
+            for stage in stages:
+                for template in stage._templates.values():
+                    found |= {kind(code): code for code in template.sources}
+    return {name: code for name, code in found.items() if "#define KERNEL" in code}
+
+
+def kind(code: str) -> str:
+    """A kernel's file with the macros that choose among its code, not those that are sizes."""
+    name = re.search(r"#define KERNEL ([a-z]\w*?)_\d", code)
+    macros = "LAYOUT|ACCUMULATE|ADDEND|COMPUTE_BF16|TILE_AMX|MANY_ROWS|BLOCK|DECAY|GRADIENT|ACT"
+    macros += "|[ABC]_T"
+    chosen = re.findall(rf"#define ({macros}) (\d+)", code.partition("/*")[0])
+    return " ".join([name[1] if name else "", *(f"{key}={value}" for key, value in chosen)])
+
+
+def test_the_steps_have_kernels_of_every_file() -> None:
+    files = {file.name for file in (resources.files("tinyllama.ops") / "cpu").iterdir()}
+    words = {name.split()[0] for name in sources()}
+    missing = {file for file in files if file.endswith(".c")}
+    missing -= {f"{word}.c" for word in words} | {"launch.c"}
+    assert not missing, words
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_kernels_compile_for(target: str) -> None:
+    architecture, processor, instruction = TARGETS[target]
+    compiler, texts = ClangJITCompiler([architecture, processor]), sources(target == "AMX")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = dict(zip(texts, pool.map(compiler.compile, texts.values()), strict=True))
+    assert all(len(code) > 100 for code in objects.values())
+    product = next(code for name, code in texts.items() if "COMPUTE_BF16=1" in name)
+    compiler.args += ["-S"]
+    assert instruction in compiler.compile_to_obj(product).decode()

@@ -1,0 +1,141 @@
+"""The Makefile's targets, what make installs or asks for, and what CI runs."""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+TARGETS = re.findall(r"^([a-z0-9-]+):.*## ", MAKEFILE, re.MULTILINE)
+# What tools/system.sh itself calls.
+BASICS = ("bash", "id", "uname", "cut", "mktemp", "tail", "rm", "mkdir", "ln", "cat", "env")
+
+
+def run(
+    *command: str, path: Path | None = None, venv: str = ".venv"
+) -> subprocess.CompletedProcess[str]:
+    """A command in the repository, with nothing on its PATH but `path`, if that is given."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    if path is not None:
+        env |= {"PATH": str(path), "PYTHON": "python3", "VENV": venv}
+    return subprocess.run(
+        command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> Path:
+    """A folder of commands as on a machine without compiler, apt-get and sudo."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name in BASICS:
+        found = shutil.which(name)
+        assert found is not None
+        (folder / name).symlink_to(found)
+    return folder
+
+
+def command(folder: Path, name: str, body: str) -> None:
+    """Put a shell script called `name` into `folder`."""
+    path = folder / name
+    path.write_text(f"#!/usr/bin/env bash\n{body}\n")
+    path.chmod(0o755)
+
+
+def test_help_is_the_default_and_lists_every_target() -> None:
+    for words in (("make",), ("make", "help")):
+        done = run(*words)
+        assert re.findall(r"^make ([\w-]+)", done.stdout, re.MULTILINE) == TARGETS
+    phony = re.search(r"^\.PHONY: (.*)", MAKEFILE.replace("\\\n", ""), re.MULTILINE)
+    assert phony is not None and phony[1].split() == TARGETS
+
+
+@pytest.mark.parametrize("target", [t for t in TARGETS if t != "clean"])
+def test_targets_can_be_planned(target: str) -> None:
+    done = run("make", "-n", target)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_budget_reaches_the_demo() -> None:
+    assert "tools/demo.py --budget 60" in run("make", "-n", "demo", "BUDGET=60").stdout
+    assert "tools/demo.py --budget 300" in run("make", "-n", "demo").stdout
+
+
+def test_the_parts_of_the_demo_take_twenty_seconds_unless_told() -> None:
+    for part in ("train", "lora", "qlora"):
+        found = run("make", "-n", f"llama-demo-{part}").stdout
+        assert f"tools/demo_llama.py {part} --budget 20" in found
+    found = run("make", "-n", "llama-ci", "BUDGET=5").stdout
+    assert re.findall(r"demo_llama.py (\w+) --budget 5", found) == ["train", "lora", "qlora"]
+
+
+def test_files_of_tests_exist() -> None:
+    files = re.findall(r"tests/[\w/]+\.py", MAKEFILE)
+    assert len(files) > 10 and [file for file in files if not (ROOT / file).exists()] == []
+
+
+def test_developers_get_a_real_tokenizer_without_what_it_needs_itself() -> None:
+    for kind, expected in (("dev", True), ("demo", False)):
+        planned = run("make", "-n", "-B", f".venv/.{kind}").stdout
+        assert f"--editable '.[{kind}]'" in planned
+        shell = [line for line in planned.splitlines() if "--no-deps" in line]
+        assert ("if [ dev = dev ]" in "".join(shell)) == expected
+
+
+def test_slow_tests_exist() -> None:
+    for line in (ROOT / "tests" / "slow.txt").read_text().split():
+        file, _, name = line.partition("::")
+        text = (ROOT / "tests" / file).read_text(encoding="utf-8")
+        assert not name or f"def {name}(" in text, line
+
+
+def test_ci_runs_the_tests_and_a_minute_of_the_demo() -> None:
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    lines = script.read_text().splitlines()
+    assert "set -euo pipefail" in lines
+    assert lines.index("make test") < lines.index("make demo BUDGET=60")
+
+
+def test_a_missing_compiler_ends_with_what_to_type(bare: Path) -> None:
+    done = run("tools/system.sh", "clang", path=bare)
+    assert done.returncode == 1
+    assert "tinygrad's CPU backend needs the C compiler clang" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_what_tests_can_do_without_is_asked_for_but_not_required(bare: Path) -> None:
+    command(bare, "clang", "[ $1 = --version ]")  # there, but without the sanitizers' library
+    done = run("tools/system.sh", "clang", "sanitizers", path=bare)
+    assert done.returncode == 0, done.stderr
+    assert "the kernels' sanitizer tests need clang's runtime library: type" in done.stderr
+    assert run("tools/system.sh", "--required", "sanitizers", path=bare).returncode == 1
+
+
+def test_a_clang_with_its_version_in_its_name_will_do(bare: Path, tmp_path: Path) -> None:
+    command(bare, "clang-15", "echo clang version 15")
+    done = run("tools/system.sh", "clang", path=bare, venv=str(tmp_path / "venv"))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "venv" / "bin" / "clang").resolve() == (bare / "clang-15").resolve()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="root alone calls apt-get without sudo")
+def test_apt_get_installs_what_is_missing(bare: Path) -> None:
+    installed = f"printf '#!/usr/bin/env bash\\n' > {bare}/clang; /bin/chmod +x {bare}/clang"
+    command(bare, "apt-get", f'echo "$@" >> {bare}/log; case "$*" in *install*) {installed};; esac')
+    done = run("tools/system.sh", "clang", path=bare)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "Installing clang with apt-get ...\n"
+    update, install = (bare / "log").read_text().splitlines()
+    assert update.endswith(" update")
+    assert install.endswith(" install -y --no-install-recommends clang")
+
+
+def test_unknown_needs_are_refused() -> None:
+    done = run("tools/system.sh", "gcc")
+    assert done.returncode == 2
+    assert done.stderr.startswith("usage: tools/system.sh")

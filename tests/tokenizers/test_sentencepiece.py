@@ -1,0 +1,248 @@
+"""SentencePiece models as LLaMA uses them: ids, exact round trips, streams, training, errors."""
+
+import hashlib
+import importlib.util
+import io
+import itertools
+import random
+from pathlib import Path
+
+import pytest
+import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tinyllama.errors import TokenizerError
+from tinyllama.tokenizers import sentencepiece as module
+from tinyllama.tokenizers.sentencepiece import Tokenizer, load_tokenizer, train_tokenizer
+
+TEXTS = [
+    "",
+    " ",
+    "Hello world",
+    " leading",
+    "trailing ",
+    "two  spaces   three",
+    "\tdef f(x):\n\t\treturn  x\n",
+    "line\r\nline\r\n\r\n",
+    "\n\n\n",
+    "2024-11-22 costs 1234.50",
+    "naïve 漢字 и Ω 👩‍👩‍👧 🇨🇭",
+    "a\0b\x01\x7f",
+    "\ufeffmark",
+    "<s>not special</s> <unk> <0x0A>",
+]
+CODE = "def add(first, second):\n    return first + second  # 123\n\n\n" * 40
+
+
+@pytest.fixture(scope="module")
+def llama_file() -> Path:
+    """A real LLaMA-style model of 32000 pieces, found without importing its package."""
+    spec = importlib.util.find_spec("mistral_common")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("mistral-common, which brings a real tokenizer.model, is not installed")
+    return Path(spec.submodule_search_locations[0]) / "data" / "tokenizer.model.v1"
+
+
+@pytest.fixture(scope="module")
+def llama(llama_file: Path) -> Tokenizer:
+    return load_tokenizer(llama_file)
+
+
+@pytest.fixture(scope="module")
+def trained() -> Tokenizer:
+    return train_tokenizer([CODE, *TEXTS], 330)
+
+
+def make_model(**changes: object) -> bytes:
+    """A SentencePiece model trained without our settings."""
+    written = io.BytesIO()
+    arguments: dict[str, object] = {"model_type": "bpe", "vocab_size": 40, "minloglevel": 2}
+    lines = iter(["a few plain words"] * 3)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=lines, model_writer=written, **(arguments | changes)
+    )
+    return written.getvalue()
+
+
+def test_a_llama_model_works_as_it_is(llama: Tokenizer, llama_file: Path) -> None:
+    assert (llama.vocab_size, llama.bos_id, llama.eos_id) == (32000, 1, 2)
+    assert llama.fingerprint == hashlib.sha256(llama_file.read_bytes()).hexdigest()
+    assert llama.encode("Hello world") == [22557, 1526]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_ids_are_those_of_sentencepiece(llama: Tokenizer, llama_file: Path, text: str) -> None:
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(llama_file))
+    assert llama.encode(text) == reference.encode(text)
+
+
+def test_a_long_text_gives_the_ids_of_the_uncut_text(llama: Tokenizer, llama_file: Path) -> None:
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(llama_file))
+    text = Path(__file__).read_text(encoding="utf-8").replace("\u2581", "") * 3
+    assert len(text) > 3 * module._LINES_CHARS
+    assert llama.encode(text) == reference.encode(text)
+
+
+def test_text_without_line_ends_is_cut_at_the_longest_piece(
+    trained: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_LONGEST_CHARS", 100)
+    monkeypatch.setattr(trained, "_cut_chars", 50)
+    text = "word " * 200
+    assert max(map(len, module._cut(text, 50))) == 100
+    assert trained.decode(trained.encode(text)) == text
+
+
+@pytest.mark.parametrize("text", [*TEXTS, "a\u2581b", "\u2581", "\u2581 x", " \u2581", CODE])
+def test_every_text_survives(llama: Tokenizer, trained: Tokenizer, text: str) -> None:
+    assert llama.decode(llama.encode(text)) == text
+    assert trained.decode(trained.encode(text)) == text
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from(" \t\n\r\0\u2581a")))
+def test_any_text_survives_streaming(trained: Tokenizer, text: str) -> None:
+    ids = trained.encode(text)
+    stream = trained.stream()
+    assert "".join([stream.push(piece) for piece in ids]) + stream.flush() == text
+    assert not {trained.bos_id, trained.eos_id} & set(ids)
+
+
+def test_a_continued_text_gets_no_space_before_its_first_word(llama: Tokenizer) -> None:
+    whole = llama.encode("first line\nsecond line")
+    parts = llama.encode("first line\n") + llama.encode("second line", continued=True)
+    assert whole == parts
+    assert llama.encode("second line") != llama.encode("second line", continued=True)
+
+
+def test_a_character_is_held_back_until_it_is_whole(llama: Tokenizer) -> None:
+    ids = llama.encode("a𓀀b")
+    stream = llama.stream()
+    assert [stream.push(piece) for piece in ids] == ["a", "", "", "", "𓀀", "b"]
+
+
+def test_what_never_becomes_a_character_is_shown(llama: Tokenizer) -> None:
+    first = llama.encode("𓀀", continued=True)[:2]
+    assert llama.decode(first) == "\ufffd\ufffd"
+    assert llama.decode([*first, *llama.encode("b", continued=True)]) == "\ufffd\ufffdb"
+
+
+def test_decoding_agrees_with_sentencepiece(llama: Tokenizer, llama_file: Path) -> None:
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(llama_file))
+    chosen = random.Random(7)
+    for _ in range(3000):
+        ids = [chosen.choice([chosen.randrange(300), chosen.randrange(32000)]) for _ in range(6)]
+        assert llama.decode(ids) == reference.decode(ids), ids
+
+
+def test_a_continued_stream_keeps_the_space_of_its_first_word(llama: Tokenizer) -> None:
+    (world,) = llama.encode("world")
+    assert llama.stream().push(world) == "world"
+    assert llama.stream(continued=True).push(world) == " world"
+
+
+def test_saving_and_loading_keeps_every_byte(trained: Tokenizer, tmp_path: Path) -> None:
+    path = trained.save(tmp_path / "run")
+    assert path == tmp_path / "run" / "tokenizer.model"
+    assert path.read_bytes() == trained.model
+    for place in (path, path.parent):
+        assert load_tokenizer(place).fingerprint == trained.fingerprint
+
+
+def test_training_gives_llamas_special_ids_and_bytes(trained: Tokenizer) -> None:
+    model = sentencepiece.SentencePieceProcessor(model_proto=trained.model)
+    assert (model.unk_id(), model.bos_id(), model.eos_id(), model.pad_id()) == (0, 1, 2, -1)
+    assert model.id_to_piece(list(range(4))) == ["<unk>", "<s>", "</s>", "<0x00>"]
+    assert sum(model.is_byte(list(range(330)))) == 256
+    assert trained.vocab_size == 330
+
+
+def test_training_splits_digits_and_learns_runs_of_spaces(trained: Tokenizer) -> None:
+    model = sentencepiece.SentencePieceProcessor(model_proto=trained.model)
+    assert model.encode("    return", out_type=str)[:2] == ["▁▁", "▁▁▁"]
+    assert model.encode("x123", out_type=str)[-3:] == ["1", "2", "3"]
+
+
+def test_training_twice_gives_the_same_bytes_and_writes_them(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "t.model"
+    first = train_tokenizer(iter([CODE]), 290, out)
+    assert out.read_bytes() == first.model == train_tokenizer([CODE], 290).model
+
+
+@pytest.mark.parametrize("reserved", ["\0", "\u2585", "\u2581"])
+def test_training_skips_no_line_for_a_character_in_it(reserved: str) -> None:
+    trained = train_tokenizer([f"{reserved} wonderful wonderful\n" * 50], 280)
+    assert len(trained.encode("wonderful")) <= 2
+
+
+def test_training_skips_no_part_of_a_long_line() -> None:
+    trained = train_tokenizer(["x " * 3000 + "wonderful " * 50], 281)
+    assert len(trained.encode("wonderful")) <= 2
+
+
+def test_the_training_sample_is_bounded_and_spread_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_TRAIN_CHARS", 1000)
+    texts = [f"{number:09d}\n" for number in range(5000)]
+    kept = module._sample(iter(texts))
+    assert 500 <= sum(map(len, kept)) <= 1000
+    assert kept == module._sample(texts)
+    numbers = [int(text) for text in kept]
+    gaps = [after - before for before, after in itertools.pairwise(numbers)]
+    assert numbers == sorted(numbers)
+    assert max(gaps) < 4 * 5000 / len(kept)
+
+
+@pytest.mark.parametrize(
+    ("texts", "vocab_size", "message"),
+    [
+        ([], 300, "cannot train a tokenizer: the texts are empty"),
+        (["abc"], 2000, "vocab_size 2000: the texts give at most 269 pieces"),
+        (["abcdefgh"], 262, "vocab_size 262: the characters in the texts alone need 268 pieces"),
+    ],
+)
+def test_training_says_why_it_cannot(texts: list[str], vocab_size: int, message: str) -> None:
+    with pytest.raises(TokenizerError) as error:
+        train_tokenizer(texts, vocab_size)
+    assert str(error.value) == message
+
+
+def test_loading_says_what_is_wrong(tmp_path: Path) -> None:
+    junk = tmp_path / "junk.model"
+    junk.write_bytes(b"not a model")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    cases = {
+        tmp_path / "none.model": "none.model: no such file",
+        junk: "junk.model: not a SentencePiece model (11 bytes)",
+        folder: "folder: the folder holds no tokenizer.model",
+    }
+    for path, message in cases.items():
+        with pytest.raises(TokenizerError) as error:
+            load_tokenizer(path)
+        assert str(error.value).endswith(message)
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(TokenizerError, match=r"its tokenizer\.json is of another kind"):
+        load_tokenizer(folder)
+
+
+def test_a_model_without_begin_or_end_is_refused() -> None:
+    with pytest.raises(TokenizerError, match="t: the model has no piece for the end of a text"):
+        Tokenizer(make_model(eos_id=-1), "t")
+    with pytest.raises(TokenizerError, match="t: the model has no piece for the begin of a text"):
+        Tokenizer(make_model(bos_id=-1), "t")
+
+
+def test_a_model_without_dummy_space_or_bytes_is_read_as_it_is() -> None:
+    plain = Tokenizer(make_model(add_dummy_prefix=False, remove_extra_whitespaces=False))
+    assert plain.decode(plain.encode(" few  words")) == " few  words"
+    assert plain.encode("words") == plain.encode("words", continued=True)
+    assert plain.decode(plain.encode("few\u2581words")) == "few words"  # no bytes to hold it
+
+
+def test_ids_and_texts_out_of_range_are_refused(trained: Tokenizer) -> None:
+    for piece in (-1, 330):
+        with pytest.raises(TokenizerError, match=f"token id {piece}: must be 0 to 329"):
+            trained.decode([piece])
+    with pytest.raises(TokenizerError, match=r"U\+D800 at character 2, which UTF-8 cannot"):
+        trained.encode("ab\ud800")

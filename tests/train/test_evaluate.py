@@ -1,0 +1,113 @@
+"""Evaluation: the loss is the model's own, over every token once, however it is cut."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data_helpers import load, small_tokenizer, write
+from model_helpers import SQUARE, build, random_weights, reference_loss
+from runs_helpers import VAL_FILES, cli, finished_run, metrics, shared_folder
+from tinygrad import Tensor
+
+from tinyllama.data.batches import sequential
+from tinyllama.train.evaluate import Evaluator
+
+CONFIG = replace(SQUARE, vocab_size=300)
+CONTEXT = 16
+
+
+@pytest.fixture
+def texts(tmp_path, monkeypatch):
+    """Three documents of real text, the second within a window."""
+    monkeypatch.chdir(tmp_path)
+    text = Path(VAL_FILES[0]).read_text()
+    write("text.jsonl", [text[:61], text[61:66], text[66:150]])
+    return load(small_tokenizer(), "text.jsonl")
+
+
+def test_the_loss_is_that_of_the_formula_over_documents(texts):
+    result = Evaluator(build(CONFIG), texts, CONTEXT, 2).run()
+    weights = random_weights(CONFIG)
+    batches = list(sequential(texts, CONTEXT, 2))
+    summed = sum(reference_loss(weights, CONFIG, batch) for batch in batches)
+    assert result.tokens == texts.n_tokens - 3  # of a document's last token nothing is predicted
+    assert result.loss == pytest.approx(summed / result.tokens, rel=1e-5)
+    assert result.perplexity == pytest.approx(math.exp(result.loss))
+    bits = summed / math.log(2) / texts.text_bytes
+    assert result.bits_per_byte == pytest.approx(bits, rel=1e-5)
+    assert texts.text_bytes == 150
+
+
+def test_the_loss_is_that_of_the_logits_of_a_single_document(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write("one.txt", Path(VAL_FILES[0]).read_text()[:150])
+    data, model = load(small_tokenizer(), "one.txt"), build(CONFIG)
+    (batch,) = sequential(data, CONTEXT, data.window_count(CONTEXT))
+    logits = model(Tensor(batch.tokens)).numpy().astype(np.float64)
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    picked = np.take_along_axis(log_p, np.maximum(batch.targets, 0)[..., None], -1)[..., 0]
+    expected = -picked[batch.targets >= 0].mean()
+    assert Evaluator(model, data, CONTEXT, 1).run().loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_loss_does_not_depend_on_the_batch_size(texts):
+    most = texts.window_count(CONTEXT) - 1  # the second batch holds one window, and padding
+    one, many = (Evaluator(build(CONFIG), texts, CONTEXT, size).run() for size in (1, most))
+    assert most > 3 and one.tokens == many.tokens
+    assert one.loss == pytest.approx(many.loss, rel=1e-6)
+
+
+def test_an_evaluator_serves_again_and_sees_new_weights(texts):
+    model = build(CONFIG)
+    evaluator = Evaluator(model, texts, CONTEXT, 2)
+    first = evaluator.run()
+    assert evaluator.run() == first
+    weight = model.lm_head.weight
+    weight.assign(weight * 0).realize()
+    assert evaluator.run().loss == pytest.approx(math.log(300), rel=1e-6)
+
+
+def test_a_hopeless_model_has_infinite_perplexity(texts, monkeypatch):
+    evaluator = Evaluator(build(CONFIG), texts, CONTEXT, 2)
+    monkeypatch.setattr(evaluator, "_summed_loss", lambda *_: Tensor([1e6]))
+    assert evaluator.run().perplexity == math.inf
+
+
+def test_the_command_prints_json_that_equals_the_run_s_validation(capsys):
+    run = finished_run()
+    words = ["evaluate", "--model", run / "final", "--data", *VAL_FILES, "--batch", 12]
+    assert cli(*words, "--cache-dir", shared_folder() / "cache") == 0
+    out, err = capsys.readouterr()
+    assert err.startswith("backend CPU, ")
+    found = json.loads(out)
+    assert set(found) == {"loss", "perplexity", "bits_per_byte", "tokens"}
+    last = list(metrics(run).values())[-1]
+    assert found["loss"] == pytest.approx(last["val_loss"], rel=1e-6)
+    summed_bits = found["loss"] * found["tokens"] / math.log(2)
+    text_bytes = len(Path(VAL_FILES[0]).read_bytes())
+    assert found["bits_per_byte"] == pytest.approx(summed_bits / text_bytes)
+
+
+def test_a_context_that_the_model_does_not_have_is_refused(capsys):
+    words = ["evaluate", "--model", finished_run() / "final", "--data", *VAL_FILES]
+    assert cli(*words, "--context", 49) == 2
+    assert "--context: got 49, must be at most the model's 48" in capsys.readouterr().err
+
+
+def test_a_shorter_stride_predicts_the_same_tokens_each_from_more_text(texts):
+    model = build(CONFIG)
+    apart, overlapping = (
+        Evaluator(model, texts, CONTEXT, 2, stride).run() for stride in (None, CONTEXT // 4)
+    )
+    assert overlapping.tokens == apart.tokens
+    whole = Evaluator(model, texts, texts.n_tokens, 1).run()
+    assert abs(overlapping.loss - whole.loss) < abs(apart.loss - whole.loss)
+
+
+def test_a_stride_that_would_leave_tokens_out_is_refused(capsys):
+    words = ["evaluate", "--model", finished_run() / "final", "--data", *VAL_FILES]
+    assert cli(*words, "--context", 24, "--stride", 25) == 2
+    assert "--stride: got 25, must be at most the context, 24" in capsys.readouterr().err

@@ -1,0 +1,35 @@
+"""Configuration: a TOML file and `--set section.key=value` overrides become one frozen Config."""
+
+from tinyllama.config.config import (
+    SECTIONS,
+    Config,
+    config_from_toml,
+    load_config,
+    option_table,
+)
+from tinyllama.config.sections import (
+    ALL_LINEAR,
+    CheckpointingConfig,
+    DataConfig,
+    LlamaConfig,
+    LoraConfig,
+    LRScheduleConfig,
+    QloraConfig,
+    TrainingConfig,
+)
+
+__all__ = [
+    "ALL_LINEAR",
+    "SECTIONS",
+    "CheckpointingConfig",
+    "Config",
+    "DataConfig",
+    "LRScheduleConfig",
+    "LlamaConfig",
+    "LoraConfig",
+    "QloraConfig",
+    "TrainingConfig",
+    "config_from_toml",
+    "load_config",
+    "option_table",
+]

@@ -1,0 +1,296 @@
+# ruff: noqa: RUF009  (option() is dataclasses.field with a help text)
+"""The sections of a configuration file, as frozen dataclasses, and what must hold between them.
+
+An option is one field here: type, limits, default and help. What is not set stays None, and what it
+then stands for is a property. Every section is checked when it is made, from a file or in Python.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self
+
+from msgspec import Meta
+
+from tinyllama.config.options import (
+    PATH,
+    Relation,
+    allowed,
+    convert,
+    got,
+    option,
+    options_of,
+    problems_of,
+)
+from tinyllama.errors import ConfigError
+
+# Sizes have no upper limit: parameters are counted exactly for models nobody can build.
+Count = Annotated[int, Meta(ge=1)]
+Rows = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+Natural = Annotated[int, Meta(ge=0)]
+Positive = Annotated[float, Meta(gt=0)]
+NotNegative = Annotated[float, Meta(ge=0)]
+Fraction = Annotated[float, Meta(ge=0, lt=1)]
+Text = Annotated[str, Meta(min_length=1)]
+Place = Annotated[str, Meta(min_length=1, extra={PATH: True})]
+Texts = Text | Annotated[tuple[Text, ...], Meta(min_length=1)]
+LinearName = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LinearNames = Literal["all-linear"] | Annotated[tuple[LinearName, ...], Meta(min_length=1)]
+
+ATTENTION_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj")
+ALL_LINEAR = (*ATTENTION_LINEAR, "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """[model]: the sizes of a LLaMA. Raises ConfigError when they cannot be built."""
+
+    vocab_size: Count = option(32000, "entries of the vocabulary")
+    hidden_size: Count = option(768, "width of the residual stream")
+    num_layers: Count = option(12, "transformer layers")
+    num_heads: Count = option(12, "query heads a layer")
+    num_kv_heads: Count | None = option(
+        None, "key and value heads a layer, fewer than num_heads for grouped-query attention"
+    )
+    intermediate_size: Count = option(3072, "width of the SwiGLU feed-forward layer")
+    max_seq_len: Count = option(2048, "longest sequence, in tokens")
+    rope_theta: Positive = option(10000.0, "base of the rotary embedding's frequencies")
+    rms_norm_eps: Positive = option(1e-5, "added to the mean square in RMSNorm")
+    tie_word_embeddings: bool = option(False, "the output head is the embedding matrix")
+    base: Place | None = option(
+        None, "checkpoint to start from; sizes that are not set are read from it"
+    )
+
+    def __post_init__(self) -> None:
+        _validate("model", self)
+
+    @property
+    def kv_heads(self) -> int:
+        """Key and value heads a layer: num_kv_heads, or num_heads where that is not set."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head, the same for every query, key and value head."""
+        return self.hidden_size // self.num_heads
+
+    @classmethod
+    def toy_124m(cls) -> Self:
+        """configs/124m.toml: the sizes of GPT-2 small; they are also the defaults."""
+        return cls()
+
+    @classmethod
+    def llama2_7b(cls) -> Self:
+        """configs/7b.toml: Llama 2 7B (Touvron et al. 2023, arXiv:2307.09288)."""
+        return cls(
+            hidden_size=4096,
+            num_layers=32,
+            num_heads=32,
+            intermediate_size=11008,
+            max_seq_len=4096,
+        )
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """[training]: the optimizer, the batch and how long to go on."""
+
+    learning_rate: Positive = option(3e-4, "peak learning rate")
+    weight_decay: NotNegative = option(0.01, "decoupled weight decay of AdamW")
+    beta1: Fraction = option(0.9, "decay of AdamW's mean of gradients")
+    beta2: Fraction = option(0.95, "decay of AdamW's mean of squared gradients")
+    epsilon: Positive = option(1e-8, "added to the root in AdamW's denominator")
+    grad_clip: NotNegative = option(1.0, "largest norm of all gradients together; 0 for no limit")
+    batch_size: Rows = option(32, "sequences that one optimizer step sees")
+    micro_batch_size: Rows | None = option(
+        None,
+        "sequences that memory sees at once; must divide batch_size; when not set, as many of them"
+        " as fit",
+    )
+    num_epochs: Count = option(1, "passes over the training text")
+    max_steps: Count | None = option(None, "optimizer steps after which to stop in any case")
+    seed: Annotated[int, Meta(ge=0, le=2**32 - 1)] = option(0, "of weights, shuffling and dropout")
+    dtype: Literal["float32", "bfloat16", "float16"] = option(
+        "float32", "of activations; sums, parameters and optimizer state stay float32"
+    )
+    eval_every: Count | None = option(
+        None, "steps between validations; when not set, after each epoch"
+    )
+    checkpoint_activations: bool = option(
+        False, "keep only each layer's input and compute the rest again: less memory, more time"
+    )
+    devices: Count = option(1, "devices that share the batch; for now 1")
+    beam: Natural = option(
+        0, "width of tinygrad's search for faster kernels; 0 for none, which is all for now"
+    )
+
+    def __post_init__(self) -> None:
+        _validate("training", self)
+
+    @property
+    def micro_batch(self) -> int:
+        """Sequences in memory at once: micro_batch_size, or batch_size where that is not set."""
+        return self.batch_size if self.micro_batch_size is None else self.micro_batch_size
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Micro-batches whose gradients one optimizer step sums."""
+        return self.batch_size // self.micro_batch
+
+
+@dataclass(frozen=True)
+class LRScheduleConfig:
+    """[lr_schedule]: the learning rate over the steps."""
+
+    type: Literal["cosine", "linear", "constant"] = option(
+        "cosine", "shape of the way from learning_rate down to min_lr"
+    )
+    warmup_steps: Natural = option(0, "steps over which the rate rises from 0")
+    min_lr: NotNegative = option(0.0, "rate at the last step")
+
+    def __post_init__(self) -> None:
+        _validate("lr_schedule", self)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """[data]: texts, tokenizer, and which tokens are trained."""
+
+    train_path: Texts = option("data/train.txt", "training text: files, folders or patterns")
+    val_path: Texts | None = option(None, "validation text, in the same forms")
+    context_length: Rows | None = option(
+        None, "tokens a training sequence; when not set, model.max_seq_len"
+    )
+    tokenizer: Place | None = option(
+        None,
+        'tokenizer file or folder, or "train" for one made from the training text; '
+        'when not set, that of model.base, or "train" without a base',
+    )
+    tokenizer_vocab_size: Count | None = option(
+        None, 'vocabulary of a tokenizer made with "train"; when not set, model.vocab_size'
+    )
+    train_on: Literal["all", "assistant", "last"] = option(
+        "all",
+        "which tokens of a conversation are learned: all (for now this), the assistant's, its last"
+        " answer's",
+    )
+    cache_dir: Place = option(".cache/tinyllama", "where tokenized text is kept between runs")
+
+    def __post_init__(self) -> None:
+        _validate("data", self)
+
+
+@dataclass(frozen=True)
+class CheckpointingConfig:
+    """[checkpointing]: when and where a run is saved."""
+
+    save_every: Count = option(1000, "steps between checkpoints")
+    checkpoint_dir: Place = option("checkpoints", "folder of the run")
+    keep_last_n: Count = option(3, "checkpoints kept; older ones are removed")
+
+    def __post_init__(self) -> None:
+        _validate("checkpointing", self)
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """[lora]: adapters y = x W^T + scale (x A^T) B^T (Hu et al. 2021, arXiv:2106.09685)."""
+
+    rank: Count = option(16, "rows of A and columns of B")
+    alpha: Positive = option(32.0, "numerator of the scale alpha / rank")
+    dropout: Fraction = option(0.0, "share of an adapter's inputs set to zero in training")
+    target_modules: LinearNames = option(ATTENTION_LINEAR, "linear layers that get an adapter")
+    use_rslora: bool = option(False, "scale by alpha / sqrt(rank) instead (arXiv:2312.03732)")
+
+    def __post_init__(self) -> None:
+        _validate("lora", self)
+
+    @property
+    def scale(self) -> float:
+        """What the adapter's output is multiplied by."""
+        return self.alpha / (self.rank**0.5 if self.use_rslora else self.rank)
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Names of the adapted layers; "all-linear" is every linear layer but the head."""
+        return ALL_LINEAR if self.target_modules == "all-linear" else tuple(self.target_modules)
+
+
+@dataclass(frozen=True)
+class QloraConfig:
+    """[qlora]: how the frozen base is packed (Dettmers et al. 2023, arXiv:2305.14314)."""
+
+    quantize_base: bool = option(True, "pack the frozen linear layers")
+    bits: Literal[4] = option(4, "bits a weight")
+    block_size: Annotated[int, Meta(ge=2, multiple_of=2)] = option(
+        64, "neighbouring inputs of a row that share one scale"
+    )
+
+    def __post_init__(self) -> None:
+        _validate("qlora", self)
+
+
+RELATIONS = (
+    Relation(
+        ("model.hidden_size", "model.num_heads"),
+        lambda hidden, heads: hidden % heads == 0,
+        "divisible by model.num_heads, which is {1}",
+    ),
+    Relation(
+        ("model.hidden_size", "model.num_heads"),
+        lambda hidden, heads: hidden % heads or hidden // heads % 2 == 0,
+        "an even multiple of model.num_heads, which is {1}: rotary embeddings turn pairs",
+    ),
+    Relation(
+        ("model.num_heads", "model.num_kv_heads"),
+        lambda heads, kv_heads: kv_heads is None or heads % kv_heads == 0,
+        "divisible by model.num_kv_heads, which is {1}",
+    ),
+    Relation(
+        ("training.micro_batch_size", "training.batch_size"),
+        lambda micro, batch: micro is None or batch % micro == 0,
+        "a divisor of training.batch_size, which is {1}",
+    ),
+    Relation(
+        ("lr_schedule.min_lr", "training.learning_rate"),
+        lambda low, peak: low <= peak,
+        "at most training.learning_rate, which is {1}",
+    ),
+    Relation(
+        ("data.context_length", "model.max_seq_len"),
+        lambda context, longest: context is None or context <= longest,
+        "at most model.max_seq_len, which is {1}",
+    ),
+    Relation(
+        ("data.tokenizer_vocab_size", "model.vocab_size"),
+        lambda tokens, rows: tokens is None or tokens <= rows,
+        "at most model.vocab_size, which is {1}",
+    ),
+    Relation(
+        ("lora.target_modules",),
+        lambda names: isinstance(names, str) or len(set(names)) == len(names),
+        "names that differ from each other",
+    ),
+)
+
+
+def checkable(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that relations apply to: a base's own sizes are not known before it is read."""
+    has_base = values.get("model.base") is not None
+    return {k: v for k, v in values.items() if not (has_base and k.startswith("model."))}
+
+
+def _validate(section: str, instance: Any) -> None:
+    """Raise ConfigError naming every wrong value; give each value the type its field declares."""
+    values, problems = {}, []
+    cls: type = type(instance)
+    for key, name, _, hint, _ in options_of(section, cls):
+        value = getattr(instance, name)
+        try:
+            values[key] = convert(value, hint)
+        except ValueError:
+            problems.append(f"{key}: {got(value, allowed(hint))}")
+        else:  # an integer for a float, a list for a tuple
+            object.__setattr__(instance, name, values[key])
+    problems += problems_of(RELATIONS, checkable(values))
+    if problems:
+        raise ConfigError("\n".join(problems))

@@ -1,0 +1,286 @@
+"""Adapters merged into a copy of their base, one tensor at a time.
+
+    W' = W + sum over adapters of weight * scale * B A        (with unmerge: W - ...)
+
+Adapters of a QLoRA run belong to what the base is in 4 bits, so there W is that, dequantized
+(embedding and head rounded to bfloat16, as the run held them), and the merged model computes what
+the run saw; what the base loses by it is measured tensor by tensor. The original W, which the
+adapters were not trained on, can be asked for.
+
+The copy has the base's files: the same shards, types (unless others are asked for), configuration
+and tokenizer. It appears whole or not at all, and never in the base's place. Arithmetic is float32;
+what is stored narrower is rounded once, to nearest.
+"""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from tinyllama.errors import WeightsError
+from tinyllama.formats.dtypes import (
+    BITS,
+    Array,
+    RawArray,
+    convert,
+    to_float32,
+)
+from tinyllama.formats.huggingface import (
+    EMBEDDING,
+    HEAD,
+    INDEX,
+    STORED,
+    WEIGHTS,
+    HfFolder,
+    open_folder,
+    read_json,
+)
+from tinyllama.formats.int4 import (
+    Weights,
+    as_packed,
+    check_block_size,
+    row_parts,
+)
+from tinyllama.formats.peft import PARTS, AdapterConfig, AdapterFolder
+from tinyllama.formats.safetensors import LazyArray, write_safetensors
+from tinyllama.system.files import atomic_directory, remove_partials
+
+Stored = Literal["keep", "fp32", "bf16", "fp16"]
+AS_TRAINED: Literal["as trained"] = "as trained"
+Packing = int | Literal["as trained"] | None
+# safetensors' and transformers' names of the types that can be asked for.
+_TYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+# What is copied beside the weights: configuration, tokenizer, templates, licences.
+_COPIED = (".json", ".jinja", ".model", ".txt", ".md")
+# The state of a training run and digests of other files.
+_LEFT = ("training_state.json", "manifest.json", INDEX)
+
+
+@dataclass(frozen=True)
+class Lost:
+    """How far a tensor of the base, or several, are from what they are in 4 bits: w - held."""
+
+    name: str
+    count: int
+    largest: float  # of |w - held|
+    squares: float  # sum of (w - held)^2
+    own_squares: float  # sum of w^2
+
+    @property
+    def rms(self) -> float:
+        """Root of the mean of (w - held)^2."""
+        return math.sqrt(self.squares / max(self.count, 1))
+
+    @property
+    def relative(self) -> float:
+        """That root over the root of the mean of w^2."""
+        return math.sqrt(self.squares / self.own_squares) if self.own_squares else 0.0
+
+
+def total_lost(parts: Sequence[Lost]) -> Lost:
+    """All of them together."""
+    return Lost(
+        "total",
+        sum(part.count for part in parts),
+        max((part.largest for part in parts), default=0.0),
+        sum(part.squares for part in parts),
+        sum(part.own_squares for part in parts),
+    )
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a merge did: `changed` of `total` tensors, to `bytes` of weights.
+
+    block_size is that of the 4 bits the base was put through, or None; `lost` what that cost.
+    """
+
+    changed: int
+    total: int
+    bytes: int
+    block_size: int | None = None
+    lost: tuple[Lost, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One adapter on the base, and what its B A are multiplied by besides their scale."""
+
+    folder: AdapterFolder
+    config: AdapterConfig
+    weight: float
+
+
+def merge(
+    base: str | Path,
+    adapters: Sequence[tuple[str | Path, float]],
+    out: str | Path,
+    *,
+    dtype: Stored = "keep",
+    unmerge: bool = False,
+    packing: Packing = AS_TRAINED,
+) -> Merged:
+    """Write `base` with `adapters` (folder, weight) as the folder `out`, which must not exist.
+
+    `packing` is the block size of the 4 bits that the base is put through first: the one that the
+    adapters were trained on, a number, or None for the base as it is.
+    `unmerge` takes them out of a base that they were merged into, and packs nothing; then only
+    shapes can say whether it is the right one. Raises ConfigError and WeightsError, and then leaves
+    no `out`.
+    """
+    base, out = Path(base), Path(out)
+    _refuse_place(base, out)
+    folder = open_folder(base)
+    sign = -1.0 if unmerge else 1.0
+    parts = [_part(folder, path, sign * weight, check=not unmerge) for path, weight in adapters]
+    block_size = None if unmerge else _block_size(parts, packing)
+    if block_size is not None:
+        check_block_size(folder.config, block_size)
+    try:
+        remove_partials(out.parent)  # of merges that were killed
+        with atomic_directory(out) as unfinished:
+            _copy_files(base, unfinished, None if dtype == "keep" else _TYPES[dtype])
+            return _write_weights(_Reader(folder, block_size), parts, unfinished, dtype)
+    except OSError as error:
+        raise WeightsError(f"{out}: cannot be written: {error}") from error
+
+
+def parse_adapter(text: str) -> tuple[Path, float]:
+    """DIR or DIR:WEIGHT, as on the command line; a folder that exists by the whole name wins."""
+    path, colon, weight = text.rpartition(":")
+    if not colon or os.path.isdir(text):
+        return Path(text), 1.0
+    try:
+        value = float(weight)
+    except ValueError:
+        return Path(text), 1.0
+    if not math.isfinite(value):
+        raise WeightsError(f"--adapter {text}: weight: got {weight}, must be a finite number")
+    return Path(path), value
+
+
+def _refuse_place(base: Path, out: Path) -> None:
+    if out.resolve() == base.resolve():
+        raise WeightsError(f"{out}: is the base itself, which is never written to")
+    if os.path.lexists(out):
+        raise WeightsError(f"{out}: exists already: name a new folder")
+
+
+def _part(base: HfFolder, path: str | Path, weight: float, *, check: bool) -> _Part:
+    adapter = AdapterFolder(path)
+    if check:
+        adapter.check_base(base)
+    return _Part(adapter, adapter.config(base.config), weight)
+
+
+def _block_size(parts: Sequence[_Part], packing: Packing) -> int | None:
+    """The block size asked for, or the one that all adapters were trained on."""
+    if packing != AS_TRAINED:
+        return packing
+    found = {part.config.block_size for part in parts}
+    if len(found) > 1:
+        trained = ", ".join(
+            f"{part.folder.path} on "
+            + (f"4 bits in groups of {size}" if (size := part.config.block_size) else "the base")
+            for part in parts
+        )
+        raise WeightsError(
+            f"the adapters were trained on different forms of the base ({trained}): choose one "
+            "with --quantized-base and --block-size, or with --full-base"
+        )
+    return found.pop() if found else None
+
+
+def _write_weights(reader: "_Reader", parts: Sequence[_Part], out: Path, dtype: Stored) -> Merged:
+    """The base's files with merged tensors, and an index where there are shards."""
+    changed = total_bytes = 0
+    base, files = reader.base, reader.base.files
+    for file, names in files.items():
+        tensors = {}
+        for name in names:
+            found = [p for p in parts if name.removesuffix(".weight") in p.config.placed]
+            stored = base.dtype(name) if dtype == "keep" else STORED[_TYPES[dtype]]
+            tensors[name] = LazyArray(stored, base.shape(name), partial(reader.load, name, found))
+            changed += bool(found)
+            total_bytes += math.prod(base.shape(name)) * BITS[stored] // 8
+        write_safetensors(out / file, tensors)
+    if set(files) != {WEIGHTS}:
+        weight_map = {name: file for file, names in files.items() for name in names}
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+        _write_json(out / INDEX, index)
+    lost = tuple(reader.lost)
+    return Merged(changed, len(base.names), total_bytes, reader.block_size, lost)
+
+
+class _Reader:
+    """Reads the base, and lets the system have the pages of a tensor when the next is read."""
+
+    def __init__(self, base: HfFolder, block_size: int | None) -> None:
+        """With a block_size, as a QLoRA run holds the base; `lost` grows with what is read."""
+        self.base, self.block_size = base, block_size
+        self.lost: list[Lost] = []
+        self._held: str | None = None
+
+    def load(self, name: str, parts: Sequence[_Part]) -> Array:
+        """A tensor, as it is stored or, where adapters change it, merged in float32."""
+        if self._held is not None:
+            self.base.forget(self._held)
+        self._held = name
+        packed = self.block_size is not None and len(self.base.shape(name)) == 2
+        if not parts and not packed:
+            return self.base.source(name).load()
+        found = self.base.float32(name)
+        if packed:
+            merged = self._in_4_bits(name, found)
+        else:
+            merged = found if found.flags.writeable else found.copy()  # a view of the file is not
+        path = name.removesuffix(".weight")
+        for part in parts:
+            scale = np.float32(part.weight * part.config.scale(path))
+            a, b = (part.folder.matrix(path, which) for which in PARTS)
+            merged += (b * scale) @ a
+            part.folder.forget(path)
+        return merged
+
+    def _in_4_bits(self, name: str, found: Weights) -> Weights:
+        """A matrix as a QLoRA run holds it, in float32; notes what it loses."""
+        assert self.block_size is not None
+        if name in (EMBEDDING, HEAD):
+            held = np.empty_like(found)
+            for rows in row_parts(found.shape):
+                bits = convert(name, found[rows], "BF16")
+                held[rows] = to_float32(name, RawArray("BF16", held[rows].shape, bits))
+        else:
+            held = as_packed(f"{self.base.path}: {name}", found, self.block_size)
+        largest = squares = own_squares = 0.0
+        for rows in row_parts(found.shape):
+            away = found[rows].astype(np.float64) - held[rows]
+            largest = max(largest, float(np.abs(away).max()))
+            squares += float((away * away).sum())
+            own_squares += float(np.square(found[rows], dtype=np.float64).sum())
+        self.lost.append(Lost(name, found.size, largest, squares, own_squares))
+        return held
+
+
+def _copy_files(base: Path, out: Path, dtype: str | None) -> None:
+    """Everything that is neither weights nor the state of a run; config.json tells the type."""
+    for path in sorted(base.iterdir()):
+        copied = path.suffix in _COPIED or path.name.startswith(("LICENSE", "NOTICE"))
+        if path.is_file() and copied and path.name not in _LEFT:
+            shutil.copyfile(path, out / path.name)
+    if dtype is not None:
+        config = read_json(out / "config.json")
+        # Both names of the type, in the files of transformers 4 and 5.
+        _write_json(out / "config.json", config | {"dtype": dtype, "torch_dtype": dtype})
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False)
+    path.write_text(f"{text}\n", encoding="utf-8")

@@ -1,0 +1,284 @@
+"""Files of text -> documents, in chunks of bounded size.
+
+    find_sources   names, folders and globs -> files, in an order that does not change
+    cut            one file -> byte ranges of about 1 MiB, cut after line ends
+    read_chunk     one range -> the texts in it
+    content_digest one file -> SHA-256, remembered for as long as the file is untouched
+
+A `.jsonl` file holds one document a row, {"text": ...}; any other file is one document. A text is
+taken exactly as it is (line ends, tabs, spaces); only a byte order mark at the start is dropped.
+"""
+
+import glob
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import msgspec
+from tqdm import tqdm
+
+from tinyllama.data.jsonl import parse_row
+from tinyllama.errors import DataError
+from tinyllama.system.files import atomic_write, sha256_file
+
+CHUNK_BYTES = 1 << 20
+MAX_ROW_BYTES = 64 << 20  # a row is parsed whole, so it bounds the memory
+
+_BOM = b"\xef\xbb\xbf"
+_SUFFIXES = (".jsonl", ".txt")  # what is read of a folder
+_VALIDATION = {"val.jsonl", "valid.jsonl", "validation.jsonl", "test.jsonl"}
+_DIGESTS_FILE = "digests.json"
+_SETTLED_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file of text; `signature` is what changes when the file is touched."""
+
+    path: Path
+    size_bytes: int
+    signature: tuple[int, ...]
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether each line is a document of its own (JSON Lines)."""
+        return self.path.suffix.lower() == ".jsonl"
+
+    def check_unchanged(self) -> None:
+        """Raise DataError if the file is not the one that was found."""
+        if _look_at(self.path) != self:
+            raise self.changed()
+
+    def changed(self) -> DataError:
+        return DataError(f"{self.path}: the file was changed while it was being read")
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Bytes `start` to `end` of a source."""
+
+    source: Source
+    start: int
+    end: int
+
+    @property
+    def is_last(self) -> bool:
+        return self.end == self.source.size_bytes
+
+
+def find_sources(patterns: str | Sequence[str]) -> list[Source]:
+    """Files that the patterns name: a file; a folder, for the .txt and .jsonl files in it and in
+    its folders; or a glob (`**` reaches into folders), for every file it matches.
+
+    In the order of the patterns, by name within each, every file once. Raises DataError, with all
+    problems at once: nothing found, a file that is named and empty, only empty files.
+    """
+    found: dict[Path, Source] = {}
+    problems = []
+    names = [patterns] if isinstance(patterns, str) else patterns
+    for pattern in names:
+        try:
+            for path in _expand(pattern):
+                found.setdefault(Path(os.path.realpath(path)), _look_at(path))
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        raise DataError("\n".join(problems))
+    if not found:
+        raise DataError("no files of text are named")
+    if not any(source.size_bytes for source in found.values()):
+        raise DataError(f"{', '.join(names)}: every file found is empty")
+    return list(found.values())
+
+
+def cut(source: Source) -> Iterator[Chunk]:
+    """The whole file in ranges that end after a line end, so that no piece of text is torn.
+
+    Text without a line end for 1 MiB is cut between two characters. Depends on nothing but the
+    file. Raises DataError for a row past MAX_ROW_BYTES.
+    """
+    start = 0
+    with _open(source.path) as file:
+        while True:
+            end = _find_end(file, source, start)
+            yield Chunk(source, start, end)
+            if end == source.size_bytes:
+                return
+            start = end
+
+
+def read_chunk(chunk: Chunk) -> list[str]:
+    """The texts in a chunk: its rows, or the one part of a document (which may be "").
+
+    Raises DataError for bytes that are not UTF-8 and for bad rows, with the place.
+    """
+    with _open(chunk.source.path) as file:
+        file.seek(chunk.start)
+        data = file.read(chunk.end - chunk.start)
+    if len(data) != chunk.end - chunk.start:
+        raise chunk.source.changed()
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        place = f"{chunk.source.path}: byte {chunk.start + error.start}"
+        raise DataError(
+            f"{place} (0x{data[error.start]:02x}) is not UTF-8; convert the file to UTF-8"
+        ) from None
+    if not chunk.source.has_rows:
+        return [text.removeprefix("\ufeff") if chunk.start == 0 else text]
+    if chunk.start == 0:
+        data = data.removeprefix(_BOM)
+    lines = enumerate(data.split(b"\n"))
+    return [_read_row(line, chunk, number) for number, line in lines if line.strip()]
+
+
+def read_texts(sources: Iterable[Source], *, progress: bool = False) -> Iterator[str]:
+    """Every text of the sources in turn, long ones in parts: for training a tokenizer."""
+    sources = list(sources)
+    with progress_bar(sources, "Reading", progress) as bar:
+        for source in sources:
+            for chunk in cut(source):
+                yield from read_chunk(chunk)
+                bar.update(chunk.end - chunk.start)
+
+
+def progress_bar(sources: Iterable[Source], what: str, shown: bool) -> "tqdm[None]":
+    """A bar over the bytes of the sources, on standard error."""
+    total = sum(source.size_bytes for source in sources)
+    return tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=not shown)
+
+
+def content_digests(sources: Iterable[Source], folder: Path) -> list[str]:
+    """SHA-256 of each file's bytes, in hex.
+
+    Dates alone can lie (rsync -t, a second write within one tick of the clock) and reading 10 GB
+    at every start is slow, so digests are kept in `folder` beside size, inode, mtime and ctime.
+    ctime cannot be set back, and a file younger than two seconds is never remembered: a write
+    that follows could leave all four as they are (git's index has the same rule).
+    """
+    memory = folder / _DIGESTS_FILE
+    try:
+        known = msgspec.json.decode(memory.read_bytes(), type=dict[str, tuple[list[int], str]])
+    except (FileNotFoundError, msgspec.DecodeError):  # it only saves time: begin anew
+        known = {}
+    digests, is_new = [], False
+    for source in sources:
+        name, signature = os.path.realpath(source.path), list(source.signature)
+        if name not in known or known[name][0] != signature:
+            digest = _hash_source(source)
+            if _is_settled(source):
+                known[name], is_new = (signature, digest), True
+            else:
+                known.pop(name, None)
+            digests.append(digest)
+        else:
+            digests.append(known[name][1])
+    if is_new:
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic_write(memory, msgspec.json.encode(known))
+    return digests
+
+
+def _hash_source(source: Source) -> str:
+    try:
+        digest = sha256_file(source.path)
+    except OSError as error:
+        raise DataError(f"{source.path}: cannot be read: {error.strerror}") from error
+    source.check_unchanged()
+    return digest
+
+
+def _is_settled(source: Source) -> bool:
+    """Whether the last write lies far enough back for the next to show in the dates."""
+    *_, mtime_ns, ctime_ns = source.signature
+    return time.time() - max(mtime_ns, ctime_ns) / 1e9 > _SETTLED_SECONDS
+
+
+def _expand(pattern: str) -> list[Path]:
+    """The files that one pattern names, by name. Raises DataError if there are none."""
+    if not pattern.strip():
+        raise DataError("a path is empty")
+    path = Path(os.path.expanduser(pattern))
+    if path.is_dir():
+        return _walk(path)
+    if path.exists():
+        if path.stat().st_size == 0:
+            raise DataError(f"{pattern}: the file is empty")
+        return [path]
+    if not glob.has_magic(pattern):
+        raise DataError(f"{pattern}: no such file or folder")
+    matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
+    if files := [match for match in matches if match.is_file()]:
+        return files
+    raise DataError(f"{pattern}: the glob matches {'only folders' if matches else 'nothing'}")
+
+
+def _walk(folder: Path) -> list[Path]:
+    """The .txt and .jsonl files below `folder`. Training on all of a folder that keeps its
+    validation rows beside its training rows would make every later figure a lie, so we refuse."""
+    files = sorted(
+        path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file()
+    )
+    if not files:
+        raise DataError(f"{folder}: the folder holds no {' or '.join(_SUFFIXES)} file")
+    names = {path.name for path in files if path.parent == folder}
+    if "train.jsonl" in names and (held_out := sorted(names & _VALIDATION)):
+        raise DataError(f"{folder}: holds train.jsonl and {held_out[0]}: name the one to read")
+    return files
+
+
+def _look_at(path: Path) -> Source:
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    signature = (stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns)
+    return Source(path, stat.st_size, signature)
+
+
+def _open(path: Path) -> BinaryIO:
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _find_end(file: BinaryIO, source: Source, start: int) -> int:
+    """Where the chunk that begins at `start` ends."""
+    position = start + CHUNK_BYTES
+    limit = position + (MAX_ROW_BYTES if source.has_rows else CHUNK_BYTES)
+    file.seek(position)
+    while position < min(limit, source.size_bytes):
+        block = file.read(min(1 << 16, limit - position))
+        if not block:
+            raise source.changed()
+        if (newline := block.find(b"\n")) >= 0:
+            return position + newline + 1
+        position += len(block)
+    if position >= source.size_bytes:
+        return source.size_bytes
+    if source.has_rows:
+        raise DataError(
+            f"{source.path}: a row after byte {start} is longer than {MAX_ROW_BYTES} bytes;"
+            " put so long a text into a .txt file"
+        )
+    file.seek(start + CHUNK_BYTES)
+    after = file.read(4)  # a UTF-8 character has at most three bytes 10xxxxxx, behind its first
+    return start + CHUNK_BYTES + len(after) - len(after.lstrip(bytes(range(0x80, 0xC0))))
+
+
+def _read_row(line: bytes, chunk: Chunk, number: int) -> str:
+    """The text of row `number` (from 0) of a chunk; DataError says the file's line otherwise."""
+    try:
+        return parse_row(line)
+    except DataError as error:
+        with _open(chunk.source.path) as file:
+            before = sum(
+                file.read(min(CHUNK_BYTES, chunk.start - at)).count(b"\n")
+                for at in range(0, chunk.start, CHUNK_BYTES)
+            )
+        place = f"{chunk.source.path}, line {before + number + 1}"
+        raise DataError(f"{place}: {error}") from None

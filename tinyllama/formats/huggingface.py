@@ -1,0 +1,499 @@
+"""A Hugging Face LLaMA folder, in and out: names, config.json, safetensors (whole or in shards).
+
+names    parameter names and shapes of a LLaMA, and their check
+config   config.json, generation_config.json, the tokenizer's files
+read     one safetensors file or shards with an index, opened lazily
+write    the same, one tensor at a time
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tinyllama.config import LlamaConfig
+from tinyllama.errors import ConfigError, WeightsError
+from tinyllama.formats.dtypes import (
+    BITS,
+    FLOATS,
+    Array,
+    NumpyArray,
+    RawArray,
+    dtype_name,
+)
+from tinyllama.formats.safetensors import (
+    FileDigest,
+    LazyArray,
+    SafetensorsFile,
+    Source,
+    read_header,
+    write_safetensors,
+)
+
+STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+Shape = tuple[int, ...]
+
+
+def llama_shapes(config: LlamaConfig) -> dict[str, Shape]:
+    """Every parameter's name and shape, in the order of the data's way; weights are [out, in]."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    heads, kv = config.num_heads * config.head_dim, config.kv_heads * config.head_dim
+    shapes: dict[str, Shape] = {EMBEDDING: (config.vocab_size, hidden)}
+    layer: dict[str, Shape] = {
+        "input_layernorm": (hidden,),
+        "self_attn.q_proj": (heads, hidden),
+        "self_attn.k_proj": (kv, hidden),
+        "self_attn.v_proj": (kv, hidden),
+        "self_attn.o_proj": (hidden, heads),
+        "post_attention_layernorm": (hidden,),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
+    for number in range(config.num_layers):
+        shapes |= {f"model.layers.{number}.{name}.weight": layer[name] for name in layer}
+    shapes["model.norm.weight"] = (hidden,)
+    if not config.tie_word_embeddings:
+        shapes[HEAD] = (config.vocab_size, hidden)
+    return shapes
+
+
+def weights_bytes(config: LlamaConfig, dtype: str) -> int:
+    """Bytes that a folder's tensors take when stored as `dtype`."""
+    values = sum(math.prod(shape) for shape in llama_shapes(config).values())
+    return values * BITS[STORED[dtype]] // 8
+
+
+def check_names(
+    expected: Mapping[str, Shape], found: Mapping[str, tuple[str, Shape]], source: str
+) -> None:
+    """Compare parameters with what a file holds, name by (type, shape).
+
+    Raises WeightsError that names every tensor that is missing, extra, misshapen or not floating.
+    """
+    problems = [f"{name}: missing" for name in expected if name not in found]
+    problems += [f"{name}: extra, no such parameter" for name in found if name not in expected]
+    for name in expected.keys() & found.keys():
+        dtype, shape = found[name]
+        if shape != expected[name]:
+            problems.append(f"{name}: shape {shape}, must be {expected[name]}")
+        if dtype not in FLOATS:
+            problems.append(f"{name}: type {dtype}, must be one of {', '.join(FLOATS)}")
+    if problems:
+        raise WeightsError("\n".join(f"{source}: {problem}" for problem in sorted(problems)))
+
+
+# Hugging Face's names of our fields; the second group may be absent, and then means its default.
+_REQUIRED = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+}
+_OPTIONAL = {
+    "num_key_value_heads": ("num_kv_heads", None),
+    "max_position_embeddings": ("max_seq_len", 2048),
+    "rms_norm_eps": ("rms_norm_eps", 1e-6),
+    "tie_word_embeddings": ("tie_word_embeddings", False),
+}
+# Fields with one value that this package computes; an absent one has that value.
+_ONLY = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "quantization_config": None,
+    "partial_rotary_factor": 1.0,
+}
+_DEFAULT_THETA = 10000.0
+
+Ids = int | Sequence[int] | None
+
+
+def config_to_hf(config: LlamaConfig, bos_id: Ids, eos_id: Ids, dtype: str) -> dict[str, Any]:
+    """What config.json says of a model whose weights are stored as `dtype` ("float32", ...)."""
+    ours = {key: getattr(config, field) for key, field in _REQUIRED.items()}
+    ours |= {key: getattr(config, field) for key, (field, _) in _OPTIONAL.items()}
+    return {
+        **ours,
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "mlp_bias": False,
+        "initializer_range": 0.02,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": None,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "dtype": dtype,
+        "torch_dtype": dtype,
+        "bos_token_id": bos_id,
+        "eos_token_id": eos_id,
+        "pad_token_id": None,
+        "pretraining_tp": 1,
+        "use_cache": True,
+    }
+
+
+def config_from_hf(found: Mapping[str, Any], source: str) -> LlamaConfig:
+    """The model that a parsed config.json describes; `source` is the file's name for messages.
+
+    Raises ConfigError with every problem, one a line.
+    """
+    theta, problems = _rope_theta(found)
+    problems = [*_unsupported(found), *problems]
+    problems += [f"{key}: missing" for key in _REQUIRED if found.get(key) is None]
+    if problems:
+        raise ConfigError("\n".join(f"{source}: {problem}" for problem in problems))
+    fields = {field: found[key] for key, field in _REQUIRED.items()}
+    for key, (field, default) in _OPTIONAL.items():
+        fields[field] = default if found.get(key) is None else found[key]
+    try:
+        config = LlamaConfig(**fields, rope_theta=theta)
+    except ConfigError as error:
+        raise ConfigError(
+            "\n".join(f"{source}: {line}" for line in str(error).split("\n"))
+        ) from None
+    if found.get("head_dim") not in (None, config.head_dim):
+        raise ConfigError(
+            f"{source}: head_dim: got {found['head_dim']}, must be hidden_size / "
+            f"num_attention_heads = {config.head_dim}"
+        )
+    return config
+
+
+def generation_config(bos_id: Ids, eos_id: Ids) -> dict[str, Any]:
+    """What generation_config.json says: where `generate` of transformers starts and stops."""
+    ids = {"bos_token_id": bos_id, "eos_token_id": eos_id}
+    return {key: value for key, value in ids.items() if value is not None}
+
+
+def tokenizer_config(max_seq_len: int) -> dict[str, Any]:
+    """tokenizer_config.json for a SentencePiece tokenizer.model with the usual special pieces."""
+    return {
+        "tokenizer_class": "LlamaTokenizer",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "legacy": False,
+        "model_max_length": max_seq_len,
+    }
+
+
+def special_ids(folder: Path, found: Mapping[str, Any]) -> tuple[int | None, tuple[int, ...]]:
+    """(BOS id, stop ids) of a folder: generation_config.json's, else those of config.json."""
+    path = folder / "generation_config.json"
+    generation = read_json(path) if path.exists() else {}
+    bos, eos = (
+        found.get(key) if generation.get(key) is None else generation[key]
+        for key in ("bos_token_id", "eos_token_id")
+    )
+    stops = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if not all(type(stop) is int for stop in stops) or not (bos is None or type(bos) is int):
+        raise ConfigError(f"{folder}: bos_token_id {bos!r}, eos_token_id {eos!r}: must be integers")
+    return bos, tuple(stops)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; raises ConfigError that names the file."""
+    try:
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: must be a JSON object")
+    return value
+
+
+def _unsupported(found: Mapping[str, Any]) -> Iterator[str]:
+    if found.get("model_type") != "llama":
+        yield f"model_type: got {found.get('model_type')!r}, must be 'llama'"
+    for key, only in _ONLY.items():
+        value = found.get(key)
+        if value is not None and value != only:
+            allowed = "absent" if only is None else repr(only)
+            yield f"{key}: got {value!r}, must be {allowed}: nothing else can be computed here"
+
+
+def _rope_theta(found: Mapping[str, Any]) -> tuple[Any, list[str]]:
+    """(base of the rotary frequencies, problems), from either form of the file."""
+    problems: list[str] = []
+    thetas = {"rope_theta": found.get("rope_theta")}
+    for key in ("rope_parameters", "rope_scaling"):
+        form = found.get(key) or {}
+        kind = (
+            form.get("rope_type", form.get("type", "default")) if isinstance(form, dict) else form
+        )
+        if not isinstance(form, dict) or kind != "default":
+            problems.append(f"{key}: got {kind!r}, must be 'default': no scaling can be computed")
+            continue
+        if form.get("partial_rotary_factor") not in (None, 1.0):
+            factor = form["partial_rotary_factor"]
+            problems.append(f"{key}.partial_rotary_factor: got {factor!r}, must be 1.0")
+        if nested := [name for name, value in form.items() if isinstance(value, dict)]:
+            problems.append(f"{key}: got one for each of {nested}, must be one for all layers")
+        thetas[f"{key}.rope_theta"] = form.get("rope_theta")
+    stated = {key: theta for key, theta in thetas.items() if theta is not None}
+    if len(set(map(repr, map(_as_float, stated.values())))) > 1:
+        problems.append(f"rope_theta: got {stated}, which contradict each other")
+    return next(iter(stated.values()), _DEFAULT_THETA), problems
+
+
+def _as_float(value: Any) -> Any:
+    """10000 and 10000.0 are the same base."""
+    return float(value) if type(value) is int else value
+
+
+_COMPUTED = ".rotary_emb.inv_freq"  # a table that old folders carry; it follows from rope_theta
+
+
+class HfFolder:
+    """A folder's model: its configuration and special tokens, and tensors read when asked for."""
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.path = Path(folder)
+        if not self.path.is_dir():
+            raise WeightsError(f"{self.path}: not a folder")
+        found = read_json(self.path / "config.json")
+        self.config = config_from_hf(found, str(self.path / "config.json"))
+        self.bos_id, self.eos_ids = special_ids(self.path, found)
+        self._files: dict[str, SafetensorsFile] = {}
+        self._file_of = self._locate()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the tensors."""
+        return tuple(self._file_of)
+
+    @property
+    def files(self) -> dict[str, list[str]]:
+        """Names of the tensors in each file."""
+        return {f: [n for n in self.names if self._file_of[n] == f] for f in self._file_of.values()}
+
+    def dtype(self, name: str) -> str:
+        """The type a tensor is stored as, such as "BF16"."""
+        return self._open(name).dtype(name)
+
+    def shape(self, name: str) -> Shape:
+        """A tensor's shape."""
+        return self._open(name).shape(name)
+
+    def array(self, name: str) -> NumpyArray:
+        """A read-only view of a tensor as it is stored; bfloat16 comes as uint16."""
+        return self._open(name).array(name)
+
+    def float32(self, name: str) -> npt.NDArray[np.float32]:
+        """A tensor as float32, exactly."""
+        return self._open(name).float32(name)
+
+    def source(self, name: str) -> LazyArray:
+        """A tensor as `save_folder` takes it, still unread."""
+        return self._open(name).source(name)
+
+    def forget(self, name: str) -> None:
+        """Let the system drop a tensor's pages from this process."""
+        self._open(name).forget(name)
+
+    def check(self) -> None:
+        """Compare names, shapes and types with what the configuration asks for (WeightsError)."""
+        # Some writers store the tied head a second time; it may go only if it is the same matrix.
+        if self.config.tie_word_embeddings and {HEAD, EMBEDDING} <= self._file_of.keys():
+            if np.array_equal(self.array(HEAD), self.array(EMBEDDING)):
+                del self._file_of[HEAD]
+        found = {name: (self.dtype(name), self.shape(name)) for name in self._file_of}
+        check_names(llama_shapes(self.config), found, str(self.path))
+
+    def _locate(self) -> dict[str, str]:
+        """Name of the file that holds each tensor."""
+        if (self.path / WEIGHTS).exists():
+            file_of = dict.fromkeys(_names_in(self.path / WEIGHTS) or (), WEIGHTS)
+        elif (self.path / INDEX).exists():
+            file_of = self._read_index()
+        else:
+            raise WeightsError(f"{self.path}: {_what_is_there(self.path)}")
+        return {name: file for name, file in file_of.items() if not name.endswith(_COMPUTED)}
+
+    def _read_index(self) -> dict[str, str]:
+        path = self.path / INDEX
+        index = read_json(path).get("weight_map")
+        if not isinstance(index, dict) or not all(_is_plain(file) for file in index.values()):
+            raise WeightsError(f"{path}: weight_map: must map names to files of this folder")
+        held = {file: _names_in(self.path / file) for file in sorted(set(index.values()))}
+        problems = [f"{file}: missing" for file, names in held.items() if names is None]
+        for name, file in index.items():
+            names = held[file]
+            if names is not None and name not in names:
+                problems.append(f"{name}: not in {file}")
+        if problems:
+            raise WeightsError("\n".join(f"{path}: {problem}" for problem in problems))
+        # A shard may hold what the index forgot: kept, so that `check` can say it is extra.
+        return {name: file for file, names in held.items() for name in names or ()} | index
+
+    def _open(self, name: str) -> SafetensorsFile:
+        file = self._file_of.get(name)
+        if file is None:
+            raise WeightsError(f"{self.path}: {name}: no such tensor")
+        if file not in self._files:
+            self._files[file] = SafetensorsFile(self.path / file)
+        return self._files[file]
+
+
+def open_folder(folder: str | os.PathLike[str]) -> HfFolder:
+    """Open a folder whose tensors are exactly those that its config.json asks for.
+
+    Only headers are read. Raises ConfigError (config.json) and WeightsError.
+    """
+    opened = HfFolder(folder)
+    opened.check()
+    return opened
+
+
+def _names_in(file: Path) -> tuple[str, ...] | None:
+    """Names of a file's tensors, or None where there is no such file."""
+    return tuple(read_header(file).tensors) if file.is_file() else None
+
+
+def _is_plain(file: object) -> bool:
+    """Whether an index names a file of its own folder, not one elsewhere."""
+    return isinstance(file, str) and file == os.path.basename(file) and file not in ("", ".", "..")
+
+
+def _what_is_there(folder: Path) -> str:
+    """Why a folder without the two files is of no use, with what it holds instead."""
+    if (folder / "adapter_model.safetensors").exists():
+        return f"holds an adapter (adapter_model.safetensors), not a model: no {WEIGHTS}"
+    if pickles := sorted(path.name for path in folder.glob("pytorch_model*.bin")):
+        return f"holds {pickles[0]}, a pickle, which can run code and is never read: no {WEIGHTS}"
+    return f"neither {WEIGHTS} nor {INDEX}"
+
+
+def save_folder(
+    folder: str | os.PathLike[str],
+    config: LlamaConfig,
+    tensors: Mapping[str, Source],
+    *,
+    dtype: str,
+    files: Mapping[str, bytes],
+    bos_id: int | None,
+    eos_id: Ids,
+    max_shard_bytes: int = 5_000_000_000,
+) -> dict[str, FileDigest]:
+    """Fill a folder that transformers loads; returns the digests of the files, for a manifest.
+
+    `dtype` ("float32", "bfloat16", "float16") is what is stored, whatever floats the sources
+    give; each source is asked once, when its turn comes. `files` are the tokenizer's, by name; a
+    tokenizer.model without tokenizer_config.json gets one. Not atomic by itself: hand it the
+    folder of `save_checkpoint` or `atomic_directory`. Raises WeightsError, also where the folder
+    holds weights already (stale shards would be loaded with the new ones), and OSError.
+    """
+    folder = Path(folder)
+    if dtype not in STORED:
+        raise WeightsError(f"{folder}: dtype: got {dtype!r}, must be one of {', '.join(STORED)}")
+    lazy = _stored_as(STORED[dtype], llama_shapes(config), tensors, str(folder))
+    documents: dict[str, Mapping[str, Any]] = {
+        "config.json": config_to_hf(config, bos_id, eos_id, dtype),
+        "generation_config.json": generation_config(bos_id, eos_id),
+    }
+    if "tokenizer.model" in files and "tokenizer_config.json" not in files:
+        documents["tokenizer_config.json"] = tokenizer_config(config.max_seq_len)
+    _refuse_clashes(folder, files, documents)
+    folder.mkdir(parents=True, exist_ok=True)
+    digests = {name: _write_file(folder / name, data) for name, data in files.items()}
+    digests |= {name: _write_json(folder / name, value) for name, value in documents.items()}
+    return digests | _write_weights(folder, lazy, max_shard_bytes)
+
+
+def _stored_as(
+    stored: str, expected: Mapping[str, Shape], tensors: Mapping[str, Source], label: str
+) -> dict[str, LazyArray]:
+    """Sources with the type to store and the shape to find, in the order of the model."""
+    found: dict[str, tuple[str, Shape]] = {}
+    for name, source in tensors.items():
+        if isinstance(source, np.ndarray | RawArray):
+            found[name] = (dtype_name(name, source), tuple(source.shape))
+        elif isinstance(source, LazyArray):
+            found[name] = (source.dtype, source.shape)
+        else:  # a callable is not asked yet: what it gives is checked when it is written
+            found[name] = (stored, expected.get(name, ()))
+    check_names(expected, found, label)
+    return {name: LazyArray(stored, expected[name], _loader(tensors[name])) for name in expected}
+
+
+def _loader(source: Source) -> Callable[[], Array]:
+    if isinstance(source, LazyArray):
+        return source.load
+    if isinstance(source, np.ndarray | RawArray):
+        return lambda: source
+    return source
+
+
+def _refuse_clashes(folder: Path, files: Iterable[str], documents: Iterable[str]) -> None:
+    """Refuse weights that are there already and tokenizer files with names that are taken."""
+    if stale := sorted(path.name for path in folder.glob("model*.safetensors*")):
+        raise WeightsError(f"{folder}: holds {stale[0]} already: save into a new folder")
+    for name in files:
+        taken = name in set(documents) or name.endswith(".safetensors")
+        if taken or name != os.path.basename(name) or name in ("", ".", "..", INDEX):
+            raise WeightsError(f"{folder}: {name!r} cannot be the name of a tokenizer file")
+
+
+def _write_weights(
+    folder: Path, lazy: Mapping[str, LazyArray], max_shard_bytes: int
+) -> dict[str, FileDigest]:
+    """One file, or shards of at most `max_shard_bytes` of tensors (a larger tensor has its own)."""
+    shards = list(_shards(lazy, max_shard_bytes))
+    if len(shards) == 1:
+        return {WEIGHTS: write_safetensors(folder / WEIGHTS, lazy)}
+    digests: dict[str, FileDigest] = {}
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        digests[file] = write_safetensors(folder / file, {name: lazy[name] for name in names})
+        weight_map |= dict.fromkeys(names, file)
+    total = sum(_size_bytes(array) for array in lazy.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    return digests | {INDEX: _write_json(folder / INDEX, index)}
+
+
+def _shards(lazy: Mapping[str, LazyArray], max_shard_bytes: int) -> Iterator[list[str]]:
+    names: list[str] = []
+    room_bytes = max_shard_bytes
+    for name, array in lazy.items():
+        if names and _size_bytes(array) > room_bytes:
+            yield names
+            names, room_bytes = [], max_shard_bytes
+        names.append(name)
+        room_bytes -= _size_bytes(array)
+    yield names
+
+
+def _size_bytes(array: LazyArray) -> int:
+    return math.prod(array.shape) * BITS[array.dtype] // 8
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> FileDigest:
+    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False)
+    return _write_file(path, f"{text}\n".encode())
+
+
+def _write_file(path: Path, data: bytes) -> FileDigest:
+    path.write_bytes(data)
+    return FileDigest(hashlib.sha256(data).hexdigest(), len(data))

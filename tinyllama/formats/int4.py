@@ -1,0 +1,107 @@
+"""Weights in 4 bits, in numpy: groups of `block_size` neighbours of a row share one scale.
+
+scale = absmax / 7, rounded to float16
+q     = w / scale, rounded to nearest even, -7 .. 7           |w - q scale| <= scale / 2
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from tinyllama.config import LlamaConfig
+from tinyllama.errors import ConfigError, WeightsError
+from tinyllama.formats.huggingface import llama_shapes
+
+LARGEST_Q = 7
+# What a thread works on at once: its float64 copy stays in the processor's cache.
+PART_ELEMENTS = 1 << 16
+
+Weights = npt.NDArray[np.float32]
+Packed = tuple[npt.NDArray[np.uint8], npt.NDArray[np.float16]]
+
+
+def quantize_rows(weight: Weights, block_size: int) -> Packed:
+    """weight (rows, in) float32 -> packed (rows, in / 2), scales (rows, in / block_size).
+
+    Raises ValueError for a value that is not finite, or too large for a float16 scale.
+    """
+    q, scales = _divided(weight, block_size)
+    pairs = q.astype(np.int8).view("<u2").reshape(len(weight), -1)  # the even one is the low byte
+    packed = (pairs & 0xF) | (pairs >> 4 & 0xF0)
+    return packed.astype(np.uint8), scales
+
+
+def as_packed(label: str, weight: Weights, block_size: int) -> Weights:
+    """What multiplying by a packed weight (rows, in) multiplies by: q scale, float32, exactly.
+
+    Raises WeightsError, beginning with `label`, for a value that 4 bits cannot hold.
+    """
+    held = np.empty(weight.shape, np.float32)
+    for rows in row_parts(weight.shape):
+        try:
+            q, scales = _divided(weight[rows], block_size)
+        except ValueError as error:
+            raise WeightsError(f"{label}: {error}") from error
+        values = q.astype(np.float32) * scales.astype(np.float32)[..., None]
+        held[rows] = values.reshape(-1, weight.shape[1])
+    return held
+
+
+def check_block_size(config: LlamaConfig, block_size: int) -> None:
+    """Raise ConfigError naming each kind of layer whose inputs `block_size` does not divide."""
+    inputs = {n.split(".")[-2]: s[1] for n, s in llama_shapes(config).items() if "_proj" in n}
+    wrong = [f"{name} has {count}" for name, count in inputs.items() if count % block_size]
+    if wrong:
+        raise ConfigError(
+            f"qlora.block_size: got {block_size}, must divide the inputs of every linear layer: "
+            f"{', '.join(wrong)}; the largest that does is {largest_block(config, block_size)}"
+        )
+
+
+def largest_block(config: LlamaConfig, limit: int) -> int:
+    """The largest block size up to `limit` that divides the inputs of every linear layer."""
+    common = math.gcd(*(s[1] for n, s in llama_shapes(config).items() if "_proj" in n))
+    return max(size for size in range(1, min(limit, common) + 1) if common % size == 0)
+
+
+def row_parts(shape: Sequence[int]) -> list[slice]:
+    """A tensor's rows in parts of about PART_ELEMENTS."""
+    rows, *width = shape
+    step = max(1, PART_ELEMENTS // math.prod(width))
+    return [slice(start, start + step) for start in range(0, rows, step)]
+
+
+def _divided(
+    weight: Weights, block_size: int
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float16]]:
+    """q (rows, groups, block_size) and the scales (rows, groups)."""
+    groups = weight.reshape(len(weight), -1, block_size)
+    absmax = np.maximum(groups.max(-1), -groups.min(-1))
+    scales = _scales(absmax)
+    divisors = scales.astype(np.float64)
+    divisors[divisors == 0] = 1  # a group of zeros
+    # A float64 quotient of a float32 and a float16 never rounds onto a tie, or off one.
+    q = groups / divisors[..., None]
+    np.rint(q, out=q)
+    np.clip(q, -LARGEST_Q, LARGEST_Q, out=q)
+    return q, scales
+
+
+def _scales(absmax: npt.NDArray[np.float32]) -> npt.NDArray[np.float16]:
+    """absmax / 7 in float16: the nearest, or where that is too small (subnormals) the next.
+
+    A scale of at least absmax / 7.5 keeps every value within half a scale of +-7 scales.
+    """
+    with np.errstate(over="ignore", under="ignore"):
+        scales = (absmax / np.float32(LARGEST_Q)).astype(np.float16)
+    wrong = ~np.isfinite(scales)
+    if wrong.any():
+        value = float(absmax[wrong][0])
+        if not np.isfinite(value):
+            raise ValueError("holds a value that is not finite")
+        raise ValueError(f"{value:g} is too large for 4 bits with a float16 scale")
+    small = scales.astype(np.float32) * np.float32(LARGEST_Q + 0.5) < absmax
+    scales[small] = np.nextafter(scales[small], np.float16(np.inf))
+    return scales

@@ -1,0 +1,382 @@
+"""LoRA adapters as PEFT keeps them: adapter_config.json and adapter_model.safetensors.
+
+    base_model.model.PATH.lora_A.weight [r, in],  base_model.model.PATH.lora_B.weight [out, r]
+    W + scale B A,  scale = alpha / r, or alpha / sqrt(r) with use_rslora
+
+What the first file may say is in peft_config.py. A folder written here also carries, in the second
+file's metadata, a fingerprint of its base, so that another base of the same sizes is told apart,
+and the block size of a base that was packed in 4 bits (QLoRA): the adapters belong to what that
+base is in 4 bits.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tinyllama.config import ALL_LINEAR, LlamaConfig
+from tinyllama.errors import ConfigError, WeightsError
+from tinyllama.formats.dtypes import FLOATS
+from tinyllama.formats.huggingface import HfFolder, Shape, llama_shapes, open_folder, read_json
+from tinyllama.formats.safetensors import (
+    FileDigest,
+    SafetensorsFile,
+    Source,
+    write_safetensors,
+)
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+# Keys that are read here, or say nothing about what the adapter computes.
+_KNOWN = {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "rank_pattern"}
+_KNOWN |= {"alpha_pattern", "layers_to_transform", "layers_pattern", "base_model_name_or_path"}
+_KNOWN |= {"task_type", "auto_mapping", "peft_version", "revision", "inference_mode"}
+_KNOWN |= {"megatron_core", "qalora_group_size", "loftq_config", "eva_config", "runtime_config"}
+# The one value of a key that can be computed; of every other key, an empty value.
+_ONLY: dict[str, tuple[Any, ...]] = {"peft_type": ("LORA",), "bias": ("none", None)}
+# Ways to begin that leave the base as it is; pissa, olora, corda and loftq change it.
+_ONLY["init_lora_weights"] = (True, False, None, "gaussian", "eva", "orthogonal")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What one layer gets: the rank of A and B, and the numerator of their scale."""
+
+    rank: int
+    alpha: float
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """The adapters of a model: `placed` by the layer's path.
+
+    base is the base's folder, base_fingerprint what `fingerprint` gives for it, if known;
+    block_size that of a base which was packed in 4 bits when the adapters were trained on it.
+    """
+
+    placed: Mapping[str, Placement]
+    use_rslora: bool = False
+    dropout: float = 0.0
+    base: str | None = None
+    base_fingerprint: str | None = None
+    block_size: int | None = None
+
+    def scale(self, path: str) -> float:
+        """What B A of a layer is multiplied by."""
+        place = self.placed[path]
+        return place.alpha / (math.sqrt(place.rank) if self.use_rslora else place.rank)
+
+    def summary(self) -> str:
+        """Ranks, numerators and layers, for messages."""
+        kinds = {f"rank {place.rank}, alpha {place.alpha:g}" for place in self.placed.values()}
+        names = {path.rpartition(".")[2] for path in self.placed}
+        rslora = ", use_rslora" if self.use_rslora else ""
+        return f"{'; '.join(sorted(kinds))}{rslora} on {', '.join(sorted(names))}"
+
+
+def placement(found: Mapping[str, Any], path: str) -> Placement:
+    """What a layer gets by the parsed file."""
+    rank = _of_pattern(found.get("rank_pattern"), path, found.get("r", 8))
+    alpha = _of_pattern(found.get("alpha_pattern"), path, found.get("lora_alpha", 8))
+    return Placement(int(rank), float(alpha))
+
+
+def targets(found: Mapping[str, Any], path: str) -> bool:
+    """Whether target_modules and layers_to_transform choose a layer, as PEFT decides it."""
+    names = found.get("target_modules") or ()
+    if isinstance(names, str):
+        return names.lower() == "all-linear" or bool(re.fullmatch(names, path))
+    layers = found.get("layers_to_transform")
+    numbers = [layers] if isinstance(layers, int) else layers or ()
+    if numbers and int(path.split(".")[2]) not in numbers:
+        return False
+    return any(path == name or path.endswith(f".{name}") for name in names)
+
+
+def to_peft(config: AdapterConfig, layers: Collection[str]) -> dict[str, Any]:
+    """adapter_config.json: the commonest rank and alpha, and patterns for other layers."""
+    rank = Counter(place.rank for place in config.placed.values()).most_common(1)[0][0]
+    alpha = Counter(place.alpha for place in config.placed.values()).most_common(1)[0][0]
+    names = {path.rpartition(".")[2] for path in config.placed}
+    everywhere = {path for path in layers if path.rpartition(".")[2] in names}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": config.base,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": config.dropout,
+        "use_rslora": config.use_rslora,
+        "target_modules": sorted(names if everywhere == set(config.placed) else config.placed),
+        "rank_pattern": {p: x.rank for p, x in config.placed.items() if x.rank != rank},
+        "alpha_pattern": {p: x.alpha for p, x in config.placed.items() if x.alpha != alpha},
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "modules_to_save": None,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "use_dora": False,
+    }
+
+
+def unsupported(found: Mapping[str, Any]) -> Iterator[str]:
+    """What the parsed file asks for that cannot be computed here, one problem each."""
+    for key, value in found.items():
+        if key in _ONLY:
+            if value not in _ONLY[key]:
+                yield f"{key}: got {value!r}, must be {_ONLY[key][0]!r}: nothing else is supported"
+        elif key not in _KNOWN and value not in (None, False, [], {}, ""):
+            yield f"{key}: got {value!r}, must be absent or empty: it is not supported"
+    pattern = found.get("layers_pattern")
+    if pattern not in (None, [], "", "layers", ["layers"]):
+        yield f"layers_pattern: got {pattern!r}, must be 'layers'"
+    if found.get("layers_to_transform") is not None and isinstance(
+        found.get("target_modules"), str
+    ):
+        yield "layers_to_transform: must be absent where target_modules is one expression"
+    yield from _wrong_numbers(found)
+    if isinstance(names := found.get("target_modules"), str) and not _is_expression(names):
+        yield f"target_modules: got {names!r}, must be a regular expression or a list of names"
+
+
+def _wrong_numbers(found: Mapping[str, Any]) -> Iterator[str]:
+    """Ranks and numerators, and the patterns of layers that have others, that cannot be used."""
+    for key, pattern, kind in (
+        ("r", "rank_pattern", int),
+        ("lora_alpha", "alpha_pattern", (int, float)),
+    ):
+        word = "an integer" if kind is int else "a finite number"
+        values = {key: found.get(key, 8)}
+        for layers, value in (found.get(pattern) or {}).items():
+            values[f"{pattern}.{layers}"] = value
+            if not _is_expression(layers):
+                yield f"{pattern}: got {layers!r}, must be a regular expression"
+        for place, value in values.items():
+            good = isinstance(value, kind) and not isinstance(value, bool)
+            if not (good and 0 < value < math.inf):
+                yield f"{place}: got {value!r}, must be {word} above 0"
+
+
+def _is_expression(text: str) -> bool:
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return True
+
+
+def _of_pattern(pattern: Mapping[str, Any] | None, path: str, default: Any) -> Any:
+    """The value of the first key that matches the end of a path, as PEFT matches it."""
+    for key, value in (pattern or {}).items():
+        if re.match(rf"(.*\.)?({key})$", path):
+            return value
+    return default
+
+
+__all__ = [
+    "PARTS",
+    "AdapterConfig",
+    "AdapterFolder",
+    "Placement",
+    "fingerprint",
+    "is_adapter",
+    "linear_shapes",
+    "open_adapter",
+    "save_adapter",
+]
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+PARTS = ("lora_A", "lora_B")
+
+_PREFIX = "base_model.model."
+_FINGERPRINT = "base_fingerprint"
+_BLOCK_SIZE = "base_int4_block_size"
+_SAMPLE_ELEMENTS = 1024
+
+
+class AdapterFolder:
+    """An adapter's folder, opened: its configuration checked, its matrices read when asked for."""
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        """Raises ConfigError (adapter_config.json) and WeightsError (no safetensors file)."""
+        self.path = Path(folder)
+        self._found = read_json(self.path / ADAPTER_CONFIG)
+        if problems := list(unsupported(self._found)):
+            source = self.path / ADAPTER_CONFIG
+            raise ConfigError("\n".join(f"{source}: {problem}" for problem in problems))
+        if not (self.path / ADAPTER_WEIGHTS).is_file():
+            raise WeightsError(f"{self.path}: holds no {ADAPTER_WEIGHTS}")
+        self._file = SafetensorsFile(self.path / ADAPTER_WEIGHTS)
+
+    def base_folder(self) -> Path:
+        """The base that base_model_name_or_path names, from here or from the adapter's folder."""
+        if path := self._named_folder():
+            return path
+        raise WeightsError(
+            f"{self.path / ADAPTER_CONFIG}: base_model_name_or_path: got "
+            f"{self._found.get('base_model_name_or_path')!r}, must be the folder of the base model"
+        )
+
+    def _named_folder(self) -> Path | None:
+        named = self._found.get("base_model_name_or_path")
+        paths = (Path(str(named)), self.path / str(named)) if named else ()
+        return next((path for path in paths if path.is_dir()), None)
+
+    def config(self, model: LlamaConfig) -> AdapterConfig:
+        """The adapters on a model of these sizes.
+
+        Raises WeightsError that names every tensor that is missing, extra, misshapen (a rank that
+        is not the configuration's) or not floating, and ConfigError.
+        """
+        shapes = linear_shapes(model)
+        chosen = (path for path in shapes if targets(self._found, path))
+        placed = {path: placement(self._found, path) for path in chosen}
+        if not placed:
+            raise ConfigError(
+                f"{self.path / ADAPTER_CONFIG}: target_modules: got "
+                f"{self._found.get('target_modules')!r}, must name linear layers of the model"
+            )
+        self._check_tensors(placed, shapes)
+        base = self._found.get("base_model_name_or_path")
+        dropout = float(self._found.get("lora_dropout") or 0.0)
+        rslora, made_for = bool(self._found.get("use_rslora")), self._file.metadata
+        return AdapterConfig(
+            placed, rslora, dropout, base, made_for.get(_FINGERPRINT), self.block_size()
+        )
+
+    def block_size(self) -> int | None:
+        """Of the base in 4 bits that the adapters were trained on; None if it was not packed."""
+        text = self._file.metadata.get(_BLOCK_SIZE)
+        if text is not None and not (text.isdecimal() and int(text) > 0):
+            raise WeightsError(
+                f"{self.path / ADAPTER_WEIGHTS}: {_BLOCK_SIZE}: got {text!r}, must be 1 or more"
+            )
+        return None if text is None else int(text)
+
+    def check_base(self, base: HfFolder) -> None:
+        """Refuse a base that the adapter was not made for (WeightsError).
+
+        A folder written here carries its base's fingerprint; of others, the base that they name
+        is looked at if it is a folder here, and else only shapes can be compared.
+        """
+        made_for = self._file.metadata.get(_FINGERPRINT)
+        named = self._named_folder()
+        if made_for is None and named and (named / "config.json").is_file():
+            made_for = fingerprint(open_folder(named))  # without a tied head, as `base` is
+        if made_for is not None and made_for != (found := fingerprint(base)):
+            raise WeightsError(
+                f"{self.path}: was made for another base"
+                f" ({self._found.get('base_model_name_or_path')}, fingerprint {made_for[:12]}) "
+                f"than {base.path} (fingerprint {found[:12]})"
+            )
+
+    def matrix(self, path: str, part: str) -> npt.NDArray[np.float32]:
+        """lora_A (rank, in) or lora_B (out, rank) of a layer. Raises WeightsError where it holds a
+        value that is not finite."""
+        name = f"{_PREFIX}{path}.{part}.weight"
+        values = self._file.float32(name)
+        if not np.isfinite(values).all():
+            raise WeightsError(
+                f"{self.path / ADAPTER_WEIGHTS}: {name}: holds a value that is not finite"
+            )
+        return values
+
+    def forget(self, path: str) -> None:
+        """Let the system have the memory of a layer's matrices."""
+        for part in PARTS:
+            self._file.forget(f"{_PREFIX}{path}.{part}.weight")
+
+    def _check_tensors(self, placed: Mapping[str, Placement], shapes: Mapping[str, Shape]) -> None:
+        expected: dict[str, Shape] = {}
+        for path, place in placed.items():
+            out, into = shapes[path]
+            expected[f"{_PREFIX}{path}.lora_A.weight"] = (place.rank, into)
+            expected[f"{_PREFIX}{path}.lora_B.weight"] = (out, place.rank)
+        found = self._file.tensors
+        problems = [f"{name}: missing" for name in expected if name not in found]
+        problems += [f"{name}: extra, no adapter goes there" for name in found.keys() - expected]
+        for name in expected.keys() & found.keys():
+            if (shape := found[name].shape) != expected[name]:
+                rank = placed[name.removeprefix(_PREFIX).rpartition(".lora_")[0]].rank
+                wanted = f"{expected[name]}, as the base and rank {rank} have it"
+                problems.append(f"{name}: shape {shape}, must be {wanted}")
+            if found[name].dtype not in FLOATS:
+                problems.append(f"{name}: type {found[name].dtype}, must be one of {FLOATS}")
+        if problems:
+            source = self.path / ADAPTER_WEIGHTS
+            raise WeightsError("\n".join(f"{source}: {problem}" for problem in sorted(problems)))
+
+
+def is_adapter(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder holds an adapter instead of a model."""
+    return (Path(folder) / ADAPTER_CONFIG).is_file()
+
+
+def open_adapter(folder: str | os.PathLike[str]) -> tuple[AdapterFolder, HfFolder]:
+    """An adapter's folder and the base that it names, which must be the one it was made for."""
+    adapter = AdapterFolder(folder)
+    base = open_folder(adapter.base_folder())
+    adapter.check_base(base)
+    return adapter, base
+
+
+def save_adapter(
+    folder: Path,
+    config: AdapterConfig,
+    tensors: Mapping[str, Source],
+    *,
+    layers: Collection[str],
+) -> dict[str, FileDigest]:
+    """Fill a folder that PEFT loads; returns the digests of the two files.
+
+    `tensors` are A and B by PATH.lora_A.weight; `layers` the paths of all linear layers of the
+    model, which decide whether target_modules can be short. Not atomic by itself.
+    """
+    text = json.dumps(to_peft(config, layers), indent=2, sort_keys=True, ensure_ascii=False)
+    data = f"{text}\n".encode()
+    (folder / ADAPTER_CONFIG).write_bytes(data)
+    metadata = {"format": "pt"}
+    if config.base_fingerprint is not None:
+        metadata[_FINGERPRINT] = config.base_fingerprint
+    if config.block_size is not None:
+        metadata[_BLOCK_SIZE] = str(config.block_size)
+    named = {f"{_PREFIX}{name}": source for name, source in tensors.items()}
+    return {
+        ADAPTER_CONFIG: FileDigest(hashlib.sha256(data).hexdigest(), len(data)),
+        ADAPTER_WEIGHTS: write_safetensors(folder / ADAPTER_WEIGHTS, named, metadata),
+    }
+
+
+def linear_shapes(config: LlamaConfig) -> dict[str, Shape]:
+    """Paths and shapes (out, in) of the linear layers that can have adapters."""
+    return {
+        name.removesuffix(".weight"): shape
+        for name, shape in llama_shapes(config).items()
+        if name.removesuffix(".weight").endswith(ALL_LINEAR)
+    }
+
+
+def fingerprint(folder: HfFolder) -> str:
+    """SHA-256 over the name, type, shape and three samples of every tensor of a model.
+
+    It tells bases apart without reading them whole, however they are split into shards.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(folder.names):
+        digest.update(f"{name} {folder.dtype(name)} {folder.shape(name)}\n".encode())
+        values = folder.array(name).reshape(-1)
+        for start in (0, values.size // 2, max(0, values.size - _SAMPLE_ELEMENTS)):
+            digest.update(values[start : start + _SAMPLE_ELEMENTS].tobytes())
+        folder.forget(name)
+    return digest.hexdigest()

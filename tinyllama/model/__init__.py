@@ -1,0 +1,1 @@
+"""The model: LLaMA, its layers, adapters, packed weights, first values, counts."""

@@ -1,0 +1,263 @@
+"""LLaMA, as Hugging Face's LlamaForCausalLM computes it, and nothing else.
+
+    x = embed(tokens)
+    for each layer:  x = x + attention(norm(x));  x = x + mlp(norm(x))
+    logits = head(norm(x))
+
+Pre-RMSNorm, half-rotation RoPE, SwiGLU, causal attention with grouped queries, tied or untied
+head (Touvron et al. 2023). Parameter names are Hugging Face's.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from tinygrad import Tensor, dtypes
+from tinygrad.dtype import DType
+
+from tinyllama.config import LlamaConfig
+from tinyllama.formats.huggingface import open_folder, save_folder
+from tinyllama.formats.safetensors import FileDigest
+from tinyllama.model.initialize import initialize
+from tinyllama.model.layers import (
+    Embedding,
+    Linear,
+    LinearLike,
+    RMSNorm,
+    named_tensors,
+)
+from tinyllama.ops.attention import attention, masked_attention
+from tinyllama.ops.cross_entropy import linear_cross_entropy
+from tinyllama.ops.matmul import linear
+from tinyllama.ops.rope import rope, tables
+from tinyllama.ops.swiglu import swiglu
+from tinyllama.runtime.storage import (
+    later,
+    read,
+    settle,
+    write,
+    write_new,
+)
+from tinyllama.system.files import atomic_directory
+from tinyllama.tokenizers.sentencepiece import MODEL_FILE, Tokenizer
+
+
+class Attention:
+    """Causal self-attention with rotary positions and grouped queries."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        hidden, self.head_dim = config.hidden_size, config.head_dim
+        self.heads, self.kv_heads = config.num_heads, config.kv_heads
+        self.q_proj: LinearLike = Linear(hidden, self.heads * self.head_dim)
+        self.k_proj: LinearLike = Linear(hidden, self.kv_heads * self.head_dim)
+        self.v_proj: LinearLike = Linear(hidden, self.kv_heads * self.head_dim)
+        self.o_proj: LinearLike = Linear(self.heads * self.head_dim, hidden)
+
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, hidden) -> q (B, T, H, D), k and v (B, T, KV, D), q and k rotated."""
+        B, T, _ = x.shape
+        q = self.q_proj(x).reshape(B, T, self.heads, self.head_dim)
+        k = self.k_proj(x).reshape(B, T, self.kv_heads, self.head_dim)
+        v = self.v_proj(x).reshape(B, T, self.kv_heads, self.head_dim)
+        return rope(q, cos, sin), rope(k, cos, sin), v
+
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, starts: Tensor) -> Tensor:
+        """x (B, T, hidden), starts (B, T) -> (B, T, hidden)."""
+        q, k, v = self.project(x, cos, sin)
+        return self.o_proj(attention(q, k, v, starts).flatten(2))  # (B, T, H * D)
+
+    def cached(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, position: Tensor
+    ) -> Tensor:
+        """Like a call for T tokens at positions position .. position + T - 1 of one sequence.
+
+        cache (2, 1, S, KV, D) holds the keys and values so far and is updated in place;
+        position is an int32 tensor (1,), so that one compiled step serves every position.
+        """
+        q, k, v = self.project(x, cos, sin)
+        T, S = x.shape[1], cache.shape[2]
+        slots = Tensor.arange(S, device=x.device)
+        fresh = slots.reshape(1, 1, S, 1, 1) - position.reshape(1, 1, 1, 1, 1)  # index into k, v
+        pair = Tensor.stack(k, v)  # (2, 1, T, KV, D)
+        placed = pair if T == S else _scatter_rows(pair, slots, position)
+        inside = (fresh >= 0) & (fresh < T)
+        keys_values = cache.assign(inside.where(placed, cache).cast(cache.dtype).contiguous())
+        queries = position.reshape(1, 1) + Tensor.arange(T, device=x.device).reshape(T, 1)
+        mask = (slots.reshape(1, S) <= queries).reshape(1, T, S)
+        out = masked_attention(q, keys_values[0], keys_values[1], mask)
+        return self.o_proj(out.flatten(2))
+
+
+def _scatter_rows(pair: Tensor, slots: Tensor, position: Tensor) -> Tensor:
+    """pair (2, 1, T, KV, D) laid at slots position, position + 1, ...: (2, 1, S, KV, D)."""
+    T = pair.shape[2]
+    index = (slots - position).clip(0, T - 1)
+    return pair.permute(2, 0, 1, 3, 4)[index].permute(1, 2, 0, 3, 4)
+
+
+class MLP:
+    """SwiGLU feed-forward: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        hidden, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj: LinearLike = Linear(hidden, inner)
+        self.up_proj: LinearLike = Linear(hidden, inner)
+        self.down_proj: LinearLike = Linear(inner, hidden)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x (B, T, hidden) -> (B, T, hidden)."""
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class Block:
+    """One layer: attention and feed-forward, each on a normalised input, each added back."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, starts: Tensor) -> Tensor:
+        """x (B, T, hidden) -> (B, T, hidden)."""
+        h = (x + self.self_attn(self.input_layernorm(x), cos, sin, starts)).contiguous()
+        return h + self.mlp(self.post_attention_layernorm(h))
+
+    def cached(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, position: Tensor
+    ) -> Tensor:
+        """One sequence's next tokens, see Attention.cached."""
+        h = x + self.self_attn.cached(self.input_layernorm(x), cos, sin, cache, position)
+        return h + self.mlp(self.post_attention_layernorm(h.contiguous()))
+
+
+class LlamaModel:
+    """Embedding, layers and the last norm; named as in Hugging Face's checkpoints."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = [Block(config) for _ in range(config.num_layers)]
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Llama:
+    """A LLaMA language model: `Llama(config)` with new weights, `from_pretrained` with others'."""
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        *,
+        dtype: DType = dtypes.float32,
+        seed: int | None = 0,
+        background: bool = False,
+    ) -> None:
+        """dtype is the type of activations; seed None leaves the weights for a checkpoint.
+
+        With `background` the weights are still being made when this returns (ops/storage.later).
+        """
+        self.config, self.dtype = config, dtype
+        self.checkpoint_activations = False
+        self._rotations: dict[int, tuple[Tensor, Tensor]] = {}
+        self.model = LlamaModel(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        if seed is not None:
+            weights = self.state_dict()
+            later(partial(initialize, weights, config.num_layers, seed), weights.values())
+        if not background:
+            settle()
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """tokens (B, T) int32 -> logits (B, T, vocab) float32."""
+        x = self.hidden(tokens, tokens.zeros_like())
+        return self.head(x)
+
+    def embed(self, embed_tokens: Embedding, tokens: Tensor) -> Tensor:
+        """tokens (B, T) int32 -> (B, T, hidden) in the activation type."""
+        return embed_tokens(tokens, self.dtype)
+
+    def hidden(self, tokens: Tensor, starts: Tensor) -> Tensor:
+        """tokens, starts (B, T) int32 -> the last norm's output (B, T, hidden)."""
+        cos, sin = self.rotations(tokens.shape[1])
+        x = self.embed(self.model.embed_tokens, tokens)
+        for layer in self.model.layers:
+            x = layer(x, cos, sin, starts)
+        return self.model.norm(x)
+
+    def head(self, x: Tensor) -> Tensor:
+        """x (B, T, hidden) -> logits (B, T, vocab) float32."""
+        return linear(x, self.head_weight()).float()
+
+    def head_weight(self) -> Tensor:
+        """The output matrix (vocab, hidden): the embedding itself when tied."""
+        if self.config.tie_word_embeddings:
+            return self.model.embed_tokens.weight
+        return self.lm_head.weight
+
+    def loss(self, tokens: Tensor, targets: Tensor, starts: Tensor) -> Tensor:
+        """Cross entropy summed over targets >= 0, in nats: tokens, targets, starts (B, T)."""
+        x = self.hidden(tokens, starts)
+        return linear_cross_entropy(
+            x.reshape(-1, x.shape[-1]), self.head_weight(), targets.reshape(-1)
+        )
+
+    def rotations(self, length: int) -> tuple[Tensor, Tensor]:
+        """cos and sin of the rotary angles of positions 0 .. length - 1, each (length, D/2)."""
+        if length not in self._rotations:
+            pair = tables(self.config.head_dim, self.config.rope_theta, length)
+            # Written at once: a step that is being captured would take a copy for one of its own
+            # kernels, and keep the table in memory that only the step may read.
+            cos, sin = (Tensor.empty(*table.shape) for table in pair)
+            write_new(cos, pair[0])
+            write_new(sin, pair[1])
+            self._rotations[length] = (cos, sin)
+        return self._rotations[length]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Every weight by its Hugging Face name."""
+        return dict(named_tensors(self))
+
+    def parameters(self) -> list[Tensor]:
+        """Every weight, in the order of `state_dict`."""
+        return list(self.state_dict().values())
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, *, dtype: DType = dtypes.float32) -> Llama:
+        """A Hugging Face LLaMA folder (config.json, safetensors), weights held as float32.
+
+        Raises WeightsError, naming every tensor that is missing, extra or misshapen.
+        """
+        folder = open_folder(path)
+        model = cls(folder.config, dtype=dtype, seed=None)
+        for name, tensor in model.state_dict().items():
+            write(tensor, folder.float32(name))
+            folder.forget(name)
+        return model
+
+    def save_pretrained(
+        self, path: str | Path, tokenizer: Tokenizer | None = None, *, dtype: str = "float32"
+    ) -> Path:
+        """Write a folder that transformers, and `from_pretrained`, load; whole or not at all."""
+        final = Path(path)
+        with atomic_directory(final) as folder:
+            self.write_folder(folder, tokenizer, dtype=dtype)
+        return final
+
+    def write_folder(
+        self, folder: Path, tokenizer: Tokenizer | None, *, dtype: str = "float32"
+    ) -> dict[str, FileDigest]:
+        """Fill `folder` as `save_pretrained` does; returns the digests of its files."""
+        return save_folder(
+            folder,
+            self.config,
+            {name: partial(read, tensor) for name, tensor in self.state_dict().items()},
+            dtype=dtype,
+            files={} if tokenizer is None else {MODEL_FILE: tokenizer.model},
+            bos_id=None if tokenizer is None else tokenizer.bos_id,
+            eos_id=() if tokenizer is None else tokenizer.eos_id,
+        )
+
+    def count_parameters(self) -> int:
+        """How many numbers the weights hold (a tied matrix once)."""
+        return sum(t.numel() for t in self.parameters())

@@ -1,0 +1,81 @@
+"""What a run reports: metrics.jsonl, one object a step, and the progress bar."""
+
+import json
+import os
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from tinyllama.errors import CheckpointError
+from tinyllama.system.files import atomic_write, naming_file
+
+
+class MetricsLog:
+    """metrics.jsonl of a run. Each line reaches the file before the next step begins."""
+
+    def __init__(self, path: Path, first_step: int) -> None:
+        """Open for steps first_step, first_step + 1, ...; lines of those steps, left by a run
+        that was killed after its last checkpoint, are dropped."""
+        self.path = path
+        _drop_from(path, first_step)
+        self._file = open(path, "a", encoding="utf-8")
+
+    def write(self, values: dict[str, Any]) -> None:
+        """Append one object. Raises OSError that names the file."""
+        with naming_file(self.path):
+            self._file.write(json.dumps(values) + "\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        """Put everything on disk."""
+        with naming_file(self.path), self._file:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The objects of a metrics.jsonl; a last line cut short by a kill is left out."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+        whole = [line for line in lines[:-1] if line]
+        found = [json.loads(line) for line in whole]
+        for number, values in enumerate(found, 1):
+            if not isinstance(values, dict) or not isinstance(values.get("step"), int):
+                raise ValueError(f"line {number} names no step")
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not a metrics file: {error}") from error
+    return found
+
+
+def _drop_from(path: Path, first_step: int) -> None:
+    if not path.exists():
+        return
+    kept = [line for line in read_metrics(path) if line["step"] < first_step]
+    text = "".join(json.dumps(line) + "\n" for line in kept)
+    atomic_write(path, text.encode())
+
+
+class _Terminal:
+    """Standard error for a bar: where nobody reads it any more, a run goes on without."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
+
+    def write(self, text: str) -> None:
+        with suppress(OSError):
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            sys.stderr.flush()
+
+
+def progress(total: int, done: int, shown: bool) -> "tqdm[None]":
+    """A bar over optimizer steps, on standard error."""
+    return tqdm(
+        total=total, initial=done, desc="Training", unit="step", dynamic_ncols=True,
+        disable=not shown, smoothing=0.1, file=_Terminal(),
+    )  # fmt: skip

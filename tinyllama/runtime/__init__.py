@@ -1,0 +1,1 @@
+"""How operations run inside tinygrad: kernels, launches, stages, captured steps, memory."""

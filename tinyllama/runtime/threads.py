@@ -1,0 +1,196 @@
+"""A captured step on the CPU by one native call on every thread.
+
+tinygrad 0.13 hands a CPU kernel to each thread through Python queues and ctypes, 50 to 100
+microseconds a kernel: half the time of a small model's step. Here the kernels of a captured step
+lie in a table of addresses that `ops/cpu/launch.c` walks on all threads at once, a microsecond or
+less a kernel. What changes from call to call, the addresses of input tensors and the values of
+variables, is put into the table first. Both are commands in the device's own queue, so tinygrad's
+order of things, its waiting and its timing hold.
+
+tinygrad's own way stays for what this one does not do: kernels timed one by one (PROFILE=1),
+other compilers than clang, several devices, launches of variable size; and TINYLLAMA_KERNELS=0.
+"""
+
+import ctypes
+import functools
+import mmap
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tinygrad.device import Device
+from tinygrad.engine.jit import GraphRunner
+from tinygrad.helpers import PROFILE, Context, mv_address
+from tinygrad.runtime.graph.hcq import HCQGraph
+from tinygrad.runtime.ops_cpu import CPUComputeQueue
+from tinygrad.uop.ops import Ops, UOp
+
+from tinyllama.runtime import kernel
+from tinyllama.system import device
+
+# Layout of `struct head` and `struct kernel` of ops/cpu/launch.c, in 64-bit words.
+LINE = 8
+FIRST, KERNELS, TABLE, OPEN, CLAIMS = 0, 1, 2, LINE, 3 * LINE
+KERNEL_WORDS = 5
+MOST_ARGUMENTS = 128
+NAP_SECONDS = 50e-6
+_WORD = (1 << 64) - 1
+
+
+def launch_natively() -> None:
+    """From here on, steps that are captured on the CPU run as this module says."""
+    if Device.DEFAULT == "CPU" and kernel.clang_compiles():
+        _take_graphs()
+
+
+@functools.cache
+def _take_graphs() -> None:
+    with Context(ALLOW_DEVICE_USAGE=1):
+        Device["CPU"].graph = _Graphs()
+
+
+class _Graphs:
+    """Makes what runs a batch of a captured step's kernels; tinygrad takes it for a class."""
+
+    supports_uop = staticmethod(HCQGraph.supports_uop)
+
+    def __call__(self, batch: UOp, input_uops: tuple[UOp, ...] = ()) -> GraphRunner:
+        native = device.kernels_enabled() and not PROFILE and _can_launch(batch.src[0].src)
+        return (NativeGraph if native else HCQGraph)(batch, input_uops)
+
+
+def _can_launch(calls: Sequence[UOp]) -> bool:
+    """Whether all are kernels for the one CPU, of fixed size, with no more than we can pass."""
+    for call in calls:
+        places = [u for u in call.src[1:] if u.op is not Ops.BIND]
+        if call.src[0].op is not Ops.PROGRAM or any(u.device != "CPU" for u in places):
+            return False
+        program = call.src[0].arg
+        if len(places) + len(program.vars) > MOST_ARGUMENTS:
+            return False
+        if not all(isinstance(size, int) for size in program.global_size or ()):
+            return False
+    return True
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """A kernel with its arguments; `core` says which of them is the number of the part."""
+
+    program: Any
+    arguments: list[int]
+    core: int | None
+    parts: int
+
+
+class NativeGraph(GraphRunner):  # type: ignore[misc]  # tinygrad.engine is untyped
+    """A batch of kernels as tinygrad's graphs are called: with input tensors and variables."""
+
+    def __init__(self, batch: UOp, input_uops: tuple[UOp, ...] = ()) -> None:
+        super().__init__(batch, input_uops)
+        self.cpu: Any = Device["CPU"]
+        kernels = [self._kernel(number) for number in range(len(self.calls))]
+        self.table = Table(kernels)
+        self.threads = min(max(k.parts for k in kernels), device.threads())
+        self.inputs = [
+            (self.table.starts[number] + place, index)
+            for number, replaced in enumerate(self.uop_replace)
+            for place, index in replaced
+        ]
+        # Variables come after the buffers; `var_vals_replace` counts variables alone.
+        self.values = [
+            (self.table.starts[number] + len(self.calls[number][2]) + place, self.vars[index])
+            for number, replaced in self.var_vals_replace.items()
+            for place, index in replaced
+        ]
+
+    def _kernel(self, number: int) -> _Kernel:
+        _, program, buffers, fixed = self.calls[number]
+        info = program.arg
+        assert info.globals == tuple(range(len(buffers))), info
+        arguments = [buffer._buf.va_addr for buffer in buffers]
+        arguments += [fixed.get(variable.expr, 0) for variable in info.vars]
+        core = info.runtimevars.get("core_id")
+        return _Kernel(
+            self.runtimes[number],
+            arguments,
+            None if core is None else len(buffers) + core,
+            (info.global_size or (1,))[0],
+        )
+
+    def __call__(
+        self, input_uops: tuple[UOp, ...], var_vals: dict[str, int], wait: bool = False
+    ) -> float | None:
+        """Put the batch into the device's queue; with `wait`, the seconds it took."""
+        changes = [(place, input_uops[i].buffer._buf.va_addr) for place, i in self.inputs]
+        changes += [(place, var_vals[name]) for place, name in self.values]
+        cpu, queue = self.cpu, CPUComputeQueue()
+        queue.wait(cpu.timeline_signal, cpu.timeline_value - 1)
+        queue.cmd(self.table.prepare, changes).cmd(self.table.run, threads=self.threads)
+        queue.signal(cpu.timeline_signal, cpu.next_timeline()).submit(cpu)
+        if not wait:
+            return None
+        begun = time.perf_counter()
+        cpu.synchronize()
+        return time.perf_counter() - begun
+
+
+class Table:
+    """What the native code reads. Commands in the queue hold it, so it lives until they ran.
+
+    It holds no tensor's memory, which is for tinygrad to keep; so any thread may drop it last.
+    """
+
+    def __init__(self, kernels: Sequence[_Kernel]) -> None:
+        self.programs, self.native = [k.program for k in kernels], _native()
+        entry = CLAIMS + LINE * max(k.parts for k in kernels)
+        end = entry + KERNEL_WORDS * len(kernels)
+        self.starts: list[int] = []  # where each kernel's arguments are
+        for k in kernels:
+            self.starts.append(end)
+            end += len(k.arguments)
+        self.memory = mmap.mmap(-1, 8 * end)
+        self.words = memoryview(self.memory).cast("Q")
+        self.address = mv_address(self.memory)
+        self.count = self.words[KERNELS] = len(kernels)
+        self.words[TABLE] = self.address + 8 * entry
+        for start, k in zip(self.starts, kernels, strict=True):
+            count = len(k.arguments)
+            core = count if k.core is None else k.core
+            self._put(entry, [_address(k.program), self.address + 8 * start, count, k.parts, core])
+            self._put(start, k.arguments)
+            entry += KERNEL_WORDS
+
+    def _put(self, place: int, values: Sequence[int]) -> None:
+        for offset, value in enumerate(values):
+            self.words[place + offset] = value & _WORD
+
+    def prepare(self, _thread: int, changes: Sequence[tuple[int, int]]) -> None:
+        """A command: put `changes` (place, value) in and begin anew. Nothing runs meanwhile."""
+        for place, value in changes:
+            self.words[place] = value & _WORD
+        self.words[FIRST] = self.words[OPEN]
+
+    def run(self, thread: int) -> None:
+        """A command of every thread: take part until all kernels are done."""
+        self.native(self.address, thread)
+        while self.words[OPEN] != self.words[FIRST] + self.count:
+            time.sleep(NAP_SECONDS)  # another thread is long at its part: leave this core to it
+            self.native(self.address, thread)
+
+
+@functools.cache
+def _native() -> Any:
+    """The function of ops/cpu/launch.c; the program's memory lives as long as the process."""
+    cpu: Any = Device["CPU"]
+    code = "#define KERNEL launch\n" + kernel.source("launch.c")
+    program = cpu.runtime("launch", cpu.compiler.compile_cached(code))
+    function: Any = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int)(_address(program))
+    function.program = program
+    return function
+
+
+def _address(program: Any) -> int:
+    """Where a compiled kernel begins."""
+    return int(ctypes.cast(program.fxn, ctypes.c_void_p).value or 0)

@@ -1,0 +1,1 @@
+"""The machine, and nothing of tensors: device, processor, memory, files, signals, processes."""

@@ -1,0 +1,269 @@
+"""Which device a run uses, decided once, before tinygrad is imported, and said out loud.
+
+tinygrad 0.13 reads `DEV=CPU`, `DEV=CL`, ...; it ignores `GPU=1` and refuses `CPU=1`. Here all of
+`DEV=...`, `GPU=1`, `CPU=1`, `METAL=1`, `CUDA=1`, `CL=1` work. What is asked for and absent is an
+error that lists what is there; nothing falls back silently. This is the only module that reads
+the environment.
+"""
+
+import functools
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass, replace
+
+from tinyllama.errors import DeviceError
+from tinyllama.system import processor
+from tinyllama.system.gpu_driver import cuda_name
+
+# What GPU=1 tries, best first.
+GPU_ORDER = ("METAL", "CUDA", "NV", "AMD", "CL")
+FLAGS = ("CPU", "METAL", "CUDA", "NV", "AMD", "CL", "WEBGPU", "QCOM", "NULL")
+# Their compiler (NVRTC) is installed apart from the driver, which may be too old for it: seen only
+# by computing.
+TRIED = ("CUDA", "NV")
+# What to install for each backend.
+INSTALL = {
+    "CPU": "a C compiler: `apt-get install clang` (Debian), `xcode-select --install` (macOS)",
+    "METAL": "macOS on Apple Silicon",
+    "CUDA": "an NVIDIA driver and the CUDA toolkit (libcuda, libnvrtc)",
+    "NV": "an NVIDIA card whose driver files /dev/nvidia* are open to you",
+    "AMD": "an AMD card with the amdgpu driver (/dev/kfd)",
+    "CL": "an OpenCL driver: your card's own, or for the processor"
+    " `apt-get install pocl-opencl-icd ocl-icd-libopencl1`",
+    "WEBGPU": "the dawn library (libwebgpu_dawn)",
+    "QCOM": "a Qualcomm Adreno GPU (/dev/kgsl-3d0)",
+}
+
+
+@dataclass(frozen=True)
+class DeviceChoice:
+    """A device that answered: tinygrad's name, what renders its kernels, and why it was taken."""
+
+    device: str
+    renderer: str
+    description: str
+    reason: str
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """The variables that asked for it and for its kernels, as a shell takes them: `GPU=1`."""
+        first = self.reason.partition(" ")[0].rstrip(":")
+        switches = {"TINYLLAMA_KERNELS=0": kernels_enabled(), "TINYLLAMA_AMX=0": amx_enabled()}
+        off = tuple(switch for switch, enabled in switches.items() if not enabled)
+        return (first, *off) if "=" in first else off
+
+    def line(self) -> str:
+        """The first line a run prints."""
+        return (
+            f"backend {self.device}, {self.description}, renderer {self.renderer} ({self.reason})"
+        )
+
+
+def wanted(environ: Mapping[str, str]) -> tuple[tuple[str, ...], str]:
+    """Candidates in order of preference, and the reason for them, from environment variables.
+
+    Raises DeviceError when two variables contradict each other.
+    """
+    flags = [name for name in (*FLAGS, "GPU") if environ.get(name, "") not in ("", "0")]
+    target = environ.get("DEV", "")
+    if target and not flags:
+        return (target,), f"DEV={target}"
+    if target and [target.partition(":")[0].upper()] != flags:
+        raise DeviceError(f"DEV={target} and {flags[0]}=1 contradict each other: set one of them")
+    if len(flags) > 1:
+        both = " and ".join(f"{name}=1" for name in flags)
+        raise DeviceError(f"{both} contradict each other: set one of them")
+    if flags == ["GPU"]:
+        return GPU_ORDER, "GPU=1 takes the best there is"
+    if flags:
+        return ((target or flags[0]),), f"DEV={target}" if target else f"{flags[0]}=1"
+    return (*GPU_ORDER, "CPU"), "nothing asked for: the best there is"
+
+
+def select(
+    environ: MutableMapping[str, str] = os.environ, threads: int | None = None
+) -> DeviceChoice:
+    """Choose the device, tell tinygrad, and return what was chosen.
+
+    Sets `DEV` in `environ`, so that child processes choose the same, and removes the variables
+    tinygrad would refuse. With `threads`, CPU kernels are split over that many. Raises
+    DeviceError, naming what is available and what to install.
+    """
+    candidates, reason = wanted(environ)
+    if threads is not None:
+        set_thread_variable(environ, threads)
+    for name in (*FLAGS, "GPU"):
+        environ.pop(name, None)
+    environ.pop("DEV", None)
+    threads_asked(environ)
+    failures: dict[str, str] = {}
+    for target in candidates:
+        try:
+            choice = _open(target, reason)
+        except DeviceError as error:
+            failures[target] = str(error)
+            continue
+        if len(candidates) > len(GPU_ORDER) and _is_processor_opencl(choice):
+            continue  # without being asked, OpenCL on a processor loses to the processor itself
+        if len(candidates) > 1 and _is_processor_opencl(choice):
+            choice = replace(choice, reason="GPU=1: no GPU answered, so OpenCL on the processor")
+        from tinygrad.helpers import DEV
+
+        DEV.value = environ["DEV"] = target
+        return choice
+    raise _refused(candidates, reason, failures)
+
+
+def available() -> list[DeviceChoice]:
+    """Every backend that answers on this machine, best first."""
+    found = []
+    for target in (*GPU_ORDER, "CPU"):
+        try:
+            found.append(_open(target, "available"))
+        except DeviceError:
+            continue  # absent: not in the list, which is what the list is for
+    return found
+
+
+def _refused(candidates: tuple[str, ...], reason: str, failures: Mapping[str, str]) -> DeviceError:
+    """Why none of the candidates was taken, what there is, and what to install or to set."""
+    name, _, rest = candidates[0].partition(":")
+    name = name.upper()
+    there = ", ".join(choice.device for choice in available()) or "none"
+    if "CPU" in candidates[1:]:  # nothing was asked for, and not even the processor answers
+        return DeviceError(f"CPU: {failures['CPU']}; to use it, install {INSTALL['CPU']}")
+    if len(candidates) > 1:
+        return DeviceError(
+            f"{reason}: no GPU answered. Available here: {there}. "
+            f"Tried {', '.join(candidates)}; a GPU needs its driver, e.g. {INSTALL['CL']}"
+        )
+    if rest and name in FLAGS:
+        return DeviceError(
+            f"{reason}: {candidates[0]} does not work ({failures[candidates[0]]}). Available here: "
+            f"{there}. DEV={name} takes what {name} offers by itself"
+        )
+    if name not in FLAGS:
+        listed = ", ".join(FLAGS)
+        return DeviceError(f"{reason}: {failures[candidates[0]]}, only {listed}; here: {there}")
+    return DeviceError(
+        f"{reason}: {name} is not available ({failures[candidates[0]]}). "
+        f"Available here: {there}. To use it, install {INSTALL.get(name, 'its driver')}"
+    )
+
+
+@functools.cache
+def _open(target: str, reason: str) -> DeviceChoice:
+    """Open a device as a program would; DeviceError says why it does not answer."""
+    name, _, rest = target.partition(":")
+    name = name.upper()
+    if name not in FLAGS:
+        raise DeviceError(f"there is no backend called {name!r}")
+    if name == "CPU" and not rest:
+        _find_compiler()
+    from tinygrad.device import Device
+    from tinygrad.helpers import Context
+
+    try:
+        with Context(DEV=target):
+            opened = Device[name]
+            if name in TRIED or (rest and name != "NULL"):
+                _compute(name)  # what was named by hand may not fit what is installed
+            renderer = type(opened.renderer).__name__.removesuffix("Renderer")
+    # tinygrad's backends fail in many ways (a library that does not load, a driver that is not
+    # there, no permission); each means that the device cannot be used, and the text is shown.
+    except Exception as error:
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DeviceError(first_line[:160]) from error
+    return DeviceChoice(name, renderer, _describe(name, opened), reason)
+
+
+def _find_compiler() -> None:
+    """DeviceError if what tinygrad compiles with, which CC may name, is not there or no clang."""
+    compiler = os.environ.get("CC", "clang")
+    if shutil.which(compiler) is None:
+        raise DeviceError(f"the C compiler {compiler!r} is not installed")
+    if "CC" in os.environ:
+        version = subprocess.run([compiler, "--version"], capture_output=True, text=True)
+        if "clang" not in version.stdout:
+            raise DeviceError(f"CC={compiler} is not clang, which kernels need: unset CC")
+
+
+def _compute(name: str) -> None:
+    """Raise whatever a small computation raises, or RuntimeError where its result is wrong."""
+    from tinygrad import Tensor
+
+    numbers = Tensor([float(i) for i in range(64)], device=name).realize()
+    if (found := (2 * numbers).contiguous().sum().item()) != 4032:
+        raise RuntimeError(f"computes wrong results: {found} for 4032")
+
+
+def _describe(name: str, opened: object) -> str:
+    """What the device calls itself, in a few words."""
+    if name == "CPU":
+        words = [processor.processor_name(), f"{threads()} threads", instruction_set()]
+        if processor.has_amx() and instruction_set() != "AMX":
+            off = "is switched off" if not amx_enabled() else "is not permitted by the system"
+            words.append(f"AMX {off}")
+        return ", ".join(words)
+    if name == "CUDA":
+        return cuda_name(opened)
+    return str(getattr(opened, "device_name", None) or getattr(opened, "arch", None) or name)
+
+
+def _is_processor_opencl(choice: DeviceChoice) -> bool:
+    """True for OpenCL drivers that run on the processor (pocl calls itself by the CPU's name)."""
+    words = choice.description.lower()
+    return choice.device == "CL" and any(word in words for word in ("pthread", "cpu", "basic"))
+
+
+def threads() -> int:
+    """How many threads a CPU kernel is split over (NUM_CPU_THREADS, else every core we may use).
+
+    Raises DeviceError where that variable is no number of threads."""
+    from tinygrad.helpers import CPU_COUNT
+
+    asked = threads_asked()
+    return int(CPU_COUNT.value) if asked is None else set_threads(asked)
+
+
+def threads_asked(environ: Mapping[str, str] = os.environ) -> int | None:
+    """What NUM_CPU_THREADS asks for, if it is set. Raises DeviceError where it is no number."""
+    asked = environ.get("NUM_CPU_THREADS", "")
+    if asked and (not asked.isdecimal() or int(asked) < 1):
+        raise DeviceError(f"NUM_CPU_THREADS: got {asked!r}, must be an integer of 1 or more")
+    return int(asked) if asked else None
+
+
+def set_thread_variable(environ: MutableMapping[str, str], count: int) -> None:
+    """Ask for `count` threads, of this process and its children. Raises DeviceError below one."""
+    if count < 1:
+        raise DeviceError(f"--threads: got {count}, must be 1 or more")
+    environ["NUM_CPU_THREADS"] = str(count)
+
+
+def set_threads(count: int) -> int:
+    """Split CPU kernels over `count` threads from here on. Raises DeviceError below one."""
+    from tinygrad.helpers import CPU_COUNT
+    from tinygrad.renderer.cstyle import ClangRenderer
+
+    set_thread_variable(os.environ, count)
+    CPU_COUNT.value = count
+    ClangRenderer.global_max = (count, 0, 0)
+    return count
+
+
+def instruction_set() -> str:
+    """The vector instructions that CPU kernels use; TINYLLAMA_AMX=0 leaves AMX out."""
+    return processor.instruction_set(amx_enabled())
+
+
+def amx_enabled() -> bool:
+    """False when TINYLLAMA_AMX=0 switches AMX off."""
+    return os.environ.get("TINYLLAMA_AMX", "1") != "0"
+
+
+def kernels_enabled() -> bool:
+    """False when TINYLLAMA_KERNELS=0 asks for the portable form of every operation."""
+    return os.environ.get("TINYLLAMA_KERNELS", "1") != "0"

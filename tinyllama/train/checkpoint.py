@@ -1,0 +1,279 @@
+"""Checkpoints that are whole or absent: save, list, verify, fall back.
+
+A checkpoint is a folder (`step-00001000`, `final`) with a manifest.json that holds the SHA-256 and
+size of every other file, and the SHA-256 of itself. What it contains is the caller's affair.
+
+Saving: the folder is filled under a partial name, fsynced, and renamed; only then do older ones
+go, and they go by way of a partial name too. A kill at any moment leaves, beside whole
+checkpoints, nothing but hidden names, which `recover` (called by every save) settles:
+
+    .NAME.partial-PID   half written or half deleted: removed, unless process PID still runs
+    .NAME.next          whole, was about to replace NAME: takes the name if NAME is absent
+    .NAME.old           whole, was replaced by .NAME.next: likewise, after it
+
+Replacing is one exchange of names where the system can do that (Linux), so that NAME is never
+absent; elsewhere two renames, between which only .NAME.old and .NAME.next exist.
+"""
+
+import ctypes
+import errno
+import itertools
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tinyllama.errors import CheckpointError
+from tinyllama.system.files import atomic_directory, remove_partials
+from tinyllama.train.manifest import (
+    MANIFEST,
+    Digests,
+    files_below,
+    looks_whole,
+    read_json,
+    verify,
+    write_manifest,
+)
+
+__all__ = [
+    "later_than",
+    "latest_valid",
+    "list_checkpoints",
+    "looks_whole",
+    "name_aside",
+    "read_state",
+    "recover",
+    "save_checkpoint",
+    "set_aside",
+    "step_name",
+    "verify",
+    "write_state",
+]
+
+STATE = "training_state.json"
+_STEP = re.compile(r"step-(\d{8,})")
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+
+def step_name(step: int) -> str:
+    """Name of the folder saved after `step` optimizer steps."""
+    return f"step-{step:08d}"
+
+
+def save_checkpoint(
+    root: str | os.PathLike[str],
+    name: str,
+    write: Callable[[Path], Digests | None],
+    keep_last_n: int | None = None,
+    *,
+    needed_bytes: int = 0,
+) -> Path:
+    """Save `root/name`, replacing a checkpoint of that name, and prune old `step-*` folders.
+
+    Anything else of that name (no manifest.json in it) is renamed to `name.aside-1`, not deleted.
+
+    `write` fills the folder it is given; it may return digests of what it wrote, and those files
+    are not read again. `needed_bytes` is an estimate, 0 if unknown, compared with the free space
+    before anything is written. `keep_last_n` leaves that many `step-*` folders (None: all), the
+    new one always among them; it counts and removes only such as look whole, and never `final`.
+    Raises CheckpointError, and then `root` holds the checkpoints that it held before.
+    """
+    assert keep_last_n is None or keep_last_n > 0
+    final = Path(root) / name
+    try:
+        recover(root)
+        _check_space(final, needed_bytes)
+        replaces = os.path.lexists(final)
+        target = _hidden(final, "next") if replaces else final
+        with atomic_directory(target) as folder:
+            _fill(folder, write, final, needed_bytes)
+        if replaces:
+            _replace(final, target)
+        _prune(final, keep_last_n)
+    except OSError as error:
+        if error.errno in _NO_SPACE:
+            raise _no_space(final, needed_bytes) from error
+        raise CheckpointError(f"{final}: cannot be saved: {error}") from error
+    return final
+
+
+def recover(root: str | os.PathLike[str]) -> list[Path]:
+    """Settle what killed saves left in `root` (see above); returns the paths that went.
+
+    For the process that saves there, before it begins: a reader must not, since a save may be
+    going on.
+    """
+    gone = remove_partials(root)
+    for role in ("next", "old"):
+        for path in sorted(Path(root).glob(f".*.{role}")):
+            if not (path / MANIFEST).is_file():  # somebody else's hidden file
+                continue
+            final = path.with_name(path.name[1 : -len(role) - 1])
+            if final.exists():
+                _discard(path, final)
+                gone.append(path)
+            else:
+                os.rename(path, final)
+                _fsync(final.parent)
+    return gone
+
+
+def list_checkpoints(root: str | os.PathLike[str]) -> list[Path]:
+    """`step-*` and `final` folders in `root`, damaged ones as well, oldest first.
+
+    `final` stands after the step its training_state.json names, or last if it names none.
+    """
+    found = [path for path in Path(root).glob("*") if path.is_dir() and _age(path) is not None]
+    return sorted(found, key=lambda path: (_age(path), path.name == "final"))
+
+
+def latest_valid(root: str | os.PathLike[str], warn: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint that verifies, or None; damaged ones are named through `warn`.
+
+    Changes nothing on disk.
+    """
+    for folder in reversed(list_checkpoints(root)):
+        try:
+            verify(folder)
+        except CheckpointError as error:
+            warn(f"{error}\n{folder}: damaged, the checkpoint before it is tried")
+        else:
+            return folder
+    return None
+
+
+def later_than(root: str | os.PathLike[str], step: int) -> list[Path]:
+    """Checkpoints in `root` of more than `step` steps, damaged ones as well, oldest first."""
+    return [p for p in list_checkpoints(root) if (age := _age(p)) is not None and age > step]
+
+
+def set_aside(root: str | os.PathLike[str], step: int) -> list[tuple[Path, Path]]:
+    """Give checkpoints of more than `step` steps another name (`NAME.aside-1`), so that a run that
+    goes on from there is not mixed with what came after it before; old and new names."""
+    found = [(path, name_aside(path)) for path in later_than(root, step)]
+    for names in found:
+        os.rename(*names)
+    if found:
+        _fsync(Path(root))
+    return found
+
+
+def write_state(folder: Path, state: Mapping[str, Any]) -> None:
+    """Write training_state.json: what a run needs besides tensors; must hold its "step"."""
+    assert isinstance(state["step"], int)
+    text = json.dumps(state, indent=2, sort_keys=True, allow_nan=False)
+    (folder / STATE).write_text(f"{text}\n", encoding="utf-8")
+
+
+def read_state(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """What `write_state` wrote. Raises CheckpointError."""
+    return read_json(Path(folder) / STATE)
+
+
+def _fill(
+    folder: Path, write: Callable[[Path], Digests | None], final: Path, needed_bytes: int
+) -> None:
+    try:
+        write_manifest(folder, write(folder) or {})
+    except OSError as error:
+        if error.errno not in _NO_SPACE:
+            raise
+        # Measured now: the folder is gone when the error has left atomic_directory.
+        written_bytes = sum(path.stat().st_size for path in files_below(folder))
+        raise _no_space(final, needed_bytes, written_bytes) from error
+
+
+def _age(folder: Path) -> float | None:
+    """Steps that a checkpoint has seen; None for a folder that is none by its name."""
+    if match := _STEP.fullmatch(folder.name):
+        return int(match[1])
+    if folder.name != "final":
+        return None
+    try:
+        step = read_state(folder).get("step")
+    except CheckpointError:
+        step = None
+    # Not known: the newest, and `verify` says what is wrong with it.
+    return step if type(step) is int else float("inf")
+
+
+def _prune(saved: Path, keep_last_n: int | None) -> None:
+    steps = [path for path in list_checkpoints(saved.parent) if _STEP.fullmatch(path.name)]
+    whole = [path for path in steps if looks_whole(path)]
+    for path in whole[: -keep_last_n if keep_last_n else 0]:
+        if path != saved:  # a run that was set back saves below steps of its former future
+            _discard(path, path)
+
+
+def _replace(final: Path, new: Path) -> None:
+    """Give `new` the name `final`, then remove what had it, if we wrote that."""
+    ours = (final / MANIFEST).is_file()
+    old = new
+    if not ours or not _exchange(new, final):
+        old = _hidden(final, "old") if ours else name_aside(final)
+        os.rename(final, old)
+        os.rename(new, final)
+    _fsync(final.parent)
+    if ours:
+        _discard(old, final)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two names in one step; False where the system or the file system cannot."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of linux/fs.h
+    if renameat2(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+        return False
+    raise OSError(code, os.strerror(code), str(second))
+
+
+def _discard(path: Path, final: Path) -> None:
+    """Delete a folder; it loses its name first, so that half of it is never taken for whole."""
+    partial = final.with_name(f".{final.name}.partial-{os.getpid()}")
+    os.rename(path, partial)
+    if partial.is_symlink():  # what it points to is not ours
+        partial.unlink()
+    else:
+        shutil.rmtree(partial)
+
+
+def name_aside(final: Path) -> Path:
+    """A free name for what is in the way and is not to be deleted: `NAME.aside-1`."""
+    names = (final.with_name(f"{final.name}.aside-{number}") for number in itertools.count(1))
+    return next(path for path in names if not os.path.lexists(path))
+
+
+def _hidden(final: Path, role: str) -> Path:
+    return final.with_name(f".{final.name}.{role}")
+
+
+def _check_space(final: Path, needed_bytes: int) -> None:
+    final.parent.mkdir(parents=True, exist_ok=True)
+    if shutil.disk_usage(final.parent).free < needed_bytes:
+        raise _no_space(final, needed_bytes)
+
+
+def _no_space(final: Path, needed_bytes: int, written_bytes: int = 0) -> CheckpointError:
+    free_bytes = shutil.disk_usage(final.parent).free + written_bytes
+    low = needed_bytes <= written_bytes  # the estimate was
+    needed = f"more than {written_bytes}" if low else f"about {needed_bytes}"
+    return CheckpointError(
+        f"{final}: not enough space: needs {needed} bytes, {free_bytes} bytes are free; "
+        "nothing of it was kept"
+    )
+
+
+def _fsync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,199 @@
+"""How much memory a run will need, before it starts.
+
+    weights + scales + adapters + gradients + optimizer state + activations + workspace
+      - what is used again within a step + the interpreter and its libraries = total
+
+The model, the optimizer and the step are the run's own, with tensors that hold no memory yet;
+the step is captured without being run and its memory planned (ops/plan.py), so that every
+number but the last is the one tinygrad will allocate.
+"""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+
+from tinygrad import Device, Tensor, dtypes
+from tinygrad.helpers import GlobalCounters
+
+from tinyllama.config import Config
+from tinyllama.model import lora
+from tinyllama.model.counts import (
+    Parameters,
+    aligned,
+    gigabytes,
+    parameters_of,
+)
+from tinyllama.model.int4 import packed_linears
+from tinyllama.model.layers import block_linears, named_tensors
+from tinyllama.model.llama import Llama
+from tinyllama.ops.adamw import SCALARS
+from tinyllama.runtime.plan import plan
+from tinyllama.system import memory
+from tinyllama.train.gradients import StagedLoss
+from tinyllama.train.optimizer import AdamW
+from tinyllama.train.step import TrainStep
+
+# What a process takes for the graphs of a run, beside what it has before and its tensors: 17 to 29
+# MB were measured with 4 and 6 layers, 62 MB with 32 (Linux, Python 3.11, tinygrad 0.13).
+GRAPH_BYTES = 17_000_000
+GRAPH_BYTES_PER_LAYER = 1_400_000
+
+_LABELS = {
+    "weights": "weights",
+    "scales": "scales of packed weights",
+    "adapters": "adapters",
+    "gradients": "gradients",
+    "optimizer_state": "optimizer state",
+    "activations": "activations",
+    "workspace": "workspace",
+    "reused": "used again within a step",
+    "runtime": "interpreter, libraries, graphs",
+}
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes that training holds at its peak, by purpose; `reused` is below zero.
+
+    Activations, gradients and work space are each at their highest, which is at different times:
+    activations are let go as gradients appear, and `reused` is what that saves.
+    """
+
+    weights: int
+    scales: int
+    adapters: int
+    gradients: int
+    optimizer_state: int
+    activations: int
+    workspace: int
+    reused: int
+    runtime: int
+    micro_batch_size: int
+    context_length: int
+
+    @property
+    def tensors(self) -> int:
+        """Bytes of tensors: what tinygrad's own counter reaches."""
+        return self.total - self.runtime
+
+    @property
+    def total(self) -> int:
+        """Bytes that the device must have: on a CPU, the resident memory of the process."""
+        return sum(getattr(self, name) for name in _LABELS)
+
+    def table(self) -> str:
+        """One line for each purpose and their sum, as text."""
+        rows = [(_LABELS[name], getattr(self, name)) for name in _LABELS]
+        lines = [{"memory": label, "bytes": f"{n:,}", "": gigabytes(n)} for label, n in rows if n]
+        lines.append({"memory": "total", "bytes": f"{self.total:,}", "": gigabytes(self.total)})
+        return aligned(lines)
+
+    def as_dict(self) -> dict[str, int]:
+        """Every number by name, with the two sums."""
+        return asdict(self) | {"tensors": self.tensors, "total": self.total}
+
+
+def blank_model(config: Config) -> Llama:
+    """The model that a configuration trains, adapters included, holding no memory yet."""
+    t = config.training
+    model = Llama(config.model, dtype=getattr(dtypes, t.dtype), seed=None)
+    model.checkpoint_activations = t.checkpoint_activations
+    if config.qlora is not None and config.qlora.quantize_base:
+        packed_linears(model, config.qlora.block_size)
+    if config.lora is not None:
+        section = config.lora
+        for _, owner, name in list(block_linears(model.model.layers)):
+            if name in section.modules:
+                base = getattr(owner, name)
+                layer = lora.LoRALinear(base, section.rank, section.scale, section.dropout)
+                layer.drops = section.dropout > 0
+                setattr(owner, name, layer)
+    return model
+
+
+def trained_tensors(config: Config, model: Llama) -> dict[str, Tensor]:
+    """The tensors that training changes, by name: adapters where there are any, or all."""
+    return model.state_dict() if config.lora is None else lora.adapter_tensors(model)
+
+
+def model_parameters(config: Config) -> Parameters:
+    """The parameters of the model that a configuration trains, counted by walking it.
+
+    A packed weight counts as the numbers it stands for.
+    """
+    model = blank_model(replace(config, qlora=None))
+    counts = ((name, tensor.numel()) for name, tensor in named_tensors(model))
+    return parameters_of((name, n) for name, n in counts if not name.endswith("dropout_key"))
+
+
+def blank_step(config: Config) -> TrainStep:
+    """The step that a configuration trains with, its model and optimizer holding no memory yet."""
+    model = blank_model(config)
+    optimizer = AdamW(trained_tensors(config, model), config.training, blank=True)
+    return TrainStep(model, optimizer, config.training.accumulation_steps)
+
+
+def estimate_memory(config: Config, step: TrainStep | None = None) -> MemoryEstimate:
+    """What training with this configuration holds on the selected device, at its peak.
+
+    A base checkpoint's sizes must be in the configuration already (`Config.with_base`). `step` is
+    a `blank_step` to plan with, whose pieces the run can take over then.
+    """
+    t, context, runtime = config.training, config.context_length, _runtime_bytes(config)
+    step = step or blank_step(config)
+    model, optimizer = step.staged.model, step.optimizer
+    batch = [Tensor.empty(t.micro_batch, context, dtype=dtypes.int32) for _ in range(3)]
+    hyperparameters = Tensor.empty(len(SCALARS))
+    plans = step.plans(*batch, hyperparameters=hyperparameters)
+    first = plans[0]
+    if config.data.val_path is not None:
+        plans.append(plan(StagedLoss(model).loss, batch))
+    gradients = first.gradients + _bytes(step.sums())
+    given = _bytes([*batch, hyperparameters, *model.rotations(context)])
+    workspace = given + sum(p.work for p in plans)
+    held = given + _bytes(step.sums()) + sum(p.arena for p in plans)
+    return MemoryEstimate(
+        **_lasting(model, optimizer),
+        gradients=gradients,
+        activations=first.kept,
+        workspace=workspace,
+        reused=held - gradients - first.kept - workspace,
+        runtime=runtime,
+        micro_batch_size=t.micro_batch,
+        context_length=context,
+    )
+
+
+def lasting_bytes(config: Config) -> dict[str, int]:
+    """Bytes of the tensors that live through a run: weights, scales, adapters, optimizer_state."""
+    model = blank_model(config)
+    return _lasting(model, AdamW(trained_tensors(config, model), config.training, blank=True))
+
+
+def _lasting(model: Llama, optimizer: AdamW) -> dict[str, int]:
+    found = {"weights": 0, "scales": 0, "adapters": 0}
+    for name, tensor in named_tensors(model):
+        found[_purpose(name)] += tensor.nbytes()
+    return found | {"optimizer_state": _bytes(optimizer.state_dict().values())}
+
+
+def _purpose(name: str) -> str:
+    """What a tensor of the model is counted as."""
+    if "lora_" in name:
+        return "adapters"
+    return "scales" if name.endswith("scales") else "weights"
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes() for tensor in tensors)
+
+
+def _runtime_bytes(config: Config) -> int:
+    """Resident memory beside the tensors: what this process has now, and a run's graphs.
+
+    Drivers that were looked for make a difference of 50 MB, so what is there is measured. On other
+    devices than the CPU none of it is theirs.
+    """
+    if Device.DEFAULT != "CPU":
+        return 0
+    now = memory.resident_bytes() - int(GlobalCounters.mem_used_per_device["CPU"])
+    return max(now, 0) + GRAPH_BYTES + GRAPH_BYTES_PER_LAYER * config.model.num_layers

@@ -1,0 +1,114 @@
+"""AdamW with global-norm clipping, and the learning rate as a pure function of the step.
+
+grad = (sum of gradients) / (trained tokens)            divided once, here
+clip = min(1, grad_clip / (||grad|| + 1e-6))             as torch.nn.utils.clip_grad_norm_
+AdamW on clip * grad, decay on 2-D weights only          (ops/adamw.py)
+"""
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+from tinygrad import Tensor
+
+from tinyllama.config import LRScheduleConfig, TrainingConfig
+from tinyllama.ops.adamw import SCALARS, adamw, add_square_sum
+from tinyllama.runtime.stage import Stage
+from tinyllama.runtime.storage import begin_zero
+
+
+def learning_rate(step: int, total_steps: int, peak: float, schedule: LRScheduleConfig) -> float:
+    """Rate of optimizer step 1, 2, ... total_steps: linear warm-up, then down to min_lr.
+
+    cosine: min_lr + (peak - min_lr) (1 + cos(pi r)) / 2 with r from 0 at the end of the warm-up
+    to 1 at the last step (Loshchilov & Hutter 2017); linear: straight; constant: the peak.
+    """
+    if step < schedule.warmup_steps:
+        return peak * step / schedule.warmup_steps
+    if schedule.type == "constant":
+        return peak
+    span = max(1, total_steps - max(1, schedule.warmup_steps))
+    r = min(1.0, max(0.0, (step - max(1, schedule.warmup_steps)) / span))
+    share = (1 + math.cos(math.pi * r)) / 2 if schedule.type == "cosine" else 1 - r
+    return schedule.min_lr + (peak - schedule.min_lr) * share
+
+
+class AdamW:
+    """Optimizer state of named parameters: exp_avg and exp_avg_sq, float32, like each of them."""
+
+    def __init__(
+        self, parameters: Mapping[str, Tensor], config: TrainingConfig, *, blank: bool = False
+    ) -> None:
+        """A `blank` state holds no memory yet; it is for planning a run."""
+        self.config = config
+        self.parameters = dict(parameters)
+        self.exp_avg = {name: _empty_like(p) for name, p in self.parameters.items()}
+        self.exp_avg_sq = {name: _empty_like(p) for name, p in self.parameters.items()}
+        self.stages = {"norm": Stage(), "step": Stage()}
+        if not blank:
+            begin_zero(self.state_dict().values())
+
+    def hyperparameters(self, step: int, lr: float, trained_tokens: int) -> np.ndarray:
+        """What `update` reads, for step 1, 2, ...: float32 in the order of SCALARS.
+
+        grad_scale is 1 / trained_tokens; `update` multiplies the clipping into it.
+        """
+        c = self.config
+        # The kernel decays by the betas as float32 has them, so the corrections must use those.
+        beta1, beta2 = float(np.float32(c.beta1)), float(np.float32(c.beta2))
+        values = {
+            "lr": lr,
+            "beta1": c.beta1,
+            "beta2": c.beta2,
+            "eps": c.epsilon,
+            "weight_decay": c.weight_decay,
+            "bias_correction1": 1 - beta1**step,
+            "bias_correction2": 1 - beta2**step,
+            "grad_scale": 1 / trained_tokens,
+        }
+        return np.array([values[name] for name in SCALARS], np.float32)
+
+    def update(self, grads: Mapping[str, Tensor], hyperparameters: Tensor) -> Tensor:
+        """One step from summed gradients, in place.
+
+        Returns the norm of the mean gradient before clipping, (1,) float32.
+        """
+        squares = None
+        for name in self.parameters:
+            squares = self._add_squares(squares, grads[name])
+        assert squares is not None, "there is nothing to train"
+        norm, scalars = self._scale(squares, hyperparameters)
+        for name, p in self.parameters.items():
+            self._step(p, self.exp_avg[name], self.exp_avg_sq[name], grads[name], scalars)
+        return norm
+
+    # Each piece below is scheduled once for all parameters of a shape (ops/stage.py).
+
+    def _add_squares(self, total: Tensor | None, grad: Tensor) -> Tensor:
+        known = [grad] if total is None else [total, grad]
+        return self.stages["norm"](known, lambda: [add_square_sum(total, grad)])[0]
+
+    def _scale(self, squares: Tensor, hyperparameters: Tensor) -> tuple[Tensor, Tensor]:
+        def build() -> list[Tensor]:
+            scale = hyperparameters[-1:]
+            norm = (squares.sum().sqrt().reshape(1) * scale).contiguous()
+            if self.config.grad_clip:
+                scale = scale * (self.config.grad_clip / (norm + 1e-6)).minimum(1.0)
+            return [norm, hyperparameters[:-1].cat(scale).contiguous()]
+
+        norm, scalars = self.stages["norm"]([squares, hyperparameters], build, "scale")
+        return norm, scalars
+
+    def _step(self, p: Tensor, m: Tensor, v: Tensor, grad: Tensor, scalars: Tensor) -> None:
+        decay = p.ndim >= 2
+        known = [p, m, v, grad, scalars]
+        self.stages["step"](known, lambda: adamw(p, m, v, grad, scalars, decay))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """exp_avg.NAME and exp_avg_sq.NAME for every parameter."""
+        first = {f"exp_avg.{name}": t for name, t in self.exp_avg.items()}
+        return first | {f"exp_avg_sq.{name}": t for name, t in self.exp_avg_sq.items()}
+
+
+def _empty_like(tensor: Tensor) -> Tensor:
+    return Tensor.empty(*tensor.shape, device=tensor.device)

@@ -1,0 +1,273 @@
+"""What a run starts from: the checkpoint it resumes, its base's sizes, its tokenizer and model."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Any
+
+from tinygrad import Device, dtypes
+
+from tinyllama.config import Config, LlamaConfig
+from tinyllama.config.options import got, shown
+from tinyllama.data.files import content_digests, find_sources, read_texts
+from tinyllama.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    TokenizerError,
+    naming,
+)
+from tinyllama.formats.huggingface import open_folder
+from tinyllama.formats.peft import AdapterConfig
+from tinyllama.model import int4, lora
+from tinyllama.model.llama import Llama
+from tinyllama.system import device
+from tinyllama.tokenizers.sentencepiece import (
+    MODEL_FILE,
+    TRAINING,
+    Tokenizer,
+    load_tokenizer,
+    train_tokenizer,
+)
+from tinyllama.train import run_folder
+from tinyllama.train.checkpoint import latest_valid, list_checkpoints, verify
+
+
+def check_fresh(config: Config) -> None:
+    """A new run gets a folder of its own: CheckpointError if it holds checkpoints or a run."""
+    folder = Path(config.checkpointing.checkpoint_dir)
+    run_folder.settle(folder)
+    run_folder.check_holds_none(folder)
+
+
+def check_files(config: Config) -> None:
+    """What a run reads is there, and its folder can be written: DataError or CheckpointError."""
+    with naming("data.train_path"):
+        find_sources(config.data.train_path)
+    if config.data.val_path is not None:
+        find_validation(config.data.val_path)
+    folder = Path(config.checkpointing.checkpoint_dir)
+    try:
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        with TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise CheckpointError(
+            f"checkpointing.checkpoint_dir: {folder} cannot be written: {error.strerror}"
+        ) from error
+
+
+def find_validation(paths: str | Sequence[str]) -> None:
+    """DataError, with what to do, if there is no validation text."""
+    try:
+        find_sources(paths)
+    except DataError as error:
+        raise DataError(
+            f"{error} (data.val_path names it; --set data.val_path=none trains without validation)"
+        ) from None
+
+
+def supported(config: Config) -> Config:
+    """The configuration, if all that it asks for can be done; ConfigError names what cannot."""
+    if config.lora is not None and config.model.base is None:
+        raise ConfigError(
+            "[lora]: adapters are trained on a checkpoint: name its folder with model.base in the "
+            "file or --set model.base=DIR, or remove the section to train a whole model"
+        )
+    t, data = config.training, config.data
+    problems = [
+        f"{config.where(key)}: {got(value, f'{shown(only)} for now')}"
+        for key, value, only in (
+            ("training.devices", t.devices, 1),
+            ("training.beam", t.beam, 0),
+            ("data.train_on", data.train_on, "all"),
+        )
+        if value != only
+    ]
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return config
+
+
+def without_effect(config: Config, sequences: int, steps: int) -> list[str]:
+    """Sizes that a run of so many `steps` over so many `sequences` of text does not reach."""
+    t, warmup, found = config.training, config.lr_schedule.warmup_steps, []
+    if t.batch_size > sequences:
+        found.append(
+            f"training.batch_size is {t.batch_size}, and the text fills {sequences} sequences: the"
+            " rest of each batch is empty"
+        )
+    if warmup > steps:
+        found.append(
+            f"lr_schedule.warmup_steps is {warmup}, and the run has {steps} steps: the learning"
+            f" rate rises to {t.learning_rate * steps / warmup:.2g} only"
+        )
+    return found
+
+
+# Options that change no loss of a step, or are compared elsewhere (the text by its digest).
+_FREE_OF_NUMBERS = ("checkpointing.", "data.", "model.base", "training.eval_every")
+
+
+def resume_folder(config: Config, asked: str, warn: Callable[[str], None]) -> Path:
+    """The verified checkpoint that `--resume` means: a folder by name, or "latest" for the newest
+    of the run's folder, where what a killed run may have left is settled first.
+
+    Raises CheckpointError, also where the run's folder belongs to another run or process.
+    """
+    root = Path(config.checkpointing.checkpoint_dir)
+    run_folder.settle(root)
+    if asked == "latest":
+        folder = latest_valid(root, warn)
+        if folder is None:
+            raise CheckpointError(
+                f"{root}: holds no checkpoint to resume from; without --resume the run begins"
+            )
+        return folder
+    folder = Path(asked)
+    if not folder.is_dir():
+        raise CheckpointError(f"--resume {asked}: no such folder")
+    if inside := list_checkpoints(folder):
+        raise CheckpointError(
+            f"--resume {asked}: holds checkpoints and is none; its newest is {inside[-1]}"
+        )
+    verify(folder)
+    if folder.resolve() not in [path.resolve() for path in list_checkpoints(root)]:
+        run_folder.check_holds_none(root)
+    return folder
+
+
+def with_base(config: Config) -> Config:
+    """The configuration with the sizes of `model.base`, if there is one."""
+    if config.model.base is None:
+        return config
+    with naming("model.base"):
+        folder = open_folder(config.model.base)
+    return config.with_base(folder.config, str(folder.path / "config.json"))
+
+
+def with_micro_batch_of(checkpoint: Path, config: Config) -> Config:
+    """The configuration with the micro-batch that `checkpoint` was trained with, if none is set.
+
+    What fits may differ from day to day, and sums of other parts round differently.
+    """
+    t, saved = config.training, run_folder.micro_batch_size(checkpoint)
+    if t.micro_batch_size is not None or saved is None or t.batch_size % saved:
+        return config
+    return replace(config, training=replace(t, micro_batch_size=saved))
+
+
+def made_with(config: Config) -> dict[str, Any]:
+    """What decides a run's numbers beside its text and weights: options, device, threads."""
+    options = {k: v for k, v in config.values().items() if not k.startswith(_FREE_OF_NUMBERS)}
+    found = options | {"device": Device.DEFAULT, "threads": device.threads()}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in found.items()}
+
+
+def differences(config: Config, checkpoint: Path) -> str | None:
+    """What a checkpoint was trained with otherwise than this configuration would, in a line."""
+    was, now = run_folder.read_state(checkpoint).get("made_with"), made_with(config)
+    if was is None:
+        return None
+    found = [
+        f"{key} is {shown(now.get(key))}, was {shown(was.get(key))}"
+        for key in sorted(was.keys() | now.keys())
+        if was.get(key) != now.get(key)
+    ]
+    told = f"{checkpoint} was trained otherwise, so the losses are not those of a run that was"
+    return f"{told} never stopped: {'; '.join(found)}" if found else None
+
+
+def find_tokenizer(config: Config, resume: Path | None, show: bool) -> Tokenizer:
+    """The run's tokenizer: the checkpoint's, a file, or one trained on the training text.
+
+    Raises ConfigError if the model has no room for it.
+    """
+    tokenizer = _tokenizer_of(resume, config) if resume else _new_tokenizer(config, show)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"{config.where('model.vocab_size')}: got {config.model.vocab_size}, must be at least"
+            f" the tokenizer's {tokenizer.vocab_size} ({config.tokenizer_source})"
+        )
+    return tokenizer
+
+
+def _new_tokenizer(config: Config, show: bool) -> Tokenizer:
+    if config.tokenizer_source != "train":
+        with naming("data.tokenizer" if config.data.tokenizer else "model.base"):
+            return load_tokenizer(config.tokenizer_source)
+    sources = find_sources(config.data.train_path)
+    cache = Path(config.data.cache_dir)
+    made_of = [f"{TRAINING} {config.tokenizer_vocab_size}", *content_digests(sources, cache)]
+    digest = hashlib.sha256("\n".join(made_of).encode()).hexdigest()[:32]
+    file = cache / f"tokenizer-{digest}" / MODEL_FILE
+    if file.exists():
+        return load_tokenizer(file)
+    what = f"data.tokenizer_vocab_size, for a tokenizer of {config.data.train_path}"
+    with naming(what, TokenizerError):  # what is wrong in the texts tells its own place
+        texts = read_texts(sources, progress=show)
+        return train_tokenizer(texts, config.tokenizer_vocab_size, file)
+
+
+def _tokenizer_of(checkpoint: Path, config: Config) -> Tokenizer:
+    """A checkpoint's tokenizer. Raises ConfigError if the configuration asks for another."""
+    found, asked = load_tokenizer(checkpoint), config.data
+    size = asked.tokenizer_vocab_size
+    if asked.tokenizer not in (None, "train"):
+        with naming("data.tokenizer"):
+            same = load_tokenizer(str(asked.tokenizer)).model == found.model
+        if not same:
+            raise ConfigError(
+                f"data.tokenizer: {asked.tokenizer} is not the tokenizer of {checkpoint}, which a"
+                " resumed run must go on with"
+            )
+    elif config.tokenizer_source == "train" and size not in (None, found.vocab_size):
+        raise ConfigError(
+            f"data.tokenizer_vocab_size: got {size}, must be {found.vocab_size} as in {checkpoint}"
+        )
+    return found
+
+
+def make_model(config: Config, resume: Path | None) -> Llama:
+    """The model: new, that of a base, or that of the checkpoint. Raises ConfigError where the
+    checkpoint has other sizes than the configuration."""
+    t = config.training
+    dtype = getattr(dtypes, t.dtype)
+    source = config.model.base if config.lora else resume or config.model.base
+    if source is None:
+        model = Llama(config.model, dtype=dtype, seed=t.seed, background=True)
+    else:
+        if config.qlora is not None and config.qlora.quantize_base:
+            model = int4.load_quantized(source, config.qlora, dtype=dtype)
+        else:
+            model = Llama.from_pretrained(source, dtype=dtype)
+        # An adapter's folder holds no sizes: its base's must be the ones it was trained with.
+        if resume is not None or config.lora is not None:
+            _check_sizes(config, model.config, source)
+        model.config = config.model
+    model.checkpoint_activations = t.checkpoint_activations
+    return model
+
+
+def _check_sizes(config: Config, saved: LlamaConfig, source: str | Path) -> None:
+    """Raise ConfigError if a checkpoint's [model] is not the one that is asked for."""
+    asked, file = config.model, f"{source}/config.json"
+    mine = asdict(replace(asked, num_kv_heads=asked.kv_heads))
+    theirs = asdict(replace(saved, base=asked.base, max_seq_len=asked.max_seq_len))
+    problems = [
+        f"{config.where(f'model.{name}')}: {got(mine[name], f'{shown(value)} as in {file}')}"
+        for name, value in theirs.items()
+        if mine[name] != value
+    ]
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def make_adapter(config: Config, model: Llama, resume: Path | None) -> AdapterConfig | None:
+    """Put the adapters of [lora] on the model, new or those of the checkpoint; None without."""
+    if config.lora is None:
+        return None
+    assert config.model.base is not None
+    return lora.start(model, config.lora, Path(config.model.base), config.training.seed, resume)

@@ -1,0 +1,179 @@
+"""What a run keeps on disk: its folder, its resolved configuration, its checkpoints."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tinygrad import Tensor
+
+from tinyllama.config import Config
+from tinyllama.data.batches import Batches
+from tinyllama.errors import (
+    CheckpointError,
+    TrainingError,
+    WeightsError,
+    reason,
+)
+from tinyllama.formats.peft import AdapterConfig
+from tinyllama.formats.safetensors import SafetensorsFile, write_safetensors
+from tinyllama.model.llama import Llama
+from tinyllama.model.lora import adapter_tensors, write_adapter
+from tinyllama.runtime.storage import read, write
+from tinyllama.system.files import InUseError, atomic_write, held
+from tinyllama.tokenizers.sentencepiece import Tokenizer
+from tinyllama.train.checkpoint import (
+    later_than,
+    list_checkpoints,
+    looks_whole,
+    name_aside,
+    read_state,
+    recover,
+    save_checkpoint,
+    set_aside,
+    step_name,
+    write_state,
+)
+from tinyllama.train.manifest import Digests
+from tinyllama.train.optimizer import AdamW
+
+__all__ = ["looks_whole", "read_state", "restore", "save", "step_name"]
+
+METRICS = "metrics.jsonl"
+OPTIMIZER = "optimizer.safetensors"
+
+
+def save(
+    folder: Path,
+    model: Llama,
+    optimizer: AdamW,
+    tokenizer: Tokenizer,
+    state: dict[str, Any],
+    keep_last_n: int,
+    adapter: AdapterConfig | None = None,
+) -> Path:
+    """Save a checkpoint folder: weights, the optimizer, the position in the data.
+
+    The weights are a Hugging Face model, or PEFT's two files where there is an `adapter`.
+    """
+    moments = optimizer.state_dict()
+
+    def fill(partial: Path) -> Digests:
+        if adapter is None:
+            digests = model.write_folder(partial, tokenizer)
+        else:
+            digests = write_adapter(partial, model, adapter)
+            tokenizer.save(partial)
+        sources = {name: (lambda t=t: read(t)) for name, t in moments.items()}
+        digests[OPTIMIZER] = write_safetensors(partial / OPTIMIZER, sources)
+        write_state(partial, state)
+        return digests
+
+    weights = model.state_dict() if adapter is None else adapter_tensors(model)
+    needed = 4 * sum(t.numel() for t in (*weights.values(), *moments.values()))
+    return save_checkpoint(folder.parent, folder.name, fill, keep_last_n, needed_bytes=needed)
+
+
+def not_finite(weights: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor that holds a NaN or an infinity."""
+    for name, tensor in weights.items():
+        values = read(tensor)
+        if not np.isfinite((values.min(), values.max())).all():  # a NaN is the least and greatest
+            return name
+    return None
+
+
+def restore(folder: Path, optimizer: AdamW, batches: Batches) -> int:
+    """Load what `save` kept besides the weights; returns the step. Raises CheckpointError."""
+    state = read_state(folder)
+    file = SafetensorsFile(folder / OPTIMIZER)
+    moments = optimizer.state_dict()
+    if set(file.names) != set(moments):
+        odd = sorted(set(file.names) ^ set(moments))
+        raise CheckpointError(f"{folder / OPTIMIZER}: does not fit the model: {', '.join(odd[:5])}")
+    for name, tensor in moments.items():
+        array = file.float32(name)
+        if array.shape != tensor.shape:
+            raise WeightsError(f"{folder / OPTIMIZER}: {name}: {array.shape}, not {tensor.shape}")
+        write(tensor, array)
+        file.forget(name)
+    batches.restore(state["data"])
+    step = state["step"]
+    assert isinstance(step, int)
+    return step
+
+
+def micro_batch_size(folder: Path) -> int | None:
+    """The micro_batch_size that a checkpoint was trained with, if it says so."""
+    size = read_state(folder).get("micro_batch_size")
+    return size if isinstance(size, int) and size > 0 else None
+
+
+@contextmanager
+def held_alone(folder: Path) -> Iterator[None]:
+    """Hold a run's folder, which must exist. Raises CheckpointError if another process does."""
+    try:
+        with held(folder):
+            yield
+    except InUseError:
+        raise CheckpointError(
+            f"{folder}: another process trains there: wait for it, or choose another "
+            "folder with --set checkpointing.checkpoint_dir=..."
+        ) from None
+
+
+def settle(folder: Path) -> None:
+    """Settle what a killed run left in its folder. Raises CheckpointError if a run is in it."""
+    if folder.is_dir():
+        with held_alone(folder):
+            recover(folder)
+
+
+def go_back(folder: Path, resumed: Path, step: int) -> list[tuple[Path, Path]]:
+    """Make a run's folder that of a run which goes on from the checkpoint `resumed`.
+
+    Checkpoints of later steps get another name; old and new ones are returned. The metrics that go
+    with them are copied first, since the run writes them anew. Those of a folder that is not the
+    checkpoint's own are of another run altogether.
+    """
+    metrics, is_ours = folder / METRICS, resumed.resolve().parent == folder.resolve()
+    if metrics.exists() and not is_ours:
+        metrics.rename(name_aside(metrics))
+    elif metrics.exists() and later_than(folder, step):
+        atomic_write(name_aside(metrics), metrics.read_bytes())
+    return set_aside(folder, step)
+
+
+def older_than(checkpoint: Path, step: int) -> Path | None:
+    """The newest whole checkpoint beside this one with fewer steps than `step`."""
+    found = [p for p in list_checkpoints(checkpoint.parent) if p != checkpoint and looks_whole(p)]
+    return next((p for p in reversed(found) if read_state(p)["step"] < step), None)
+
+
+def check_holds_none(folder: Path) -> None:
+    """A new run must not mix with an old one: CheckpointError if its folder holds checkpoints."""
+    if found := list_checkpoints(folder):
+        raise CheckpointError(
+            f"{folder} already holds {found[-1].name}: continue it with --resume, or choose "
+            "another folder with --set checkpointing.checkpoint_dir=..."
+        )
+
+
+def write_config(folder: Path, config: Config) -> None:
+    """config.toml of the run: every option with the value it had."""
+    atomic_write(folder / "config.toml", config.to_toml().encode())
+
+
+def so_far(step: int, saved: Path | None) -> str:
+    """Where a run ended, and what there is of it."""
+    there = f"the last checkpoint is {saved}" if saved else "nothing was saved"
+    return f"after step {step}, and {there}"
+
+
+def out_of_memory(error: MemoryError, step: int, saved: Path | None) -> TrainingError:
+    """What a run says whose device had no memory left."""
+    return TrainingError(
+        f"out of memory {so_far(step, saved)}: {reason(error)}; lower training.micro_batch_size or "
+        "data.context_length, or set training.checkpoint_activations = true"
+    )

@@ -1,0 +1,132 @@
+"""One optimizer step: gradients of the summed loss over the micro-batches, then the update.
+
+    grads = sum over micro-batches of d(summed loss)/d(parameters)
+    parameters, state = AdamW(grads / trained tokens, clipped)
+
+A batch that fits memory is one compiled graph; otherwise one graph adds a micro-batch's gradients
+into buffers and another updates. Each graph is captured at its first call, so nothing is compiled
+or scheduled twice, and one small tensor (loss, norm) is read back a step.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+from tinygrad import Tensor
+
+from tinyllama.data.batches import Batch
+from tinyllama.model.llama import Llama
+from tinyllama.runtime.capture import captured
+from tinyllama.runtime.plan import Plan, plan
+from tinyllama.runtime.stage import Stage
+from tinyllama.runtime.storage import Inputs, fill_zero
+from tinyllama.train.gradients import StagedLoss
+from tinyllama.train.optimizer import AdamW
+
+
+class StepResult(NamedTuple):
+    """What a step saw: mean loss in nats, norm of the mean gradient, trained tokens."""
+
+    loss: float
+    grad_norm: float
+    tokens: int
+
+
+class TrainStep:
+    """Trains `optimizer.parameters` of `model`; call it with the micro-batches of one step."""
+
+    def __init__(
+        self,
+        model: Llama,
+        optimizer: AdamW,
+        micro_batches: int,
+        around: Callable[[int, int], AbstractContextManager[None]] = lambda *_: nullcontext(),
+    ) -> None:
+        """`around(step, micro_batch)` is entered for each pass forward and back (dropout)."""
+        self.optimizer, self.around = optimizer, around
+        self.staged = StagedLoss(model, optimizer.parameters)
+        self.micro_batches = micro_batches
+        self._batch, self._numbers = Inputs(), Inputs()
+        self._whole = captured(self._whole_step)
+        self._accumulate = captured(self._accumulate_step)
+        self._update = captured(self._update_step)
+        self._add_stage = Stage()
+        self._sums: dict[str, Tensor] = {}
+        self._summed_loss = Tensor.empty(1)
+        self._found: list[Tensor] = []  # the captured graph's gradients, for `plans`
+        if micro_batches > 1:
+            self._sums = {name: Tensor.empty(*p.shape) for name, p in optimizer.parameters.items()}
+
+    def __call__(self, batches: Sequence[Batch], step: int, lr: float) -> StepResult:
+        """Run optimizer step number `step` (1, 2, ...) on its micro-batches."""
+        assert len(batches) == self.micro_batches
+        tokens = sum(int((b.targets >= 0).sum()) for b in batches)
+        numbers = self.optimizer.hyperparameters(step, lr, max(tokens, 1))
+        (hyperparameters,) = self._numbers(numbers)
+        if self.micro_batches == 1:
+            with self.around(step, 0):
+                result = self._whole(*self._batch(*batches[0]), hyperparameters)
+        else:
+            self._clear_sums()
+            for number, batch in enumerate(batches):
+                with self.around(step, number):
+                    self._accumulate(*self._batch(*batch))
+            result = self._update(hyperparameters)
+        summed_loss, norm = result.numpy().tolist()
+        return StepResult(summed_loss / max(tokens, 1), norm, tokens)
+
+    def take_over(self, planned: "TrainStep") -> None:
+        """Use the pieces that a step of the same configuration has scheduled (`plans`) again."""
+        self.staged.stages, self._add_stage = planned.staged.stages, planned._add_stage
+        self.optimizer.stages = planned.optimizer.stages
+
+    def sums(self) -> list[Tensor]:
+        """The sums of gradients that are kept between the micro-batches of a step."""
+        return list(self._sums.values())
+
+    def plans(self, *batch: Tensor, hyperparameters: Tensor) -> list[Plan]:
+        """Memory of the graphs that a step runs, for a micro-batch's three tensors; runs none."""
+        if self.micro_batches == 1:
+            return [self._plan(self._whole_step, *batch, hyperparameters)]
+        return [
+            self._plan(self._accumulate_step, *batch),
+            self._plan(self._update_step, hyperparameters),
+        ]
+
+    def _plan(self, function: Callable[..., Any], *inputs: Tensor) -> Plan:
+        self._found = []
+        return plan(function, inputs, lambda: self._found)
+
+    def _gradients(
+        self, tokens: Tensor, targets: Tensor, starts: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Summed loss (1,) and its gradient by parameter name."""
+        loss, grads = self.staged.gradients(tokens, targets, starts)
+        self._found = list(grads.values())
+        return loss, grads
+
+    def _whole_step(
+        self, tokens: Tensor, targets: Tensor, starts: Tensor, hyperparameters: Tensor
+    ) -> Tensor:
+        loss, grads = self._gradients(tokens, targets, starts)
+        return self._finish(loss, grads, hyperparameters)
+
+    def _accumulate_step(self, tokens: Tensor, targets: Tensor, starts: Tensor) -> None:
+        loss, grads = self._gradients(tokens, targets, starts)
+        self._add(self._summed_loss, loss)
+        for name, grad in grads.items():
+            self._add(self._sums[name], grad)
+
+    def _add(self, total: Tensor, part: Tensor) -> None:
+        self._add_stage([total, part], lambda: [total.assign(total + part)])
+
+    def _update_step(self, hyperparameters: Tensor) -> Tensor:
+        return self._finish(self._summed_loss, self._sums, hyperparameters)
+
+    def _finish(self, loss: Tensor, grads: Mapping[str, Tensor], hyperparameters: Tensor) -> Tensor:
+        norm = self.optimizer.update(grads, hyperparameters)
+        return loss.cat(norm).contiguous().realize()
+
+    def _clear_sums(self) -> None:
+        for tensor in (self._summed_loss, *self._sums.values()):
+            fill_zero(tensor)

@@ -1,0 +1,304 @@
+"""The training loop: text in, checkpoints and metrics out.
+
+    for each step:  loss, grads -> AdamW -> one line of metrics
+    once in a while:  validate, save
+
+Everything that decides the numbers is in the configuration, the position in the data, and the
+tensors of a checkpoint, so a run that is resumed continues bit for bit.
+"""
+
+import math
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from tinyllama.config import Config
+from tinyllama.data.batches import Batch, Batches, prepare
+from tinyllama.errors import TrainingError
+from tinyllama.model import lora
+from tinyllama.model.counts import parameters
+from tinyllama.observe.metrics import MetricsLog, progress
+from tinyllama.system.memory import memory_in_use_bytes
+from tinyllama.system.signals import stopping_on_signals
+from tinyllama.train import run_folder
+from tinyllama.train.evaluate import Evaluator
+from tinyllama.train.optimizer import AdamW, learning_rate
+from tinyllama.train.prepare import (
+    check_files,
+    differences,
+    find_tokenizer,
+    made_with,
+    make_adapter,
+    make_model,
+    supported,
+    without_effect,
+)
+from tinyllama.train.step import TrainStep
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: its last checkpoint, the step, whether the schedule was completed."""
+
+    checkpoint: Path
+    step: int
+    finished: bool
+
+
+class Trainer:
+    """A run: everything it needs, made or restored; `run` trains to the end or to a signal."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        resume: Path | None = None,
+        budget_seconds: float | None = None,
+        show: bool = True,
+        planned: TrainStep | None = None,
+    ) -> None:
+        """`resume` is a checkpoint folder to continue; `budget_seconds` shortens the schedule;
+        `planned` is the step that the estimate of this run was made with."""
+        self.config = supported(config)
+        self.show, self.budget_seconds = show, budget_seconds
+        self.folder = Path(config.checkpointing.checkpoint_dir)
+        check_files(config)  # before a tokenizer is made for nothing
+        self.tokenizer = find_tokenizer(config, resume, show)
+        t, context = config.training, config.context_length
+        cache = config.data.cache_dir
+        train = prepare(config.data.train_path, self.tokenizer, cache, progress=show)
+        self.batches = Batches(train, context, t.batch_size, t.seed)
+        self.total_steps = self.batches.steps_per_epoch * t.num_epochs
+        if t.max_steps is not None:
+            self.total_steps = min(self.total_steps, t.max_steps)
+        self.planned_steps = self.total_steps  # what a time budget shortens
+        self.model = make_model(self.config, resume)
+        self.adapter = make_adapter(self.config, self.model, resume)
+        trained = lora.adapter_tensors(self.model) if self.adapter else self.model.state_dict()
+        self.optimizer = AdamW(trained, t)
+        dropping = lora.dropping(self.model, t.seed)
+        self.train_step = TrainStep(self.model, self.optimizer, t.accumulation_steps, dropping)
+        if planned is not None:
+            self.train_step.take_over(planned)
+        self.evaluator = None
+        if config.data.val_path is not None:
+            val = prepare(config.data.val_path, self.tokenizer, cache, progress=show)
+            self.evaluator = Evaluator(self.model, val, context, t.micro_batch)
+        self.step = run_folder.restore(resume, self.optimizer, self.batches) if resume else 0
+        state = run_folder.read_state(resume) if resume else {}
+        # The line of metrics of a step whose validation a signal cut short.
+        self._unvalidated: dict[str, Any] | None = state.get("unvalidated")
+        if state.get("was_last") and budget_seconds is not None:
+            self.total_steps = self.step  # the budget that ended there is not given once more
+        self._resumed = self.saved = resume
+        self._saved_step = self.step
+        self._followed: Path | None = None  # the newest checkpoint that a finite step came after
+
+    def run(self) -> Outcome:
+        """Train until the schedule ends, or a signal asks to stop after the current step."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with run_folder.held_alone(self.folder):
+                return self._run()
+        except KeyboardInterrupt as interrupt:
+            raise type(interrupt)(run_folder.so_far(self.step, self.saved)) from None
+        except MemoryError as error:
+            raise run_folder.out_of_memory(error, self.step, self.saved) from error
+
+    def _run(self) -> Outcome:
+        self._take_folder()
+        begun = (self.step, time.monotonic())
+        told = "\nstopping after this step, then saving; once more to stop at once\n"
+        with (
+            stopping_on_signals(told if self.show else "") as stopping,
+            progress(self.total_steps, self.step, self.show) as bar,
+            self._open_metrics(stopping) as metrics,
+        ):
+            while self.step < self.total_steps and not stopping():
+                self._one_step(metrics, bar, begun, stopping)
+            finished = self.step >= self.total_steps and self._unvalidated is None
+            folder = self.folder / ("final" if finished else run_folder.step_name(self.step))
+            is_there = self.saved is not None and self.saved.resolve() == folder.resolve()
+            if not is_there or self._saved_step != self.step:
+                self.save(folder.name)
+        return Outcome(folder, self.step, finished)
+
+    def _take_folder(self) -> None:
+        """Make the run's folder ours: what a run that is continued here had after this step is
+        set aside. Raises CheckpointError where a new run finds another one's checkpoints."""
+        if self._resumed is None:
+            run_folder.check_holds_none(self.folder)
+        else:
+            for old, new in run_folder.go_back(self.folder, self._resumed, self.step):
+                print(f"{old} is of a later step: renamed to {new.name}", file=sys.stderr)
+        run_folder.write_config(self.folder, self.config)
+
+    @contextmanager
+    def _open_metrics(self, stopping: Callable[[], bool]) -> Iterator[MetricsLog]:
+        """metrics.jsonl, after the validation that is still to be made up for, if there is one:
+        its step's line is then written once more."""
+        line, first = self._unvalidated, self.step + 1
+        if line is not None:
+            line, first = self._validate(line, stopping), self.step
+        with closing(MetricsLog(self.folder / run_folder.METRICS, first)) as metrics:
+            if line is not None:
+                metrics.write(line)
+            yield metrics
+
+    def summary(self) -> str:
+        """What is about to be trained, in one line."""
+        t, context = self.config.training, self.config.context_length
+        trained = sum(p.numel() for p in self.optimizer.parameters.values())
+        frozen = parameters(self.config.model).total
+        what = f"{trained:,} adapter parameters on {frozen:,} frozen" if self.adapter else None
+        return (
+            f"{what or f'{trained:,} parameters'}, {self.total_steps:,} steps of "
+            f"{t.batch_size} x {context} tokens, {t.dtype}"
+        )
+
+    def notices(self) -> list[str]:
+        """What may not be meant, a line each: another run than before, sizes without effect."""
+        other = differences(self.config, self._resumed) if self._resumed else None
+        found = without_effect(self.config, self.batches.n_windows, self.total_steps)
+        return [other, *found] if other else found
+
+    def _one_step(
+        self,
+        metrics: MetricsLog,
+        bar: "tqdm[None]",
+        begun: tuple[int, float],
+        stopping: Callable[[], bool],
+    ) -> None:
+        t = self.config.training
+        epoch, batch = self.batches.epoch + 1, self.batches.next()
+        step = self.step + 1
+        lr = learning_rate(step, self.total_steps, t.learning_rate, self.config.lr_schedule)
+        clock = time.perf_counter()
+        result = self.train_step(_micro_batches(batch, t.micro_batch), step, lr)
+        seconds = time.perf_counter() - clock
+        seen = {"loss": result.loss, "gradient norm": result.grad_norm, "learning rate": lr}
+        self._check_finite(step, seen)
+        self.step, self._followed = step, self.saved
+        self._shorten(*begun)
+        line: dict[str, Any] = {"step": step, "loss": result.loss, "lr": lr}
+        line |= {"grad_norm": result.grad_norm, "tokens_per_second": result.tokens / seconds}
+        line |= {"memory_bytes": memory_in_use_bytes(), "epoch": epoch}
+        try:
+            if self._validation_is_due(step, epoch):
+                line = self._validate(line, stopping)
+        finally:
+            metrics.write(line)
+        shown = {"loss": f"{result.loss:.4f}", "tok/s": f"{line['tokens_per_second']:.0f}"}
+        if "val_loss" in line:
+            shown["val"] = f"{line['val_loss']:.4f}"
+        bar.total = self.total_steps
+        bar.set_postfix(shown, refresh=False)
+        bar.update()
+        if step % self.config.checkpointing.save_every == 0 and step < self.total_steps:
+            self.save(run_folder.step_name(step))
+
+    def _validation_is_due(self, step: int, epoch: int) -> bool:
+        """Whether a validation loss is asked for after `step`, which was of `epoch`."""
+        every = self.config.training.eval_every
+        due = self.batches.epoch + 1 != epoch if every is None else step % every == 0
+        return due or step == self.total_steps
+
+    def _validate(self, line: dict[str, Any], stopping: Callable[[], bool]) -> dict[str, Any]:
+        """A step's line of metrics with its validation loss, if there is text for one.
+
+        Where a signal cuts it short, the run that goes on from here makes up for it.
+        """
+        if self.evaluator is None:
+            self._unvalidated = None
+            return line
+        found = self.evaluator.run(stopping=stopping)
+        self._unvalidated = line if found is None else None
+        if found is None:
+            return line
+        self._check_finite(
+            line["step"], {"validation loss": found.loss, "learning rate": line["lr"]}
+        )
+        return line | {"val_loss": found.loss}
+
+    def _check_finite(self, step: int, seen: dict[str, float]) -> None:
+        """Raise TrainingError, which tells what was seen, if a number in it is NaN or infinite."""
+        if all(map(math.isfinite, seen.values())):
+            return
+        numbers = ", ".join(f"{name} {value:.6g}" for name, value in seen.items())
+        raise self._broken(step, f"{numbers}: the numbers are no longer finite")
+
+    def _broken(self, step: int, what: str) -> TrainingError:
+        """The error that ends a run at a step: what was seen, and what can be done."""
+        advice = "A lower training.learning_rate or a longer lr_schedule.warmup_steps may help"
+        if self.step == 0:
+            advice = "No weight was trained before: look at model.base, the text and training.dtype"
+        return TrainingError(
+            f"step {step}: {what}, so training stops; {self._last_good()}. {advice}"
+        )
+
+    def _last_good(self) -> str:
+        """The checkpoint to go back to: weights that are followed by such a step are none."""
+        if self.saved is None:
+            return "nothing was saved"
+        good = self._followed
+        if good is None or not good.is_dir():
+            good = run_folder.older_than(self.saved, self._saved_step)
+        if good is None:
+            return f"{self.saved} holds the weights that led to them, and none is before it"
+        way = f"--resume {shlex.quote(str(good))}"
+        if good.resolve().parent != self.folder.resolve():
+            way += " with another checkpointing.checkpoint_dir"
+        return f"the last good checkpoint is {good} ({way} goes back to it)"
+
+    def _shorten(self, first: int, started: float) -> None:
+        """With a time budget, end the schedule at the step that the budget reaches: as many steps
+        fit the time that is left as took the time since `started`, when `first` was done."""
+        done = self.step - first
+        if self.budget_seconds is None or done < 2:
+            return
+        elapsed = time.monotonic() - started
+        left = max(0.0, self.budget_seconds - elapsed) / (elapsed / done)
+        self.total_steps = max(self.step, min(self.planned_steps, self.step + int(left)))
+
+    def save(self, name: str) -> Path:
+        """Save the run as it stands under `name`. TrainingError if its weights are not finite."""
+        if broken := run_folder.not_finite(self.optimizer.parameters):
+            raise self._broken(self.step, f"{broken}: the weights are no longer finite")
+        folder, keep = self.folder / name, self.config.checkpointing.keep_last_n
+        try:
+            run_folder.save(
+                folder, self.model, self.optimizer, self.tokenizer,
+                self._state(), keep, self.adapter,
+            )  # fmt: skip
+        except KeyboardInterrupt:  # it may be there, and older ones were being removed
+            if (
+                run_folder.looks_whole(folder)
+                and run_folder.read_state(folder)["step"] == self.step
+            ):
+                self.saved, self._saved_step = folder, self.step
+            raise
+        self.saved, self._saved_step = folder, self.step
+        return folder
+
+    def _state(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside tensors."""
+        parts = self.config.training.micro_batch
+        state = {"step": self.step, "data": self.batches.state(), "micro_batch_size": parts}
+        state |= {"made_with": made_with(self.config)}
+        if self._unvalidated is None:
+            return state
+        was_last = self.step >= self.total_steps
+        return state | {"unvalidated": self._unvalidated, "was_last": was_last}
+
+
+def _micro_batches(batch: Batch, size: int) -> list[Batch]:
+    """The rows of a batch in parts of `size`."""
+    starts = range(0, len(batch.tokens), size)
+    return [Batch(*(part[i : i + size] for part in batch)) for i in starts]
