@@ -187,7 +187,7 @@ def config_from_toml(text: str, source_name: str, overrides: Sequence[str] = ())
 
 
 def option_table() -> str:
-    """Every option as a Markdown table, for the README."""
+    """Every option as a Markdown table, for docs/options.md."""
     lines = ["| key | default | allowed | what it is |", "|---|---|---|---|"]
     for name, cls in SECTIONS.items():
         lines += markdown_rows(options_of(name, cls))
