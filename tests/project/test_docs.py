@@ -13,16 +13,10 @@ from tinyllama.config import load_config, option_table
 from tinyllama.train.memory_estimate import estimate_memory
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = {
-    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
-    for path in (
-        ROOT / "README.md",
-        ROOT / "CONTRIBUTING.md",
-        *sorted((ROOT / "docs").glob("*.md")),
-    )
-}
-# What a reader has and we have not: files that examples stand for.
-EXAMPLES = (".demo/", "checkpoints/", "data/", "path/", "text/", "step-")
+FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in FILES}
+# A report of a day names files as they were called then.
+REPORTS = ("docs/mutants.md",)
 
 
 def shell_of(text: str) -> str:
@@ -79,7 +73,7 @@ def test_files_and_links_named_exist(page: str) -> None:
     named = set(
         re.findall(r"(?<![\w/.-])(?:tinyllama|tools|tests|configs|docs)/[\w./-]*\.\w+", text)
     )
-    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+    assert page in REPORTS or [n for n in sorted(named) if not (ROOT / n).exists()] == []
 
 
 def test_every_page_is_linked() -> None:
@@ -123,7 +117,8 @@ def test_commands_and_their_options_exist(page: str) -> None:
 def test_options_named_exist() -> None:
     keys = {key for text in PAGES.values() for key in re.findall(r"--set (\w+\.\w+)=", text)}
     assert len(keys) > 8
-    assert [key for key in sorted(keys) if f"| `{key}` |" not in option_table()] == []
+    unknown = {key for key in keys if f"| `{key}` |" not in option_table()}
+    assert unknown == {"section.key"}
 
 
 def test_targets_of_make_named_exist() -> None:
