@@ -51,7 +51,8 @@ def report(options: argparse.Namespace, plain: float, packed: float) -> str:
     """The result as Markdown."""
     return (
         "# QLoRA against LoRA\n\nPrinted by tools/compare_qlora.py: adapters of rank"
-        f" {options.rank} on `{options.base}`, {options.steps} steps,\n4-bit groups of {options.block_size}.\n\n"
+        f" {options.rank} on `{options.base}`, {options.steps} steps,\n"
+        f"4-bit groups of {options.block_size}.\n\n"
         "| base | held-out loss, nats per token |\n|---|---|\n"
         f"| not packed | {plain:.4f} |\n| 4 bits | {packed:.4f} |\n\n"
         f"Packing the base costs {packed / plain - 1:+.2%} (allowed: {ALLOWED:+.0%}).\n"

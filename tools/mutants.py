@@ -117,8 +117,8 @@ def report(rows: Sequence[dict[str, str]], share: float) -> str:
         f"# Mutants\n\nPrinted by `make mutants` on {datetime.date.today()} with {versions}:"
         f" {share:.1%} of the changes made a test fail (required: {REQUIRED:.0%}).\n"
         "Timeouts, and changes that no test reaches, count as unnoticed. mutmut changes the bodies"
-        " of functions and methods,\nbut not properties, nor code at the level of a module or a class."
-        "\n\n" + "\n".join([*head, *lines]) + "\n"
+        " of functions and methods,\nbut not properties, nor code at the level of a module or a"
+        " class.\n\n" + "\n".join([*head, *lines]) + "\n"
     )
 
 

@@ -153,7 +153,6 @@ def report(seen: dict[str, Any]) -> str:
         " trains rank-64 adapters on random weights with the\nsizes of configs/7b.toml, on the same"
         " real text in each step, with activation checkpointing.\n\n"
         f"| what | measured |\n|---|---|\n{table}\n\nLoss per step: {losses}\n"
-
     )
 
 
