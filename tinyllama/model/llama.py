@@ -32,10 +32,10 @@ from tinyllama.ops.cross_entropy import linear_cross_entropy
 from tinyllama.ops.matmul import linear
 from tinyllama.ops.rope import rope, tables
 from tinyllama.ops.swiglu import swiglu
+from tinyllama.runtime.fills import finish_background_writes
 from tinyllama.runtime.storage import (
     later,
     read,
-    settle,
     write,
     write_new,
 )
@@ -166,7 +166,7 @@ class Llama:
             weights = self.state_dict()
             later(partial(initialize, weights, config.num_layers, seed), weights.values())
         if not background:
-            settle()
+            finish_background_writes()
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """tokens (B, T) int32 -> logits (B, T, vocab) float32."""
