@@ -19,7 +19,7 @@ from tinyllama.model.llama import Block, Llama
 from tinyllama.runtime.capture import captured
 from tinyllama.runtime.kernel import in_memory
 from tinyllama.runtime.stage import Stage
-from tinyllama.runtime.storage import Inputs
+from tinyllama.runtime.storage import Inputs, alias
 
 PROMPT_CHUNK = 32
 
@@ -139,7 +139,7 @@ class Generator:
 
         def build() -> list[Tensor]:
             # Another Tensor of the same memory: assigning to the cache itself would change it.
-            return [in_memory(layer.cached(x, cos, sin, Tensor(cache.uop), position))]
+            return [in_memory(layer.cached(x, cos, sin, alias(cache), position))]
 
         weights = [tensor for _, tensor in named_tensors(layer)]
         return self._stage([x, cos, sin, cache, position, *weights], build, structure(layer))[0]

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 from tinygrad import TinyJit
+from tinygrad.device import Device
+from tinygrad.uop.ops import Ops
 
 from tinyllama.runtime.patches import install
 from tinyllama.runtime.precompile import finishing
@@ -15,3 +17,18 @@ def captured(function: Callable[..., Any]) -> Any:
     jit = TinyJit(finishing(function))
     jit.cnt = 1
     return jit
+
+
+def kernel_count(step: Any) -> int:
+    """Kernels that a captured step launches, once it has run.
+
+    tinygrad's own counter counts a graph of many kernels as one.
+    """
+    calls = [call.src[0] for call in step.captured.linear.src]
+    graphs = [call for call in calls if call.op is Ops.CUSTOM_FUNCTION]
+    return len(calls) - len(graphs) + sum(len(graph.src[0].src) for graph in graphs)
+
+
+def synchronize() -> None:
+    """Wait until the device has computed everything it was given."""
+    Device[Device.DEFAULT].synchronize()

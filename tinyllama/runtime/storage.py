@@ -38,6 +38,17 @@ def buffer_of(tensor: Tensor) -> Buffer:
     return buffer.ensure_allocated()
 
 
+def memory_key(tensor: Tensor) -> Hashable:
+    """A key of dictionaries: the same for tensors of the same memory, whatever their shapes."""
+    key: Hashable = tensor.uop.base
+    return key
+
+
+def alias(tensor: Tensor) -> Tensor:
+    """Another tensor of the same memory: assigning to it leaves `tensor` as it is."""
+    return Tensor(tensor.uop)
+
+
 class Inputs:
     """The tensors that a captured step is called with: the same ones, filled anew each time.
 

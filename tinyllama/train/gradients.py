@@ -16,6 +16,7 @@ from tinyllama.ops.cross_entropy import loss_and_gradients, token_losses
 from tinyllama.ops.sums import into_products
 from tinyllama.runtime.kernel import in_memory
 from tinyllama.runtime.stage import Stage, materialized, replaced
+from tinyllama.runtime.storage import memory_key
 
 Function = Callable[..., Tensor]
 
@@ -156,4 +157,4 @@ class StagedLoss:
 
 def _key(tensor: Tensor) -> Any:
     """What makes a weight the same weight: its buffer."""
-    return tensor.uop.base
+    return memory_key(tensor)
