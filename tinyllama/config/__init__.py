@@ -5,6 +5,7 @@ from tinyllama.config.config import (
     Config,
     config_from_toml,
     load_config,
+    option_help,
     option_table,
 )
 from tinyllama.config.sections import (
@@ -31,5 +32,6 @@ __all__ = [
     "TrainingConfig",
     "config_from_toml",
     "load_config",
+    "option_help",
     "option_table",
 ]

@@ -19,8 +19,10 @@ from tinyllama.config.options import (
     options_of,
     problems_of,
     shown,
+    text_rows,
     to_toml,
 )
+from tinyllama.config.presets import find_config
 from tinyllama.config.sections import (
     ALL_LINEAR,
     RELATIONS,
@@ -48,6 +50,7 @@ __all__ = [
     "TrainingConfig",
     "config_from_toml",
     "load_config",
+    "option_help",
     "option_table",
 ]
 
@@ -149,8 +152,10 @@ class Config:
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a TOML file, with or without BOM and CRLF, and apply overrides `section.key=value`.
 
-    Raises ConfigError with every problem, one line each.
+    `path` may be the name of a shipped configuration, such as 124m; a file of that name comes
+    first. Raises ConfigError with every problem, one line each.
     """
+    path = find_config(path)
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
     except OSError as error:
@@ -192,6 +197,14 @@ def option_table() -> str:
     for name, cls in SECTIONS.items():
         lines += markdown_rows(options_of(name, cls))
     return "\n".join(lines) + "\n"
+
+
+def option_help() -> str:
+    """Every option as text for a terminal: key and default, then what it is and what is allowed."""
+    lines = []
+    for name, cls in SECTIONS.items():
+        lines += [f"[{name}]", *text_rows(options_of(name, cls)), ""]
+    return "\n".join(lines)
 
 
 def _section_problems(values: dict[str, Any]) -> list[str]:
