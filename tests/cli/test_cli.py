@@ -1,6 +1,7 @@
 """The command line: what it prints, and that a mistake ends as one message and exit code 2."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -182,10 +183,35 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path, capsys, command):
     assert capsys.readouterr().err == message
 
 
-def test_a_reader_that_goes_away_ends_the_command_without_a_word():
-    with start("backends") as process:
+# Python buffers standard output unless this is set: a broken pipe shows when it is flushed.
+BUFFERING = [{"PYTHONUNBUFFERED": ""}, {"PYTHONUNBUFFERED": "1"}]
+
+
+@pytest.mark.parametrize("buffering", BUFFERING, ids=["buffered", "unbuffered"])
+@pytest.mark.parametrize("words", [["backends"], ["train", "--help"], ["evaluate", "--help"]])
+def test_a_reader_that_has_gone_ends_the_command_with_141_and_no_message(words, buffering):
+    with start(*words, **buffering) as process:
         process.stdout.close()
         assert (process.stderr.read(), process.wait()) == ("", 141)
+
+
+@pytest.mark.parametrize("buffering", BUFFERING, ids=["buffered", "unbuffered"])
+def test_a_mistake_that_nobody_reads_has_its_exit_code(buffering):
+    with start("train", "nowhere.toml", **buffering) as process:
+        process.stdout.close()
+        process.stderr.close()
+        assert process.wait() == 2
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no such device here")
+@pytest.mark.parametrize("buffering", BUFFERING, ids=["buffered", "unbuffered"])
+def test_output_that_cannot_be_written_is_a_mistake_in_one_line(buffering):
+    words = [sys.executable, "-m", "tinyllama", "params", "124m", "--json"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            words, stdout=full, stderr=subprocess.PIPE, text=True, env=environment(**buffering)
+        )
+    assert (done.returncode, done.stderr) == (2, "params: No space left on device\n")
 
 
 @pytest.mark.parametrize("budget", ["0", "-5", "nan", "inf", "x"])

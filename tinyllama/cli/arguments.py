@@ -21,6 +21,10 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
+    def print_help(self, file: Any = None) -> None:
+        """argparse's own hides that a pipe is broken."""
+        print(self.format_help(), end="", file=file)
+
     def error(self, message: str) -> NoReturn:
         """Exit with code 2 and one line."""
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
