@@ -45,9 +45,21 @@ class Parser(argparse.ArgumentParser):
                 self.error(self.unknown_option(name, names))
 
     def unknown_option(self, name: str, names: Mapping[str, object]) -> str:
-        """What to say about an option that there is not."""
+        """What to say about an option that does not exist: what it is called here, else the
+        nearest option."""
+        from tinyllama.cli import other_words
+        from tinyllama.config import loader
         from tinyllama.config.options import nearest
 
+        plain = name.replace("_", "-")
+        known = other_words.WORDS.get(plain, plain)
+        if known in names:
+            return f"no option {name}: here it is called {known}"
+        key = loader.meant_key(name.lstrip("-").replace("-", "_")) if "--set" in names else None
+        if key is not None:
+            return f"no option {name}: {key if ' ' in key else f'write --set {key}=VALUE'}"
+        if " " in known and set(re.findall(r"--[a-z-]+", known)) <= set(names):
+            return f"no option {name}: {known}"
         return f"no option {name}, the nearest is {nearest(name, names)}"
 
 
