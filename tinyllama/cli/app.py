@@ -254,7 +254,7 @@ def _select(asked: argparse.Namespace) -> device.DeviceChoice:
 
 def _load(folder: Path) -> "tuple[Tokenizer, Llama]":
     """The tokenizer and the model of a folder. Raises ConfigError if they do not fit."""
-    from tinyllama.model.lora import load_model, tokenizer_folder
+    from tinyllama.model.build import load_model, tokenizer_folder
     from tinyllama.tokenizers.sentencepiece import load_tokenizer
 
     tokenizer, model = load_tokenizer(tokenizer_folder(folder)), load_model(folder)

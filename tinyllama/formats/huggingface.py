@@ -46,10 +46,38 @@ Shape = tuple[int, ...]
 
 def llama_shapes(config: LlamaConfig) -> dict[str, Shape]:
     """Every parameter's name and shape, in the order of the data's way; weights are [out, in]."""
+    hidden = config.hidden_size
+    shapes: dict[str, Shape] = {EMBEDDING: (config.vocab_size, hidden)}
+    layer = _layer_shapes(config)
+    for number in range(config.num_layers):
+        shapes |= {f"model.layers.{number}.{name}.weight": layer[name] for name in layer}
+    shapes["model.norm.weight"] = (hidden,)
+    if not config.tie_word_embeddings:
+        shapes[HEAD] = (config.vocab_size, hidden)
+    return shapes
+
+
+def linear_shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
+    """Name ("q_proj") -> (out, in) of the linear layers of one layer."""
+    linears = ((n, s) for n, s in _layer_shapes(config).items() if len(s) == 2)
+    return {name.rpartition(".")[2]: (shape[0], shape[1]) for name, shape in linears}
+
+
+def linear_shapes_by_path(config: LlamaConfig) -> dict[str, Shape]:
+    """Path ("model.layers.0.self_attn.q_proj") -> (out, in) of those of all layers."""
+    linears = {name: shape for name, shape in _layer_shapes(config).items() if len(shape) == 2}
+    return {
+        f"model.layers.{number}.{name}": shape
+        for number in range(config.num_layers)
+        for name, shape in linears.items()
+    }
+
+
+def _layer_shapes(config: LlamaConfig) -> dict[str, Shape]:
+    """Name and shape of every parameter of one layer."""
     hidden, inner = config.hidden_size, config.intermediate_size
     heads, kv = config.num_heads * config.head_dim, config.kv_heads * config.head_dim
-    shapes: dict[str, Shape] = {EMBEDDING: (config.vocab_size, hidden)}
-    layer: dict[str, Shape] = {
+    return {
         "input_layernorm": (hidden,),
         "self_attn.q_proj": (heads, hidden),
         "self_attn.k_proj": (kv, hidden),
@@ -60,12 +88,6 @@ def llama_shapes(config: LlamaConfig) -> dict[str, Shape]:
         "mlp.up_proj": (inner, hidden),
         "mlp.down_proj": (hidden, inner),
     }
-    for number in range(config.num_layers):
-        shapes |= {f"model.layers.{number}.{name}.weight": layer[name] for name in layer}
-    shapes["model.norm.weight"] = (hidden,)
-    if not config.tie_word_embeddings:
-        shapes[HEAD] = (config.vocab_size, hidden)
-    return shapes
 
 
 def weights_bytes(config: LlamaConfig, dtype: str) -> int:

@@ -17,7 +17,7 @@ from tinygrad import Tensor, dtypes
 from tinygrad.dtype import DType
 
 from tinyllama.config import LlamaConfig
-from tinyllama.formats.huggingface import open_folder, save_folder
+from tinyllama.formats.huggingface import HfFolder, open_folder, save_folder
 from tinyllama.formats.safetensors import FileDigest
 from tinyllama.model.initialize import initialize
 from tinyllama.model.layers import (
@@ -150,12 +150,8 @@ class Llama:
         *,
         dtype: DType = dtypes.float32,
         seed: int | None = 0,
-        background: bool = False,
     ) -> None:
-        """dtype is the type of activations; seed None leaves the weights for a checkpoint.
-
-        With `background` the weights are still being made when this returns (ops/storage.later).
-        """
+        """dtype is the type of activations; with seed None no weight has memory or a value yet."""
         self.config, self.dtype = config, dtype
         self.checkpoint_activations = False
         self._rotations: dict[int, tuple[Tensor, Tensor]] = {}
@@ -163,10 +159,13 @@ class Llama:
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size)
         if seed is not None:
-            weights = self.state_dict()
-            later(partial(initialize, weights, config.num_layers, seed), weights.values())
-        if not background:
+            self.initialize_later(seed)
             settle()
+
+    def initialize_later(self, seed: int) -> None:
+        """Give every weight its first value on another thread (runtime/storage.later)."""
+        weights = self.state_dict()
+        later(partial(initialize, weights, self.config.num_layers, seed), weights.values())
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """tokens (B, T) int32 -> logits (B, T, vocab) float32."""
@@ -230,10 +229,14 @@ class Llama:
         """
         folder = open_folder(path)
         model = cls(folder.config, dtype=dtype, seed=None)
-        for name, tensor in model.state_dict().items():
+        model.read_weights(folder)
+        return model
+
+    def read_weights(self, folder: HfFolder) -> None:
+        """Overwrite every weight by that of a folder, converted to float32."""
+        for name, tensor in self.state_dict().items():
             write(tensor, folder.float32(name))
             folder.forget(name)
-        return model
 
     def save_pretrained(
         self, path: str | Path, tokenizer: Tokenizer | None = None, *, dtype: str = "float32"
