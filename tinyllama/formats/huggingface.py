@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tinyllama.config import LlamaConfig
-from tinyllama.errors import ConfigError, WeightsError
+from tinyllama.errors import ConfigError, TinyllamaError, WeightsError
 from tinyllama.formats.dtypes import (
     BITS,
     FLOATS,
@@ -232,16 +232,18 @@ def special_ids(folder: Path, found: Mapping[str, Any]) -> tuple[int | None, tup
     return bos, tuple(stops)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; raises ConfigError that names the file."""
+def read_json(path: Path, wrong: type[TinyllamaError] = ConfigError) -> dict[str, Any]:
+    """A JSON object from a file; raises `wrong`, naming the file."""
     try:
         value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise wrong(f"{path}: missing") from None
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+        raise wrong(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not JSON: {error}") from error
+        raise wrong(f"{path}: not JSON, so it is damaged or truncated: {error}") from error
     if not isinstance(value, dict):
-        raise ConfigError(f"{path}: must be a JSON object")
+        raise wrong(f"{path}: must be a JSON object")
     return value
 
 
