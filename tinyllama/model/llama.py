@@ -10,8 +10,10 @@ head (Touvron et al. 2023). Parameter names are Hugging Face's.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from tinygrad import Tensor, dtypes
 from tinygrad.dtype import DType
@@ -132,6 +134,15 @@ class Block:
         return h + self.mlp(self.post_attention_layernorm(h.contiguous()))
 
 
+# A part of the model as a function of its module and of tensors, and what computes such a part.
+Function = Callable[..., Tensor]
+Run = Callable[..., Tensor]  # run(function, module, *inputs)
+
+
+def _directly(function: Function, module: Any, *inputs: Tensor) -> Tensor:
+    return function(module, *inputs)
+
+
 class LlamaModel:
     """Embedding, layers and the last norm; named as in Hugging Face's checkpoints."""
 
@@ -179,10 +190,20 @@ class Llama:
     def hidden(self, tokens: Tensor, starts: Tensor) -> Tensor:
         """tokens, starts (B, T) int32 -> the last norm's output (B, T, hidden)."""
         cos, sin = self.rotations(tokens.shape[1])
-        x = self.embed(self.model.embed_tokens, tokens)
-        for layer in self.model.layers:
-            x = layer(x, cos, sin, starts)
-        return self.model.norm(x)
+        return self.walk(tokens, lambda block, x: block(x, cos, sin, starts))
+
+    def walk(
+        self, tokens: Tensor, through: Callable[[Block, Tensor], Tensor], run: Run = _directly
+    ) -> Tensor:
+        """The data's way for forward, loss and generation: tokens (B, T) -> (B, T, hidden).
+
+        `through(block, x)` computes a layer; `run(function, module, *inputs)` computes the
+        embedding and the last norm.
+        """
+        x = run(self.embed, self.model.embed_tokens, tokens)
+        for block in self.model.layers:
+            x = through(block, x)
+        return run(RMSNorm.__call__, self.model.norm, x)
 
     def head(self, x: Tensor) -> Tensor:
         """x (B, T, hidden) -> logits (B, T, vocab) float32."""

@@ -30,7 +30,7 @@ from tinyllama.system.memory import memory_in_use_bytes
 from tinyllama.system.signals import stopping_on_signals
 from tinyllama.train import run_folder
 from tinyllama.train.evaluate import Evaluator
-from tinyllama.train.optimizer import AdamW, learning_rate
+from tinyllama.train.optimizer import AdamW
 from tinyllama.train.prepare import (
     check_files,
     differences,
@@ -39,6 +39,7 @@ from tinyllama.train.prepare import (
     supported,
     without_effect,
 )
+from tinyllama.train.schedule import learning_rate
 from tinyllama.train.step import TrainStep
 
 
