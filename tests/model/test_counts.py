@@ -17,6 +17,7 @@ from tinyllama.config import (
     LoraConfig,
     load_config,
 )
+from tinyllama.formats.huggingface import linear_shapes
 from tinyllama.model.counts import (
     Parameters,
     adapter_parameters,
@@ -26,7 +27,6 @@ from tinyllama.model.counts import (
     folder_parameters,
     gigabytes,
     layer_parameters,
-    linear_shapes,
     megabytes,
     model_flops,
     packed_bytes,

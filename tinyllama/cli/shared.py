@@ -42,7 +42,7 @@ def select_device(threads: int | None) -> device.DeviceChoice:
 
 def load(folder: Path) -> "tuple[Tokenizer, Llama]":
     """The tokenizer and the model of a folder. Raises ConfigError if they do not fit."""
-    from tinyllama.model.lora import load_model, tokenizer_folder
+    from tinyllama.model.build import load_model, tokenizer_folder
     from tinyllama.tokenizers.sentencepiece import load_tokenizer
 
     tokenizer, model = load_tokenizer(tokenizer_folder(folder)), load_model(folder)
