@@ -126,7 +126,8 @@ def test_weights_are_made_while_tinygrad_lets_nobody_ask_for_memory():
     """It forbids that to every thread while it generates code on one."""
     ready = threading.Event()
     storage.later(partial(ready.wait, 10), [])
-    model = Llama(SQUARE, seed=1, background=True)
+    model = Llama(SQUARE, seed=None)
+    model.initialize_later(1)
     optimizer = AdamW(model.state_dict(), TrainingConfig())
     with Context(ALLOW_DEVICE_USAGE=0):
         ready.set()

@@ -16,7 +16,7 @@ from tinyllama.bench.report import table
 from tinyllama.bench.runner import worker_command
 from tinyllama.config import Config, LlamaConfig, QloraConfig
 from tinyllama.errors import TrainingError
-from tinyllama.model.counts import linear_shapes
+from tinyllama.formats.huggingface import linear_shapes
 from tinyllama.ops.adamw import SCALARS, adamw
 from tinyllama.ops.attention import attention
 from tinyllama.ops.cross_entropy import linear_cross_entropy
