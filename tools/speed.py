@@ -4,8 +4,8 @@ python tools/speed.py --peer-python .venv-conformance/bin/python        all of i
 python tools/speed.py --only lora                                       the cases with that word
 
 Writes docs/speed-SET.json for the processor's instruction set, one case after another (others keep
-what they have), and a picture of it. `python tools/docs.py` writes the tables into docs/speed.md. Let
-nothing else run meanwhile.
+what they have), and a picture of it. `python tools/docs.py` writes the tables into docs/speed.md.
+Let nothing else run meanwhile.
 """
 
 import argparse
