@@ -21,7 +21,7 @@ FAST_TESTS := tests/project/test_architecture.py tests/config/test_config.py tes
   tests/config/test_config_overrides.py tests/system/test_files.py tests/formats/test_safetensors.py
 
 LLAMA_TESTS := tests/model/test_properties.py tests/model/test_mutation_resistant.py tests/model/test_llama.py \
-  tests/model/test_lora.py tests/train/test_lora_run.py tests/model/test_lora_start.py tests/model/test_int4.py \
+  tests/model/test_lora.py tests/train/test_lora_run.py tests/model/test_build.py tests/model/test_int4.py \
   tests/ops/test_int4_product.py tests/convert/test_merge.py tests/convert/test_merge_qlora.py tests/model/test_counts.py \
   tests/train/test_memory_estimate.py
 LLAMA_DEMOS := llama-demo-train llama-demo-lora llama-demo-qlora
