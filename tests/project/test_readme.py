@@ -1,12 +1,7 @@
 """README's commands, typed by a reader: in a fresh clone, with an empty home, in one shell session.
 
 The clone holds the working tree as it is, changes that are not committed included. It makes its own
-<<<<<<< HEAD
 .venv with README's commands, so this test needs the package registry; `make readme` runs it alone.
-=======
-.venv with README's own commands, so this test needs the package registry; `make readme` runs it
-alone.
->>>>>>> main
 """
 
 import os
