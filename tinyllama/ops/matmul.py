@@ -5,14 +5,14 @@ elsewhere they are tinygrad's own, with boundaries at the inputs so that the sch
 recompute whatever produced them once per output element.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from tinygrad import Tensor, dtypes
 from tinygrad.dtype import DType
-from tinygrad.uop.ops import UOp
 
-from tinyllama.ops import sums
+from tinyllama.ops import forms, sums
 from tinyllama.runtime import kernel
+from tinyllama.runtime.kernel import TYPE_CODE, Call, Gradient, Kernel, empty, run, threaded
 
 # Layouts of cpu/gemm.c: C[M,N] = A[M,K] B[N,K]^T, A[M,K] B[K,N], A[K,M]^T B[K,N].
 NT, NN, TN = 0, 1, 2
@@ -25,24 +25,23 @@ def linear(x: Tensor, weight: Tensor, addend: Tensor | None = None) -> Tensor:
 
     An `addend`, like the result, is added to it.
     """
-    if kernel.uses_kernels(x, weight):
-        return _linear_cpu(x, weight, addend)
+    return forms.choose(x, weight, portable=_portable, cpu=_cpu)(x, weight, addend)
+
+
+def _portable(x: Tensor, weight: Tensor, addend: Tensor | None) -> Tensor:
     x = x.contiguous()
     out = (x @ weight.cast(x.dtype).transpose()).contiguous().contiguous_backward()
     return out if addend is None else out + addend
 
 
-def _linear_cpu(x: Tensor, weight: Tensor, addend: Tensor | None) -> Tensor:
+def _cpu(x: Tensor, weight: Tensor, addend: Tensor | None) -> Tensor:
+    def gradient(dy: Tensor, call: Call) -> list[Tensor | None]:
+        x, weight, *addends = call.inputs
+        dx = gemm(NN, dy, weight, dtype=x.dtype)
+        dw = gemm(TN, dy, x, dtype=weight.dtype)
+        return [dx, dw, *[dy for _ in addends]]
+
     rows = x.reshape(-1, x.shape[-1])  # (N, in)
-
-    def gradient(grad: UOp, call: UOp) -> tuple[UOp | None, ...]:
-        dy, w = Tensor(grad), Tensor(call.src[4])
-        inputs = Tensor(call.src[3]).reshape(rows.shape)
-        dx = gemm(NN, dy, w, dtype=inputs.dtype)
-        dw = gemm(TN, dy, inputs, dtype=w.dtype)
-        found = (None, None, dx.uop, dw.uop)
-        return found if addend is None else (*found, grad)
-
     if addend is not None:
         addend = addend.reshape(-1, weight.shape[0])
     out = gemm(NT, rows, weight, dtype=x.dtype, gradient=gradient, addend=addend)
@@ -55,7 +54,7 @@ def gemm(
     b: Tensor,
     *,
     dtype: DType = dtypes.float32,
-    gradient: Callable[..., tuple[UOp | None, ...]] | None = None,
+    gradient: Gradient | None = None,
     onto: Tensor | None = None,
     over: Tensor | None = None,
     addend: Tensor | None = None,
@@ -68,22 +67,15 @@ def gemm(
     m, k = a.shape[::-1] if layout == TN else a.shape
     n = b.shape[0] if layout == NT else b.shape[1]
     given = over if onto is None else onto
-    out = kernel.empty(m, n, dtype=dtype) if given is None else given
+    out = empty(m, n, dtype=dtype) if given is None else given
     defines, sizes = gemm_macros(layout, m, n, k, a.dtype, b.dtype, out.dtype)
     defines["ACCUMULATE"] = int(onto is not None)
     if addend is not None:
         defines["ADDEND"] = 1
-    result = kernel.run(
-        "gemm.c",
-        defines,
-        [out, kernel.threaded(sizes["SCRATCH_FLOATS"])],
-        [a, b] if addend is None else [a, b, addend],
-        sizes=sizes,
-        flops=2 * m * n * k,
-        also_read=onto is not None,
-        headers=gemm_headers(defines),
-        gradient=gradient,
-    )[0]
+    updates, headers = onto is not None, gemm_headers(defines)
+    product = Kernel("gemm.c", defines, sizes, headers, flops=2 * m * n * k, updates=updates)
+    inputs = [a, b] if addend is None else [a, b, addend]
+    result = run(product, [out, threaded(sizes["SCRATCH_FLOATS"])], inputs, gradient)[0]
     if gradient is not None or given is not None or addend is not None:
         return result
 
@@ -99,7 +91,7 @@ def gemm_macros(
     """What cpu/gemm.c is told of operands and a result of these types, and the sizes."""
     few = layout == NT and m <= FEW_ROWS
     defines = {"LAYOUT": layout}
-    defines |= {"A_T": kernel.TYPE_CODE[a], "B_T": kernel.TYPE_CODE[b], "C_T": kernel.TYPE_CODE[c]}
+    defines |= {"A_T": TYPE_CODE[a], "B_T": TYPE_CODE[b], "C_T": TYPE_CODE[c]}
     defines["COMPUTE_BF16"] = int(a == dtypes.bfloat16 and kernel.has_bf16_products())
     defines |= {"M": m} if few else {"MANY_ROWS": 1}
     amx = not few and bool(defines["COMPUTE_BF16"]) and kernel.has_amx()

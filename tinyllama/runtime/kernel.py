@@ -8,48 +8,24 @@ Sizes that a kernel does without at compile time are constants of its object tha
 it is loaded, so that clang runs once for all sizes.
 """
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import resources
-from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 from tinygrad import Tensor, dtypes
 from tinygrad.dtype import DType
+from tinygrad.function import function
 from tinygrad.renderer import Estimates
 from tinygrad.uop.ops import KernelInfo, Ops, ProgramInfo, UOp
 
-from tinyllama.runtime.cpu import clang_compiles
 from tinyllama.runtime.patches import install
 from tinyllama.runtime.patches.kernel_sizes import MARK
 from tinyllama.system import device, processor
 
-Form = Literal["portable", "cpu"]
-_forced: list[Form] = []
-
 # Type codes shared with ops/cpu/common.h.
 TYPE_CODE = {dtypes.float32: 0, dtypes.bfloat16: 1, dtypes.float16: 2}
-
-
-@contextlib.contextmanager
-def forced(form: Form) -> Iterator[None]:
-    """Make every operation take one form, whatever the device. For tests and benchmarks."""
-    _forced.append(form)
-    try:
-        yield
-    finally:
-        _forced.pop()
-
-
-def uses_kernels(*tensors: Tensor) -> bool:
-    """Whether the CPU kernels apply: tensors on the CPU, compiled by clang, not switched off."""
-    install()
-    if _forced:
-        return _forced[-1] == "cpu"
-    if any(t.device != "CPU" or t.dtype not in TYPE_CODE for t in tensors):
-        return False
-    return device.kernels_enabled() and clang_compiles()
 
 
 def has_bf16_products() -> bool:
@@ -68,51 +44,109 @@ def source(file: str) -> str:
     return (resources.files("tinyllama.ops") / "cpu" / file).read_text()
 
 
+@dataclass(frozen=True)
+class Kernel:
+    """A C file of `ops/cpu/` and what completes it.
+
+    `headers` are put before the file. `defines` are macros; `sizes` are too, but their numbers are
+    put in when the kernel is loaded, so that the compiler does not know them. `flops` are the
+    floating-point operations of one run, for tinygrad's statistics. With `updates` the kernel also
+    reads its outputs.
+    """
+
+    file: str
+    defines: Mapping[str, int | float | str]
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    headers: Sequence[str] = ()
+    flops: int = 0
+    updates: bool = False
+
+    @property
+    def name(self) -> str:
+        """The function's name in C; the same for all sizes."""
+        return _joined(self.file, self.defines.values())
+
+    def text(self) -> str:
+        """The whole C text: sizes and macros, the headers, the file."""
+        macros = {"NT": device.threads(), **self.defines, "KERNEL": self.name}
+        lines = [f"#define {key} {value}" for key, value in macros.items()]
+        files = map(source, ("common.h", *self.headers, self.file))
+        return "\n".join([*_declared(self.sizes), *lines, *files])
+
+
+@dataclass(frozen=True)
+class Call:
+    """A computation as its gradient sees it.
+
+    outputs are what it wrote, inputs what it read, in the order and the shapes in which they were
+    passed.
+    """
+
+    outputs: Sequence[Tensor]
+    inputs: Sequence[Tensor]
+
+
+# Gradient of the first output, the call -> a gradient for each input, or None.
+Gradient = Callable[[Tensor, Call], Sequence[Tensor | None]]
+
+
 def run(
-    file: str,
-    defines: Mapping[str, int | float | str],
+    kernel: Kernel,
     outputs: Sequence[Tensor],
     inputs: Sequence[Tensor],
-    *,
-    sizes: Mapping[str, int] = MappingProxyType({}),
-    flops: int = 0,
-    also_read: bool = False,
-    headers: Sequence[str] = (),
-    gradient: Callable[..., tuple[UOp | None, ...]] | None = None,
+    gradient: Gradient | None = None,
 ) -> list[Tensor]:
-    """Run one C kernel: KERNEL(outputs..., inputs..., core_id). Returns the written outputs.
+    """Run a kernel as KERNEL(outputs..., inputs..., core_id); returns the written outputs.
 
-    `defines` are macros, `sizes` too, but of numbers that the compiler does not know.
-    outputs are buffers to write (`empty(...)`, or existing tensors that are updated in place, then
-    `also_read`). gradient(*grads, call=) returns one UOp or None for each output and input.
+    outputs are buffers to write: `empty(...)`, or existing tensors that are updated in place.
     """
-    code = _source(file, headers, defines, sizes)
-    name = "_".join([file.removesuffix(".c"), *map(_word, (*sizes.values(), *defines.values()))])
     install()
+    code, sizes = kernel.text(), tuple(kernel.sizes.values())
+    name = _joined(kernel.file, (*sizes, *kernel.defines.values()))
     moved = sum(t.numel() * t.dtype.itemsize for t in (*outputs, *inputs))
     writes = tuple(range(len(outputs)))
-    reads = tuple(range(0 if also_read else len(outputs), len(outputs) + len(inputs)))
-    info = KernelInfo(name=name, estimates=Estimates(ops=flops, lds=moved, mem=moved))
+    reads = tuple(range(0 if kernel.updates else len(outputs), len(outputs) + len(inputs)))
+    info = KernelInfo(name=name, estimates=Estimates(ops=kernel.flops, lds=moved, mem=moved))
     places = [written(t) for t in (*outputs, *inputs)]
     results = Tensor.custom_kernel(
         *places,
-        fxn=lambda *buffers: _program(info, code, buffers, writes, reads, tuple(sizes.values())),
-        grad_fxn=None if gradient is None else _shaped(gradient),
+        fxn=lambda *buffers: _program(info, code, buffers, writes, reads, sizes),
+        grad_fxn=gradient and _kernel_gradient(gradient, outputs, inputs),
     )
     return [r.reshape(t.shape) for r, t in zip(results, outputs, strict=False)]
 
 
-def _source(
-    file: str,
-    headers: Sequence[str],
-    defines: Mapping[str, int | float | str],
-    sizes: Mapping[str, int],
-) -> str:
-    """C text of a kernel: sizes and macros, the headers, the file."""
-    name = "_".join([file.removesuffix(".c"), *map(_word, defines.values())])
-    macros = {"NT": device.threads(), **defines, "KERNEL": name}
-    lines = [f"#define {key} {value}" for key, value in macros.items()]
-    return "\n".join([*_declared(sizes), *lines, *map(source, ("common.h", *headers, file))])
+def _kernel_gradient(
+    gradient: Gradient, outputs: Sequence[Tensor], inputs: Sequence[Tensor]
+) -> Callable[..., tuple[UOp | None, ...]]:
+    """`gradient` as tinygrad calls that of a kernel: with UOps of flat or other shapes."""
+    # Not the tensors themselves, which would then live as long as the graph.
+    shapes, count = [t.shape for t in (*outputs, *inputs)], len(outputs)
+
+    def run_gradient(grad: UOp, call: UOp) -> tuple[UOp | None, ...]:
+        buffers = call.src[1:]
+        # An output is read after the call wrote it, not before.
+        readable = [*(u.after(call) for u in buffers[:count]), *buffers[count:]]
+        tensors = [Tensor(u).reshape(shape) for u, shape in zip(readable, shapes, strict=True)]
+        grads = gradient(Tensor(grad), Call(tensors[:count], tensors[count:]))
+        pairs = zip(grads, buffers[count:], strict=True)
+        flat = [None if g is None else g.uop.reshape(buffer.shape) for g, buffer in pairs]
+        return (*[None] * count, *flat)
+
+    return run_gradient
+
+
+def with_gradient(
+    forward: Callable[..., Tensor | tuple[Tensor, ...]], gradient: Gradient
+) -> Callable[..., Any]:
+    """A function of tensors whose gradient is computed by `gradient` instead of derived."""
+
+    def run_gradient(grad: UOp, call: UOp) -> tuple[UOp | None, ...]:
+        outputs = [Tensor(call.gettuple(place)) for place in range(len(call.src[0].src))]
+        grads = gradient(Tensor(grad), Call(outputs, [Tensor(u) for u in call.src[1:]]))
+        return tuple(None if g is None else g.uop for g in grads)
+
+    return function(forward, grad_fxn=run_gradient)  # type: ignore[no-any-return]
 
 
 def _declared(sizes: Mapping[str, int]) -> list[str]:
@@ -152,20 +186,6 @@ def _program(
     return UOp(Ops.PROGRAM, src=parts, arg=launch)
 
 
-def _shaped(
-    gradient: Callable[..., tuple[UOp | None, ...]],
-) -> Callable[..., tuple[UOp | None, ...]]:
-    """`gradient`, each result in the shape of the buffer that it belongs to."""
-
-    def run_gradient(*grads: UOp, call: UOp | None = None) -> tuple[UOp | None, ...]:
-        # tinygrad passes the call by position where one output has a gradient, by name otherwise.
-        *grads_in, node = grads if call is None else (*grads, call)
-        pairs = zip(gradient(*grads_in, call=node), node.src[1:], strict=True)
-        return tuple(None if g is None else g.reshape(source.shape) for g, source in pairs)
-
-    return run_gradient
-
-
 def written(tensor: Tensor) -> Tensor:
     """What a kernel wrote, without the reshapes behind it, which tinygrad would copy for.
 
@@ -195,9 +215,10 @@ def empty(*shape: int, dtype: DType = dtypes.float32) -> Tensor:
     return Tensor.invalids(*shape, dtype=dtype, device="CPU")
 
 
-def _word(value: Any) -> str:
-    """A macro's value as part of a C name."""
-    return "".join(c if c.isalnum() else "_" for c in str(value))
+def _joined(file: str, values: Iterable[int | float | str]) -> str:
+    """A C name of a file's name and the values of macros."""
+    text = "_".join([file.removesuffix(".c"), *map(str, values)])
+    return "".join(c if c.isalnum() else "_" for c in text)
 
 
 def threaded(width: int) -> Tensor:
