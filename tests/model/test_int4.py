@@ -20,7 +20,7 @@ from tinyllama.model import int4, lora
 from tinyllama.model.int4 import Int4Linear, load_quantized, quantize_rows
 from tinyllama.model.layers import Linear, block_linears
 from tinyllama.ops import forms
-from tinyllama.runtime.stage import materialized
+from tinyllama.runtime.stage import saved_for_backward
 from tinyllama.runtime.storage import read, write
 from tinyllama.train.gradients import StagedLoss
 
@@ -280,8 +280,8 @@ def test_a_weight_that_was_widened_is_not_kept_for_the_backward_pass():
     with forms.forced("portable"):
         y = layer(x.exp().contiguous())
     weights = [layer.packed, layer.scales]
-    assert {t.shape for t in materialized(y, [x], weights)} == {(5, 64), (5, 40)}
-    assert (40, 64) in {t.shape for t in materialized(y, [x, *weights])}
+    assert {t.shape for t in saved_for_backward(y, [x], weights)} == {(5, 64), (5, 40)}
+    assert (40, 64) in {t.shape for t in saved_for_backward(y, [x, *weights])}
 
 
 def test_activations_may_be_narrow(base):

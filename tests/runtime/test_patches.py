@@ -20,7 +20,7 @@ from tinyllama.runtime.capture import captured
 from tinyllama.runtime.cpu import cpu_device
 from tinyllama.runtime.patches import PATCHES, install
 from tinyllama.runtime.patches.patch import Patch
-from tinyllama.runtime.storage import begin_zero, read
+from tinyllama.runtime.storage import read, zero_in_background
 from tinyllama.system import device
 
 NAMES = [patch.name for patch in PATCHES]
@@ -256,7 +256,7 @@ def test_a_step_runs_first_when_every_tensor_is_written(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(fills, "_touch", touch_late)
     total, one = Tensor.empty(1 << 20), Tensor.ones(1 << 20).contiguous().realize()
-    begin_zero([total])
+    zero_in_background([total])
     step = captured(lambda one: total.assign(total + one).realize())
     step(one)
     assert (read(total) == 1).all()

@@ -10,9 +10,9 @@ from tinyllama.ops.matmul import linear
 from tinyllama.runtime.capture import captured
 from tinyllama.runtime.stage import (
     Stage,
-    materialized,
-    passing,
+    recomputed,
     replaced,
+    saved_for_backward,
 )
 
 
@@ -131,7 +131,7 @@ def test_what_a_computation_writes_can_be_read_instead_of_computed_again():
         x, w = x.contiguous().realize(), w.contiguous().realize()
         inner = linear(x, w)
         out = (inner * inner).contiguous()
-        saved = materialized(out, [x, w])
+        saved = saved_for_backward(out, [x, w])
         assert [t.shape for t in saved if t.shape == (2, 2)]
         stand_ins = [Tensor.full(t.shape, 3.0).contiguous().realize() for t in saved]
         assert replaced([out], saved, stand_ins)[0].tolist() == [[9, 9], [9, 9]]
@@ -141,6 +141,6 @@ def test_what_a_computation_writes_can_be_read_instead_of_computed_again():
 def test_what_is_passing_is_computed_again_for_the_gradient():
     x, w = tensor(1, 2, 3, 4).reshape(2, 2), tensor(1, 0, 0, 2).reshape(2, 2)
     kept = (x @ w).contiguous()
-    out = (passing((kept * 2).contiguous()) * 3).contiguous()
-    assert [t.uop for t in materialized(out, [x, w])] == [kept.uop]
+    out = (recomputed((kept * 2).contiguous()) * 3).contiguous()
+    assert [t.uop for t in saved_for_backward(out, [x, w])] == [kept.uop]
     assert replaced([out], [kept], [tensor(1, 1, 1, 1).reshape(2, 2)])[0].tolist() == [[6, 6]] * 2

@@ -254,7 +254,7 @@ from tinyllama.ops.matmul import linear
 from tinyllama.ops import forms
 from tinyllama.runtime import kernel
 print(choice.line())
-print(kernel.threaded(5).shape[0])
+print(kernel.per_thread(5).shape[0])
 x = Tensor.ones(8, 4).contiguous().realize()
 print(linear(x, x).sum().item())
 """

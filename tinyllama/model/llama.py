@@ -34,7 +34,7 @@ from tinyllama.ops.rope import rope, tables
 from tinyllama.ops.swiglu import swiglu
 from tinyllama.runtime.fills import finish_background_writes
 from tinyllama.runtime.storage import (
-    later,
+    fill_in_background,
     read,
     write,
     write_new,
@@ -154,7 +154,8 @@ class Llama:
     ) -> None:
         """dtype is the type of activations; seed None leaves the weights for a checkpoint.
 
-        With `background` the weights are still being made when this returns (ops/storage.later).
+        With `background` the weights are still being made when this returns (see
+        storage.fill_in_background).
         """
         self.config, self.dtype = config, dtype
         self.checkpoint_activations = False
@@ -164,7 +165,9 @@ class Llama:
             self.lm_head = Linear(config.hidden_size, config.vocab_size)
         if seed is not None:
             weights = self.state_dict()
-            later(partial(initialize, weights, config.num_layers, seed), weights.values())
+            fill_in_background(
+                partial(initialize, weights, config.num_layers, seed), weights.values()
+            )
         if not background:
             finish_background_writes()
 

@@ -12,7 +12,7 @@ Only 2-D weights decay. Both changes are summed before p changes, so that a deca
 from tinygrad import Tensor, dtypes
 
 from tinyllama.ops import forms
-from tinyllama.runtime.kernel import Kernel, run, threaded
+from tinyllama.runtime.kernel import Kernel, per_thread, run
 
 # Order of the numbers that an update reads: one float32 tensor on the device.
 SCALARS = (
@@ -85,4 +85,4 @@ def _add_square_sum_cpu(total: Tensor | None, grad: Tensor) -> Tensor:
     square_sum = Kernel(
         "square_sum.c", {"ACCUMULATE": int(adds)}, {"COUNT": count}, flops=2 * count, updates=adds
     )
-    return run(square_sum, [threaded(1).reshape(-1) if total is None else total], [grad])[0]
+    return run(square_sum, [per_thread(1).reshape(-1) if total is None else total], [grad])[0]

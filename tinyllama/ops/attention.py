@@ -15,7 +15,7 @@ from tinygrad import Tensor, dtypes
 
 from tinyllama.ops import forms
 from tinyllama.runtime.kernel import TYPE_CODE, Call, Kernel, empty, run
-from tinyllama.runtime.stage import passing
+from tinyllama.runtime.stage import recomputed
 from tinyllama.system import device
 
 
@@ -41,8 +41,8 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     values = v.permute(0, 2, 1, 3).reshape(B, KV, 1, S, D)
     scores = (heads.contiguous() @ keys.contiguous()).float() / math.sqrt(D)
     scores = mask.reshape(B, 1, 1, T, S).where(scores, -math.inf)
-    weights = passing(scores.contiguous()).softmax(-1).cast(q.dtype)
-    out = passing(weights.contiguous()) @ values.contiguous()  # (B, KV, H/KV, T, D)
+    weights = recomputed(scores.contiguous()).softmax(-1).cast(q.dtype)
+    out = recomputed(weights.contiguous()) @ values.contiguous()  # (B, KV, H/KV, T, D)
     return out.permute(0, 3, 1, 2, 4).reshape(B, T, H, D).contiguous()
 
 

@@ -12,7 +12,7 @@ from tinygrad.dtype import DType
 
 from tinyllama.ops import forms, sums
 from tinyllama.runtime import kernel
-from tinyllama.runtime.kernel import TYPE_CODE, Call, Gradient, Kernel, empty, run, threaded
+from tinyllama.runtime.kernel import TYPE_CODE, Call, Gradient, Kernel, empty, per_thread, run
 
 # Layouts of cpu/gemm.c: C[M,N] = A[M,K] B[N,K]^T, A[M,K] B[K,N], A[K,M]^T B[K,N].
 NT, NN, TN = 0, 1, 2
@@ -75,7 +75,7 @@ def gemm(
     updates, headers = onto is not None, gemm_headers(defines)
     product = Kernel("gemm.c", defines, sizes, headers, flops=2 * m * n * k, updates=updates)
     inputs = [a, b] if addend is None else [a, b, addend]
-    result = run(product, [out, threaded(sizes["SCRATCH_FLOATS"])], inputs, gradient)[0]
+    result = run(product, [out, per_thread(sizes["SCRATCH_FLOATS"])], inputs, gradient)[0]
     if gradient is not None or given is not None or addend is not None:
         return result
 

@@ -1,11 +1,11 @@
-"""C kernels inside tinygrad's graph: assembled here, compiled and run by tinygrad itself.
+"""C kernels inside tinygrad's graph: assembled here, compiled and run by tinygrad.
 
 A kernel is a C file of `ops/cpu/` that macros complete. tinygrad compiles it with clang, caches
-the object by its text, plans its memory, and calls it on every thread with that thread's number
-(`core_id`). See `ops/cpu/common.h` for the rules a kernel obeys.
+the object by its text, and calls it on every thread with that thread's number (`core_id`). See
+`ops/cpu/common.h` for the rules that a kernel follows.
 
-Sizes that a kernel does without at compile time are constants of its object that are put in when
-it is loaded, so that clang runs once for all sizes.
+Sizes that the compiler need not know are constants of the object that are written when it is
+loaded (patches/kernel_sizes.py), so that clang runs once for all sizes.
 """
 
 import functools
@@ -29,12 +29,12 @@ TYPE_CODE = {dtypes.float32: 0, dtypes.bfloat16: 1, dtypes.float16: 2}
 
 
 def has_bf16_products() -> bool:
-    """Whether kernels multiply bfloat16 as it is; elsewhere it is storage alone."""
+    """Whether kernels multiply bfloat16 directly; otherwise they widen it to float32 first."""
     return processor.multiplies_bf16(device.instruction_set())
 
 
 def has_amx() -> bool:
-    """Whether they do so in AMX."""
+    """Whether kernels multiply bfloat16 in AMX."""
     return device.instruction_set() == "AMX"
 
 
@@ -150,7 +150,7 @@ def with_gradient(
 
 
 def _declared(sizes: Mapping[str, int]) -> list[str]:
-    """C lines that make each size a constant of the object whose number the compiler cannot see."""
+    """C lines that declare each size as a constant whose value the compiler does not know."""
     if not sizes:
         return []
     words = [".section .rodata", ".balign 8", f".quad {MARK:#x}"]
@@ -173,7 +173,7 @@ def _program(
     reads: tuple[int, ...],
     sizes: tuple[int, ...],
 ) -> UOp:
-    """A C text as tinygrad's PROGRAM, run once by each thread with its number."""
+    """A C text as tinygrad's PROGRAM, which each thread runs once with its number."""
     threads = device.threads()
     core = UOp.variable("core_id", 0, threads - 1, dtypes.int)
     everything = tuple(range(len(buffers)))
@@ -187,9 +187,9 @@ def _program(
 
 
 def written(tensor: Tensor) -> Tensor:
-    """What a kernel wrote, without the reshapes behind it, which tinygrad would copy for.
+    """What a kernel wrote, without reshapes, for which tinygrad would make a copy.
 
-    Kernels read flat memory, so a shape is nothing to them. Other tensors come back as they are.
+    Kernels read flat memory and do not see shapes. Other tensors are returned as they are.
     """
     uop = tensor.uop
     while uop.op is Ops.RESHAPE:
@@ -198,7 +198,7 @@ def written(tensor: Tensor) -> Tensor:
 
 
 def after(tensor: Tensor, done: Sequence[Tensor]) -> Tensor:
-    """What a kernel wrote, as memory that is free once the kernels that wrote `done` have run."""
+    """The memory of `tensor`, to be written again after the kernels that wrote `done` have run."""
     place, uops = written(tensor).uop, [written(t).uop for t in done]
     if any(uop.op is not Ops.AFTER for uop in (place, *uops)):
         return tensor
@@ -206,12 +206,12 @@ def after(tensor: Tensor, done: Sequence[Tensor]) -> Tensor:
 
 
 def in_memory(tensor: Tensor) -> Tensor:
-    """The tensor, put into memory unless a kernel has written it there already."""
+    """The tensor, written to memory unless a kernel has done so already."""
     return tensor if written(tensor).uop.op is Ops.AFTER else tensor.contiguous()
 
 
 def empty(*shape: int, dtype: DType = dtypes.float32) -> Tensor:
-    """An anonymous buffer for a kernel to write; tinygrad's planner gives it memory."""
+    """A new buffer for a kernel to write; the layout of the step gives it memory."""
     return Tensor.invalids(*shape, dtype=dtype, device="CPU")
 
 
@@ -221,6 +221,6 @@ def _joined(file: str, values: Iterable[int | float | str]) -> str:
     return "".join(c if c.isalnum() else "_" for c in text)
 
 
-def threaded(width: int) -> Tensor:
-    """A buffer with one row of `width` floats for each thread's partial sum."""
+def per_thread(width: int) -> Tensor:
+    """A buffer with one row of `width` floats for each thread."""
     return empty(device.threads(), width)

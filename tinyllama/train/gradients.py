@@ -15,7 +15,7 @@ from tinyllama.model.llama import Llama
 from tinyllama.ops.cross_entropy import loss_and_gradients, token_losses
 from tinyllama.ops.sums import into_products
 from tinyllama.runtime.kernel import in_memory
-from tinyllama.runtime.stage import Stage, materialized, replaced
+from tinyllama.runtime.stage import Stage, replaced, saved_for_backward
 from tinyllama.runtime.storage import memory_key
 
 Function = Callable[..., Tensor]
@@ -92,7 +92,7 @@ class StagedLoss:
 
         def build() -> list[Tensor]:
             out = in_memory(function(module, *inputs))
-            return [out] if recompute else [out, *materialized(out, inputs, weights)]
+            return [out] if recompute else [out, *saved_for_backward(out, inputs, weights)]
 
         key = (function.__qualname__, structure(module), recompute)
         return self.stages.forward([*inputs, *weights], build, key)
@@ -119,7 +119,7 @@ class StagedLoss:
         def build() -> list[Tensor]:
             out = in_memory(function(module, *inputs))
             found = out.gradient(*through, *trained, gradient=dout)
-            old = materialized(out, inputs, weights) if saved else []
+            old = saved_for_backward(out, inputs, weights) if saved else []
             return [in_memory(g) for g in into_products(replaced(found, old, saved))]
 
         positions = tuple(i for i, t in enumerate(weights) if _key(t) in self.names)
