@@ -1,11 +1,11 @@
-"""Causal attention among the tokens of one document (flash attention, Dao et al. 2022).
+"""Causal attention within documents (flash attention, Dao et al. 2022).
 
     S = q k^T / sqrt(D),  P = softmax(S) over starts[t] <= s <= t,  out = P v
 
-`starts` keeps documents that are packed into one row from seeing each other. With grouped-query
-attention, H query heads share KV key/value heads, H / KV each. The CPU kernels keep only out and
-the log-sum-exp of S; no T x T matrix exists. The portable form makes S and P, of one layer at a
-time, and makes them again for the gradient. Backward (delta = rowsum(dout out)):
+`starts` keeps documents that are packed into one row from attending to each other. With
+grouped-query attention, H query heads share KV key/value heads, H / KV each. The CPU kernels save
+only out and the log-sum-exp of S; no T x T matrix exists. The portable form computes S and P of one
+layer at a time, and computes them again for the gradient. Backward (delta = rowsum(dout out)):
     dv = P^T dout,  dS = P (dout v^T - delta),  dq = dS k / sqrt(D),  dk = dS^T q / sqrt(D)
 """
 
@@ -71,7 +71,7 @@ def _cpu(q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> Tensor:
 
 
 def _scratch_floats(T: int, D: int, sequences: int, tiles: int, scores: int) -> int:
-    """Floats of packed tiles all threads need, on any instruction set (see cpu/attention.h)."""
+    """Floats of packed tiles that all threads need, on any instruction set (cpu/attention.h)."""
     tile = 96
     rows = tile * (-(-D // 32) * 32 + 16)
     sequence = -(-T // tile) * rows

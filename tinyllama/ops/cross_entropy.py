@@ -1,10 +1,10 @@
 """Softmax cross entropy of x W^T against targets, summed, without keeping the logits.
 
-The logits (tokens x vocabulary) are the largest tensor of a small model. They are made for a
-chunk of tokens at a time; the same pass turns them into their gradient, softmax - one_hot, and
-multiplies that back, so that loss, dx and dW leave together and the chunk is forgotten.
-A target of -1 is not trained: its loss and gradient are zero. One beyond the vocabulary has the
-loss NaN, which stops a run.
+The logits (tokens x vocabulary) are the largest tensor of a small model. They are computed for a
+chunk of tokens at a time. The same pass turns them into their gradient, softmax - one_hot, and
+computes dx and dW from it, so that the memory of a chunk is reused for the next one.
+A target of -1 is not trained: its loss and gradient are zero. A target beyond the vocabulary has
+the loss NaN, which stops a run.
 """
 
 import math
@@ -32,7 +32,7 @@ def linear_cross_entropy(
 ) -> Tensor:
     """x (N, H), weight (V, H) float32, targets (N,) integers -> summed loss, a float32 scalar.
 
-    Unit: nats, summed over the trained tokens; the caller divides once, by their number.
+    Unit: nats, summed over the trained tokens; the caller divides once by their number.
     """
 
     def gradient(dloss: Tensor, call: Call) -> list[Tensor | None]:
@@ -45,9 +45,9 @@ def linear_cross_entropy(
 
 
 class _Form(NamedTuple):
-    """What one form of the loss is made of."""
+    """The parts of which one form of the loss consists."""
 
-    # rows (N, H), weight (V, H), logits (N, V) that nobody reads any more -> logits (N, V)
+    # rows (N, H), weight (V, H), logits (N, V) whose memory is free or None -> logits (N, V)
     logits: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     # logits (N, V), targets (N,), whether the gradient is needed -> losses (N,), gradient (N, V)
     softmax_loss: Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor]]
@@ -128,8 +128,8 @@ def _weight_gradient_portable(dlogits: Tensor, rows: Tensor, onto: Tensor | None
 
 
 def _logits_cpu(rows: Tensor, weight: Tensor, free: Tensor | None) -> Tensor:
-    """Chunks that wait for each other share the memory of `free`, where tinygrad would make the
-    logits of all chunks first."""
+    """Written over `free`, so that chunks run one after another; otherwise tinygrad would compute
+    the logits of all chunks first."""
     fits = free is not None and free.shape == (rows.shape[0], weight.shape[0])
     return gemm(NT, rows, weight, dtype=rows.dtype, over=free if fits else None)
 

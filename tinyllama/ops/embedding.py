@@ -1,8 +1,8 @@
-"""Rows of a table by index; the gradient adds each row's gradient back where it was read.
+"""Rows of a table by index; the gradient of a row is the sum over the places where it was read.
 
-With N tokens, V entries and H columns tinygrad's own gradient is a product with one-hot rows, N V H
-multiplications. The portable form here sums over the tokens of one id first, N N H, and then copies
-sums to where they belong.
+With N tokens, V entries and H columns, tinygrad's own gradient is a product with one-hot rows:
+N V H multiplications. The portable form here first sums over the tokens of each id, N N H, and then
+copies the sums to their rows.
 """
 
 from tinygrad import Tensor, dtypes
@@ -34,7 +34,7 @@ def _portable(ids: Tensor, weight: Tensor, dtype: DType) -> Tensor:
 
 
 def scattered(grad: Tensor, ids: Tensor, vocab_size: int) -> Tensor:
-    """grad (..., H) summed over equal ids (...): (vocab_size, H) float32, plain tensors alone."""
+    """grad (..., H) summed over equal ids (...) -> (vocab_size, H) float32."""
     rows, flat = grad.reshape(-1, grad.shape[-1]).float().contiguous(), ids.reshape(-1)  # (N, H)
     entries = Tensor.arange(vocab_size, device=ids.device).reshape(-1, 1)
     if rows.shape[0] > vocab_size:

@@ -1,10 +1,10 @@
-"""y = x W^T with a frozen W held in 4 bits, and the gradient of x.
+"""y = x W^T with a frozen W stored in 4 bits, and the gradient of x.
 
     W[o, i] = q[o, i] scale[o, i // block_size]        q in -8 .. 7, scale float16
 
-Two q share a byte as signed 4 bit numbers, the one with the even i in the low half. On the CPU the
-product widens W where it packs a panel of it (`cpu/int4.h`); elsewhere W is widened into a buffer
-of one layer.
+Two q share a byte as signed 4-bit numbers, the one with the even i in the low half. The CPU kernel
+widens W when it packs a panel of it (`cpu/int4.h`); the portable form widens W into a buffer of one
+layer.
 """
 
 from tinygrad import Tensor, dtypes

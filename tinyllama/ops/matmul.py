@@ -1,8 +1,8 @@
-"""y = x W^T, the product every layer is made of, with its two gradients.
+"""y = x W^T, the matrix product of every linear layer, with its two gradients.
 
-Backward: dx = dy W and dW = dy^T x. On the CPU all three are one blocked kernel (`cpu/gemm.c`);
-elsewhere they are tinygrad's own, with boundaries at the inputs so that the scheduler does not
-recompute whatever produced them once per output element.
+Backward: dx = dy W and dW = dy^T x. On the CPU all three are one blocked kernel (`cpu/gemm.c`).
+The portable form is tinygrad's own product; its inputs are put into memory first, or the scheduler
+would compute them again for each element of the result.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from tinyllama.runtime.kernel import TYPE_CODE, Call, Gradient, Kernel, empty, p
 
 # Layouts of cpu/gemm.c: C[M,N] = A[M,K] B[N,K]^T, A[M,K] B[K,N], A[K,M]^T B[K,N].
 NT, NN, TN = 0, 1, 2
-# Up to so many rows of A, each number of them has code of its own (SKINNY of cpu/gemm.c).
+# Up to this many rows of A, each number of rows is compiled separately (SKINNY of cpu/gemm.c).
 FEW_ROWS = 8
 
 
@@ -59,10 +59,10 @@ def gemm(
     over: Tensor | None = None,
     addend: Tensor | None = None,
 ) -> Tensor:
-    """One product on the CPU: a and b as `layout` names them, result (M, N) of type `dtype`.
+    """One product on the CPU: a and b in the shapes of `layout`, result (M, N) of type `dtype`.
 
-    With `onto`, a float32 (M, N), the product is added to it in place; with `over`, an (M, N) of
-    type `dtype`, it is written over that. An `addend`, (M, N) of type `dtype`, is added to it.
+    With `onto`, a float32 (M, N), the product is added to that in place; with `over`, an (M, N) of
+    type `dtype`, it is written there. An `addend`, (M, N) of type `dtype`, is added to the result.
     """
     m, k = a.shape[::-1] if layout == TN else a.shape
     n = b.shape[0] if layout == NT else b.shape[1]
@@ -88,7 +88,7 @@ def gemm(
 def gemm_macros(
     layout: int, m: int, n: int, k: int, a: DType, b: DType, c: DType
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """What cpu/gemm.c is told of operands and a result of these types, and the sizes."""
+    """The macros and the sizes of cpu/gemm.c for operands and a result of these types."""
     few = layout == NT and m <= FEW_ROWS
     defines = {"LAYOUT": layout}
     defines |= {"A_T": TYPE_CODE[a], "B_T": TYPE_CODE[b], "C_T": TYPE_CODE[c]}
@@ -104,13 +104,13 @@ def gemm_macros(
 
 
 def gemm_headers(defines: Mapping[str, int], *packing: str) -> tuple[str, ...]:
-    """What goes before cpu/gemm.c; `packing` is the file of a B in another form."""
+    """The files before cpu/gemm.c; `packing` is the one of a B that is stored differently."""
     form = "tile_amx.h" if "TILE_AMX" in defines else "tile_vector.h"
     return ("tile.h", *packing, "panels.h", form)
 
 
 def _scratch_floats_amx(m: int, n: int, k: int, narrow: bool) -> int:
-    """The same where a slot of a panel is a pair of bfloat16 and a tile is 32 x 32."""
+    """As `_scratch_floats`, for panels of bfloat16 pairs and tiles of 32 x 32."""
     slots = -(-k // 2)
     panels = -(-slots // 384)
     block = min(1 << 20, (slots + 16 * panels) * (n + 31))
@@ -122,11 +122,11 @@ def _scratch_floats_amx(m: int, n: int, k: int, narrow: bool) -> int:
 
 
 def _scratch_floats(m: int, n: int, k: int, narrow: bool) -> int:
-    """Floats of packed panels a thread needs, on any instruction set (see cpu/gemm.c)."""
+    """Floats of packed panels that a thread needs, on any instruction set (see cpu/gemm.c)."""
     panels = -(-k // 320)
     block = min(1 << 20, (k + 4 * panels) * (n + 31))
     partial = 0
-    if narrow and k > 320:  # sums of several panels wait in float32 before they are narrowed
+    if narrow and k > 320:  # sums of several panels are kept in float32 until they are narrowed
         columns = min(n + 31, (2 << 20) // min(k, 2048))
         partial = (m + 13 if k > 2048 else 256) * columns
     return -(-(block + 131072 + partial) // 1024) * 1024
