@@ -349,10 +349,10 @@ def _table_rows(text: str, chunk: Chunk) -> list[str]:
         column, width = table.text_column(header.removeprefix(BOM), source.format)
     if chunk.start == 0:
         text = text[len(header.decode()) :]
-    before = _lines_before(chunk) + (header.count(b"\n") if chunk.start == 0 else 0)
     try:
         return list(table.texts(text, source.format, column, width))
     except table.TableError as error:
+        before = _lines_before(chunk) if chunk.start else header.count(b"\n")
         raise DataError(f"{source.path}, line {before + error.line}: {error}") from None
 
 
