@@ -288,7 +288,7 @@ def stopping_at(run, step):
     """A stand-in for stopping_on_signals: a signal comes during the validation after `step`."""
 
     @contextmanager
-    def stopping_on_signals(told):
+    def stopping_on_signals(*_):
         yield lambda: run.step >= step
 
     return stopping_on_signals
