@@ -140,7 +140,8 @@ def memory_rows() -> list[tuple[str, list[str], float]]:
     return rows
 
 
-@pytest.mark.parametrize(("name", "overrides", "expected"), memory_rows())
+# Planning takes seconds, so one row in four is computed again.
+@pytest.mark.parametrize(("name", "overrides", "expected"), memory_rows()[3::4])
 def test_the_memory_that_the_docs_name_is_what_is_planned(
     name: str, overrides: list[str], expected: float
 ) -> None:
@@ -148,9 +149,11 @@ def test_the_memory_that_the_docs_name_is_what_is_planned(
     assert estimate_memory(config).total == pytest.approx(expected, rel=0.1)
 
 
-def test_the_memory_of_each_configuration_is_in_the_docs() -> None:
+def test_every_row_of_the_memory_tables_is_a_valid_configuration() -> None:
     assert {name for name, _, _ in memory_rows()} == {"124m", "7b"}
     assert len(memory_rows()) >= 16
+    for name, overrides, _ in memory_rows():
+        load_config(f"configs/{name}.toml", overrides)
 
 
 # Words of this project's early texts that a stranger does not understand at the first reading.
