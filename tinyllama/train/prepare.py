@@ -74,6 +74,11 @@ def supported(config: Config) -> Config:
             "file or --set model.base=DIR, or remove the section to train a whole model"
         )
     t, data = config.training, config.data
+    if config.lora is not None and data.replace_tokenizer:
+        raise ConfigError(
+            f"{config.where('data.replace_tokenizer')}: got true, must be false with [lora]: "
+            "adapters leave the base's embeddings, and so its tokens, as they are"
+        )
     problems = [
         f"{config.where(key)}: {got(value, f'{shown(only)} for now')}"
         for key, value, only in (
@@ -180,15 +185,33 @@ def differences(config: Config, checkpoint: Path) -> str | None:
 def find_tokenizer(config: Config, resume: Path | None, show: bool) -> Tokenizer:
     """The run's tokenizer: the checkpoint's, a file, or one trained on the training text.
 
-    Raises ConfigError if the model has no room for it.
+    Raises ConfigError if the model has no room for it, or its base another one.
     """
     tokenizer = _tokenizer_of(resume, config) if resume else _new_tokenizer(config, show)
+    if resume is None or config.lora is not None:
+        _check_against_base(config, tokenizer)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(
             f"{config.where('model.vocab_size')}: got {config.model.vocab_size}, must be at least"
             f" the tokenizer's {tokenizer.vocab_size} ({config.tokenizer_source})"
         )
     return tokenizer
+
+
+def _check_against_base(config: Config, tokenizer: Tokenizer) -> None:
+    """Raise ConfigError if a base's embeddings are not those of the tokenizer's pieces."""
+    base = config.model.base
+    if base is None or config.data.replace_tokenizer or not (Path(base) / MODEL_FILE).is_file():
+        return
+    with naming("model.base"):
+        own = load_tokenizer(base)
+    if own.vocabulary_digest != tokenizer.vocabulary_digest:
+        raise ConfigError(
+            f"{config.where('data.tokenizer')}: got a tokenizer ({config.tokenizer_source}) whose "
+            f"pieces or ids differ from those of model.base ({base}), must be the base's own, "
+            "which its embeddings were trained with: remove data.tokenizer; to train the whole "
+            "model on another tokenizer, set data.replace_tokenizer = true"
+        )
 
 
 def _new_tokenizer(config: Config, show: bool) -> Tokenizer:

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,10 @@ class Trainer:
         if t.max_steps is not None:
             self.total_steps = min(self.total_steps, t.max_steps)
         self.planned_steps = self.total_steps  # what a time budget shortens
-        self.model, trained, self.adapter = build(self.config, resume)
+        self.model, trained, adapter = build(self.config, resume)
+        if adapter is not None:
+            adapter = replace(adapter, tokenizer_digest=self.tokenizer.vocabulary_digest)
+        self.adapter = adapter
         self.optimizer = AdamW(trained, t)
         around = dropping(self.model, t.seed)
         self.train_step = TrainStep(self.model, self.optimizer, t.accumulation_steps, around)
