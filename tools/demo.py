@@ -21,10 +21,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import demo_corpus
-import plot_loss
 
 from tinyllama.cli.arguments import exit_code, leave, seconds
 from tinyllama.observe.metrics import read_metrics
+from tinyllama.reports import plot
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = "configs/demo.toml"
@@ -129,10 +129,10 @@ def gzip_bits_per_byte(held_out: Path) -> float:
 def draw_curve(evaluation: dict[str, Any], gzip_bits: float) -> None:
     """.demo/loss.png: the run's loss, with gzip's as a line."""
     per_nat = evaluation["bits_per_byte"] / evaluation["loss"]
-    reference = plot_loss.Reference("gzip -9", gzip_bits, per_nat)
+    reference = plot.Reference("gzip -9", gzip_bits, per_nat)
     rows = read_metrics(RUN / "metrics.jsonl")
     title = f"configs/demo.toml: {evaluation['bits_per_byte']:.2f} bits per byte of held-out text"
-    plot_loss.draw(rows, DEMO / "loss.png", title, reference)
+    plot.draw(rows, DEMO / "loss.png", title, reference)
 
 
 def report(bits: float, gzip_bits: float, more: float) -> None:

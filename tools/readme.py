@@ -24,7 +24,7 @@ README = ROOT / "README.md"
 
 # The files in the order in which the data meets them; each is described by its own first line.
 THE_WAY = {
-    "The machine": "errors system",
+    "The machine": "errors version system",
     "Configuration": "config",
     "Files of other programs": "formats",
     "Text to tokens to batches": "tokenizers data",
@@ -35,6 +35,7 @@ THE_WAY = {
     "Text from a model": "generate",
     "Training": "train",
     "Models from models": "convert",
+    "What is said afterwards": "reports",
     "Benchmark": "bench",
     "Command line": "cli tinyllama __main__ evaluate backends",
 }

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "tinyllama"
 # The layers, lowest first, in the way of the data. A package imports from the lines above its own,
 # and its files from each other, but never in a circle.
 LAYERS = (
-    "errors",
+    "errors version",
     "system",
     "config",
     "formats",
@@ -25,6 +25,7 @@ LAYERS = (
     "generate",
     "train",
     "convert",
+    "reports",
     "bench",
     "cli",
     "tinyllama __main__ evaluate backends",

@@ -41,8 +41,8 @@ def without_cards():
         ({"METAL": "1", "CUDA": "0"}, "METAL", "METAL=1"),
         ({"CUDA": "1", "DEV": "CUDA"}, "CUDA", "DEV=CUDA"),
         ({"CPU": "1", "DEV": "CPU:X86"}, "CPU:X86", "DEV=CPU:X86"),
-        ({"GPU": "1"}, "METAL", "GPU=1 takes the best there is"),
-        ({}, "METAL", "nothing asked for: the best there is"),
+        ({"GPU": "1"}, "METAL", "GPU=1: the fastest available"),
+        ({}, "METAL", "none requested: the fastest available"),
     ],
 )
 def test_each_variable_asks_for_a_device(environ, first, reason):
@@ -135,7 +135,7 @@ def test_a_card_whose_driver_does_not_take_what_is_compiled_does_not_answer(name
 def test_the_trial_notices_a_wrong_result(monkeypatch):
     device._compute("CPU")
     monkeypatch.setattr("tinygrad.Tensor.sum", lambda self: self[0])
-    with pytest.raises(RuntimeError, match=r"computes wrong results: 0\.0 for 4032"):
+    with pytest.raises(RuntimeError, match=r"computes wrong results: 0\.0 instead of 4032"):
         device._compute("CPU")
 
 
@@ -161,8 +161,13 @@ def test_a_gpu_that_is_absent_is_not_replaced_by_the_processor(monkeypatch):
         raise DeviceError("not here")
 
     monkeypatch.setattr(device, "_open", refuse)
-    with pytest.raises(DeviceError, match=r"GPU=1 .*: no GPU answered\. Available here: CPU\."):
+    with pytest.raises(DeviceError) as refused:
         device.select({"GPU": "1"})
+    assert str(refused.value) == (
+        "GPU=1: no GPU works here (tried METAL, CUDA, NV, AMD, CL). Available: CPU. A GPU needs "
+        "an NVIDIA driver and the CUDA toolkit (libcuda, libnvrtc); an AMD card with the amdgpu "
+        "driver (/dev/kfd); or its own OpenCL driver"
+    )
     assert device.select({}).device == "CPU"
 
 
@@ -182,20 +187,40 @@ def test_a_wrong_number_of_threads_is_told_before_a_device_is_opened(monkeypatch
         device.select({"NUM_CPU_THREADS": "x"})
 
 
-def test_the_best_gpu_is_taken_and_opencl_on_a_processor_only_when_asked(monkeypatch):
+def test_opencl_on_a_processor_is_selected_by_its_name_alone(monkeypatch):
     def answer(target, reason):
         if target in ("CL", "CPU"):
-            return device.DeviceChoice(target, "any", "pthread-haswell", reason)
+            return device.DeviceChoice(target, "any", "a processor", reason, target == "CL")
         raise DeviceError("not here")
 
     monkeypatch.setattr(device, "_open", answer)
-    choice = device.select({"GPU": "1"})
-    assert (choice.device, choice.asked) == ("CL", ("GPU=1",))
-    assert "(GPU=1: no GPU answered, so OpenCL on the processor)" in choice.line()
-    assert device.select({"CL": "1"}).reason == "CL=1"
+    with pytest.raises(DeviceError) as refused:
+        device.select({"GPU": "1"})
+    message = str(refused.value)
+    assert "Available: CL, CPU (CL is OpenCL on the processor; to use it, set CL=1)." in message
+    choice = device.select({"CL": "1"})
+    assert (choice.device, choice.reason, choice.asked) == ("CL", "CL=1", ("CL=1",))
+    assert device.select({"DEV": "CL"}).device == "CL"
     assert (device.select({}).device, device.select({}).asked) == ("CPU", ())
-    monkeypatch.setattr(device, "GPU_ORDER", ("CL", "CUDA"))
-    assert device.select({"GPU": "1"}).device == "CL"
+
+
+def test_gpu_takes_a_card_that_opencl_drives(monkeypatch):
+    def answer(target, reason):
+        if target == "CL":
+            return device.DeviceChoice(target, "any", "a card", reason)
+        raise DeviceError("not here")
+
+    monkeypatch.setattr(device, "_open", answer)
+    assert (device.select({"GPU": "1"}).device, device.select({}).device) == ("CL", "CL")
+    assert device.select({"GPU": "1"}).asked == ("GPU=1",)
+
+
+def test_pocl_is_known_as_a_processor():
+    choices = {choice.device: choice for choice in device.available()}
+    if "CL" not in choices:
+        pytest.skip("no OpenCL here")
+    without_cards()
+    assert choices["CL"].is_opencl_processor and not choices["CPU"].is_opencl_processor
 
 
 def test_a_missing_compiler_is_named(monkeypatch):
@@ -218,7 +243,7 @@ def test_a_compiler_that_is_no_clang_is_refused(named, monkeypatch):
     if named == "clang":
         assert device.select({"DEV": "CPU"}).device == "CPU"
     else:
-        with pytest.raises(DeviceError, match="CC=gcc is not clang, which kernels need: unset CC"):
+        with pytest.raises(DeviceError, match="CC=gcc is not clang, which our kernels need"):
             device.select({"DEV": "CPU"})
     device._open.cache_clear()
 

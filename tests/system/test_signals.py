@@ -8,8 +8,11 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from ctypes.util import find_library
+from pathlib import Path
 
 import pytest
 from runs_helpers import (
@@ -30,7 +33,13 @@ from runs_helpers import (
 )
 
 from tinyllama.observe.metrics import read_metrics
-from tinyllama.system.signals import Terminated, stopping_on_signals, terminating
+from tinyllama.system.signals import (
+    GRACE_SECONDS,
+    REPEAT_SECONDS,
+    Terminated,
+    stopping_on_signals,
+    terminating,
+)
 from tinyllama.train.checkpoint import (
     list_checkpoints,
     read_state,
@@ -279,3 +288,127 @@ leave(exit_code(run, "test"))
     )
     assert (done.returncode, done.stdout) == (130, "begun\n")
     assert done.stderr == "interrupted after step 3\n"
+
+
+def main_thread_seconds(process):
+    """Processor time of a process's main thread, which stands still in a call into a driver."""
+    fields = Path(f"/proc/{process.pid}/task/{process.pid}/stat").read_text().rpartition(")")[2]
+    return sum(map(int, fields.split()[11:13])) / os.sysconf("SC_CLK_TCK")
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="watches a thread as Linux can")
+@pytest.mark.skipif(find_library("OpenCL") is None, reason="no OpenCL here")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_a_first_step_that_opencl_does_not_return_from(tmp_path, number):
+    """pocl compiles, since its cache is empty, and then computes the step within one call."""
+    (tmp_path / "pocl").mkdir()
+    sizes = {
+        "model.hidden_size": 512,
+        "model.intermediate_size": 2048,
+        "model.num_layers": 1,
+        "model.max_seq_len": 256,
+        "data.context_length": 256,
+        "training.batch_size": 60,
+        "training.micro_batch_size": 12,
+    }
+    run = tmp_path / "run"
+    words = [word for key, value in sizes.items() for word in ("--set", f"{key}={value}")]
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    process = start(
+        "train", config_file(run), *words, "--quiet", CL="1", POCL_CACHE_DIR=str(tmp_path / "pocl")
+    )
+    signal.signal(signal.SIGINT, before)
+    assert any("steps of 60 x 256 tokens" in line for line in process.stdout)
+    busy, deadline = -1.0, time.monotonic() + 240
+    while busy != (busy := main_thread_seconds(process)):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(3)
+    process.send_signal(number)
+    time.sleep(REPEAT_SECONDS + 0.5)
+    assert process.poll() is None and not (run / "metrics.jsonl").read_text()
+    sent = time.monotonic()
+    code, _, err = stop(process, number)
+    assert time.monotonic() - sent < GRACE_SECONDS + 5
+    word = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}[number]
+    assert (code, err) == (128 + number, f"{word} after step 0, and nothing was saved\n")
+    assert names(run) == []
+
+
+# Waits in a call that a signal does not end, as a driver's do; Python's handlers wait too.
+BLOCKED = """
+import ctypes, signal, sys
+from tinyllama.cli.arguments import exit_code, leave
+from tinyllama.system.signals import stopping_on_signals
+signal.signal(signal.SIGINT, signal.default_int_handler)
+mutex = ctypes.create_string_buffer(64)
+library = ctypes.CDLL(None)
+library.pthread_mutex_lock(mutex)
+def wait():
+    print("waiting", flush=True)
+    library.pthread_mutex_lock(mutex)
+def train():
+    with stopping_on_signals("stopping\\n", lambda: "after step 3"):
+        wait()
+leave(exit_code({"wait": wait, "train": train}[sys.argv[1]], "test"))
+"""
+
+
+def blocked(command):
+    process = subprocess.Popen(
+        [sys.executable, "-c", BLOCKED, command], env=environment(), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout.readline() == "waiting\n"
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_one_signal_ends_a_command_that_does_not_return_from_a_call(number):
+    code, _, err = stop(blocked("wait"), number)
+    word = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}[number]
+    assert (code, err) == (128 + number, f"{word}\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_the_first_signal_of_a_run_is_announced_within_a_call_and_the_second_ends_it(number):
+    process = blocked("train")
+    process.send_signal(number)
+    assert process.stderr.readline() == "stopping\n"
+    process.send_signal(number)  # at once: the same signal
+    time.sleep(GRACE_SECONDS + 0.5)
+    assert process.poll() is None
+    code, _, err = stop(process, number)
+    word, code_of = ("interrupted", 130) if number == signal.SIGINT else ("terminated", 143)
+    assert (code, err) == (code_of, f"{word} after step 3\n")
+
+
+def test_a_command_that_handled_its_signal_may_take_its_time_to_unwind():
+    code = """
+import os, signal, sys, time
+from tinyllama.cli.arguments import exit_code, leave
+from tinyllama.system.signals import GRACE_SECONDS
+def run():
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        time.sleep(GRACE_SECONDS + 1)
+        print("unwound")
+leave(exit_code(run, "test"))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (143, "unwound\n", "terminated\n")
+
+
+def test_a_command_that_is_over_leaves_no_thread_and_no_wakeup_descriptor():
+    def watching():
+        return [thread for thread in threading.enumerate() if thread.name == "signals"]
+
+    before = signal.set_wakeup_fd(-1)
+    signal.set_wakeup_fd(before)
+    with terminating():
+        (thread,) = watching()
+    thread.join(5)
+    assert watching() == []
+    assert signal.set_wakeup_fd(before) == before

@@ -106,14 +106,27 @@ def test_twenty_steps_have_the_same_losses_as_on_the_processor(gpu):
     assert last < float(there[0].split()[0]) - 0.1  # it trains
 
 
-def test_gpu_takes_the_best_there_is():
+CHOICE = "from tinyllama.system import device; print(device.select().line())"
+
+
+def test_gpu_takes_the_fastest_gpu():
     best = next((name for name in device.GPU_ORDER if name in answering()), None)
-    if best is None:
-        pytest.skip("no GPU backend answers here")
-    (line,) = lines("from tinyllama.system import device; print(device.select().line())", GPU="1")
-    assert line.startswith(f"backend {best}, ")
-    if line.startswith(("backend CL, pthread", "backend CL, cpu")):  # pocl
-        assert "(GPU=1: no GPU answered, so OpenCL on the processor)" in line
+    if best is None or device._open(best, "a test").is_opencl_processor:
+        pytest.skip("no GPU here")
+    (line,) = lines(CHOICE, GPU="1")
+    assert line.startswith(f"backend {best}, ") and line.endswith("(GPU=1: the fastest available)")
+
+
+def test_gpu_does_not_fall_back_to_opencl_on_the_processor(tmp_path):
+    if set(answering()) - {"CPU", "CL"} or "CL" not in answering():
+        pytest.skip("needs OpenCL on the processor, and no GPU")
+    code, out, err = run_command("train", config_file(tmp_path / "run"), GPU="1")
+    assert (code, out) == (2, "")
+    assert err.startswith("GPU=1: no GPU works here (tried METAL, CUDA, NV, AMD, CL). Available: ")
+    assert "CL, CPU (CL is OpenCL on the processor; to use it, set CL=1). " in err
+    assert len(err.splitlines()) == 1
+    (line,) = lines(CHOICE, CL="1")
+    assert line.startswith("backend CL, ") and line.endswith("(CL=1)")
 
 
 def test_a_run_may_take_what_the_driver_says_the_device_has(gpu):

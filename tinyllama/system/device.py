@@ -1,9 +1,9 @@
 """Which device a run uses, decided once, before tinygrad is imported, and said out loud.
 
 tinygrad 0.13 reads `DEV=CPU`, `DEV=CL`, ...; it ignores `GPU=1` and refuses `CPU=1`. Here all of
-`DEV=...`, `GPU=1`, `CPU=1`, `METAL=1`, `CUDA=1`, `CL=1` work. What is asked for and absent is an
-error that lists what is there; nothing falls back silently. This is the only module that reads
-the environment.
+`DEV=...`, `GPU=1`, `CPU=1`, `METAL=1`, `CUDA=1`, `CL=1` work. A requested device that is absent is
+an error that lists what is available; nothing falls back silently. OpenCL on the processor (pocl)
+is no GPU: only `CL=1` or `DEV=CL` selects it. This is the only module that reads the environment.
 """
 
 import functools
@@ -11,17 +11,17 @@ import os
 import shutil
 import subprocess
 from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from tinyllama.errors import DeviceError
 from tinyllama.system import processor
-from tinyllama.system.gpu_driver import cuda_name
+from tinyllama.system.gpu_driver import cuda_name, opencl_is_processor
 
-# What GPU=1 tries, best first.
+# What GPU=1 tries, in this order.
 GPU_ORDER = ("METAL", "CUDA", "NV", "AMD", "CL")
 FLAGS = ("CPU", "METAL", "CUDA", "NV", "AMD", "CL", "WEBGPU", "QCOM", "NULL")
-# Their compiler (NVRTC) is installed apart from the driver, which may be too old for it: seen only
-# by computing.
+# Their compiler (NVRTC) is installed apart from the driver, which may be too old for it: only a
+# computation shows that.
 TRIED = ("CUDA", "NV")
 # What to install for each backend.
 INSTALL = {
@@ -39,16 +39,17 @@ INSTALL = {
 
 @dataclass(frozen=True)
 class DeviceChoice:
-    """A device that answered: tinygrad's name, what renders its kernels, and why it was taken."""
+    """A device that works: tinygrad's name, what renders its kernels, and why it was selected."""
 
     device: str
     renderer: str
     description: str
     reason: str
+    is_opencl_processor: bool = False  # OpenCL that computes on the processor, as pocl does
 
     @property
     def asked(self) -> tuple[str, ...]:
-        """The variables that asked for it and for its kernels, as a shell takes them: `GPU=1`."""
+        """The variables that select it and its kernels, as a shell takes them: `GPU=1`."""
         first = self.reason.partition(" ")[0].rstrip(":")
         switches = {"TINYLLAMA_KERNELS=0": kernels_enabled(), "TINYLLAMA_AMX=0": amx_enabled()}
         off = tuple(switch for switch, enabled in switches.items() if not enabled)
@@ -62,7 +63,7 @@ class DeviceChoice:
 
 
 def wanted(environ: Mapping[str, str]) -> tuple[tuple[str, ...], str]:
-    """Candidates in order of preference, and the reason for them, from environment variables.
+    """Candidates in order of preference, and the reason for them, from the environment.
 
     Raises DeviceError when two variables contradict each other.
     """
@@ -76,19 +77,19 @@ def wanted(environ: Mapping[str, str]) -> tuple[tuple[str, ...], str]:
         both = " and ".join(f"{name}=1" for name in flags)
         raise DeviceError(f"{both} contradict each other: set one of them")
     if flags == ["GPU"]:
-        return GPU_ORDER, "GPU=1 takes the best there is"
+        return GPU_ORDER, "GPU=1: the fastest available"
     if flags:
         return ((target or flags[0]),), f"DEV={target}" if target else f"{flags[0]}=1"
-    return (*GPU_ORDER, "CPU"), "nothing asked for: the best there is"
+    return (*GPU_ORDER, "CPU"), "none requested: the fastest available"
 
 
 def select(
     environ: MutableMapping[str, str] = os.environ, threads: int | None = None
 ) -> DeviceChoice:
-    """Choose the device, tell tinygrad, and return what was chosen.
+    """Select the device, in tinygrad too, and return it.
 
-    Sets `DEV` in `environ`, so that child processes choose the same, and removes the variables
-    tinygrad would refuse. With `threads`, CPU kernels are split over that many. Raises
+    Sets `DEV` in `environ`, so that child processes select the same, and removes the variables
+    that tinygrad would refuse. With `threads`, CPU kernels are split over that many. Raises
     DeviceError, naming what is available and what to install.
     """
     candidates, reason = wanted(environ)
@@ -105,10 +106,8 @@ def select(
         except DeviceError as error:
             failures[target] = str(error)
             continue
-        if len(candidates) > len(GPU_ORDER) and _is_processor_opencl(choice):
-            continue  # without being asked, OpenCL on a processor loses to the processor itself
-        if len(candidates) > 1 and _is_processor_opencl(choice):
-            choice = replace(choice, reason="GPU=1: no GPU answered, so OpenCL on the processor")
+        if len(candidates) > 1 and choice.is_opencl_processor:
+            continue  # no GPU, and slower than the CPU backend
         from tinygrad.helpers import DEV
 
         DEV.value = environ["DEV"] = target
@@ -117,27 +116,30 @@ def select(
 
 
 def available() -> list[DeviceChoice]:
-    """Every backend that answers on this machine, best first."""
-    found = []
+    """Every backend that works on this machine, the fastest first."""
+    choices = []
     for target in (*GPU_ORDER, "CPU"):
         try:
-            found.append(_open(target, "available"))
+            choices.append(_open(target, "available"))
         except DeviceError:
-            continue  # absent: not in the list, which is what the list is for
-    return found
+            continue  # absent, so not in the list
+    return choices
 
 
 def _refused(candidates: tuple[str, ...], reason: str, failures: Mapping[str, str]) -> DeviceError:
-    """Why none of the candidates was taken, what there is, and what to install or to set."""
+    """Why none of the candidates works, what is available, and what to install or to set."""
     name, _, rest = candidates[0].partition(":")
     name = name.upper()
-    there = ", ".join(choice.device for choice in available()) or "none"
-    if "CPU" in candidates[1:]:  # nothing was asked for, and not even the processor answers
+    choices = available()
+    there = ", ".join(choice.device for choice in choices) or "none"
+    if "CPU" in candidates[1:]:  # none was requested, and not even the processor works
         return DeviceError(f"CPU: {failures['CPU']}; to use it, install {INSTALL['CPU']}")
     if len(candidates) > 1:
+        opencl = any(choice.is_opencl_processor for choice in choices)
         return DeviceError(
-            f"{reason}: no GPU answered. Available here: {there}. "
-            f"Tried {', '.join(candidates)}; a GPU needs its driver, e.g. {INSTALL['CL']}"
+            f"GPU=1: no GPU works here (tried {', '.join(candidates)}). Available: {there}"
+            f"{' (CL is OpenCL on the processor; to use it, set CL=1)' if opencl else ''}. "
+            f"A GPU needs {INSTALL['CUDA']}; {INSTALL['AMD']}; or its own OpenCL driver"
         )
     if rest and name in FLAGS:
         return DeviceError(
@@ -155,7 +157,7 @@ def _refused(candidates: tuple[str, ...], reason: str, failures: Mapping[str, st
 
 @functools.cache
 def _open(target: str, reason: str) -> DeviceChoice:
-    """Open a device as a program would; DeviceError says why it does not answer."""
+    """Open a device as a program would; DeviceError says why it does not work."""
     name, _, rest = target.partition(":")
     name = name.upper()
     if name not in FLAGS:
@@ -169,38 +171,39 @@ def _open(target: str, reason: str) -> DeviceChoice:
         with Context(DEV=target):
             opened = Device[name]
             if name in TRIED or (rest and name != "NULL"):
-                _compute(name)  # what was named by hand may not fit what is installed
+                _compute(name)  # a renderer or device number set by hand may not be installed
             renderer = type(opened.renderer).__name__.removesuffix("Renderer")
-    # tinygrad's backends fail in many ways (a library that does not load, a driver that is not
-    # there, no permission); each means that the device cannot be used, and the text is shown.
+            on_processor = name == "CL" and opencl_is_processor(opened)
+    # tinygrad's backends fail in many ways (a library that does not load, a missing driver, no
+    # permission); each means that the device cannot be used, and the text is shown.
     except Exception as error:
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DeviceError(first_line[:160]) from error
-    return DeviceChoice(name, renderer, _describe(name, opened), reason)
+    return DeviceChoice(name, renderer, _describe(name, opened), reason, on_processor)
 
 
 def _find_compiler() -> None:
-    """DeviceError if what tinygrad compiles with, which CC may name, is not there or no clang."""
+    """Raise DeviceError if tinygrad's C compiler, which CC may name, is missing or not clang."""
     compiler = os.environ.get("CC", "clang")
     if shutil.which(compiler) is None:
         raise DeviceError(f"the C compiler {compiler!r} is not installed")
     if "CC" in os.environ:
         version = subprocess.run([compiler, "--version"], capture_output=True, text=True)
         if "clang" not in version.stdout:
-            raise DeviceError(f"CC={compiler} is not clang, which kernels need: unset CC")
+            raise DeviceError(f"CC={compiler} is not clang, which our kernels need: unset CC")
 
 
 def _compute(name: str) -> None:
-    """Raise whatever a small computation raises, or RuntimeError where its result is wrong."""
+    """Raise whatever a small computation raises, or RuntimeError if its result is wrong."""
     from tinygrad import Tensor
 
     numbers = Tensor([float(i) for i in range(64)], device=name).realize()
-    if (found := (2 * numbers).contiguous().sum().item()) != 4032:
-        raise RuntimeError(f"computes wrong results: {found} for 4032")
+    if (result := (2 * numbers).contiguous().sum().item()) != 4032:
+        raise RuntimeError(f"computes wrong results: {result} instead of 4032")
 
 
 def _describe(name: str, opened: object) -> str:
-    """What the device calls itself, in a few words."""
+    """The device's name for itself, and what matters about it."""
     if name == "CPU":
         words = [processor.processor_name(), f"{threads()} threads", instruction_set()]
         if processor.has_amx() and instruction_set() != "AMX":
@@ -212,16 +215,11 @@ def _describe(name: str, opened: object) -> str:
     return str(getattr(opened, "device_name", None) or getattr(opened, "arch", None) or name)
 
 
-def _is_processor_opencl(choice: DeviceChoice) -> bool:
-    """True for OpenCL drivers that run on the processor (pocl calls itself by the CPU's name)."""
-    words = choice.description.lower()
-    return choice.device == "CL" and any(word in words for word in ("pthread", "cpu", "basic"))
-
-
 def threads() -> int:
-    """How many threads a CPU kernel is split over (NUM_CPU_THREADS, else every core we may use).
+    """How many threads a CPU kernel is split over (NUM_CPU_THREADS, or every core we may use).
 
-    Raises DeviceError where that variable is no number of threads."""
+    Raises DeviceError if that variable is not a number of threads.
+    """
     from tinygrad.helpers import CPU_COUNT
 
     asked = threads_asked()
@@ -229,7 +227,7 @@ def threads() -> int:
 
 
 def threads_asked(environ: Mapping[str, str] = os.environ) -> int | None:
-    """What NUM_CPU_THREADS asks for, if it is set. Raises DeviceError where it is no number."""
+    """NUM_CPU_THREADS, if it is set. Raises DeviceError if it is not a number of threads."""
     asked = environ.get("NUM_CPU_THREADS", "")
     if asked and (not asked.isdecimal() or int(asked) < 1):
         raise DeviceError(f"NUM_CPU_THREADS: got {asked!r}, must be an integer of 1 or more")
@@ -237,7 +235,7 @@ def threads_asked(environ: Mapping[str, str] = os.environ) -> int | None:
 
 
 def set_thread_variable(environ: MutableMapping[str, str], count: int) -> None:
-    """Ask for `count` threads, of this process and its children. Raises DeviceError below one."""
+    """Set NUM_CPU_THREADS, for this process and its children. Raises DeviceError below one."""
     if count < 1:
         raise DeviceError(f"--threads: got {count}, must be 1 or more")
     environ["NUM_CPU_THREADS"] = str(count)
@@ -265,5 +263,5 @@ def amx_enabled() -> bool:
 
 
 def kernels_enabled() -> bool:
-    """False when TINYLLAMA_KERNELS=0 asks for the portable form of every operation."""
+    """False when TINYLLAMA_KERNELS=0 selects the portable form of every operation."""
     return os.environ.get("TINYLLAMA_KERNELS", "1") != "0"

@@ -1,22 +1,33 @@
-"""What a GPU's driver says of it: its name, its memory."""
+"""What a driver reports about its device: name, kind, memory."""
 
 import ctypes
 from typing import Any
 
 
 def opencl_bytes(opened: Any) -> int:
-    """Memory of an OpenCL device, free or not: OpenCL does not say which."""
+    """Memory of an OpenCL device in bytes, free or not: OpenCL does not report which."""
     from tinygrad.runtime.autogen import opencl
 
-    found = ctypes.c_uint64()
-    opencl.clGetDeviceInfo(
-        opened.device_id, opencl.CL_DEVICE_GLOBAL_MEM_SIZE, 8, ctypes.byref(found), None
-    )
-    return found.value
+    return _opencl_number(opened, opencl.CL_DEVICE_GLOBAL_MEM_SIZE)
+
+
+def opencl_is_processor(opened: Any) -> bool:
+    """Whether an OpenCL device is the processor, by its driver's own word."""
+    from tinygrad.runtime.autogen import opencl
+
+    return bool(_opencl_number(opened, opencl.CL_DEVICE_TYPE) & opencl.CL_DEVICE_TYPE_CPU)
+
+
+def _opencl_number(opened: Any, key: int) -> int:
+    from tinygrad.runtime.autogen import opencl
+
+    number = ctypes.c_uint64()
+    opencl.clGetDeviceInfo(opened.device_id, key, 8, ctypes.byref(number), None)
+    return number.value
 
 
 def cuda_bytes(opened: Any) -> int | None:
-    """Memory of a CUDA device that no process holds; None if the driver does not answer."""
+    """Free memory of a CUDA device in bytes; None if the driver does not report it."""
     from tinygrad.runtime.autogen import cuda
 
     free, total = ctypes.c_size_t(), ctypes.c_size_t()
@@ -26,7 +37,7 @@ def cuda_bytes(opened: Any) -> int | None:
 
 
 def cuda_name(opened: Any) -> str:
-    """What the driver calls a CUDA device, and its architecture."""
+    """The driver's name for a CUDA device, and its architecture."""
     from tinygrad.runtime.autogen import cuda
 
     name = ctypes.create_string_buffer(256)

@@ -1,8 +1,19 @@
-"""SIGINT and SIGTERM: training finishes its step and saves, anything else ends in a word."""
+"""SIGINT, SIGTERM and SIGHUP: training finishes its step and saves, every other command exits.
+
+    terminating            a command: the first signal raises KeyboardInterrupt or Terminated
+    stopping_on_signals    training: the first signal requests a stop, the second raises as above
+
+Python runs a signal handler between two of its own instructions, so a call into a driver holds it
+up: OpenCL on a processor computes a large step for minutes within one call. A thread therefore
+watches what the C level reports, and ends the process if Python does not. It saves nothing: what
+was saved before is whole, since files appear under their names only when they are complete.
+"""
 
 import os
 import signal
+import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -10,25 +21,113 @@ from types import FrameType
 
 # A signal that comes again so soon is the same one: `timeout` sends it to a process and its group.
 REPEAT_SECONDS = 1.0
+# What a process has to unwind after a signal that ends it, before the watching thread ends it.
+GRACE_SECONDS = 3.0
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, as KeyboardInterrupt is SIGINT."""
+    """SIGTERM or SIGHUP, as KeyboardInterrupt is SIGINT."""
 
 
-# What `terminating` has raised. Python drops an exception that a destructor meets, so a run that
-# would begin all the same looks here.
+# What `terminating` has raised. Python drops an exception that is raised within a destructor, so
+# `stopping_on_signals` looks here before a run begins.
 _raised: list[type[KeyboardInterrupt]] = []
+
+
+class _Stop:
+    """A stop that was requested of a run, and what to print about it."""
+
+    def __init__(self, message: str, status: Callable[[], str]) -> None:
+        self.status = status
+        self._messages = [message]
+
+    def announce(self) -> None:
+        """Write the message once, from a handler or from the watching thread."""
+        # print may be in progress in the main thread, and the reader may have been interrupted too.
+        with suppress(IndexError, OSError):
+            os.write(2, self._messages.pop().encode())
+
+
+class _Watch:
+    """The thread that ends the process, with exit code 130 or 143, where Python does not.
+
+    Within `terminating`, after a signal whose handler has not run for GRACE_SECONDS; a second
+    signal leaves the process that long in any case. Within `stopping_on_signals` the first one
+    does not end it.
+    """
+
+    def __init__(self) -> None:
+        self.stop: _Stop | None = None
+        self.handled = 0  # signals whose handler has run
+        self._reader, self._writer = socket.socketpair()  # Windows takes no pipe here
+        self._writer.setblocking(False)
+        self._before = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._run, name="signals", daemon=True).start()
+
+    def close(self) -> None:
+        """Stop watching; the thread ends."""
+        signal.set_wakeup_fd(self._before)
+        self._writer.close()
+
+    def _run(self) -> None:
+        first = 0.0  # when the first signal came
+        is_second = False
+        last, end = 0, float("inf")  # the signal that is to end the process, and when
+        with self._reader:
+            while True:
+                number = self._next(end - time.monotonic())
+                now = time.monotonic()
+                if number == 0:
+                    return
+                if number is None:
+                    if is_second or not self.handled:
+                        self._end(last)
+                    end = float("inf")
+                elif not first:
+                    first, last = now, number
+                    if self.stop is None:
+                        end = now + GRACE_SECONDS
+                    else:
+                        self.stop.announce()
+                elif now - first >= REPEAT_SECONDS and not is_second:
+                    is_second, last, end = True, number, now + GRACE_SECONDS
+
+    def _next(self, seconds: float) -> int | None:
+        """The number of the next signal we handle; None after `seconds`, 0 once closed."""
+        try:
+            while True:
+                self._reader.settimeout(None if seconds == float("inf") else max(seconds, 0.001))
+                received = self._reader.recv(1)
+                if not received or received[0] in _numbers():
+                    return received[0] if received else 0
+        except TimeoutError:
+            return None
+
+    def _end(self, number: int) -> None:
+        status = self.stop.status() if self.stop else ""
+        word = "interrupted" if number == signal.SIGINT else "terminated"
+        with suppress(OSError):
+            # Not through sys.stderr, which the main thread may hold. A terminal may show a bar.
+            line = ("\n" if os.isatty(2) else "") + f"{word} {status}".rstrip() + "\n"
+            os.write(2, line.encode())
+        os._exit(128 + (signal.SIGINT if number == signal.SIGINT else signal.SIGTERM))
+
+
+_watch: _Watch | None = None
 
 
 @contextmanager
 def terminating() -> Iterator[None]:
     """SIGTERM raises Terminated, and SIGINT, unless it is ignored, KeyboardInterrupt.
 
-    From then on sys.unraisablehook is silent: objects that were half made have no more to say.
+    From then on sys.unraisablehook is silent: the destructors of half-made objects would print
+    errors that only the interruption causes.
     """
+    global _watch
 
     def end(number: int, frame: FrameType | None) -> None:
+        if _watch is not None:
+            _watch.handled += 1
         _raised.append(KeyboardInterrupt if number == signal.SIGINT else Terminated)
         sys.unraisablehook = lambda _: None
         raise _raised[-1]
@@ -36,38 +135,59 @@ def terminating() -> Iterator[None]:
     numbers = [signal.SIGTERM]
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         numbers.append(signal.SIGINT)
+    outer, _watch = _watch, _Watch()
     before = {number: signal.signal(number, end) for number in numbers}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        _watch.close()
+        _watch = outer
         _raised.clear()
 
 
 @contextmanager
-def stopping_on_signals(told: str = "") -> Iterator[Callable[[], bool]]:
-    """SIGINT, SIGTERM and SIGHUP (unless ignored, as nohup has it) ask to stop, which is what the
-    yielded function tells; a second one interrupts. The first puts `told` on standard error."""
+def stopping_on_signals(
+    message: str = "", status: Callable[[], str] = str
+) -> Iterator[Callable[[], bool]]:
+    """SIGINT, SIGTERM and SIGHUP request a stop, which the yielded function reports; a second one
+    raises KeyboardInterrupt or Terminated. A SIGHUP that is ignored, as under nohup, stays so.
+
+    The first signal writes `message` to standard error. `status()` says how far the run has come,
+    for the last line of a process that has to be ended within a call that does not return.
+    """
     if _raised:
         raise _raised[0]
-    asked: list[float] = []
+    stop = _Stop(message, status)
+    received: list[float] = []  # when the first signal was handled
 
-    def ask(number: int, frame: FrameType | None) -> None:
-        if asked:
-            if time.monotonic() - asked[0] >= REPEAT_SECONDS:
+    def request(number: int, frame: FrameType | None) -> None:
+        if _watch is not None:
+            _watch.handled += 1
+        if received:
+            if time.monotonic() - received[0] >= REPEAT_SECONDS:
                 raise KeyboardInterrupt if number == signal.SIGINT else Terminated
             return
-        asked.append(time.monotonic())
-        with suppress(OSError):  # who reads it may have been interrupted too
-            os.write(2, told.encode())  # print may be under way here
+        received.append(time.monotonic())
+        stop.announce()
 
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        numbers.append(signal.SIGHUP)
-    before = {number: signal.signal(number, ask) for number in numbers}
+    numbers = [n for n in _numbers() if signal.getsignal(n) is not signal.SIG_IGN or n != _SIGHUP]
+    before = {number: signal.signal(number, request) for number in numbers}
+    if _watch is not None:
+        _watch.stop = stop
     try:
-        yield lambda: bool(asked)
+        yield lambda: bool(received)
     finally:
+        if _watch is not None:
+            _watch.stop = None
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+# Windows has no SIGHUP.
+_SIGHUP = getattr(signal, "SIGHUP", None)
+
+
+def _numbers() -> list[signal.Signals]:
+    return [n for n in (signal.SIGINT, signal.SIGTERM, _SIGHUP) if n is not None]

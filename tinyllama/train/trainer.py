@@ -109,16 +109,16 @@ class Trainer:
             with run_folder.held_alone(self.folder):
                 return self._run()
         except KeyboardInterrupt as interrupt:
-            raise type(interrupt)(run_folder.so_far(self.step, self.saved)) from None
+            raise type(interrupt)(self._so_far()) from None
         except MemoryError as error:
             raise run_folder.out_of_memory(error, self.step, self.saved) from error
 
     def _run(self) -> Outcome:
         self._take_folder()
         begun = (self.step, time.monotonic())
-        told = "\nstopping after this step, then saving; once more to stop at once\n"
+        message = "\nstopping after this step, then saving; once more to stop at once\n"
         with (
-            stopping_on_signals(told if self.show else "") as stopping,
+            stopping_on_signals(message if self.show else "", self._so_far) as stopping,
             progress(self.total_steps, self.step, self.show) as bar,
             self._open_metrics(stopping) as metrics,
         ):
@@ -130,6 +130,9 @@ class Trainer:
             if not is_there or self._saved_step != self.step:
                 self.save(folder.name)
         return Outcome(folder, self.step, finished)
+
+    def _so_far(self) -> str:
+        return run_folder.so_far(self.step, self.saved)
 
     def _take_folder(self) -> None:
         """Make the run's folder ours: what a run that is continued here had after this step is
