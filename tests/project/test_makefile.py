@@ -11,8 +11,21 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 TARGETS = re.findall(r"^([a-z0-9-]+):.*## ", MAKEFILE, re.MULTILINE)
-# What tools/system.sh itself calls.
-BASICS = ("bash", "id", "uname", "cut", "mktemp", "tail", "rm", "mkdir", "ln", "cat", "env")
+# What tools/system.sh and .ci/run themselves call.
+BASICS = (
+    "bash",
+    "id",
+    "uname",
+    "cut",
+    "mktemp",
+    "tail",
+    "rm",
+    "mkdir",
+    "ln",
+    "cat",
+    "env",
+    "dirname",
+)
 
 
 def run(
@@ -93,12 +106,52 @@ def test_slow_tests_exist() -> None:
         assert not name or f"def {name}(" in text, line
 
 
-def test_ci_runs_the_tests_and_a_minute_of_the_demo() -> None:
-    script = ROOT / ".ci" / "run"
-    assert os.access(script, os.X_OK)
-    lines = script.read_text().splitlines()
-    assert "set -euo pipefail" in lines
-    assert lines.index("make test") < lines.index("make demo BUDGET=60")
+def ci_in(
+    folder: Path, bare: Path, make: str, **variables: str
+) -> "subprocess.CompletedProcess[str]":
+    """Run .ci/run in a folder where `make` is the shell script given, with these variables set."""
+    for name in (".ci", "tools"):
+        (folder / name).mkdir(parents=True)
+    shutil.copy(ROOT / ".ci" / "run", folder / ".ci")
+    command(folder / "tools", "system.sh", f'echo "system.sh $*" >> {folder}/commands')
+    command(bare, "make", f'echo "make $*" >> {folder}/commands\n{make}')
+    return subprocess.run(
+        [folder / ".ci" / "run"], env={"PATH": str(bare), **variables},
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+
+
+def test_ci_runs_the_tests_lint_and_a_minute_of_the_demo(bare: Path, tmp_path: Path) -> None:
+    done = ci_in(tmp_path / "clone", bare, "true")
+    assert done.returncode == 0, done.stderr
+    commands = (tmp_path / "clone" / "commands").read_text().splitlines()
+    assert commands[0].startswith("system.sh --required ")
+    assert commands[1:] == ["make test", "make lint", "make demo BUDGET=60"]
+
+
+def test_ci_stops_at_the_first_failure_with_its_exit_code(bare: Path, tmp_path: Path) -> None:
+    assert ci_in(tmp_path / "clone", bare, "exit 3").returncode == 3
+    assert (tmp_path / "clone" / "commands").read_text().count("make") == 1
+
+
+def test_no_variable_of_a_developer_reaches_what_ci_runs(bare: Path, tmp_path: Path) -> None:
+    """Only what finds programs and the network does; HOME is a new, empty folder, later removed."""
+    kept = {"LANG": "C.UTF-8", "CI": "true", "HTTPS_PROXY": "http://a b", "no_proxy": "*"}
+    kept |= {"PIP_INDEX_URL": "http://index", "SSL_CERT_FILE": "/cert"}
+    dropped = {"PYTHONUNBUFFERED": "1", "VIRTUAL_ENV": "/venv", "MAKEFLAGS": "-k", "DEV": "CPU"}
+    home = tmp_path / "home"
+    seen = tmp_path / "seen"
+    files = 'shopt -s nullglob dotglob; cd "$HOME"; echo files: *'
+    look = f"env > {seen}; ({files}) >> {seen}"
+    done = ci_in(tmp_path / "clone", bare, look, **kept, **dropped, HOME=str(home))
+    assert done.returncode == 0, done.stderr
+    found = dict(re.findall(r"^(\w+)=(.*)$", seen.read_text(), re.MULTILINE))
+    empty_home = Path(found.pop("HOME"))
+    assert empty_home != home and not empty_home.exists()
+    assert seen.read_text().endswith("\nfiles:\n")
+    for of_bash in ("PWD", "OLDPWD", "SHLVL", "_"):
+        found.pop(of_bash, None)
+    assert found == {"PATH": str(bare), **kept}
 
 
 def test_a_missing_compiler_ends_with_what_to_type(bare: Path) -> None:

@@ -126,7 +126,7 @@ class Config:
 
 
 def option_table() -> str:
-    """Every option as a Markdown table, for the README."""
+    """Every option as a Markdown table, for docs/options.md."""
     lines = ["| key | default | allowed | what it is |", "|---|---|---|---|"]
     for name, cls in SECTIONS.items():
         lines += markdown_rows(options_of(name, cls))

@@ -20,6 +20,7 @@ from tinyllama.model.llama import Block, Function, Llama
 from tinyllama.ops.sums import into_products
 from tinyllama.runtime.kernel import in_memory
 from tinyllama.runtime.stage import Stage, materialized, replaced
+from tinyllama.runtime.storage import memory_key
 from tinyllama.train.losses import CrossEntropy, Loss
 
 
@@ -168,4 +169,4 @@ class StagedLoss:
 
 def _key(tensor: Tensor) -> Any:
     """What makes a weight the same weight: its buffer."""
-    return tensor.uop.base
+    return memory_key(tensor)
