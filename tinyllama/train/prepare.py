@@ -141,13 +141,20 @@ def resume_folder(config: Config, asked: str, warn: Callable[[str], None]) -> Pa
     return folder
 
 
-def with_base(config: Config) -> Config:
-    """The configuration with the sizes of `model.base`, if there is one."""
+def with_base(config: Config, notice: Callable[[str], None] = lambda line: None) -> Config:
+    """The configuration with the sizes of `model.base`, if there is one.
+
+    `notice` is called with a line for each value of the base that the configuration overrides.
+    """
     if config.model.base is None:
         return config
     with naming("model.base"):
         folder = open_folder(config.model.base)
-    return config.with_base(folder.config, str(folder.path / "config.json"))
+    source = str(folder.path / "config.json")
+    config = config.with_base(folder.config, source)
+    for line in config.overridden(folder.config, source):
+        notice(line)
+    return config
 
 
 def with_micro_batch_of(checkpoint: Path, config: Config) -> Config:
