@@ -288,7 +288,7 @@ def stopping_at(run, step):
     """A stand-in for stopping_on_signals: a signal comes during the validation after `step`."""
 
     @contextmanager
-    def stopping_on_signals(told):
+    def stopping_on_signals(*_):
         yield lambda: run.step >= step
 
     return stopping_on_signals
@@ -333,6 +333,51 @@ def test_a_run_that_goes_on_as_it_was_says_nothing(tmp_path):
     assert trainer(configuration(tmp_path / "run", *places), resume=run).notices() == []
     (tmp_path / "training_state.json").write_text('{"step": 2}')  # as it was before
     assert differences(configuration(tmp_path / "run"), tmp_path) is None
+
+
+def rows_of(run):
+    """The trained rows that a run takes from now on, as bytes; the list grows with each step."""
+    rows, following = [], run.batches.next
+
+    def noting():
+        batch = following()
+        trained = (batch.targets >= 0).any(1)
+        rows.extend(row.tobytes() for row in batch.tokens[trained])
+        return batch
+
+    run.batches.next = noting
+    return rows
+
+
+@pytest.mark.parametrize("size", [24, 4])
+def test_with_another_batch_size_every_window_is_still_trained_once_per_epoch(tmp_path, size):
+    """cases/07: the steps left were those of the former size, the schedule as wrong."""
+    whole, at = finished_run(), steps_per_epoch() + 2
+    sized = [f"training.batch_size={size}", VALIDATED]
+    run = trainer(configuration(tmp_path / "run", *sized), resume=whole / step_name(at))
+    same = trainer(configuration(tmp_path / "same", VALIDATED), resume=whole / step_name(at))
+    rows, expected = rows_of(run), rows_of(same)
+    assert run.run().finished and same.run().finished
+    assert sorted(rows) == sorted(expected) and len(rows) == run.batches.n_windows - 2 * 12
+    found = numbers(tmp_path / "run")
+    assert list(found) == list(range(at + 1, at + 1 + -(-len(rows) // size)))
+    rates = [line["lr"] for line in found.values()]
+    former = numbers(whole)[at]["lr"]
+    assert rates[-1] == pytest.approx(1e-4) and former > rates[0] > rates[-1]
+    assert all("val_loss" not in line for line in list(found.values())[:-1])
+
+
+def test_a_run_with_another_batch_size_is_resumed_bit_for_bit_too(tmp_path):
+    whole = finished_run() / step_name(steps_per_epoch() + 1)
+    sized = ["training.batch_size=4", "checkpointing.save_every=1"]
+    train(configuration(tmp_path / "run", *sized), resume=whole)
+    middle = tmp_path / "run" / step_name(steps_per_epoch() + 5)
+    again = trainer(configuration(tmp_path / "again", *sized), resume=middle)
+    assert again.notices() == []
+    again.run()
+    found, expected = numbers(tmp_path / "again"), numbers(tmp_path / "run")
+    assert found == {s: x for s, x in expected.items() if s > steps_per_epoch() + 5}
+    assert same_weights_and_moments(tmp_path / "again" / "final", tmp_path / "run" / "final")
 
 
 def test_resuming_where_nothing_was_saved_is_an_error(tmp_path):
