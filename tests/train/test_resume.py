@@ -30,7 +30,8 @@ from tinyllama.errors import (
 from tinyllama.system import device
 from tinyllama.system.files import held
 from tinyllama.tokenizers.sentencepiece import train_tokenizer
-from tinyllama.train.checkpoint import read_state, step_name
+from tinyllama.train.checkpoint import read_state, step_name, write_state
+from tinyllama.train.manifest import write_manifest
 from tinyllama.train.prepare import (
     differences,
     find_tokenizer,
@@ -317,14 +318,47 @@ def test_a_run_that_goes_on_otherwise_says_in_what(tmp_path, capsys, monkeypatch
     words = ["train", config_file(run), "--quiet", "--resume", "--set", "training.max_steps=5"]
     assert cli(*words, "--set", "training.batch_size=6", "--threads", "1") == 0
     shown = capsys.readouterr().out.splitlines()
-    (told,) = [line for line in shown if " was trained otherwise" in line]
+    (told,) = [line for line in shown if " was trained with other options" in line]
     threads = read_state(run / step_name(4))["made_with"]["threads"]
     assert told == (
-        f"{run / step_name(4)} was trained otherwise, so the losses are not those of a run that was"
-        " never stopped: threads is 1, was "
+        f"{run / step_name(4)} was trained with other options, so the losses are not those of a run"
+        " that was never stopped: threads is 1, was "
         f"{threads}; training.batch_size is 6, was 12; training.max_steps is 5, was nothing"
     )
     device.set_threads(threads)
+
+
+@pytest.mark.parametrize("written", ["now", "by an older version"])
+def test_a_plain_resume_says_nothing(tmp_path, capsys, written):
+    """cases/25: the micro-batch was compared after it had been filled in."""
+    run = part_of(finished_run(), tmp_path / "run", step_name(4))
+    made_with = read_state(run / step_name(4))["made_with"]
+    assert made_with["training.micro_batch_size"] == made_with["training.batch_size"] == 12
+    if written != "now":
+        edit_made_with(run / step_name(4), {"training.micro_batch_size": None}, ("data.train_on",))
+    words = ["train", config_file(run), "--quiet", "--resume", "--set", "training.max_steps=5"]
+    edit_made_with(run / step_name(4), {"training.max_steps": 5})
+    assert cli(*words) == 0
+    assert "other options" not in "".join(capsys.readouterr())
+
+
+def edit_made_with(checkpoint, changes, dropped=()):
+    """Change what a checkpoint says it was made with; its manifest follows."""
+    state = read_state(checkpoint)
+    made_with = state["made_with"] | changes
+    state["made_with"] = {k: v for k, v in made_with.items() if k not in dropped}
+    write_state(checkpoint, state)
+    (checkpoint / "manifest.json").unlink()
+    write_manifest(checkpoint, {})
+
+
+def test_parts_of_the_batch_that_differ_are_said_as_they_were(tmp_path):
+    run = part_of(finished_run(), tmp_path / "run", step_name(4)) / step_name(4)
+    says = differences(configuration(tmp_path / "other", "training.micro_batch_size=4"), run)
+    assert says.endswith("never stopped: training.micro_batch_size is 4, was 12")
+    assert differences(configuration(tmp_path, "training.micro_batch_size=12"), run) is None
+    other = differences(configuration(tmp_path, "training.batch_size=6"), run)
+    assert other.endswith("never stopped: training.batch_size is 6, was 12")
 
 
 def test_a_run_that_goes_on_as_it_was_says_nothing(tmp_path):

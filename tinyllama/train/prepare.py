@@ -111,6 +111,7 @@ def without_effect(config: Config, sequences: int, steps: int) -> list[str]:
 
 # Options that change no loss of a step, or are compared elsewhere (the text by its digest).
 _FREE_OF_NUMBERS = ("checkpointing.", "data.", "model.base", "training.eval_every")
+_MICRO_BATCH, _BATCH = "training.micro_batch_size", "training.batch_size"
 
 
 def resume_folder(config: Config, asked: str, warn: Callable[[str], None]) -> Path:
@@ -171,22 +172,30 @@ def with_micro_batch_of(checkpoint: Path, config: Config) -> Config:
 def made_with(config: Config) -> dict[str, Any]:
     """What decides a run's numbers beside its text and weights: options, device, threads."""
     options = {k: v for k, v in config.values().items() if not k.startswith(_FREE_OF_NUMBERS)}
+    options[_MICRO_BATCH] = config.training.micro_batch
     found = options | {"device": Device.DEFAULT, "threads": device.threads()}
     return {k: list(v) if isinstance(v, tuple) else v for k, v in found.items()}
 
 
 def differences(config: Config, checkpoint: Path) -> str | None:
-    """What a checkpoint was trained with otherwise than this configuration would, in a line."""
-    was, now = run_folder.read_state(checkpoint).get("made_with"), made_with(config)
-    if was is None:
+    """How a checkpoint's training differs from what this configuration would do, in one line."""
+    saved, now = run_folder.read_state(checkpoint).get("made_with"), made_with(config)
+    if saved is None:
         return None
-    found = [
-        f"{key} is {shown(now.get(key))}, was {shown(was.get(key))}"
-        for key in sorted(was.keys() | now.keys())
-        if was.get(key) != now.get(key)
-    ]
-    told = f"{checkpoint} was trained otherwise, so the losses are not those of a run that was"
-    return f"{told} never stopped: {'; '.join(found)}" if found else None
+    was = {**_defaults(), **saved}
+    if was[_MICRO_BATCH] is None:  # as older checkpoints have it
+        was[_MICRO_BATCH] = was[_BATCH]
+    differing = {key for key in was.keys() | now.keys() if was.get(key) != now.get(key)}
+    if all(made[_MICRO_BATCH] == made[_BATCH] for made in (was, now)):
+        differing.discard(_MICRO_BATCH)  # the whole batch, then and now
+    found = [f"{key} is {shown(now.get(key))}, was {shown(was.get(key))}" for key in differing]
+    begin = f"{checkpoint} was trained with other options, so the losses are not those of a run"
+    return f"{begin} that was never stopped: {'; '.join(sorted(found))}" if found else None
+
+
+def _defaults() -> dict[str, Any]:
+    """What checkpoints that are older than an option were trained with."""
+    return {k: v for k, v in made_with(Config()).items() if k not in ("device", "threads")}
 
 
 def find_tokenizer(config: Config, resume: Path | None, show: bool) -> Tokenizer:
