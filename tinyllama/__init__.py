@@ -7,12 +7,13 @@ logits = model(tokens)  # tokens (B, T) int32 Tensor -> (B, T, vocab) float32
 
 from typing import TYPE_CHECKING, Any
 
+from tinyllama.version import __version__
+
 if TYPE_CHECKING:
     from tinyllama.config import LlamaConfig
     from tinyllama.model.llama import Llama
 
-__all__ = ["Llama", "LlamaConfig"]
-__version__ = "0.1.0"
+__all__ = ["Llama", "LlamaConfig", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

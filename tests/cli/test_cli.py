@@ -1,5 +1,8 @@
 """The command line: what it prints, and that a mistake ends as one message and exit code 2."""
 
+import json
+import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +22,11 @@ from runs_helpers import (
     wait_for_steps,
 )
 
+import tinyllama
+from tinyllama.cli.app import COMMANDS
+from tinyllama.cli.arguments import Parser
+from tinyllama.config import SECTIONS
+from tinyllama.config.options import allowed, options_of
 from tinyllama.train.checkpoint import step_name
 
 
@@ -131,9 +139,25 @@ def test_a_mistake_in_training_is_one_message_and_exit_code_2(tmp_path, capsys, 
     assert len(error.splitlines()) == 1
 
 
-def test_a_missing_configuration_is_named(capsys):
-    assert cli("train", "nowhere.toml") == 2
-    assert capsys.readouterr().err == "nowhere.toml: cannot be read: No such file or directory\n"
+def test_a_missing_configuration_is_named_with_those_that_are_shipped(capsys):
+    for word in ("nowhere.toml", "12m"):
+        assert cli("train", word) == 2
+        expected = f"{word}: no such file; configurations by name: 124m, 7b or demo\n"
+        assert capsys.readouterr().err == expected
+
+
+def test_a_shipped_configuration_is_found_by_name_and_a_path_of_that_name_wins(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    assert cli("params", "7b", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["base"] == 6_738_415_616
+    (tmp_path / "7b").write_text("[model]\nnum_layers = 1\n")
+    assert cli("params", "7b", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["parts"]["attention"] == 4 * 768**2
+    (tmp_path / "124m").mkdir()
+    assert cli("train", "124m") == 2
+    assert capsys.readouterr().err == "124m: is a folder, must be a TOML file\n"
 
 
 @pytest.mark.parametrize("command", ["generate", "evaluate"])
@@ -159,10 +183,35 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path, capsys, command):
     assert capsys.readouterr().err == message
 
 
-def test_a_reader_that_goes_away_ends_the_command_without_a_word():
-    with start("backends") as process:
+# Python buffers standard output unless this is set: a broken pipe shows when it is flushed.
+BUFFERING = [{"PYTHONUNBUFFERED": ""}, {"PYTHONUNBUFFERED": "1"}]
+
+
+@pytest.mark.parametrize("buffering", BUFFERING, ids=["buffered", "unbuffered"])
+@pytest.mark.parametrize("words", [["backends"], ["train", "--help"], ["evaluate", "--help"]])
+def test_a_reader_that_has_gone_ends_the_command_with_141_and_no_message(words, buffering):
+    with start(*words, **buffering) as process:
         process.stdout.close()
         assert (process.stderr.read(), process.wait()) == ("", 141)
+
+
+@pytest.mark.parametrize("buffering", BUFFERING, ids=["buffered", "unbuffered"])
+def test_a_mistake_that_nobody_reads_has_its_exit_code(buffering):
+    with start("train", "nowhere.toml", **buffering) as process:
+        process.stdout.close()
+        process.stderr.close()
+        assert process.wait() == 2
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no such device here")
+@pytest.mark.parametrize("buffering", BUFFERING, ids=["buffered", "unbuffered"])
+def test_output_that_cannot_be_written_is_a_mistake_in_one_line(buffering):
+    words = [sys.executable, "-m", "tinyllama", "params", "124m", "--json"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            words, stdout=full, stderr=subprocess.PIPE, text=True, env=environment(**buffering)
+        )
+    assert (done.returncode, done.stderr) == (2, "params: No space left on device\n")
 
 
 @pytest.mark.parametrize("budget", ["0", "-5", "nan", "inf", "x"])
@@ -179,21 +228,103 @@ def test_numbers_of_options_are_checked(capsys):
     assert "argument --batch: got '0', must be an integer of 1 or more" in capsys.readouterr().err
 
 
+NAMES = [
+    "train", "generate", "evaluate", "merge", "params", "memory", "tokenizer", "plot", "bench",
+    "backends",
+]  # fmt: skip
+
+
 def test_no_command_and_an_unknown_one_say_which_there_are(capsys):
-    usage = "usage: tinyllama {train,generate,evaluate,bench,backends} ..."
     assert cli("trian") == 2
-    assert capsys.readouterr().err == f"{usage}\ntinyllama: no command 'trian'\n"
+    expected = "no command 'trian', the nearest is train (see tinyllama --help)"
+    assert capsys.readouterr().err == f"tinyllama: {expected}\n"
     assert cli() == 2
-    assert usage in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert all(name in error for name in NAMES) and len(error.splitlines()) == 1
     assert cli("--help") == 0
-    assert capsys.readouterr().out.startswith(usage)
+    shown = capsys.readouterr().out
+    listed = re.findall(r"^    (\w+)", shown, re.MULTILINE)
+    assert listed == NAMES
 
 
-def test_the_package_is_a_command_too():
-    words = [sys.executable, "-m", "tinyllama", "evaluate", "--help"]
-    found = subprocess.run(words, capture_output=True, text=True, env=environment())
-    assert found.returncode == 0
-    assert "usage: tinyllama evaluate" in found.stdout and "--data" in found.stdout
+def test_the_version_is_the_packages_own(capsys):
+    assert cli("--version") == 0
+    assert capsys.readouterr().out == f"tinyllama {tinyllama.__version__}\n"
+
+
+@pytest.mark.parametrize("command", NAMES)
+def test_every_option_of_a_command_is_explained(command, capsys):
+    parser = Parser(prog=command)
+    COMMANDS[command].add_options(parser)
+    assert [action.dest for action in parser._actions if not action.help] == []
+    assert cli(command, "--help") == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"usage: tinyllama {command} ")
+    assert all(name in shown for action in parser._actions for name in action.option_strings)
+
+
+@pytest.mark.parametrize("module", ["train", "generate", "evaluate", "bench", "backends"])
+def test_a_command_is_a_module_too(module):
+    shown = [
+        subprocess.run(
+            [sys.executable, "-m", *words, "--help"],
+            capture_output=True,
+            text=True,
+            env=environment(),
+            check=True,
+        ).stdout
+        for words in (["tinyllama", module], [f"tinyllama.{module}"])
+    ]
+    assert shown[0].startswith(f"usage: tinyllama {module}") and shown[0] == shown[1]
+
+
+def test_an_unknown_option_names_the_nearest_before_anything_else_is_missed(capsys):
+    assert cli("generate", "--promt", "x") == 2
+    assert capsys.readouterr().err == (
+        "tinyllama generate: no option --promt, the nearest is --prompt"
+        " (see tinyllama generate --help)\n"
+    )
+
+
+def test_text_that_looks_like_an_option_may_be_a_prompt(capsys):
+    assert cli("generate", "--model", "nowhere", "--prompt", "-- a list") == 2
+    assert capsys.readouterr().err.startswith("nowhere")
+    assert cli("generate", "--model", "nowhere", "--prompt", "-5") == 2
+    assert capsys.readouterr().err.startswith("nowhere")
+
+
+def test_the_help_of_train_lists_every_option_of_the_configuration(capsys):
+    assert cli("train", "--help") == 0
+    assert "--help-options" in capsys.readouterr().out
+    assert cli("train", "--help-options") == 0
+    shown = capsys.readouterr().out
+    options = [option for name, cls in SECTIONS.items() for option in options_of(name, cls)]
+    assert re.findall(r"^  (\w+\.\w+) = ", shown, re.MULTILINE) == [o.key for o in options]
+    flat = " ".join(shown.split())
+    assert all(f"{o.help} allowed: {allowed(o.hint)}" in flat for o in options)
+    assert "training.learning_rate = 0.0003 peak learning rate allowed: a finite number" in flat
+    assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_the_tokenizer_and_the_plot_are_commands(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("some words of text\n" * 50)
+    assert cli("tokenizer", "a.txt", "--vocab-size", 270, "--out", "t.model") == 0
+    assert capsys.readouterr().out.startswith("t.model: 270 pieces from 1 files, 950 bytes; ")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n')
+    assert cli("plot", ".", "--out", "curve.png") == 0
+    assert capsys.readouterr().out == "curve.png\n"
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_merge_and_memory_are_commands_with_mistakes_in_one_line(capsys):
+    words = ["merge", "--base", "a", "--adapter", "b", "--out", "c"]
+    assert cli(*words, "--block-size", 32) == 2
+    assert capsys.readouterr().err == "--block-size: goes with --quantized-base\n"
+    assert cli(*words, "--quantized-base", "--block-size", 3) == 2
+    assert "got 3, must be 2 or more and a multiple of 2" in capsys.readouterr().err
+    assert cli("memory", "124m", "--device-memory", "x") == 2
+    assert "got 'x', must be a number of bytes" in capsys.readouterr().err
 
 
 def test_an_interrupt_before_training_ends_without_a_traceback(monkeypatch, capsys):

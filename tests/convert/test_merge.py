@@ -18,17 +18,16 @@ from tinyllama.config import ALL_LINEAR
 from tinyllama.convert.merge import merge, parse_adapter
 from tinyllama.errors import ConfigError, WeightsError
 from tinyllama.formats.dtypes import to_bfloat16
-from tinyllama.formats.huggingface import HfFolder, open_folder
+from tinyllama.formats.huggingface import HfFolder, linear_shapes_by_path, open_folder
 from tinyllama.formats.peft import (
     AdapterConfig,
     Placement,
     fingerprint,
-    linear_shapes,
     save_adapter,
 )
 from tinyllama.formats.safetensors import write_safetensors
+from tinyllama.model.build import load_model
 from tinyllama.model.llama import Llama
-from tinyllama.model.lora import load_model
 
 ROOT = Path(__file__).resolve().parents[2]
 QV = ("q_proj", "v_proj")
@@ -38,7 +37,7 @@ def write_adapter(folder, base, names=QV, rank=3, alpha=6.0, seed=1, known=True,
     """A PEFT folder with random A and B on the layers with these names."""
     folder.mkdir()
     opened, rng = HfFolder(base), np.random.default_rng(seed)
-    shapes = {p: s for p, s in linear_shapes(opened.config).items() if p.endswith(names)}
+    shapes = {p: s for p, s in linear_shapes_by_path(opened.config).items() if p.endswith(names)}
     placed = dict.fromkeys(shapes, Placement(rank, alpha))
     sum_of = fingerprint(opened) if known else None
     config = AdapterConfig(placed, base=str(base), base_fingerprint=sum_of, **options)
@@ -47,7 +46,7 @@ def write_adapter(folder, base, names=QV, rank=3, alpha=6.0, seed=1, known=True,
         for part, shape in (("lora_A", (rank, into)), ("lora_B", (out, rank))):
             values = 0.3 * rng.standard_normal(shape)
             tensors[f"{path}.{part}.weight"] = values.astype(np.float32)
-    save_adapter(folder, config, tensors, layers=linear_shapes(opened.config))
+    save_adapter(folder, config, tensors, layers=linear_shapes_by_path(opened.config))
     return folder, config, tensors
 
 
@@ -243,7 +242,7 @@ def test_an_adapter_with_a_value_that_is_not_finite_is_refused_by_name(base, tmp
     name = next(iter(tensors))
     tensors[name][1, 2] = np.nan
     (adapter / "adapter_model.safetensors").unlink()
-    save_adapter(adapter, config, tensors, layers=linear_shapes(open_folder(base).config))
+    save_adapter(adapter, config, tensors, layers=linear_shapes_by_path(open_folder(base).config))
     message = refused(WeightsError, base, [(adapter, 1.0)], tmp_path / "out")
     assert message.endswith(f"base_model.model.{name}: holds a value that is not finite")
 

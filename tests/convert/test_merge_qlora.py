@@ -7,20 +7,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from lora_helpers import BASE, run_config, write_base, write_text
+from lora_helpers import BASE, load_packed, run_config, write_base, write_text
 from model_helpers import difference, random_batch
 from test_merge import weights_of, write_adapter
 from tinygrad import Tensor
 
-from tinyllama.config import ALL_LINEAR, QloraConfig
+from tinyllama.config import ALL_LINEAR
 from tinyllama.convert.merge import merge, total_lost
 from tinyllama.errors import ConfigError, WeightsError
 from tinyllama.formats.huggingface import EMBEDDING
 from tinyllama.formats.peft import AdapterFolder
-from tinyllama.model.int4 import Int4Linear, load_quantized
+from tinyllama.model.build import load_model
+from tinyllama.model.int4 import Int4Linear
 from tinyllama.model.layers import block_linears
 from tinyllama.model.llama import Llama
-from tinyllama.model.lora import load_model
 from tinyllama.runtime.storage import read
 from tinyllama.train.prepare import with_base
 from tinyllama.train.trainer import Trainer
@@ -76,19 +76,21 @@ def test_resuming_on_another_form_of_the_base_is_refused(run, tmp_path):
     folder, final, _ = run
     where = f"checkpointing.checkpoint_dir={tmp_path}/run"
     for override, asked in (
-        ("qlora.block_size=16", "a base in 4 bits, block_size 16, is asked for"),
-        ("qlora.quantize_base=false", "a base that is not packed is asked for"),
+        ("qlora.block_size=16", "a base in 4 bits with block_size 16"),
+        ("qlora.quantize_base=false", "a base that is not packed"),
     ):
         with pytest.raises(ConfigError) as error:
             Trainer(qlora_config(folder, where, override), resume=final, show=False)
-        was = f"a base in 4 bits, block_size {BLOCK}, was trained on there"
-        assert str(error.value) == f"[qlora] differs from {final}: {was}, {asked}"
+        assert str(error.value) == (
+            f"[qlora] differs from {final}: it was trained on a base in 4 bits with block_size "
+            f"{BLOCK}, and this configuration has {asked}"
+        )
 
 
 def test_what_is_lost_is_the_distance_from_the_packed_layers(base, tmp_path):
     adapter, *_ = write_adapter(tmp_path / "a", base, block_size=BLOCK)
     done = merge(base, [(adapter, 0.0)], tmp_path / "out")
-    packed, own = load_quantized(base, QloraConfig(block_size=BLOCK)), weights_of(base)
+    packed, own = load_packed(base, BLOCK), weights_of(base)
     held = {
         f"{path}.weight": getattr(owner, name).dense_weight().numpy()
         for path, owner, name in block_linears(packed.model.layers)

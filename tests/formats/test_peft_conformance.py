@@ -19,10 +19,12 @@ from tinygrad import Tensor
 
 from tinyllama.config import ALL_LINEAR, LlamaConfig
 from tinyllama.errors import ConfigError
-from tinyllama.formats.peft import AdapterConfig, Placement
+from tinyllama.formats.huggingface import open_folder
+from tinyllama.formats.peft import AdapterConfig, AdapterFolder, Placement
+from tinyllama.model.build import load_model
 from tinyllama.model.layers import block_linears
 from tinyllama.model.llama import Llama
-from tinyllama.model.lora import attach, load_model, write_adapter
+from tinyllama.model.lora import attach, write_adapter
 
 pytestmark = pytest.mark.filterwarnings("default")  # theirs are not ours to turn into errors
 
@@ -149,12 +151,10 @@ def test_a_folder_written_by_peft_loads_here(base, their_base, tmp_path, options
 def test_an_adapter_read_from_peft_is_written_back_as_the_same_tensors(base, tmp_path):
     from safetensors.numpy import load_file
 
-    from tinyllama.model.lora import load_adapter
-
     options = {"target_modules": ["q_proj", "up_proj"], "rank_pattern": {"up_proj": 3}}
     save_theirs(base, tmp_path / "theirs", r=4, **options)
-    model = Llama.from_pretrained(base)
-    config = load_adapter(model, tmp_path / "theirs")
+    config = AdapterFolder(tmp_path / "theirs").config(open_folder(base).config)
+    model = load_model(tmp_path / "theirs")
     (tmp_path / "ours").mkdir()
     write_adapter(tmp_path / "ours", model, config)
     first, again = (

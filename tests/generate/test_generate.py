@@ -1,7 +1,6 @@
 """Generation: the cache changes nothing but the speed, and the draws follow the probabilities."""
 
 import functools
-import math
 from collections import Counter
 from dataclasses import replace
 
@@ -10,18 +9,13 @@ import pytest
 from model_helpers import GROUPED, build, random_weights, reference_logits
 from runs_helpers import cli, finished_run, tokenizer
 
-from tinyllama.errors import ConfigError, WeightsError
-from tinyllama.generate.generator import (
-    PROMPT_CHUNK,
-    Generator,
-    Sampling,
-    sample,
-)
+from tinyllama.errors import ConfigError
+from tinyllama.generate.generator import PROMPT_CHUNK, Generator
+from tinyllama.generate.sampling import Sampling
 from tinyllama.model.llama import Block
 
 GREEDY = Sampling(temperature=0)
 CONTEXT = 64
-LOGITS = np.log(np.array([0.05, 0.4, 0.1, 0.15, 0.3], np.float32))
 
 
 @functools.cache
@@ -31,12 +25,6 @@ def generator():
 
 def prompt(length):
     return np.random.default_rng(length).integers(3, GROUPED.vocab_size, length).tolist()
-
-
-def draws(sampling, count=4000, logits=LOGITS):
-    random = np.random.Generator(np.random.PCG64(sampling.seed))
-    found = Counter(sample(logits, sampling, random) for _ in range(count))
-    return {token: times / count for token, times in sorted(found.items())}
 
 
 @pytest.mark.parametrize("length", [1, 5, PROMPT_CHUNK, PROMPT_CHUNK + 8])
@@ -105,68 +93,6 @@ def test_a_layer_is_built_once_for_a_prompt_and_once_for_a_token(monkeypatch):
 def test_ids_beyond_the_vocabulary_are_never_drawn():
     limited = Generator(generator().model, vocabulary=7)
     assert max(limited.tokens(prompt(5), 20, Sampling(temperature=50.0))) < 7
-
-
-def test_draws_follow_the_probabilities():
-    assert draws(Sampling(temperature=1.0)) == pytest.approx(
-        {0: 0.05, 1: 0.4, 2: 0.1, 3: 0.15, 4: 0.3}, abs=0.03
-    )
-
-
-@pytest.mark.parametrize("temperature", [0.5, 2.0])
-def test_the_temperature_is_a_power_of_the_probabilities(temperature):
-    powers = np.exp(LOGITS) ** (1 / temperature)
-    expected = dict(enumerate((powers / powers.sum()).tolist()))
-    assert draws(Sampling(temperature=temperature)) == pytest.approx(expected, abs=0.03)
-
-
-def test_temperature_zero_takes_the_likeliest():
-    assert draws(GREEDY, 20) == {1: 1.0}
-
-
-def test_top_k_keeps_the_likeliest_in_proportion():
-    found = draws(Sampling(temperature=1.0, top_k=2))
-    assert found == pytest.approx({1: 4 / 7, 4: 3 / 7}, abs=0.03)
-    assert set(draws(Sampling(temperature=1.0, top_k=99))) == {0, 1, 2, 3, 4}
-
-
-def test_top_p_keeps_the_fewest_that_reach_it():
-    assert set(draws(Sampling(temperature=1.0, top_p=0.69))) == {1, 4}
-    assert set(draws(Sampling(temperature=1.0, top_p=0.71))) == {1, 3, 4}
-    assert set(draws(Sampling(temperature=1.0, top_p=0.01))) == {1}
-    assert set(draws(Sampling(temperature=1.0, top_p=1.0))) == {0, 1, 2, 3, 4}
-    found = draws(Sampling(temperature=1.0, top_p=0.71))
-    assert found == pytest.approx({1: 8 / 17, 3: 3 / 17, 4: 6 / 17}, abs=0.03)
-
-
-def test_top_k_and_top_p_act_together():
-    assert set(draws(Sampling(temperature=1.0, top_k=3, top_p=0.8))) == {1, 4}
-
-
-@pytest.mark.parametrize(
-    ("option", "value", "allowed"),
-    [
-        ("temperature", -0.1, "finite and 0 or more"),
-        ("temperature", math.nan, "finite and 0 or more"),
-        ("seed", -1, "0 or more"),
-        ("top_k", 0, "1 or more"),
-        ("top_p", 0.0, "above 0 and at most 1"),
-        ("top_p", 1.1, "above 0 and at most 1"),
-    ],
-)
-def test_a_wrong_option_says_what_is_allowed(option, value, allowed):
-    with pytest.raises(ConfigError, match=f"{option}: got {value}, must be {allowed}"):
-        Sampling(**{option: value})
-
-
-def test_logits_that_are_not_finite_are_refused():
-    with pytest.raises(WeightsError, match="not finite"):
-        sample(np.array([0.0, np.nan], np.float32), Sampling(), np.random.default_rng(0))
-
-
-def test_the_smallest_temperature_takes_the_likeliest():
-    logits = np.array([1.0, 300.0, -300.0], np.float32)
-    assert sample(logits, Sampling(temperature=1e-320), np.random.default_rng(0)) == 1
 
 
 def test_the_command_prints_the_prompt_and_its_continuation(capsys):

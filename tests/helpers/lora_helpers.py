@@ -3,11 +3,14 @@
 import numpy as np
 from data_helpers import LINE, small_tokenizer
 from model_helpers import SQUARE, random_weights
+from tinygrad import dtypes
 
 from tinyllama.config import LlamaConfig, config_from_toml
-from tinyllama.formats.huggingface import save_folder
+from tinyllama.formats.huggingface import open_folder, save_folder
 from tinyllama.formats.peft import AdapterConfig, Placement
+from tinyllama.model.int4 import packed_linears, read_packed
 from tinyllama.model.layers import block_linears
+from tinyllama.model.llama import Llama
 from tinyllama.model.lora import adapter_tensors, attach
 from tinyllama.runtime.storage import write
 
@@ -29,6 +32,14 @@ def write_base(folder, config=BASE, seed=0, dtype="float32", max_shard_bytes=5_0
         max_shard_bytes=max_shard_bytes,
     )
     return folder
+
+
+def load_packed(folder, block_size, dtype=dtypes.float32):
+    """The model of a folder with its linear layers in 4 bits."""
+    opened = open_folder(folder)
+    model = packed_linears(Llama(opened.config, dtype=dtype, seed=None), block_size)
+    read_packed(model, opened)
+    return model
 
 
 def placed_on(model, names, rank=3, alpha=6.0):

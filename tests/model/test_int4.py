@@ -9,15 +9,16 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from lora_helpers import load_packed
 from model_helpers import build, difference, on_device, random_batch, random_weights
 from tinygrad import Tensor, dtypes
 
-from tinyllama.config import LlamaConfig, QloraConfig
+from tinyllama.config import LlamaConfig
 from tinyllama.errors import ConfigError, WeightsError
 from tinyllama.formats.dtypes import to_bfloat16
 from tinyllama.formats.int4 import as_packed, largest_block, row_parts
 from tinyllama.model import int4, lora
-from tinyllama.model.int4 import Int4Linear, load_quantized, quantize_rows
+from tinyllama.model.int4 import Int4Linear, quantize_rows
 from tinyllama.model.layers import Linear, block_linears
 from tinyllama.runtime import kernel
 from tinyllama.runtime.stage import materialized
@@ -34,7 +35,7 @@ CONFIG = LlamaConfig(
     max_seq_len=64,
     rms_norm_eps=1e-3,
 )
-QLORA = QloraConfig(block_size=32)
+BLOCK = 32
 LARGEST = 65504 * 7.0
 
 
@@ -107,7 +108,7 @@ def test_what_a_float16_scale_cannot_hold_is_refused_by_name(value, said, tmp_pa
     weights["model.layers.1.mlp.up_proj.weight"][63, 63] = value
     build(CONFIG, weights).save_pretrained(tmp_path / "base")
     with pytest.raises(WeightsError) as error:
-        load_quantized(tmp_path / "base", QLORA)
+        load_packed(tmp_path / "base", BLOCK)
     assert str(error.value) == f"{tmp_path / 'base'}: model.layers.1.mlp.up_proj.weight: {said}"
 
 
@@ -119,7 +120,7 @@ def test_weights_of_another_type_are_refused_by_name(name, tmp_path):
     text = file.read_bytes()
     file.write_bytes(text[:start] + text[start:].replace(b'"F32"', b'"I32"', 1))
     with pytest.raises(WeightsError, match=rf"^{tmp_path / 'base'}: {name}: type I32, must be"):
-        load_quantized(tmp_path / "base", QLORA)
+        load_packed(tmp_path / "base", BLOCK)
 
 
 @settings(max_examples=30, deadline=None)
@@ -181,7 +182,7 @@ def test_block_size_that_does_not_divide_is_refused_by_name(tmp_path):
         tmp_path / "base"
     )
     with pytest.raises(ConfigError) as error:
-        load_quantized(tmp_path / "base", QloraConfig(block_size=64))
+        load_packed(tmp_path / "base", 64)
     assert str(error.value) == (
         "qlora.block_size: got 64, must divide the inputs of every linear layer: down_proj has 96; "
         "the largest that does is 32"
@@ -196,7 +197,7 @@ def test_block_size_that_does_not_divide_is_refused_by_name(tmp_path):
 
 
 def test_linear_layers_are_packed_and_the_rest_is_kept(base):
-    model, weights = load_quantized(base, QLORA), random_weights(CONFIG)
+    model, weights = load_packed(base, BLOCK), random_weights(CONFIG)
     for path, owner, name in block_linears(model.model.layers):
         layer, weight = getattr(owner, name), weights[f"{path}.weight"]
         packed, scales = quantize_rows(weight, 32)
@@ -216,7 +217,7 @@ def test_linear_layers_are_packed_and_the_rest_is_kept(base):
 def test_a_tied_head_is_the_embedding_in_bfloat16(tmp_path):
     tied = LlamaConfig(**{**CONFIG.__dict__, "tie_word_embeddings": True})
     build(tied).save_pretrained(tmp_path / "base")
-    model = load_quantized(tmp_path / "base", QLORA)
+    model = load_packed(tmp_path / "base", BLOCK)
     assert model.head_weight() is model.model.embed_tokens.weight
     assert model.head_weight().dtype == dtypes.bfloat16
 
@@ -265,7 +266,7 @@ def test_an_adapter_on_a_packed_layer_gets_the_gradients_of_one_on_the_dense_lay
 
 
 def test_a_model_on_a_packed_base_has_the_gradients_of_the_dense_one(base):
-    packed = load_quantized(base, QLORA)
+    packed = load_packed(base, BLOCK)
     loss, grads = loss_and_gradients(dense(packed))
     packed_loss, packed_grads = loss_and_gradients(packed)
     assert packed_loss == pytest.approx(loss, rel=1e-6)
@@ -285,7 +286,7 @@ def test_a_weight_that_was_widened_is_not_kept_for_the_backward_pass():
 
 
 def test_activations_may_be_narrow(base):
-    wide, narrow = (load_quantized(base, QLORA, dtype=d) for d in (dtypes.float32, dtypes.bfloat16))
+    wide, narrow = (load_packed(base, BLOCK, dtype=d) for d in (dtypes.float32, dtypes.bfloat16))
     loss, grads = loss_and_gradients(wide)
     found, narrow_grads = loss_and_gradients(narrow)
     assert found == pytest.approx(loss, rel=2e-2) and found != loss
@@ -297,13 +298,17 @@ LOADING = """
 import json, os, sys
 os.environ["DEV"] = "CPU"
 from tinyllama.system import memory
-from tinyllama.config import QloraConfig
+from dataclasses import replace
+from tinyllama.config import Config, LoraConfig, QloraConfig
+from tinyllama.formats.huggingface import open_folder
 from tinyllama.runtime.storage import buffer_of
-from tinyllama.model.int4 import load_quantized
+from tinyllama.model.build import build
 from tinygrad import Tensor
 buffer_of(Tensor.empty(1))  # the device is open before anything is counted
+sizes = replace(open_folder(sys.argv[1]).config, base=sys.argv[1])
+config = Config(model=sizes, lora=LoraConfig(rank=1), qlora=QloraConfig(block_size=64))
 before = memory.resident_bytes()
-model = load_quantized(sys.argv[1], QloraConfig(block_size=64))
+model = build(config).model
 held = sum(t.nbytes() for t in model.parameters())
 print(json.dumps({"before": before, "peak": memory.resident_bytes(peak=True), "held": held}))
 """

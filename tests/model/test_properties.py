@@ -19,6 +19,7 @@ from tinyllama.config import (
     load_config,
 )
 from tinyllama.errors import ConfigError
+from tinyllama.model.build import build_blank
 from tinyllama.model.counts import (
     Parameters,
     attention_parameters,
@@ -29,12 +30,11 @@ from tinyllama.model.counts import (
 from tinyllama.model.layers import named_tensors
 from tinyllama.model.llama import Llama
 from tinyllama.ops.rope import frequencies
-from tinyllama.runtime.storage import buffer_of, settle
+from tinyllama.runtime.fills import finish_background_writes
+from tinyllama.runtime.storage import buffer_of
 from tinyllama.train.memory_estimate import (
-    blank_model,
     lasting_bytes,
     model_parameters,
-    trained_tensors,
 )
 from tinyllama.train.optimizer import AdamW
 
@@ -202,13 +202,13 @@ def runs(draw):
 def test_13_the_estimate_equals_what_is_allocated(config):
     expected = lasting_bytes(config)
     before = GlobalCounters.mem_used
-    model = blank_model(config)
+    model, trained, _ = build_blank(config)
     for _, tensor in named_tensors(model):
         buffer_of(tensor)
     weights = expected["weights"] + expected["scales"] + expected["adapters"]
     assert GlobalCounters.mem_used - before == weights
-    optimizer = AdamW(trained_tensors(config, model), config.training)
-    settle()
+    optimizer = AdamW(trained, config.training)
+    finish_background_writes()
     assert GlobalCounters.mem_used - before == weights + expected["optimizer_state"]
     moments = 8 * parameters(config.model, config.lora).trainable
     assert expected["optimizer_state"] == moments

@@ -8,6 +8,8 @@ import demo
 import plot_loss
 import pytest
 
+from tinyllama.reports import plot
+
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -60,12 +62,12 @@ def test_a_step_that_fails_ends_the_demo_with_its_exit_code() -> None:
 
 
 def test_smoothing_keeps_a_constant_and_follows_a_step() -> None:
-    assert plot_loss.smoothed([3.0, 3.0, 3.0], 0.1) == pytest.approx([3, 3, 3])
-    assert plot_loss.smoothed([4.0, 2.0], 0.5) == pytest.approx([4, (0.5 * 4 * 0.5 + 1) / 0.75])
+    assert plot.smoothed([3.0, 3.0, 3.0], 0.1) == pytest.approx([3, 3, 3])
+    assert plot.smoothed([4.0, 2.0], 0.5) == pytest.approx([4, (0.5 * 4 * 0.5 + 1) / 0.75])
 
 
 def test_reference_is_drawn_at_the_loss_that_is_as_good() -> None:
-    reference = plot_loss.Reference("gzip -9", 1.9, 0.475)
+    reference = plot.Reference("gzip -9", 1.9, 0.475)
     assert reference.loss == pytest.approx(4)
 
 
@@ -75,8 +77,8 @@ def test_a_run_becomes_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[s
     out = tmp_path / "loss.png"
     assert plot_loss.main([str(tmp_path), "--out", str(out)]) == 0
     assert out.read_bytes().startswith(PNG)
-    reference = plot_loss.Reference("gzip -9", 1.9, 0.475)
-    plot_loss.draw(metrics(20), tmp_path / "with.png", "title", reference)
+    reference = plot.Reference("gzip -9", 1.9, 0.475)
+    plot.draw(metrics(20), tmp_path / "with.png", "title", reference)
     assert (tmp_path / "with.png").read_bytes() != out.read_bytes()
 
 

@@ -170,9 +170,12 @@ DAMAGE = {
         rf"the manifest says {hashlib.sha256(b'data').hexdigest()}",
     ),
     "no manifest": (lambda f: (f / "manifest.json").unlink(), r"manifest.json: missing"),
-    "empty manifest": (lambda f: (f / "manifest.json").write_text(""), r"manifest.json: truncated"),
-    "list": (lambda f: (f / "manifest.json").write_text("[]"), r"manifest.json: damaged: must be"),
-    "binary": (lambda f: (f / "manifest.json").write_bytes(b"\xff\xfe"), r"manifest.json: trunc"),
+    "empty manifest": (lambda f: (f / "manifest.json").write_text(""), r"manifest.json: not JSON"),
+    "list": (lambda f: (f / "manifest.json").write_text("[]"), r"manifest.json: must be a JSON"),
+    "binary": (
+        lambda f: (f / "manifest.json").write_bytes(b"\xff\xfe"),
+        r"manifest.json: not JSON",
+    ),
     "folder": (
         lambda f: ((f / "nested/part").unlink(), (f / "nested/part").mkdir()),
         r"nested/part: missing",

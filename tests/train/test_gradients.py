@@ -132,8 +132,8 @@ def test_activation_checkpointing_keeps_only_the_inputs_of_layers():
         staged = StagedLoss(model, model.state_dict())
         tokens, _, starts = on_device(random_batch(GROUPED))
         with kernel.forced("cpu"):
-            tape = staged._hidden(tokens, starts, keep=True)
-        kept[checkpoint] = [len(saved) for _, _, _, saved, _ in tape]
+            tape = staged.forward(tokens, starts, save=True)
+        kept[checkpoint] = [len(part.saved) for part in tape]
     assert kept[True] == [0] * len(kept[True])
     assert all(kept[False][1:-1])
 
@@ -143,8 +143,8 @@ def test_no_matrix_of_tokens_by_tokens_is_kept_for_the_gradient(form):
     staged = StagedLoss(model := build(GROUPED), model.state_dict())
     tokens, _, starts = on_device(random_batch(GROUPED))
     with kernel.forced(form):
-        tape = staged._hidden(tokens, starts, keep=True)
-    kept = [t for _, _, _, saved, _ in tape for t in saved]
+        tape = staged.forward(tokens, starts, save=True)
+    kept = [t for part in tape for t in part.saved]
     length = tokens.shape[1]
     assert kept and not any(t.shape[-2:] == (length, length) for t in kept)
 

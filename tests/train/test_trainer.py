@@ -38,9 +38,9 @@ from tinyllama.runtime.storage import read, write
 from tinyllama.system.files import held
 from tinyllama.tokenizers.sentencepiece import load_tokenizer
 from tinyllama.train.checkpoint import read_state, verify
-from tinyllama.train.optimizer import learning_rate
 from tinyllama.train.prepare import check_fresh
 from tinyllama.train.run_folder import held_alone
+from tinyllama.train.schedule import learning_rate
 
 KEYS = {"step", "loss", "lr", "grad_norm", "tokens_per_second", "memory_bytes", "epoch"}
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from tinyllama.bench import machine, report, text
+from tinyllama.bench.options import add_options
 from tinyllama.bench.protocol import Spec
 from tinyllama.bench.runner import (
     WARM_UP_STEPS,
@@ -35,32 +36,13 @@ from tinyllama.system import device
 
 # What a step holds where neither an option nor --set says: enough to keep every kernel busy.
 DEFAULT_TOKENS = 512
-PEERS = ("torch", "torch-compile", "lora")
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line's options."""
     parse = argparse.ArgumentParser(prog="tinyllama bench", description=__doc__)
-    parse.add_argument("config", nargs="?", default="configs/124m.toml", help="TOML configuration")
-    parse.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
-    parse.add_argument("--batch", type=_positive, help="rows a step (default: fills 512 tokens)")
-    parse.add_argument("--context", type=_positive, help="tokens a row (default: at most 512)")
-    parse.add_argument("--dtype", choices=DTYPES, help="of activations (default: training.dtype)")
-    parse.add_argument("--steps", type=_positive, default=5, help="timed steps after 2 to warm up")
-    parse.add_argument("--threads", type=_positive, help="default: every core")
-    parse.add_argument("--peer", choices=PEERS, help="compare with PyTorch, or QLoRA with our LoRA")
-    parse.add_argument("--peer-python", metavar="PATH", help="interpreter that has PyTorch")
-    parse.add_argument("--peer-dtype", choices=DTYPES, help="default: the same as ours")
-    parse.add_argument("--ops", action="store_true", help="each operation alone, in GFLOPS")
-    parse.add_argument("--json", action="store_true", help="print one JSON object")
+    add_options(parse)
     return parse
-
-
-def _positive(word: str) -> int:
-    if not word.isdecimal() or int(word) < 1:
-        raise argparse.ArgumentTypeError(f"got {word!r}, must be 1 or more")
-    return int(word)
 
 
 def resolve(options: argparse.Namespace) -> Config:
@@ -200,15 +182,19 @@ def _ops(config: Config, options: argparse.Namespace) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    options = parser().parse_args(arguments)
     try:
-        device.select()
-        config = resolve(options)
-        if options.ops:
-            return _ops(config, options)
-        result = measure(config, options)
+        return run(parser().parse_args(arguments))
     except TinyllamaError as error:
         print(error, file=sys.stderr)
         return 2
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure what the options say; returns the exit code. Raises TinyllamaError."""
+    device.select()
+    config = resolve(options)
+    if options.ops:
+        return _ops(config, options)
+    result = measure(config, options)
     print(json.dumps(result) if options.json else report.text(result))
     return 0

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from tinygrad import Tensor, TinyJit, dtypes
-from tinygrad.device import Device
 from tinygrad.dtype import DType
 
 from tinyllama.bench.operations import LAYOUTS, Operation, best_seconds
@@ -17,7 +16,7 @@ from tinyllama.bench.report import table
 from tinyllama.bench.runner import worker_command
 from tinyllama.config import Config, LlamaConfig, QloraConfig
 from tinyllama.errors import TrainingError
-from tinyllama.model.counts import linear_shapes
+from tinyllama.formats.huggingface import linear_shapes
 from tinyllama.ops.adamw import SCALARS, adamw
 from tinyllama.ops.attention import attention
 from tinyllama.ops.cross_entropy import linear_cross_entropy
@@ -33,6 +32,7 @@ from tinyllama.ops.rms_norm import rms_norm
 from tinyllama.ops.rope import rope, tables
 from tinyllama.ops.swiglu import swiglu
 from tinyllama.runtime import kernel, storage
+from tinyllama.runtime.capture import synchronize
 from tinyllama.system import device
 
 Run = Callable[[], Any]
@@ -172,7 +172,7 @@ def _compiled(function: Callable[..., list[Tensor]], inputs: Sequence[Tensor]) -
 
     def run() -> None:
         compiled(*inputs)
-        Device[Device.DEFAULT].synchronize()
+        synchronize()
 
     return run
 

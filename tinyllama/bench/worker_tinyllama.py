@@ -5,8 +5,7 @@ values do not change what a step costs.
 """
 
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,17 +16,11 @@ from tinyllama.bench.protocol import (
     Step,
     serve,
 )
-from tinyllama.config import Config, LoraConfig, config_from_toml
+from tinyllama.config import config_from_toml
 from tinyllama.data.batches import Batch
-from tinyllama.formats.huggingface import llama_shapes
 from tinyllama.model.counts import parameters
 from tinyllama.system import device
 from tinyllama.system.memory import collect_seldom, memory_in_use_bytes
-
-if TYPE_CHECKING:
-    from tinygrad.dtype import DType
-
-    from tinyllama.model.llama import Llama
 
 
 class OurContender:
@@ -36,29 +29,16 @@ class OurContender:
     def __init__(self, spec: Spec) -> None:
         self.choice = device.select()
         device.set_threads(spec.threads)
-        from tinygrad import dtypes
-
-        from tinyllama.model import lora
-        from tinyllama.model.llama import Llama
+        from tinyllama.model.build import build_random
+        from tinyllama.model.lora import dropping
         from tinyllama.train.optimizer import AdamW
         from tinyllama.train.step import TrainStep
 
-        self.config = config_from_toml(spec.config, "benchmark")
-        training = self.config.training
-        dtype = getattr(dtypes, spec.dtype)
+        self.config = config_from_toml(spec.config, "benchmark", [f"training.dtype={spec.dtype}"])
         self.packed = self.config.qlora is not None and self.config.qlora.quantize_base
-        if self.packed:
-            self.model = packed_model(self.config, dtype, spec.seed)
-        else:
-            self.model = Llama(self.config.model, dtype=dtype, seed=spec.seed, background=True)
-        self.model.checkpoint_activations = training.checkpoint_activations
-        trained = self.model.state_dict()
-        if self.config.lora is not None:
-            attach_adapters(self.model, self.config.lora, spec.seed)
-            trained = lora.adapter_tensors(self.model)
-        self.optimizer = AdamW(trained, training)
-        dropping = lora.dropping(self.model, spec.seed)
-        self.train = TrainStep(self.model, self.optimizer, 1, dropping)
+        model, trained, _ = build_random(self.config, spec.seed)
+        self.optimizer = AdamW(trained, self.config.training)
+        self.train = TrainStep(model, self.optimizer, 1, dropping(model, spec.seed))
         self.done = 0
 
     def describe(self) -> dict[str, Any]:
@@ -86,39 +66,9 @@ class OurContender:
 
     def kernels(self) -> int:
         """Kernels one step launches; tinygrad's own counter takes a graph of many for one."""
-        calls = self.train._whole.captured.linear.src
-        graphs = [call.src[0] for call in calls if call.src[0].op.name == "CUSTOM_FUNCTION"]
-        return len(calls) - len(graphs) + sum(len(graph.src[0].src) for graph in graphs)
+        from tinyllama.runtime.capture import kernel_count
 
-
-def packed_model(config: Config, dtype: "DType", seed: int) -> "Llama":
-    """A new model whose linear layers are packed as its weights are made, one at a time."""
-    from tinyllama.model import int4
-    from tinyllama.model.initialize import first_values
-    from tinyllama.model.llama import Llama
-
-    assert config.qlora is not None
-    sizes, shapes = config.model, llama_shapes(config.model)
-    model = int4.packed_linears(Llama(sizes, dtype=dtype, seed=None), config.qlora.block_size)
-    with ThreadPoolExecutor(device.threads()) as pool:
-
-        def read(name: str) -> "int4.Rows":
-            values = first_values(name, shapes[name], sizes.num_layers, seed, pool)
-            return values.__getitem__
-
-        int4.fill_packed(model, "random weights", read)
-    return model
-
-
-def attach_adapters(model: "Llama", section: LoraConfig, seed: int) -> None:
-    """Wrap the layers that a [lora] section names, over any base: its weights cost the same."""
-    from tinyllama.formats.peft import AdapterConfig, Placement
-    from tinyllama.model import lora
-    from tinyllama.model.layers import block_linears
-
-    paths = (path for path, _, name in block_linears(model.model.layers) if name in section.modules)
-    placed = dict.fromkeys(paths, Placement(section.rank, section.alpha))
-    lora.attach(model, AdapterConfig(placed, section.use_rslora, section.dropout), seed)
+        return kernel_count(self.train._whole)
 
 
 def build(spec: Spec) -> Contender:

@@ -1,1 +1,1 @@
-"""The command line: parse, call, print."""
+"""The command line: one file per command, each thin: declare options, call, print."""

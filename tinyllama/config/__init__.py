@@ -1,12 +1,7 @@
 """Configuration: a TOML file and `--set section.key=value` overrides become one frozen Config."""
 
-from tinyllama.config.config import (
-    SECTIONS,
-    Config,
-    config_from_toml,
-    load_config,
-    option_table,
-)
+from tinyllama.config.config import SECTIONS, Config, option_help, option_table
+from tinyllama.config.loader import config_from_toml, load_config
 from tinyllama.config.sections import (
     ALL_LINEAR,
     CheckpointingConfig,
@@ -31,5 +26,6 @@ __all__ = [
     "TrainingConfig",
     "config_from_toml",
     "load_config",
+    "option_help",
     "option_table",
 ]

@@ -1,17 +1,12 @@
-"""Configuration: a TOML file and `--set section.key=value` overrides become one frozen Config.
+"""A whole configuration: its sections, what they are together, and how they are written out.
 
-    TOML text -> table -> Settings (+ overrides) -> relations between keys -> Config
-
-Every problem is reported at once, one line each, with the file or override it comes from.
-The options themselves, their limits and defaults are the dataclasses of sections.py.
+The options themselves, their limits and defaults are the dataclasses of sections.py; loader.py
+makes a Config of a file and overrides.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
-
-import tomli
 
 from tinyllama.config.options import (
     got,
@@ -19,10 +14,10 @@ from tinyllama.config.options import (
     options_of,
     problems_of,
     shown,
+    text_rows,
     to_toml,
 )
 from tinyllama.config.sections import (
-    ALL_LINEAR,
     RELATIONS,
     CheckpointingConfig,
     DataConfig,
@@ -33,23 +28,7 @@ from tinyllama.config.sections import (
     TrainingConfig,
     checkable,
 )
-from tinyllama.config.settings import Settings
 from tinyllama.errors import ConfigError
-
-__all__ = [
-    "ALL_LINEAR",
-    "CheckpointingConfig",
-    "Config",
-    "DataConfig",
-    "LRScheduleConfig",
-    "LlamaConfig",
-    "LoraConfig",
-    "QloraConfig",
-    "TrainingConfig",
-    "config_from_toml",
-    "load_config",
-    "option_table",
-]
 
 SECTIONS: dict[str, type] = {
     "model": LlamaConfig,
@@ -84,7 +63,7 @@ class Config:
     def __post_init__(self) -> None:
         values = self.values()
         problems = problems_of(RELATIONS, checkable(values))
-        problems += _section_problems(values)
+        problems += section_problems(values)
         if problems:
             raise ConfigError("\n".join(problems))
 
@@ -146,55 +125,23 @@ class Config:
         }
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a TOML file, with or without BOM and CRLF, and apply overrides `section.key=value`.
-
-    Raises ConfigError with every problem, one line each.
-    """
-    try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start})") from error
-    return config_from_toml(text, str(path), overrides)
-
-
-def config_from_toml(text: str, source_name: str, overrides: Sequence[str] = ()) -> Config:
-    """A Config from TOML text; `source_name` stands for the file in messages.
-
-    Raises ConfigError with every problem, one line each.
-    """
-    settings = Settings(SECTIONS, OPTIONAL_SECTIONS, source_name)
-    try:
-        settings.add_table(tomli.loads(text.removeprefix("\ufeff")))
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{source_name}: not valid TOML: {error}") from error
-    for override in overrides:
-        settings.add_override(override)
-    values = settings.known_values()
-    problems = settings.problems(RELATIONS, checkable(values))
-    label = settings.section_label("qlora")
-    problems += [f"{label}: {problem}" for problem in _section_problems(values)]
-    if problems:
-        raise ConfigError("\n".join(problems))
-    made = {
-        name: cls(**settings.section(name))
-        for name, cls in SECTIONS.items()
-        if settings.has_section(name)
-    }
-    return Config(**made, given=settings.labels())
-
-
 def option_table() -> str:
-    """Every option as a Markdown table, for the README."""
+    """Every option as a Markdown table, for docs/options.md."""
     lines = ["| key | default | allowed | what it is |", "|---|---|---|---|"]
     for name, cls in SECTIONS.items():
         lines += markdown_rows(options_of(name, cls))
     return "\n".join(lines) + "\n"
 
 
-def _section_problems(values: dict[str, Any]) -> list[str]:
+def option_help() -> str:
+    """Every option as text for a terminal: key and default, then what it is and what is allowed."""
+    lines = []
+    for name, cls in SECTIONS.items():
+        lines += [f"[{name}]", *text_rows(options_of(name, cls)), ""]
+    return "\n".join(lines)
+
+
+def section_problems(values: dict[str, Any]) -> list[str]:
     """A packed base takes no gradients, so without adapters nothing could be trained."""
     if values.get("qlora.quantize_base") and "lora.rank" not in values:
         return ["[qlora] packs a base for adapters: add a [lora] section, or leave it out"]

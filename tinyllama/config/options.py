@@ -10,6 +10,7 @@ import functools
 import json
 import math
 import os
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
@@ -26,6 +27,7 @@ _LIMITS = {
 }
 PATH = "path"  # in the `extra` of a hint: text that names a file or folder, `~` is its user's home
 _SHOWN_CHARACTERS = 100
+_HELP_COLUMNS = 80
 _DECIMAL_BITS = 4096  # Python refuses to write far larger integers in decimal
 
 
@@ -189,8 +191,18 @@ def to_toml(value: object) -> str:
     return repr(value) if isinstance(value, int | float) else str(value)
 
 
+def text_rows(options: Iterable[Option]) -> Iterator[str]:
+    """Each option for a terminal: key and default, then what it is and what is allowed."""
+    for key, _, default, hint, help_text in options:
+        yield f"  {key} = {'(not set)' if default is None else to_toml(default)}"
+        for text in (help_text, f"allowed: {allowed(hint)}"):
+            yield textwrap.fill(
+                text, _HELP_COLUMNS, initial_indent=" " * 6, subsequent_indent=" " * 6
+            )
+
+
 def markdown_rows(options: Iterable[Option]) -> Iterator[str]:
-    """One table row an option: key, default, what is allowed, what it is for."""
+    """One table row per option: key, default, what is allowed, what it is for."""
     for key, _, default, hint, help_text in options:
         default_text = "not set" if default is None else f"`{to_toml(default)}`"
         cells = (f"`{key}`", default_text, allowed(hint), help_text)

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tinyllama.config import LlamaConfig
-from tinyllama.errors import ConfigError, WeightsError
+from tinyllama.errors import ConfigError, TinyllamaError, WeightsError
 from tinyllama.formats.dtypes import (
     BITS,
     FLOATS,
@@ -46,10 +46,38 @@ Shape = tuple[int, ...]
 
 def llama_shapes(config: LlamaConfig) -> dict[str, Shape]:
     """Every parameter's name and shape, in the order of the data's way; weights are [out, in]."""
+    hidden = config.hidden_size
+    shapes: dict[str, Shape] = {EMBEDDING: (config.vocab_size, hidden)}
+    layer = _layer_shapes(config)
+    for number in range(config.num_layers):
+        shapes |= {f"model.layers.{number}.{name}.weight": layer[name] for name in layer}
+    shapes["model.norm.weight"] = (hidden,)
+    if not config.tie_word_embeddings:
+        shapes[HEAD] = (config.vocab_size, hidden)
+    return shapes
+
+
+def linear_shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
+    """Name ("q_proj") -> (out, in) of the linear layers of one layer."""
+    linears = ((n, s) for n, s in _layer_shapes(config).items() if len(s) == 2)
+    return {name.rpartition(".")[2]: (shape[0], shape[1]) for name, shape in linears}
+
+
+def linear_shapes_by_path(config: LlamaConfig) -> dict[str, Shape]:
+    """Path ("model.layers.0.self_attn.q_proj") -> (out, in) of those of all layers."""
+    linears = {name: shape for name, shape in _layer_shapes(config).items() if len(shape) == 2}
+    return {
+        f"model.layers.{number}.{name}": shape
+        for number in range(config.num_layers)
+        for name, shape in linears.items()
+    }
+
+
+def _layer_shapes(config: LlamaConfig) -> dict[str, Shape]:
+    """Name and shape of every parameter of one layer."""
     hidden, inner = config.hidden_size, config.intermediate_size
     heads, kv = config.num_heads * config.head_dim, config.kv_heads * config.head_dim
-    shapes: dict[str, Shape] = {EMBEDDING: (config.vocab_size, hidden)}
-    layer: dict[str, Shape] = {
+    return {
         "input_layernorm": (hidden,),
         "self_attn.q_proj": (heads, hidden),
         "self_attn.k_proj": (kv, hidden),
@@ -60,12 +88,6 @@ def llama_shapes(config: LlamaConfig) -> dict[str, Shape]:
         "mlp.up_proj": (inner, hidden),
         "mlp.down_proj": (hidden, inner),
     }
-    for number in range(config.num_layers):
-        shapes |= {f"model.layers.{number}.{name}.weight": layer[name] for name in layer}
-    shapes["model.norm.weight"] = (hidden,)
-    if not config.tie_word_embeddings:
-        shapes[HEAD] = (config.vocab_size, hidden)
-    return shapes
 
 
 def weights_bytes(config: LlamaConfig, dtype: str) -> int:
@@ -210,16 +232,18 @@ def special_ids(folder: Path, found: Mapping[str, Any]) -> tuple[int | None, tup
     return bos, tuple(stops)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; raises ConfigError that names the file."""
+def read_json(path: Path, wrong: type[TinyllamaError] = ConfigError) -> dict[str, Any]:
+    """A JSON object from a file; raises `wrong`, naming the file."""
     try:
         value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise wrong(f"{path}: missing") from None
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+        raise wrong(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not JSON: {error}") from error
+        raise wrong(f"{path}: not JSON, so it is damaged or truncated: {error}") from error
     if not isinstance(value, dict):
-        raise ConfigError(f"{path}: must be a JSON object")
+        raise wrong(f"{path}: must be a JSON object")
     return value
 
 

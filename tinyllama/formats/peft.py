@@ -23,10 +23,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tinyllama.config import ALL_LINEAR, LlamaConfig
+from tinyllama.config import LlamaConfig
 from tinyllama.errors import ConfigError, WeightsError
 from tinyllama.formats.dtypes import FLOATS
-from tinyllama.formats.huggingface import HfFolder, Shape, llama_shapes, open_folder, read_json
+from tinyllama.formats.huggingface import (
+    HfFolder,
+    Shape,
+    linear_shapes_by_path,
+    open_folder,
+    read_json,
+)
 from tinyllama.formats.safetensors import (
     FileDigest,
     SafetensorsFile,
@@ -191,7 +197,6 @@ __all__ = [
     "Placement",
     "fingerprint",
     "is_adapter",
-    "linear_shapes",
     "open_adapter",
     "save_adapter",
 ]
@@ -239,7 +244,7 @@ class AdapterFolder:
         Raises WeightsError that names every tensor that is missing, extra, misshapen (a rank that
         is not the configuration's) or not floating, and ConfigError.
         """
-        shapes = linear_shapes(model)
+        shapes = linear_shapes_by_path(model)
         chosen = (path for path in shapes if targets(self._found, path))
         placed = {path: placement(self._found, path) for path in chosen}
         if not placed:
@@ -323,12 +328,17 @@ def is_adapter(folder: str | os.PathLike[str]) -> bool:
     return (Path(folder) / ADAPTER_CONFIG).is_file()
 
 
-def open_adapter(folder: str | os.PathLike[str]) -> tuple[AdapterFolder, HfFolder]:
-    """An adapter's folder and the base that it names, which must be the one it was made for."""
+def open_adapter(
+    folder: str | os.PathLike[str], base: str | os.PathLike[str] | None = None
+) -> tuple[AdapterFolder, HfFolder]:
+    """An adapter's folder, and its base: the folder `base`, or else the one that it names.
+
+    Raises WeightsError where that is not the base that the adapter was made for.
+    """
     adapter = AdapterFolder(folder)
-    base = open_folder(adapter.base_folder())
-    adapter.check_base(base)
-    return adapter, base
+    opened = open_folder(adapter.base_folder() if base is None else base)
+    adapter.check_base(opened)
+    return adapter, opened
 
 
 def save_adapter(
@@ -355,15 +365,6 @@ def save_adapter(
     return {
         ADAPTER_CONFIG: FileDigest(hashlib.sha256(data).hexdigest(), len(data)),
         ADAPTER_WEIGHTS: write_safetensors(folder / ADAPTER_WEIGHTS, named, metadata),
-    }
-
-
-def linear_shapes(config: LlamaConfig) -> dict[str, Shape]:
-    """Paths and shapes (out, in) of the linear layers that can have adapters."""
-    return {
-        name.removesuffix(".weight"): shape
-        for name, shape in llama_shapes(config).items()
-        if name.removesuffix(".weight").endswith(ALL_LINEAR)
     }
 
 

@@ -2,50 +2,28 @@
 
 The prompt is read in chunks of PROMPT_CHUNK tokens and continued one token at a time: two
 compiled graphs in all, whatever the lengths, and each of one layer, scheduled once and run for
-every layer (ops/stage.py).
+every layer (runtime/stage.py).
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from tinygrad import Tensor
 
-from tinyllama.errors import ConfigError, WeightsError
+from tinyllama.errors import ConfigError
+from tinyllama.generate.sampling import Sampling, sample
 from tinyllama.model.layers import named_tensors, structure
-from tinyllama.model.llama import Block, Llama
+from tinyllama.model.llama import Block, Function, Llama
 from tinyllama.runtime.capture import captured
 from tinyllama.runtime.kernel import in_memory
 from tinyllama.runtime.stage import Stage
-from tinyllama.runtime.storage import Inputs
+from tinyllama.runtime.storage import Inputs, alias
+
+__all__ = ["PROMPT_CHUNK", "Generator", "Sampling"]
 
 PROMPT_CHUNK = 32
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn from softmax(logits / temperature).
-
-    temperature 0 takes the likeliest; top_k keeps the k likeliest; top_p keeps the likeliest that
-    together reach that probability (Holtzman et al. 2020).
-    """
-
-    temperature: float = 0.8
-    top_k: int | None = None
-    top_p: float | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf:
-            raise ConfigError(f"temperature: got {self.temperature}, must be finite and 0 or more")
-        if self.top_k is not None and self.top_k < 1:
-            raise ConfigError(f"top_k: got {self.top_k}, must be 1 or more")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p: got {self.top_p}, must be above 0 and at most 1")
-        if self.seed < 0:
-            raise ConfigError(f"seed: got {self.seed}, must be 0 or more")
 
 
 class Generator:
@@ -112,55 +90,27 @@ class Generator:
 
     def _forward(self, tokens: Tensor, position: Tensor) -> Tensor:
         """Logits (1, T, vocab) of tokens (1, T) at positions position, position + 1, ..."""
-        model, table = self.model, self.model.rotations(self._slots)
-        embedding, norm, weight = model.model.embed_tokens, model.model.norm, model.head_weight()
+        model, table, caches = self.model, self.model.rotations(self._slots), iter(self._caches)
 
         def turns() -> list[Tensor]:
             index = position + Tensor.arange(tokens.shape[1], device=tokens.device)
             return [part[index].contiguous() for part in table]
 
-        def embedded() -> list[Tensor]:
-            return [in_memory(model.embed(embedding, tokens))]
-
         cos, sin = self._stage([*table, position], turns, ("turns", tokens.shape[1]))
-        x = self._stage([tokens, embedding.weight], embedded, "embedding")[0]
-        for layer, cache in zip(model.model.layers, self._caches, strict=True):
-            x = self._layer(layer, x, cos, sin, cache, position)
 
-        def head() -> list[Tensor]:
-            return [in_memory(model.head(norm(x)))]
+        def through(block: Block, x: Tensor) -> Tensor:
+            return self._run_part(Block.cached, block, x, cos, sin, next(caches), position)
 
-        return self._stage([x, norm.weight, weight], head, "head")[0]
+        x, weight = model.walk(tokens, through, self._run_part), model.head_weight()
+        return self._stage([x, weight], lambda: [in_memory(model.head(x))], "head")[0]
 
-    def _layer(
-        self, layer: Block, x: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, position: Tensor
-    ) -> Tensor:
-        """A layer's output (1, T, hidden); its cache is updated in place."""
+    def _run_part(self, function: Function, module: Any, *inputs: Tensor) -> Tensor:
+        """function(module, *inputs), scheduled once for all modules of its structure."""
 
         def build() -> list[Tensor]:
-            # Another Tensor of the same memory: assigning to the cache itself would change it.
-            return [in_memory(layer.cached(x, cos, sin, Tensor(cache.uop), position))]
+            # Other Tensors of the same memory: assigning to a cache would change the one given.
+            return [in_memory(function(module, *(alias(part) for part in inputs)))]
 
-        weights = [tensor for _, tensor in named_tensors(layer)]
-        return self._stage([x, cos, sin, cache, position, *weights], build, structure(layer))[0]
-
-
-def sample(
-    logits: npt.NDArray[np.float32], sampling: Sampling, generator: np.random.Generator
-) -> int:
-    """Draw one id from logits (vocab,). Raises WeightsError where they are not finite."""
-    if not np.isfinite(logits).all():
-        raise WeightsError("the model's logits are not finite, so its weights are of no use")
-    if sampling.temperature == 0:
-        return int(logits.argmax())
-    # From the likeliest down: however small the temperature is, that one stays finite.
-    wide = logits.astype(np.float64)
-    scaled = (wide - wide.max()) / max(sampling.temperature, 1e-300)
-    order = np.argsort(-scaled, kind="stable")[: sampling.top_k]
-    weights = np.exp(scaled[order] - scaled[order[0]])
-    probabilities = weights / weights.sum()
-    if sampling.top_p is not None:
-        before = np.cumsum(probabilities) - probabilities
-        kept = int((before < sampling.top_p).sum())  # the first always stays
-        order, probabilities = order[:kept], probabilities[:kept] / probabilities[:kept].sum()
-    return int(generator.choice(order, p=probabilities))
+        weights = [tensor for _, tensor in named_tensors(module)]
+        key = (function.__qualname__, structure(module))
+        return self._stage([*inputs, *weights], build, key)[0]

@@ -13,8 +13,8 @@ from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
-from tinyllama.config import ALL_LINEAR, LlamaConfig, LoraConfig
-from tinyllama.formats.huggingface import open_folder
+from tinyllama.config import LlamaConfig, LoraConfig
+from tinyllama.formats.huggingface import linear_shapes, open_folder
 from tinyllama.formats.peft import is_adapter, open_adapter
 
 # Widths that weights are held in, in bits.
@@ -61,15 +61,6 @@ class Parameters:
     def table(self) -> dict[str, int]:
         """Count by part, in the order of the data's way."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
-
-
-def linear_shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
-    """Name -> (out, in) of the linear layers of one layer."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    kv = config.kv_heads * config.head_dim
-    outputs = (hidden, kv, kv, hidden, inner, inner, hidden)
-    inputs = (hidden, hidden, hidden, hidden, hidden, hidden, inner)
-    return dict(zip(ALL_LINEAR, zip(outputs, inputs, strict=True), strict=True))
 
 
 def attention_parameters(config: LlamaConfig) -> int:

@@ -1,6 +1,6 @@
 """A frozen base in 4 bits (QLoRA, Dettmers et al. 2023, arXiv:2305.14314), packed as it is read.
 
-Groups of `block_size` neighbours of a row share a scale (weights/int4.py). Every linear layer of
+Groups of `block_size` neighbours of a row share a scale (formats/int4.py). Every linear layer of
 the blocks is packed. The embedding and the head are held in bfloat16 and the norms in float32. A
 checkpoint is read a tensor at a time, a few rows of it at once, so that loading holds little more
 than the result.
@@ -10,12 +10,9 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 
 from tinygrad import Tensor, dtypes
-from tinygrad.dtype import DType
 
-from tinyllama.config import QloraConfig
 from tinyllama.errors import ConfigError, WeightsError
 from tinyllama.formats.dtypes import (
     Array,
@@ -23,7 +20,7 @@ from tinyllama.formats.dtypes import (
     convert,
     to_float32,
 )
-from tinyllama.formats.huggingface import HfFolder, llama_shapes, open_folder
+from tinyllama.formats.huggingface import HfFolder, llama_shapes
 from tinyllama.formats.int4 import check_block_size, quantize_rows, row_parts
 from tinyllama.model.layers import Embedding, Linear, block_linears
 from tinyllama.model.llama import Llama
@@ -62,12 +59,10 @@ class Int4Linear:
         return dequantize(self.packed, self.scales)
 
 
-def block_size_of(model: Llama) -> int | None:
-    """Of a packed model without adapters; None for one that is not packed."""
-    for _, owner, name in block_linears(model.model.layers):
-        layer = getattr(owner, name)
-        return layer.block_size if isinstance(layer, Int4Linear) else None
-    return None
+def is_packed(model: Llama) -> bool:
+    """Whether a model without adapters has its linear layers in 4 bits."""
+    layers = (getattr(owner, name) for _, owner, name in block_linears(model.model.layers))
+    return any(isinstance(layer, Int4Linear) for layer in layers)
 
 
 def packed_linears(model: Llama, block_size: int) -> Llama:
@@ -87,16 +82,12 @@ def packed_linears(model: Llama, block_size: int) -> Llama:
     return model
 
 
-def load_quantized(path: str | Path, qlora: QloraConfig, *, dtype: DType = dtypes.float32) -> Llama:
-    """A Hugging Face LLaMA folder with its linear layers packed; dtype is that of activations.
+def read_packed(model: Llama, folder: HfFolder) -> None:
+    """Give a model of `packed_linears` the weights of a Hugging Face folder.
 
-    Raises ConfigError (a block size that does not fit), WeightsError (also for a value that 4
-    bits cannot hold).
+    Raises WeightsError (also for a value that 4 bits cannot hold).
     """
-    folder = open_folder(path)
-    model = packed_linears(Llama(folder.config, dtype=dtype, seed=None), qlora.block_size)
     fill_packed(model, str(folder.path), lambda name: partial(_rows, folder, name), folder.forget)
-    return model
 
 
 def fill_packed(

@@ -10,14 +10,16 @@ head (Touvron et al. 2023). Parameter names are Hugging Face's.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from tinygrad import Tensor, dtypes
 from tinygrad.dtype import DType
 
 from tinyllama.config import LlamaConfig
-from tinyllama.formats.huggingface import open_folder, save_folder
+from tinyllama.formats.huggingface import HfFolder, open_folder, save_folder
 from tinyllama.formats.safetensors import FileDigest
 from tinyllama.model.initialize import initialize
 from tinyllama.model.layers import (
@@ -32,10 +34,10 @@ from tinyllama.ops.cross_entropy import linear_cross_entropy
 from tinyllama.ops.matmul import linear
 from tinyllama.ops.rope import rope, tables
 from tinyllama.ops.swiglu import swiglu
+from tinyllama.runtime.fills import finish_background_writes
 from tinyllama.runtime.storage import (
     later,
     read,
-    settle,
     write,
     write_new,
 )
@@ -132,6 +134,15 @@ class Block:
         return h + self.mlp(self.post_attention_layernorm(h.contiguous()))
 
 
+# A part of the model as a function of its module and of tensors, and what computes such a part.
+Function = Callable[..., Tensor]
+Run = Callable[..., Tensor]  # run(function, module, *inputs)
+
+
+def _directly(function: Function, module: Any, *inputs: Tensor) -> Tensor:
+    return function(module, *inputs)
+
+
 class LlamaModel:
     """Embedding, layers and the last norm; named as in Hugging Face's checkpoints."""
 
@@ -150,12 +161,8 @@ class Llama:
         *,
         dtype: DType = dtypes.float32,
         seed: int | None = 0,
-        background: bool = False,
     ) -> None:
-        """dtype is the type of activations; seed None leaves the weights for a checkpoint.
-
-        With `background` the weights are still being made when this returns (ops/storage.later).
-        """
+        """dtype is the type of activations; with seed None no weight has memory or a value yet."""
         self.config, self.dtype = config, dtype
         self.checkpoint_activations = False
         self._rotations: dict[int, tuple[Tensor, Tensor]] = {}
@@ -163,10 +170,13 @@ class Llama:
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size)
         if seed is not None:
-            weights = self.state_dict()
-            later(partial(initialize, weights, config.num_layers, seed), weights.values())
-        if not background:
-            settle()
+            self.initialize_later(seed)
+            finish_background_writes()
+
+    def initialize_later(self, seed: int) -> None:
+        """Give every weight its first value on another thread (runtime/storage.later)."""
+        weights = self.state_dict()
+        later(partial(initialize, weights, self.config.num_layers, seed), weights.values())
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """tokens (B, T) int32 -> logits (B, T, vocab) float32."""
@@ -180,10 +190,20 @@ class Llama:
     def hidden(self, tokens: Tensor, starts: Tensor) -> Tensor:
         """tokens, starts (B, T) int32 -> the last norm's output (B, T, hidden)."""
         cos, sin = self.rotations(tokens.shape[1])
-        x = self.embed(self.model.embed_tokens, tokens)
-        for layer in self.model.layers:
-            x = layer(x, cos, sin, starts)
-        return self.model.norm(x)
+        return self.walk(tokens, lambda block, x: block(x, cos, sin, starts))
+
+    def walk(
+        self, tokens: Tensor, through: Callable[[Block, Tensor], Tensor], run: Run = _directly
+    ) -> Tensor:
+        """The data's way for forward, loss and generation: tokens (B, T) -> (B, T, hidden).
+
+        `through(block, x)` computes a layer; `run(function, module, *inputs)` computes the
+        embedding and the last norm.
+        """
+        x = run(self.embed, self.model.embed_tokens, tokens)
+        for block in self.model.layers:
+            x = through(block, x)
+        return run(RMSNorm.__call__, self.model.norm, x)
 
     def head(self, x: Tensor) -> Tensor:
         """x (B, T, hidden) -> logits (B, T, vocab) float32."""
@@ -230,10 +250,14 @@ class Llama:
         """
         folder = open_folder(path)
         model = cls(folder.config, dtype=dtype, seed=None)
-        for name, tensor in model.state_dict().items():
+        model.read_weights(folder)
+        return model
+
+    def read_weights(self, folder: HfFolder) -> None:
+        """Overwrite every weight by that of a folder, converted to float32."""
+        for name, tensor in self.state_dict().items():
             write(tensor, folder.float32(name))
             folder.forget(name)
-        return model
 
     def save_pretrained(
         self, path: str | Path, tokenizer: Tokenizer | None = None, *, dtype: str = "float32"

@@ -10,32 +10,26 @@ it is loaded, so that clang runs once for all sizes.
 
 import contextlib
 import functools
-import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import resources
 from types import MappingProxyType
 from typing import Any, Literal
 
 from tinygrad import Tensor, dtypes
-from tinygrad.device import Device
 from tinygrad.dtype import DType
-from tinygrad.helpers import Context
 from tinygrad.renderer import Estimates
 from tinygrad.uop.ops import KernelInfo, Ops, ProgramInfo, UOp
 
-from tinyllama.runtime import bfloat16
+from tinyllama.runtime.cpu import clang_compiles
+from tinyllama.runtime.patches import install
+from tinyllama.runtime.patches.kernel_sizes import MARK
 from tinyllama.system import device, processor
 
 Form = Literal["portable", "cpu"]
 _forced: list[Form] = []
 
-# Before a kernel's sizes in its object; a number that is nothing else.
-MARK = 0x9E3779B97F4A7C15
-
 # Type codes shared with ops/cpu/common.h.
 TYPE_CODE = {dtypes.float32: 0, dtypes.bfloat16: 1, dtypes.float16: 2}
-
-bfloat16.store_as_integers()  # before anything makes a graph
 
 
 @contextlib.contextmanager
@@ -50,18 +44,12 @@ def forced(form: Form) -> Iterator[None]:
 
 def uses_kernels(*tensors: Tensor) -> bool:
     """Whether the CPU kernels apply: tensors on the CPU, compiled by clang, not switched off."""
+    install()
     if _forced:
         return _forced[-1] == "cpu"
     if any(t.device != "CPU" or t.dtype not in TYPE_CODE for t in tensors):
         return False
     return device.kernels_enabled() and clang_compiles()
-
-
-@functools.cache
-def clang_compiles() -> bool:
-    """Whether tinygrad's CPU backend renders C for clang (DEV=CPU:LLVM does not)."""
-    with Context(ALLOW_DEVICE_USAGE=1):
-        return type(Device["CPU"].renderer).__name__ == "ClangJITRenderer"
 
 
 def has_bf16_products() -> bool:
@@ -100,7 +88,7 @@ def run(
     """
     code = _source(file, headers, defines, sizes)
     name = "_".join([file.removesuffix(".c"), *map(_word, (*sizes.values(), *defines.values()))])
-    load_with_sizes()
+    install()
     moved = sum(t.numel() * t.dtype.itemsize for t in (*outputs, *inputs))
     writes = tuple(range(len(outputs)))
     reads = tuple(range(0 if also_read else len(outputs), len(outputs) + len(inputs)))
@@ -141,30 +129,6 @@ def _declared(sizes: Mapping[str, int]) -> list[str]:
     text = "\\n".join([*words, ".text"])
     lines.append(f'__asm__("{text}");')
     return lines
-
-
-@functools.cache
-def load_with_sizes() -> None:
-    """From here on, tinygrad loads a program with its sizes (ProgramInfo.aux) put in."""
-    with Context(ALLOW_DEVICE_USAGE=1):
-        cpu: Any = Device["CPU"]
-    load = cpu.runtime
-
-    def load_sized(name: str, code: bytes, *sizes: int, **options: Any) -> Any:
-        return load(name, with_sizes(code, sizes), **options)
-
-    cpu.runtime = load_sized
-
-
-def with_sizes(code: bytes, sizes: Sequence[int]) -> bytes:
-    """A compiled kernel with these numbers where its sizes are."""
-    if not sizes:
-        return code
-    mark = struct.pack("=Q", MARK)
-    assert code.count(mark) == 1, "a kernel's sizes are behind one mark"
-    start = code.index(mark) + len(mark)
-    numbers = struct.pack(f"={len(sizes)}q", *sizes)
-    return code[:start] + numbers + code[start + len(numbers) :]
 
 
 def _program(

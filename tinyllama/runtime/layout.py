@@ -8,16 +8,13 @@ Largest first, each into the smallest hole among those alive with it (Pisarchyk 
 Memory Management for Deep Neural Net Inference", 2020, arXiv:2001.03288, greedy by size).
 """
 
-import functools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from tinygrad import dtypes, schedule
+from tinygrad import dtypes
 from tinygrad.device import Buffer, Device
-from tinygrad.engine import jit
 from tinygrad.helpers import NO_MEMORY_PLANNER
-from tinygrad.schedule import memory as planner
 from tinygrad.uop.ops import Ops, UOp, buffers
 
 BLOCK_BYTES = 256  # what any device and vector instruction asks of an address
@@ -29,13 +26,6 @@ class Life(NamedTuple):
     first: int
     last: int
     nbytes: int
-
-
-@functools.cache
-def use_layout() -> None:
-    """From here on, what tinygrad schedules and captures is laid out here."""
-    for module in (planner, schedule, jit):
-        module.memory_plan_rewrite = lay_out
 
 
 def lay_out(kernels: UOp, held: set[UOp] | None = None) -> UOp:

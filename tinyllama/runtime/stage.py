@@ -15,7 +15,8 @@ from tinygrad.helpers import Context
 from tinygrad.uop.ops import Ops, UOp
 
 from tinyllama.runtime import precompile
-from tinyllama.runtime.storage import settle
+from tinyllama.runtime.fills import finish_background_writes
+from tinyllama.runtime.patches import install
 
 Build = Callable[[], Sequence[Tensor]]
 
@@ -47,7 +48,7 @@ class _Template:
             precompile.start(self.sources)
             capturing[0].add_linear(kernels, {})
         else:
-            settle()
+            finish_background_writes()
             run_linear(kernels)
         return [Tensor(places[b].reshape(shape)) for b, shape in self.outputs]
 
@@ -56,6 +57,7 @@ class Stage:
     """One kind of piece. Call it with the tensors it reads and how to build it from them."""
 
     def __init__(self) -> None:
+        install()
         self._templates: dict[Hashable, _Template] = {}
 
     def __call__(

@@ -1,80 +1,52 @@
 """Moving numbers between numpy and a tensor's own memory, without a graph."""
 
 import functools
-import mmap
 import os
-import sys
-import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from tinygrad import Tensor, dtypes
-from tinygrad.device import Buffer, Device
+from tinygrad.device import Buffer, BufferSpec, Device
 
-from tinyllama.runtime.memory import allocate_zeros, use_huge_pages
+from tinyllama.runtime import fills
+from tinyllama.runtime.cpu import cpu_device
+from tinyllama.runtime.fills import finish_background_writes
+from tinyllama.runtime.patches import install
 
-_WRITER = "writer"
 NumpyArray = npt.NDArray[Any]
-
-
-# What `begin_zero` writes to between two looks at whether somebody waits.
-TOUCH_BYTES = 16 << 20
-
-_pending: list[Future[None]] = []
-_touching: list[threading.Thread] = []
-_enough = threading.Event()
 
 
 def later(fill: Callable[[], None], tensors: Iterable[Tensor]) -> None:
     """Run `fill`, which writes `tensors`, on another thread, while the step's graph is built.
 
-    `settle` waits for it; reading or writing a tensor here and running a captured step do so.
-    The tensors get their memory here: while tinygrad generates code, no thread may ask for any.
+    Reading or writing a tensor here, and running a captured step, wait for it. The tensors get
+    their memory here: while tinygrad generates code, no thread may ask for any.
     """
     for tensor in tensors:
         buffer_of(tensor)
-    _pending.append(_writer().submit(fill))
-
-
-def wait_for_fills() -> None:
-    """Wait until everything given to `later` is written; an error in it is raised here."""
-    while _pending:
-        _pending.pop(0).result()
-
-
-def settle() -> None:
-    """Wait as `wait_for_fills`, and end what `begin_zero` began: now all tensors may be written."""
-    if threading.current_thread().name.startswith(_WRITER):
-        return  # the writer itself
-    wait_for_fills()
-    _enough.set()
-    while _touching:
-        _touching.pop().join()
-    _enough.clear()
-
-
-@functools.cache
-def _writer() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(1, thread_name_prefix=_WRITER)
-
-
-def stand_back(niceness: int) -> None:
-    """Let other threads go before this one and the processes it starts, where that can be."""
-    if sys.platform == "linux":  # elsewhere it would be the whole process
-        os.nice(niceness)
+    fills.submit(fill)
 
 
 def buffer_of(tensor: Tensor) -> Buffer:
     """The memory behind a tensor that is a whole buffer, allocated now if it was not."""
-    if tensor.device == "CPU":
-        use_huge_pages()
+    install()
     buffer = tensor.uop.base.buffer
     assert isinstance(buffer, Buffer), "tensor is spread over several devices"
     return buffer.ensure_allocated()
+
+
+def memory_key(tensor: Tensor) -> Hashable:
+    """A key of dictionaries: the same for tensors of the same memory, whatever their shapes."""
+    key: Hashable = tensor.uop.base
+    return key
+
+
+def alias(tensor: Tensor) -> Tensor:
+    """Another tensor of the same memory: assigning to it leaves `tensor` as it is."""
+    return Tensor(tensor.uop)
 
 
 class Inputs:
@@ -103,7 +75,7 @@ class Inputs:
 
 def write(tensor: Tensor, array: NumpyArray) -> None:
     """Overwrite a tensor by an array of its shape and item size (bfloat16 as uint16), in place."""
-    settle()
+    finish_background_writes()
     write_new(tensor, array)
 
 
@@ -119,7 +91,7 @@ def write_new(tensor: Tensor, array: NumpyArray) -> None:
 
 def fill_zero(tensor: Tensor) -> None:
     """Overwrite a tensor by zeros, in place; on the CPU what has no memory yet gets new memory."""
-    settle()
+    finish_background_writes()
     _fill_zero(tensor)
 
 
@@ -127,18 +99,28 @@ def _fill_zero(tensor: Tensor) -> None:
     if tensor.device != "CPU":
         write_new(tensor, np.zeros(tensor.shape, _numpy_type(tensor)))
         return
-    use_huge_pages()
+    install()
     buffer = tensor.uop.base.buffer
-    if not (isinstance(buffer, Buffer) and allocate_zeros(buffer)):
+    if not (isinstance(buffer, Buffer) and _allocate_zeros(buffer)):
         _memory(tensor)[...] = 0
 
 
-def begin_zero(tensors: Iterable[Tensor]) -> None:
-    """Zeros for new tensors, which nothing has used yet; not waited for, nor does it wait.
+def _allocate_zeros(buffer: Buffer) -> bool:
+    """Give a CPU buffer that has no memory yet new memory, which is zero and untouched.
 
-    On the CPU another thread writes to each of their pages until `settle` is called. The system
-    gives a page out when it is first written to, which takes 0.1 to 4 s a GB: time that a core had
-    better spend while Python builds the step than in the first step.
+    False, with nothing done, where the buffer has memory or the system may not clear it.
+    """
+    if buffer.is_initialized() or os.name != "posix":
+        return False
+    # Not allocator.alloc, which hands out again what was freed.
+    buffer.allocate(cpu_device().allocator._alloc(buffer.nbytes, BufferSpec()))
+    return True
+
+
+def begin_zero(tensors: Iterable[Tensor]) -> None:
+    """Zeros for new tensors that nothing has used yet; neither waits nor is waited for.
+
+    On the CPU another thread writes to each of their pages meanwhile (`fills.touch`).
     """
     tensors = list(tensors)
     for tensor in tensors:
@@ -155,24 +137,13 @@ def _write_zeros(tensors: Iterable[Tensor]) -> None:
         else:
             _fill_zero(tensor)
     if memories:
-        thread = threading.Thread(target=_touch, args=[memories], daemon=True)
-        thread.start()
-        _touching.append(thread)
-
-
-def _touch(memories: Iterable[NumpyArray]) -> None:
-    stand_back(15)  # whatever else there is to do is waited for
-    for memory in memories:
-        for start in range(0, len(memory), TOUCH_BYTES):
-            if _enough.is_set():
-                return
-            memory[start : start + TOUCH_BYTES : mmap.PAGESIZE] = 0
+        fills.touch(memories)
 
 
 @contextmanager
 def filling(tensor: Tensor) -> Iterator[NumpyArray]:
     """An array to put a tensor's numbers into, part by part: on the CPU the memory itself."""
-    settle()
+    finish_background_writes()
     if tensor.device == "CPU":
         yield _memory(tensor)
         return
@@ -186,7 +157,7 @@ def read(tensor: Tensor) -> NumpyArray:
 
     bfloat16 comes as uint16, since numpy has no such type.
     """
-    settle()
+    finish_background_writes()
     return _memory(tensor)
 
 

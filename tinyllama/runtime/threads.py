@@ -2,7 +2,7 @@
 
 tinygrad 0.13 hands a CPU kernel to each thread through Python queues and ctypes, 50 to 100
 microseconds a kernel: half the time of a small model's step. Here the kernels of a captured step
-lie in a table of addresses that `ops/cpu/launch.c` walks on all threads at once, a microsecond or
+lie in a table of addresses that `launch.c` walks on all threads at once, a microsecond or
 less a kernel. What changes from call to call, the addresses of input tensors and the values of
 variables, is put into the table first. Both are commands in the device's own queue, so tinygrad's
 order of things, its waiting and its timing hold.
@@ -17,19 +17,19 @@ import mmap
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import resources
 from typing import Any
 
-from tinygrad.device import Device
 from tinygrad.engine.jit import GraphRunner
-from tinygrad.helpers import PROFILE, Context, mv_address
+from tinygrad.helpers import PROFILE, mv_address
 from tinygrad.runtime.graph.hcq import HCQGraph
 from tinygrad.runtime.ops_cpu import CPUComputeQueue
 from tinygrad.uop.ops import Ops, UOp
 
-from tinyllama.runtime import kernel
+from tinyllama.runtime.cpu import clang_compiles, cpu_device
 from tinyllama.system import device
 
-# Layout of `struct head` and `struct kernel` of ops/cpu/launch.c, in 64-bit words.
+# Layout of `struct head` and `struct kernel` of launch.c, in 64-bit words.
 LINE = 8
 FIRST, KERNELS, TABLE, OPEN, CLAIMS = 0, 1, 2, LINE, 3 * LINE
 KERNEL_WORDS = 5
@@ -38,26 +38,14 @@ NAP_SECONDS = 50e-6
 _WORD = (1 << 64) - 1
 
 
-def launch_natively() -> None:
-    """From here on, steps that are captured on the CPU run as this module says."""
-    if Device.DEFAULT == "CPU" and kernel.clang_compiles():
-        _take_graphs()
+def make_graph(batch: UOp, input_uops: tuple[UOp, ...] = ()) -> GraphRunner:
+    """What runs a batch of a captured step's kernels; stands in for tinygrad's class HCQGraph."""
+    native = device.kernels_enabled() and not PROFILE and clang_compiles()
+    native = native and _can_launch(batch.src[0].src)
+    return (NativeGraph if native else HCQGraph)(batch, input_uops)
 
 
-@functools.cache
-def _take_graphs() -> None:
-    with Context(ALLOW_DEVICE_USAGE=1):
-        Device["CPU"].graph = _Graphs()
-
-
-class _Graphs:
-    """Makes what runs a batch of a captured step's kernels; tinygrad takes it for a class."""
-
-    supports_uop = staticmethod(HCQGraph.supports_uop)
-
-    def __call__(self, batch: UOp, input_uops: tuple[UOp, ...] = ()) -> GraphRunner:
-        native = device.kernels_enabled() and not PROFILE and _can_launch(batch.src[0].src)
-        return (NativeGraph if native else HCQGraph)(batch, input_uops)
+make_graph.supports_uop = HCQGraph.supports_uop  # type: ignore[attr-defined]
 
 
 def _can_launch(calls: Sequence[UOp]) -> bool:
@@ -89,7 +77,7 @@ class NativeGraph(GraphRunner):  # type: ignore[misc]  # tinygrad.engine is unty
 
     def __init__(self, batch: UOp, input_uops: tuple[UOp, ...] = ()) -> None:
         super().__init__(batch, input_uops)
-        self.cpu: Any = Device["CPU"]
+        self.cpu = cpu_device()
         kernels = [self._kernel(number) for number in range(len(self.calls))]
         self.table = Table(kernels)
         self.threads = min(max(k.parts for k in kernels), device.threads())
@@ -182,9 +170,10 @@ class Table:
 
 @functools.cache
 def _native() -> Any:
-    """The function of ops/cpu/launch.c; the program's memory lives as long as the process."""
-    cpu: Any = Device["CPU"]
-    code = "#define KERNEL launch\n" + kernel.source("launch.c")
+    """The function of launch.c; the program's memory lives as long as the process."""
+    cpu = cpu_device()
+    text = (resources.files("tinyllama.runtime") / "launch.c").read_text()
+    code = "#define KERNEL launch\n" + text
     program = cpu.runtime("launch", cpu.compiler.compile_cached(code))
     function: Any = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int)(_address(program))
     function.program = program

@@ -21,6 +21,7 @@ __all__ = [
     "atomic_directory",
     "atomic_write",
     "discard",
+    "fsync_path",
     "held",
     "naming_file",
     "remove_partials",
@@ -64,7 +65,7 @@ def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
-    _fsync_path(final.parent)
+    fsync_path(final.parent)
 
 
 @contextmanager
@@ -98,7 +99,7 @@ def atomic_directory(final: str | os.PathLike[str]) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-    _fsync_path(final.parent)
+    fsync_path(final.parent)
 
 
 @contextmanager
@@ -130,11 +131,12 @@ def _fsync_tree(root: Path) -> None:
         for name in names:
             path = Path(folder, name)
             if path.is_file() and not path.is_symlink():
-                _fsync_path(path)
-        _fsync_path(Path(folder))
+                fsync_path(path)
+        fsync_path(Path(folder))
 
 
-def _fsync_path(path: Path) -> None:
+def fsync_path(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

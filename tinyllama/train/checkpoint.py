@@ -27,13 +27,13 @@ from pathlib import Path
 from typing import Any
 
 from tinyllama.errors import CheckpointError
-from tinyllama.system.files import atomic_directory, discard, remove_partials
+from tinyllama.formats.huggingface import read_json
+from tinyllama.system.files import atomic_directory, discard, fsync_path, remove_partials
 from tinyllama.train.manifest import (
     MANIFEST,
     Digests,
     files_below,
     looks_whole,
-    read_json,
     verify,
     write_manifest,
 )
@@ -117,7 +117,7 @@ def recover(root: str | os.PathLike[str]) -> list[Path]:
                 gone.append(path)
             else:
                 os.rename(path, final)
-                _fsync(final.parent)
+                fsync_path(final.parent)
     return gone
 
 
@@ -157,7 +157,7 @@ def set_aside(root: str | os.PathLike[str], step: int) -> list[tuple[Path, Path]
     for names in found:
         os.rename(*names)
     if found:
-        _fsync(Path(root))
+        fsync_path(Path(root))
     return found
 
 
@@ -170,7 +170,7 @@ def write_state(folder: Path, state: Mapping[str, Any]) -> None:
 
 def read_state(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """What `write_state` wrote. Raises CheckpointError."""
-    return read_json(Path(folder) / STATE)
+    return read_json(Path(folder) / STATE, CheckpointError)
 
 
 def _fill(
@@ -216,7 +216,7 @@ def _replace(final: Path, new: Path) -> None:
         old = _hidden(final, "old") if ours else name_aside(final)
         os.rename(final, old)
         os.rename(new, final)
-    _fsync(final.parent)
+    fsync_path(final.parent)
     if ours:
         discard(old)
 
@@ -259,11 +259,3 @@ def _no_space(final: Path, needed_bytes: int, written_bytes: int = 0) -> Checkpo
         f"{final}: not enough space: needs {needed} bytes, {free_bytes} bytes are free; "
         "nothing of it was kept"
     )
-
-
-def _fsync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,23 +1,43 @@
-"""Loss and gradients of the model, stage by stage: embedding, layers, head, and back.
+"""Loss and gradients of the model, part by part: embedding, layers, norm, head, and back.
 
-Every layer is the same piece of work, so it is scheduled and compiled once (ops/stage.py). What
-the forward pass of a layer writes to memory is kept for its backward pass; with activation
-checkpointing only the layer's input is, and the rest is computed again (Chen et al. 2016).
+    forward    each part writes a record on the tape: its inputs, its output, what it saved
+    loss       of the last output (losses.py), with the gradient that the way back starts from
+    backward   the tape in reverse: gradient of a part's output -> of its input and its weights
+
+All layers are the same piece of work, so it is scheduled and compiled once (runtime/stage.py).
+What the forward pass of a part writes to memory is saved for its backward pass; with activation
+checkpointing only its inputs are, and the rest is computed again (Chen et al. 2016).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from tinygrad import Tensor
 
 from tinyllama.model.layers import named_tensors, structure
-from tinyllama.model.llama import Llama
-from tinyllama.ops.cross_entropy import loss_and_gradients, token_losses
+from tinyllama.model.llama import Block, Function, Llama
 from tinyllama.ops.sums import into_products
 from tinyllama.runtime.kernel import in_memory
 from tinyllama.runtime.stage import Stage, materialized, replaced
+from tinyllama.runtime.storage import memory_key
+from tinyllama.train.losses import CrossEntropy, Loss
 
-Function = Callable[..., Tensor]
+
+@dataclass(frozen=True)
+class Record:
+    """One part of the forward pass, function(module, *inputs), as its backward pass needs it."""
+
+    function: Function
+    module: Any
+    inputs: tuple[Tensor, ...]
+    saved: tuple[Tensor, ...]  # what it wrote on the way; empty where that is computed again
+    output: Tensor
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """The tensors of the module."""
+        return [tensor for _, tensor in named_tensors(self.module)]
 
 
 class _Stages:
@@ -31,129 +51,122 @@ class _Stages:
 class StagedLoss:
     """The summed loss of a model, and its gradient with respect to some of its weights."""
 
-    def __init__(self, model: Llama, wanted: Mapping[str, Tensor] | None = None) -> None:
-        """`wanted` are the weights, by name, that gradients are asked for."""
-        self.model = model
-        self.names = {_key(tensor): name for name, tensor in (wanted or {}).items()}
+    def __init__(
+        self,
+        model: Llama,
+        trained: Mapping[str, Tensor] | None = None,
+        loss: Loss | None = None,
+    ) -> None:
+        """`trained` are the weights, by name, that get gradients; the loss is cross entropy."""
+        self.model, self.criterion = model, loss or CrossEntropy()
+        self.names = {_key(tensor): name for name, tensor in (trained or {}).items()}
         self.stages = _Stages()
 
     def loss(self, tokens: Tensor, targets: Tensor, starts: Tensor) -> Tensor:
-        """Loss summed over targets >= 0, in nats, shape (1,): tokens, targets, starts (B, T)."""
-        x = self._hidden(tokens, starts)[-1][-1]
+        """Loss summed over targets >= 0, shape (1,): tokens, targets, starts (B, T)."""
+        hidden = self.forward(tokens, starts)[-1].output
         weight = self.model.head_weight()
 
         def build() -> list[Tensor]:
-            losses = token_losses(x.reshape(-1, x.shape[-1]), weight, targets.reshape(-1))
-            return [losses.sum().reshape(1)]
+            return [self.criterion.per_token(hidden, weight, targets).sum().reshape(1)]
 
-        return self.stages.head([x, weight, targets], build, "loss")[0]
+        return self.stages.head([hidden, weight, targets], build, "loss")[0]
 
     def gradients(
         self, tokens: Tensor, targets: Tensor, starts: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Summed loss (1,) and the gradient of each wanted weight, by name, float32."""
+        """Summed loss (1,) and the gradient of each trained weight, by name, float32."""
         grads: dict[str, Tensor] = {}
-        tape = self._hidden(tokens, starts, keep=True)
-        loss, dx = self._head_gradients(tape[-1][-1], targets, grads)
+        tape = self.forward(tokens, starts, save=True)
+        loss, gradient = self._head_gradients(tape[-1].output, targets, grads)
         # Nothing is pulled back below the lowest part that is trained (adapters on a frozen base).
-        lowest = next((i for i, part in enumerate(tape) if self._trained(part[1])), len(tape))
-        for i, (function, module, inputs, saved, _) in reversed([*enumerate(tape)][lowest:]):
-            dx = self._pull_back(function, module, inputs, saved, dx, grads, i > lowest)
+        lowest = next((i for i, part in enumerate(tape) if self._trained(part)), len(tape))
+        for i in reversed(range(lowest, len(tape))):
+            gradient = self._pull_back(tape[i], gradient, grads, further=i > lowest)
         return loss, grads
 
-    def _trained(self, module: Any) -> list[Tensor]:
-        """The weights of a module that gradients are asked for."""
-        return [t for _, t in named_tensors(module) if _key(t) in self.names]
-
-    def _hidden(self, tokens: Tensor, starts: Tensor, keep: bool = False) -> list[tuple[Any, ...]]:
-        """Run embedding, layers and norm; the tape of (function, module, inputs, saved, out)."""
-        model = self.model
-        cos, sin = model.rotations(tokens.shape[1])
-        tape: list[tuple[Any, ...]] = []
+    def forward(self, tokens: Tensor, starts: Tensor, *, save: bool = False) -> list[Record]:
+        """Run embedding, layers and norm on tokens and starts (B, T); the tape, in their order."""
+        tape: list[Record] = []
+        recompute = self.model.checkpoint_activations or not save
+        cos, sin = self.model.rotations(tokens.shape[1])
 
         def run(function: Function, module: Any, *inputs: Tensor) -> Tensor:
-            recompute = model.checkpoint_activations or not keep
-            out, *saved = self._run(function, module, inputs, recompute)
-            tape.append((function, module, inputs, saved, out))
-            return out
+            tape.append(self._run(function, module, inputs, recompute))
+            return tape[-1].output
 
-        x = run(model.embed, model.model.embed_tokens, tokens)
-        for layer in model.model.layers:
-            x = run(type(layer).__call__, layer, x, cos, sin, starts)
-        run(type(model.model.norm).__call__, model.model.norm, x)
+        self.model.walk(
+            tokens, lambda block, x: run(Block.__call__, block, x, cos, sin, starts), run
+        )
         return tape
 
+    def _trained(self, part: Record) -> list[Tensor]:
+        """The weights of a part that get gradients."""
+        return [tensor for tensor in part.weights if _key(tensor) in self.names]
+
     def _run(
-        self, function: Function, module: Any, inputs: Sequence[Tensor], recompute: bool
-    ) -> list[Tensor]:
-        """Output of function(module, *inputs), then what it wrote on the way unless `recompute`."""
-        weights = [t for _, t in named_tensors(module)]
+        self, function: Function, module: Any, inputs: tuple[Tensor, ...], recompute: bool
+    ) -> Record:
+        """Compute function(module, *inputs), saving what it writes on the way or not."""
+        weights = [tensor for _, tensor in named_tensors(module)]
 
         def build() -> list[Tensor]:
             out = in_memory(function(module, *inputs))
             return [out] if recompute else [out, *materialized(out, inputs, weights)]
 
         key = (function.__qualname__, structure(module), recompute)
-        return self.stages.forward([*inputs, *weights], build, key)
+        out, *saved = self.stages.forward([*inputs, *weights], build, key)
+        return Record(function, module, inputs, tuple(saved), out)
 
     def _pull_back(
-        self,
-        function: Function,
-        module: Any,
-        inputs: Sequence[Tensor],
-        saved: Sequence[Tensor],
-        dout: Tensor,
-        grads: dict[str, Tensor],
-        further: bool,
+        self, part: Record, d_output: Tensor, grads: dict[str, Tensor], *, further: bool
     ) -> Tensor:
-        """Gradient with respect to inputs[0], if it goes `further`, from that of the output.
-
-        Adds the weights' gradients to `grads`.
-        """
-        weights = [t for _, t in named_tensors(module)]
-        trained = self._trained(module)
+        """Gradient with respect to a part's first input, if it goes `further`, from that of its
+        output. Adds the gradients of its weights to `grads`."""
+        inputs, weights, trained = part.inputs, part.weights, self._trained(part)
         through = [inputs[0]] if further else []
-        known = [*inputs, *weights]
 
         def build() -> list[Tensor]:
-            out = in_memory(function(module, *inputs))
-            found = out.gradient(*through, *trained, gradient=dout)
-            old = materialized(out, inputs, weights) if saved else []
-            return [in_memory(g) for g in into_products(replaced(found, old, saved))]
+            out = in_memory(part.function(part.module, *inputs))
+            found = out.gradient(*through, *trained, gradient=d_output)
+            old = materialized(out, inputs, weights) if part.saved else []
+            return [in_memory(g) for g in into_products(replaced(found, old, part.saved))]
 
         positions = tuple(i for i, t in enumerate(weights) if _key(t) in self.names)
-        key = (function.__qualname__, structure(module), positions, further)
-        found = self.stages.backward([*known, *saved, dout], build, key)
-        for tensor, grad in zip(trained, found[len(through) :], strict=True):
-            self._add(grads, tensor, grad)
-        return found[0] if through else dout
+        key = (part.function.__qualname__, structure(part.module), positions, further)
+        found = self.stages.backward([*inputs, *weights, *part.saved, d_output], build, key)
+        self._add(grads, trained, found[len(through) :])
+        return found[0] if through else d_output
 
     def _head_gradients(
-        self, x: Tensor, targets: Tensor, grads: dict[str, Tensor]
+        self, hidden: Tensor, targets: Tensor, grads: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Summed loss (1,) and the gradient of x (B, T, hidden); adds the head's to `grads`."""
+        """Summed loss (1,) and the gradient of `hidden` (B, T, hidden); adds the head's to
+        `grads`."""
         weight = self.model.head_weight()
         trained = _key(weight) in self.names
 
         def build() -> list[Tensor]:
-            rows = x.reshape(-1, x.shape[-1])
-            loss, dx, *dw = loss_and_gradients(rows, weight, targets.reshape(-1), trained)
-            return [loss.reshape(1).contiguous(), in_memory(dx.reshape(x.shape)), *dw]
+            found = self.criterion.gradients(hidden, weight, targets, trains_weight=trained)
+            d_weight = [] if found.weight is None else [found.weight]
+            return [found.loss.contiguous(), in_memory(found.hidden), *d_weight]
 
-        loss, dx, *dw = self.stages.head([x, weight, targets], build, trained)
-        for grad in dw:
-            self._add(grads, weight, grad)
-        return loss, dx
+        loss, d_hidden, *d_weight = self.stages.head([hidden, weight, targets], build, trained)
+        self._add(grads, [weight] * len(d_weight), d_weight)
+        return loss, d_hidden
 
-    def _add(self, grads: dict[str, Tensor], weight: Tensor, grad: Tensor) -> None:
-        """A tied weight is used twice, so its two gradients are summed."""
-        name = self.names[_key(weight)]
-        if name in grads:
-            first = grads[name]
-            grad = self.stages.sum([first, grad], lambda: [(first + grad).contiguous()])[0]
-        grads[name] = grad
+    def _add(
+        self, grads: dict[str, Tensor], weights: Sequence[Tensor], found: Sequence[Tensor]
+    ) -> None:
+        """Note gradients of weights; a tied weight is used twice, so its two are summed."""
+        for weight, gradient in zip(weights, found, strict=True):
+            name = self.names[_key(weight)]
+            grads[name] = self._sum(grads[name], gradient) if name in grads else gradient
+
+    def _sum(self, first: Tensor, second: Tensor) -> Tensor:
+        return self.stages.sum([first, second], lambda: [(first + second).contiguous()])[0]
 
 
 def _key(tensor: Tensor) -> Any:
     """What makes a weight the same weight: its buffer."""
-    return tensor.uop.base
+    return memory_key(tensor)

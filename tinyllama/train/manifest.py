@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyllama.errors import CheckpointError
+from tinyllama.formats.huggingface import read_json
 from tinyllama.system.files import sha256_file
 
 MANIFEST = "manifest.json"
@@ -65,27 +66,12 @@ def looks_whole(folder: Path) -> bool:
 def read_manifest(folder: Path) -> dict[str, tuple[str, int]]:
     """Name -> (SHA-256, bytes); raises CheckpointError unless it is exactly as it was written."""
     path = folder / MANIFEST
-    manifest = read_json(path)
+    manifest = read_json(path, CheckpointError)
     if manifest.get("format") != _FORMAT:
         raise CheckpointError(f"{path}: format: got {manifest.get('format')!r}, must be {_FORMAT}")
     if path.read_bytes() != _spelled(manifest):
         raise CheckpointError(f"{path}: edited or damaged: its SHA-256 of itself does not hold")
     return {name: (file["sha256"], file["size"]) for name, file in manifest["files"].items()}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; raises CheckpointError that names the file."""
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: missing") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: truncated or damaged: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: damaged: must be a JSON object")
-    return value
 
 
 def files_below(folder: Path) -> Iterator[Path]:

@@ -4,7 +4,7 @@
       - what is used again within a step + the interpreter and its libraries = total
 
 The model, the optimizer and the step are the run's own, with tensors that hold no memory yet;
-the step is captured without being run and its memory planned (ops/plan.py), so that every
+the step is captured without being run and its memory planned (runtime/plan.py), so that every
 number but the last is the one tinygrad will allocate.
 """
 
@@ -15,16 +15,16 @@ from tinygrad import Device, Tensor, dtypes
 from tinygrad.helpers import GlobalCounters
 
 from tinyllama.config import Config
-from tinyllama.model import lora
+from tinyllama.model.build import build_blank
 from tinyllama.model.counts import (
     Parameters,
     aligned,
     gigabytes,
     parameters_of,
 )
-from tinyllama.model.int4 import packed_linears
-from tinyllama.model.layers import block_linears, named_tensors
+from tinyllama.model.layers import named_tensors
 from tinyllama.model.llama import Llama
+from tinyllama.model.lora import dropout_on
 from tinyllama.ops.adamw import SCALARS
 from tinyllama.runtime.plan import plan
 from tinyllama.system import memory
@@ -92,43 +92,20 @@ class MemoryEstimate:
         return asdict(self) | {"tensors": self.tensors, "total": self.total}
 
 
-def blank_model(config: Config) -> Llama:
-    """The model that a configuration trains, adapters included, holding no memory yet."""
-    t = config.training
-    model = Llama(config.model, dtype=getattr(dtypes, t.dtype), seed=None)
-    model.checkpoint_activations = t.checkpoint_activations
-    if config.qlora is not None and config.qlora.quantize_base:
-        packed_linears(model, config.qlora.block_size)
-    if config.lora is not None:
-        section = config.lora
-        for _, owner, name in list(block_linears(model.model.layers)):
-            if name in section.modules:
-                base = getattr(owner, name)
-                layer = lora.LoRALinear(base, section.rank, section.scale, section.dropout)
-                layer.drops = section.dropout > 0
-                setattr(owner, name, layer)
-    return model
-
-
-def trained_tensors(config: Config, model: Llama) -> dict[str, Tensor]:
-    """The tensors that training changes, by name: adapters where there are any, or all."""
-    return model.state_dict() if config.lora is None else lora.adapter_tensors(model)
-
-
 def model_parameters(config: Config) -> Parameters:
     """The parameters of the model that a configuration trains, counted by walking it.
 
     A packed weight counts as the numbers it stands for.
     """
-    model = blank_model(replace(config, qlora=None))
+    model = build_blank(replace(config, qlora=None)).model
     counts = ((name, tensor.numel()) for name, tensor in named_tensors(model))
     return parameters_of((name, n) for name, n in counts if not name.endswith("dropout_key"))
 
 
 def blank_step(config: Config) -> TrainStep:
     """The step that a configuration trains with, its model and optimizer holding no memory yet."""
-    model = blank_model(config)
-    optimizer = AdamW(trained_tensors(config, model), config.training, blank=True)
+    model, trained, _ = build_blank(config)
+    optimizer = AdamW(trained, config.training, blank=True)
     return TrainStep(model, optimizer, config.training.accumulation_steps)
 
 
@@ -143,10 +120,11 @@ def estimate_memory(config: Config, step: TrainStep | None = None) -> MemoryEsti
     model, optimizer = step.staged.model, step.optimizer
     batch = [Tensor.empty(t.micro_batch, context, dtype=dtypes.int32) for _ in range(3)]
     hyperparameters = Tensor.empty(len(SCALARS))
-    plans = step.plans(*batch, hyperparameters=hyperparameters)
-    first = plans[0]
-    if config.data.val_path is not None:
-        plans.append(plan(StagedLoss(model).loss, batch))
+    with dropout_on(model):
+        plans = step.plans(*batch, hyperparameters=hyperparameters)
+        first = plans[0]
+        if config.data.val_path is not None:
+            plans.append(plan(StagedLoss(model).loss, batch))
     gradients = first.gradients + _bytes(step.sums())
     given = _bytes([*batch, hyperparameters, *model.rotations(context)])
     workspace = given + sum(p.work for p in plans)
@@ -165,8 +143,8 @@ def estimate_memory(config: Config, step: TrainStep | None = None) -> MemoryEsti
 
 def lasting_bytes(config: Config) -> dict[str, int]:
     """Bytes of the tensors that live through a run: weights, scales, adapters, optimizer_state."""
-    model = blank_model(config)
-    return _lasting(model, AdamW(trained_tensors(config, model), config.training, blank=True))
+    model, trained, _ = build_blank(config)
+    return _lasting(model, AdamW(trained, config.training, blank=True))
 
 
 def _lasting(model: Llama, optimizer: AdamW) -> dict[str, int]:

@@ -1,36 +1,19 @@
-"""AdamW with global-norm clipping, and the learning rate as a pure function of the step.
+"""AdamW with global-norm clipping.
 
 grad = (sum of gradients) / (trained tokens)            divided once, here
 clip = min(1, grad_clip / (||grad|| + 1e-6))             as torch.nn.utils.clip_grad_norm_
 AdamW on clip * grad, decay on 2-D weights only          (ops/adamw.py)
 """
 
-import math
 from collections.abc import Mapping
 
 import numpy as np
 from tinygrad import Tensor
 
-from tinyllama.config import LRScheduleConfig, TrainingConfig
+from tinyllama.config import TrainingConfig
 from tinyllama.ops.adamw import SCALARS, adamw, add_square_sum
 from tinyllama.runtime.stage import Stage
 from tinyllama.runtime.storage import begin_zero
-
-
-def learning_rate(step: int, total_steps: int, peak: float, schedule: LRScheduleConfig) -> float:
-    """Rate of optimizer step 1, 2, ... total_steps: linear warm-up, then down to min_lr.
-
-    cosine: min_lr + (peak - min_lr) (1 + cos(pi r)) / 2 with r from 0 at the end of the warm-up
-    to 1 at the last step (Loshchilov & Hutter 2017); linear: straight; constant: the peak.
-    """
-    if step < schedule.warmup_steps:
-        return peak * step / schedule.warmup_steps
-    if schedule.type == "constant":
-        return peak
-    span = max(1, total_steps - max(1, schedule.warmup_steps))
-    r = min(1.0, max(0.0, (step - max(1, schedule.warmup_steps)) / span))
-    share = (1 + math.cos(math.pi * r)) / 2 if schedule.type == "cosine" else 1 - r
-    return schedule.min_lr + (peak - schedule.min_lr) * share
 
 
 class AdamW:
@@ -82,7 +65,7 @@ class AdamW:
             self._step(p, self.exp_avg[name], self.exp_avg_sq[name], grads[name], scalars)
         return norm
 
-    # Each piece below is scheduled once for all parameters of a shape (ops/stage.py).
+    # Each piece below is scheduled once for all parameters of a shape (runtime/stage.py).
 
     def _add_squares(self, total: Tensor | None, grad: Tensor) -> Tensor:
         known = [grad] if total is None else [total, grad]

@@ -1,15 +1,15 @@
-"""What a run starts from: the checkpoint it resumes, its base's sizes, its tokenizer and model."""
+"""What a run starts from: the checkpoint it resumes, its base's sizes, its tokenizer."""
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-from tinygrad import Device, dtypes
+from tinygrad import Device
 
-from tinyllama.config import Config, LlamaConfig
+from tinyllama.config import Config
 from tinyllama.config.options import got, shown
 from tinyllama.data.files import content_digests, find_sources, read_texts
 from tinyllama.errors import (
@@ -20,9 +20,6 @@ from tinyllama.errors import (
     naming,
 )
 from tinyllama.formats.huggingface import open_folder
-from tinyllama.formats.peft import AdapterConfig
-from tinyllama.model import int4, lora
-from tinyllama.model.llama import Llama
 from tinyllama.system import device
 from tinyllama.tokenizers.sentencepiece import (
     MODEL_FILE,
@@ -228,46 +225,3 @@ def _tokenizer_of(checkpoint: Path, config: Config) -> Tokenizer:
             f"data.tokenizer_vocab_size: got {size}, must be {found.vocab_size} as in {checkpoint}"
         )
     return found
-
-
-def make_model(config: Config, resume: Path | None) -> Llama:
-    """The model: new, that of a base, or that of the checkpoint. Raises ConfigError where the
-    checkpoint has other sizes than the configuration."""
-    t = config.training
-    dtype = getattr(dtypes, t.dtype)
-    source = config.model.base if config.lora else resume or config.model.base
-    if source is None:
-        model = Llama(config.model, dtype=dtype, seed=t.seed, background=True)
-    else:
-        if config.qlora is not None and config.qlora.quantize_base:
-            model = int4.load_quantized(source, config.qlora, dtype=dtype)
-        else:
-            model = Llama.from_pretrained(source, dtype=dtype)
-        # An adapter's folder holds no sizes: its base's must be the ones it was trained with.
-        if resume is not None or config.lora is not None:
-            _check_sizes(config, model.config, source)
-        model.config = config.model
-    model.checkpoint_activations = t.checkpoint_activations
-    return model
-
-
-def _check_sizes(config: Config, saved: LlamaConfig, source: str | Path) -> None:
-    """Raise ConfigError if a checkpoint's [model] is not the one that is asked for."""
-    asked, file = config.model, f"{source}/config.json"
-    mine = asdict(replace(asked, num_kv_heads=asked.kv_heads))
-    theirs = asdict(replace(saved, base=asked.base, max_seq_len=asked.max_seq_len))
-    problems = [
-        f"{config.where(f'model.{name}')}: {got(mine[name], f'{shown(value)} as in {file}')}"
-        for name, value in theirs.items()
-        if mine[name] != value
-    ]
-    if problems:
-        raise ConfigError("\n".join(problems))
-
-
-def make_adapter(config: Config, model: Llama, resume: Path | None) -> AdapterConfig | None:
-    """Put the adapters of [lora] on the model, new or those of the checkpoint; None without."""
-    if config.lora is None:
-        return None
-    assert config.model.base is not None
-    return lora.start(model, config.lora, Path(config.model.base), config.training.seed, resume)

@@ -22,24 +22,24 @@ from tqdm import tqdm
 from tinyllama.config import Config
 from tinyllama.data.batches import Batch, Batches, prepare
 from tinyllama.errors import TrainingError
-from tinyllama.model import lora
+from tinyllama.model.build import build
 from tinyllama.model.counts import parameters
+from tinyllama.model.lora import dropping
 from tinyllama.observe.metrics import MetricsLog, progress
 from tinyllama.system.memory import memory_in_use_bytes
 from tinyllama.system.signals import stopping_on_signals
 from tinyllama.train import run_folder
 from tinyllama.train.evaluate import Evaluator
-from tinyllama.train.optimizer import AdamW, learning_rate
+from tinyllama.train.optimizer import AdamW
 from tinyllama.train.prepare import (
     check_files,
     differences,
     find_tokenizer,
     made_with,
-    make_adapter,
-    make_model,
     supported,
     without_effect,
 )
+from tinyllama.train.schedule import learning_rate
 from tinyllama.train.step import TrainStep
 
 
@@ -79,12 +79,10 @@ class Trainer:
         if t.max_steps is not None:
             self.total_steps = min(self.total_steps, t.max_steps)
         self.planned_steps = self.total_steps  # what a time budget shortens
-        self.model = make_model(self.config, resume)
-        self.adapter = make_adapter(self.config, self.model, resume)
-        trained = lora.adapter_tensors(self.model) if self.adapter else self.model.state_dict()
+        self.model, trained, self.adapter = build(self.config, resume)
         self.optimizer = AdamW(trained, t)
-        dropping = lora.dropping(self.model, t.seed)
-        self.train_step = TrainStep(self.model, self.optimizer, t.accumulation_steps, dropping)
+        around = dropping(self.model, t.seed)
+        self.train_step = TrainStep(self.model, self.optimizer, t.accumulation_steps, around)
         if planned is not None:
             self.train_step.take_over(planned)
         self.evaluator = None

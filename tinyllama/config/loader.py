@@ -1,13 +1,19 @@
-"""What a parsed TOML file and `--set section.key=value` overrides set, and every problem with it.
+"""A TOML file and `--set section.key=value` overrides become one frozen Config.
 
-Knows no section and no key of ours: config.py hands in the dataclasses.
+    TOML text -> table -> Settings (+ overrides) -> relations between keys -> Config
+
+Every problem is reported at once, one line each, with the file or override it comes from, and with
+what to write instead where a word is another trainer's (other_words.py).
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import tomli
 
+from tinyllama.config import other_words
+from tinyllama.config.config import OPTIONAL_SECTIONS, SECTIONS, Config, section_problems
 from tinyllama.config.options import (
     Relation,
     allowed,
@@ -16,9 +22,62 @@ from tinyllama.config.options import (
     nearest,
     options_of,
     problems_of,
+    to_toml,
 )
+from tinyllama.config.presets import find_config
+from tinyllama.config.sections import RELATIONS, checkable
+from tinyllama.errors import ConfigError
 
 _UNSET = "none"  # TOML has no null, so `--set section.key=none` stands for "not set"
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a TOML file, with or without BOM and CRLF, and apply overrides `section.key=value`.
+
+    `path` may be the name of a shipped configuration, such as 124m; a file of that name comes
+    first. Raises ConfigError with every problem, one line each.
+    """
+    path = find_config(path)
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start})") from error
+    return config_from_toml(text, str(path), overrides)
+
+
+def config_from_toml(text: str, source_name: str, overrides: Sequence[str] = ()) -> Config:
+    """A Config from TOML text; `source_name` stands for the file in messages.
+
+    Raises ConfigError with every problem, one line each.
+    """
+    settings = Settings(SECTIONS, OPTIONAL_SECTIONS, source_name)
+    try:
+        settings.add_table(tomli.loads(text.removeprefix("\ufeff")))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{source_name}: not valid TOML: {error}") from error
+    for override in overrides:
+        settings.add_override(override)
+    values = settings.known_values()
+    problems = settings.problems(RELATIONS, checkable(values))
+    label = settings.section_label("qlora")
+    problems += [f"{label}: {problem}" for problem in section_problems(values)]
+    if problems:
+        raise ConfigError("\n".join(problems))
+    made = {
+        name: cls(**settings.section(name))
+        for name, cls in SECTIONS.items()
+        if settings.has_section(name)
+    }
+    return Config(**made, given=settings.labels())
+
+
+def meant_key(name: str) -> str | None:
+    """The key that a bare name means, or the sentence that answers it; None for an unknown one."""
+    own = [o.key for section, cls in SECTIONS.items() for o in options_of(section, cls)]
+    same = [key for key in own if key.rpartition(".")[2] == name]
+    return same[0] if same else other_words.WORDS.get(name)
 
 
 class Settings:
@@ -45,11 +104,10 @@ class Settings:
         for section, keys in table.items():
             label = f"{self._source}: {section}"
             if section not in self._options and isinstance(keys, dict):
-                near = nearest(section, self._options)
+                near = other_words.SECTIONS.get(section) or nearest(section, self._options)
                 self._problems[section] = f"{label}: unknown section, the nearest is [{near}]"
             elif section not in self._options:
-                near = self._nearest_key(section)
-                self._problems[section] = f"{label}: unknown key, the nearest is {near}"
+                self._problems[section] = f"{label}: {self._unknown(section)}"
             elif not isinstance(keys, dict):
                 self._problems[section] = f"{label}: {got(keys, f'a section, [{section}]')}"
             else:
@@ -65,14 +123,9 @@ class Settings:
         if raw == _UNSET and key in self._optional:
             self._unset_section(key)
         elif not equals or "." not in key:
-            form = "must have the form section.key=value"
-            meant = [
-                k for options in self._options.values() for k in options if k.endswith(f".{key}")
-            ]
-            hint = f", here {meant[0]}" if equals and meant else ""
-            self._problems[label] = f"{label}: {form}{hint}"
+            self._problems[label] = f"{label}: {self._without_section(key if equals else None)}"
         elif section not in self._options:
-            self._problems[label] = f"{label}: unknown key, the nearest is {self._nearest_key(key)}"
+            self._problems[label] = f"{label}: {self._unknown(key)}"
         elif raw == _UNSET and self._may_be_unset(key):
             self._unset(key)
         else:
@@ -117,7 +170,7 @@ class Settings:
         self._unset(key)
         option = self._options[key.partition(".")[0]].get(key)
         if option is None:
-            self._problems[label] = f"{label}: unknown key, the nearest is {self._nearest_key(key)}"
+            self._problems[label] = f"{label}: {self._unknown(key)}"
             return
         for reading in readings:
             try:
@@ -125,7 +178,16 @@ class Settings:
             except ValueError:
                 continue
             return
-        self._problems[key] = f"{label}: {got(readings[0], allowed(option.hint))}"
+        problem = got(readings[0], allowed(option.hint))
+        self._problems[key] = f"{label}: {problem}{_instead(readings[0], option.hint)}"
+
+    def _without_section(self, name: str | None) -> str:
+        """What to say about an override that is no `section.key=value`, whose key is `name`."""
+        form = "must have the form section.key=value"
+        known = meant_key(name) if name else None
+        if known is None:
+            return form
+        return f"unknown key: {known}" if " " in known else f"{form}, here {known}"
 
     def _unset(self, key: str) -> None:
         for table in (self.values, self._overrides, self._problems):
@@ -139,6 +201,13 @@ class Settings:
     def _may_be_unset(self, key: str) -> bool:
         option = self._options[key.partition(".")[0]].get(key)
         return option is not None and option.default is None
+
+    def _unknown(self, key: str) -> str:
+        """What to say about a key that does not exist."""
+        known = other_words.WORDS.get(key.rpartition(".")[2])
+        if known is not None and " " in known:
+            return f"unknown key: {known}"
+        return f"unknown key, the nearest is {known or self._nearest_key(key)}"
 
     def _nearest_key(self, key: str) -> str:
         """A key of the same name in any section, else the nearest name in the nearest section."""
@@ -168,3 +237,21 @@ def _readings(raw: str) -> tuple[Any, ...]:
         return (raw,)
     value = table["value"]
     return (value,) if isinstance(value, str | list | dict) else (value, raw)
+
+
+def _instead(value: object, hint: Any) -> str:
+    """`: write ...`, where a refused text means something that is allowed; else nothing."""
+    for meant in _meanings(value):
+        try:
+            convert(meant, hint)
+        except ValueError:
+            continue
+        return f": write {to_toml(meant)}"
+    return ""
+
+
+def _meanings(value: object) -> Iterator[object]:
+    """What another trainer means by a text: a value under another name, or a list."""
+    if isinstance(value, str):
+        yield other_words.VALUES.get(value.lower(), value.lower())
+        yield [word.strip() for word in value.split(",")]

@@ -1,0 +1,88 @@
+"""Count a model's parameters by part, and the bytes they take.
+
+tinyllama params 124m
+tinyllama params checkpoints/124m/final --json
+tinyllama params --published
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tinyllama.cli.shared import add_set
+from tinyllama.errors import ConfigError
+from tinyllama.system import device
+
+if TYPE_CHECKING:
+    from tinyllama.model.counts import Parameters
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of the command line."""
+    parser.add_argument(
+        "source",
+        nargs="?",
+        help="TOML file, the name of a shipped configuration, or a checkpoint's folder",
+    )
+    parser.add_argument(
+        "--published", action="store_true", help="figures once published, and the true ones"
+    )
+    add_set(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Print the count."""
+    from tinyllama.model.counts import aligned, published_claims
+
+    if options.published == bool(options.source):
+        raise ConfigError("name a configuration or a folder, or type --published instead")
+    if options.published:
+        claims = [claim._asdict() for claim in published_claims()]
+        print(json.dumps(claims) if options.json else aligned(claims, left=["why"]))
+        return
+    found = _count(options.source, options.set)
+    print(json.dumps(_as_json(found)) if options.json else _as_text(found))
+
+
+def _count(source: str, overrides: Sequence[str]) -> "Parameters":
+    """The parameters of a configuration's model, or of a folder's. Raises TinyllamaError."""
+    from tinyllama.config import load_config
+    from tinyllama.model.counts import folder_parameters
+
+    if Path(source).is_dir():
+        return folder_parameters(source)
+    config = load_config(source, overrides)
+    device.select()
+    from tinyllama.train.memory_estimate import model_parameters
+    from tinyllama.train.prepare import with_base
+
+    return model_parameters(with_base(config))
+
+
+def _as_json(found: "Parameters") -> dict[str, Any]:
+    """The object that --json prints."""
+    from tinyllama.model.counts import WIDTHS, bytes_of
+
+    return {
+        "total": found.total,
+        "base": found.base,
+        "trainable": found.trainable,
+        "parts": found.table(),
+        "bytes": {str(bits): bytes_of(found.total, bits) for bits in WIDTHS},
+    }
+
+
+def _as_text(found: "Parameters") -> str:
+    """A table by part, with the bytes at each width, and the three sums."""
+    from tinyllama.model.counts import WIDTHS, aligned, bytes_of
+
+    rows = [*found.table().items(), ("total", found.total)]
+    table = aligned(
+        {"part": part.replace("_", "-"), "parameters": f"{n:,}"}
+        | {f"{bits} bit, MB": f"{bytes_of(n, bits) / 1e6:,.1f}" for bits in WIDTHS}
+        for part, n in rows
+    )
+    return f"{table}\n\nbase {found.base:,}, trainable {found.trainable:,}"

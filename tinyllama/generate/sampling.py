@@ -1,0 +1,54 @@
+"""The next token, drawn from a model's logits."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from tinyllama.errors import ConfigError, WeightsError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn from softmax(logits / temperature).
+
+    temperature 0 takes the likeliest; top_k keeps the k likeliest; top_p keeps the likeliest that
+    together reach that probability (Holtzman et al. 2020).
+    """
+
+    temperature: float = 0.8
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf:
+            raise ConfigError(f"temperature: got {self.temperature}, must be finite and 0 or more")
+        if self.top_k is not None and self.top_k < 1:
+            raise ConfigError(f"top_k: got {self.top_k}, must be 1 or more")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p: got {self.top_p}, must be above 0 and at most 1")
+        if self.seed < 0:
+            raise ConfigError(f"seed: got {self.seed}, must be 0 or more")
+
+
+def sample(
+    logits: npt.NDArray[np.float32], sampling: Sampling, generator: np.random.Generator
+) -> int:
+    """Draw one id from logits (vocab,). Raises WeightsError where they are not finite."""
+    if not np.isfinite(logits).all():
+        raise WeightsError("the model's logits are not finite, so its weights are of no use")
+    if sampling.temperature == 0:
+        return int(logits.argmax())
+    # From the likeliest down: however small the temperature is, that one stays finite.
+    wide = logits.astype(np.float64)
+    scaled = (wide - wide.max()) / max(sampling.temperature, 1e-300)
+    order = np.argsort(-scaled, kind="stable")[: sampling.top_k]
+    weights = np.exp(scaled[order] - scaled[order[0]])
+    probabilities = weights / weights.sum()
+    if sampling.top_p is not None:
+        before = np.cumsum(probabilities) - probabilities
+        kept = int((before < sampling.top_p).sum())  # the first always stays
+        order, probabilities = order[:kept], probabilities[:kept] / probabilities[:kept].sum()
+    return int(generator.choice(order, p=probabilities))

@@ -1,0 +1,217 @@
+"""The one way from a configuration to a model, its adapters and the tensors that are trained.
+
+    layers     those of [model]; with [qlora] the linear layers are packed in 4 bits
+    weights    new from the seed, or read from a folder
+    adapters   those of [lora], new or read from a checkpoint
+    trained    the adapters' matrices where there are any, or else every weight
+
+Training, the memory estimate, the benchmark and loading differ only in where the weights come
+from, so they call the functions below and nothing assembles a model by hand.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import NamedTuple
+
+from tinygrad import Tensor, dtypes
+from tinygrad.dtype import DType
+
+from tinyllama.config import Config, LlamaConfig, LoraConfig
+from tinyllama.config.options import got, shown
+from tinyllama.errors import ConfigError
+from tinyllama.formats.huggingface import HfFolder, llama_shapes, open_folder
+from tinyllama.formats.peft import (
+    AdapterConfig,
+    AdapterFolder,
+    Placement,
+    fingerprint,
+    is_adapter,
+    open_adapter,
+)
+from tinyllama.model import int4, lora
+from tinyllama.model.initialize import first_values
+from tinyllama.model.layers import block_linears
+from tinyllama.model.llama import Llama
+from tinyllama.system import device
+from tinyllama.tokenizers.sentencepiece import MODEL_FILE
+
+
+class Built(NamedTuple):
+    """A model, the tensors that training changes (by name), and what its adapters are."""
+
+    model: Llama
+    trained: dict[str, Tensor]
+    adapter: AdapterConfig | None
+
+
+def build(config: Config, resume: Path | None = None) -> Built:
+    """The model that a run trains: new, on `model.base`, or as the checkpoint `resume` has it.
+
+    The sizes of a base must be in the configuration already (`prepare.with_base`). Raises
+    ConfigError where a folder's sizes or adapters are not those of the configuration, and
+    WeightsError.
+    """
+    seed = config.training.seed
+    source = config.model.base if config.lora else resume or config.model.base
+    if source is None:
+        return _assemble(config, lambda model: model.initialize_later(seed), seed)
+    folder = open_folder(source)
+    # An adapter's folder holds no sizes: its base's must be the ones it was trained with.
+    if resume is not None or config.lora is not None:
+        _check_sizes(config, folder.config, source)
+    built = _assemble(config, lambda model: _read(model, folder), seed)
+    if built.adapter is None:
+        return built
+    adapter = replace(
+        built.adapter,
+        base=str(folder.path.absolute()),
+        base_fingerprint=fingerprint(folder),
+        block_size=_block_size(config),
+    )
+    if resume is not None:
+        _restore_adapters(built.model, adapter, resume, folder)
+    return built._replace(adapter=adapter)
+
+
+def build_blank(config: Config) -> Built:
+    """The model that a configuration trains, its tensors without memory: for planning a run."""
+    return _assemble(config, lambda model: None, None)
+
+
+def build_random(config: Config, seed: int) -> Built:
+    """The model with random weights, also those of a base: what a step costs is the same."""
+
+    def fill(model: Llama) -> None:
+        if _block_size(config) is None:
+            model.initialize_later(seed)
+        else:
+            _fill_packed_at_random(model, seed)
+
+    return _assemble(config, fill, seed)
+
+
+def load_model(
+    folder: str | Path, *, base: str | Path | None = None, dtype: DType = dtypes.float32
+) -> Llama:
+    """The model of a folder; an adapter's is on its base, packed if it was in training.
+
+    An adapter names its base; `base` is another place where that base is. Raises ConfigError and
+    WeightsError.
+    """
+    if not is_adapter(folder):
+        _refuse_base(folder, base)
+        return Llama.from_pretrained(folder, dtype=dtype)
+    adapter, opened = open_adapter(folder, base)
+    model = _layers(opened.config, dtype, adapter.block_size())
+    _read(model, opened)
+    lora.attach(model, adapter.config(model.config), None)
+    lora.read_adapters(model, adapter)
+    return model
+
+
+def tokenizer_folder(folder: Path, base: str | Path | None = None) -> Path:
+    """The folder that holds a model's tokenizer: PEFT's adapters have none of their own."""
+    if is_adapter(folder) and not (folder / MODEL_FILE).is_file():
+        return AdapterFolder(folder).base_folder() if base is None else Path(base)
+    return folder
+
+
+# ---- what all of them share
+
+
+def _assemble(config: Config, fill: Callable[[Llama], None], seed: int | None) -> Built:
+    """Layers, weights by `fill`, adapters from the seed (None: without memory)."""
+    dtype = getattr(dtypes, config.training.dtype)
+    model = _layers(config.model, dtype, _block_size(config))
+    model.checkpoint_activations = config.training.checkpoint_activations
+    fill(model)
+    if config.lora is None:
+        return Built(model, model.state_dict(), None)
+    adapter = _placed(config.lora, model)
+    lora.attach(model, adapter, seed)
+    return Built(model, lora.adapter_tensors(model), adapter)
+
+
+def _block_size(config: Config) -> int | None:
+    """Of the 4 bits that [qlora] packs the base in; None where nothing is packed."""
+    qlora = config.qlora
+    return qlora.block_size if qlora is not None and qlora.quantize_base else None
+
+
+def _layers(sizes: LlamaConfig, dtype: DType, block_size: int | None) -> Llama:
+    """A model without memory; `block_size` is that of linear layers in 4 bits."""
+    model = Llama(sizes, dtype=dtype, seed=None)
+    return model if block_size is None else int4.packed_linears(model, block_size)
+
+
+def _read(model: Llama, folder: HfFolder) -> None:
+    """Give a model without adapters the weights of a folder, packing what the model packs."""
+    if int4.is_packed(model):
+        int4.read_packed(model, folder)
+    else:
+        model.read_weights(folder)
+
+
+def _fill_packed_at_random(model: Llama, seed: int) -> None:
+    sizes, shapes = model.config, llama_shapes(model.config)
+    with ThreadPoolExecutor(device.threads()) as pool:
+
+        def read(name: str) -> int4.Rows:
+            values = first_values(name, shapes[name], sizes.num_layers, seed, pool)
+            return values.__getitem__
+
+        int4.fill_packed(model, "random weights", read)
+
+
+def _placed(section: LoraConfig, model: Llama) -> AdapterConfig:
+    """The adapters that a [lora] section places on a model."""
+    paths = (path for path, _, name in block_linears(model.model.layers) if name in section.modules)
+    placed = dict.fromkeys(paths, Placement(section.rank, section.alpha))
+    return AdapterConfig(placed, section.use_rslora, section.dropout)
+
+
+def _restore_adapters(
+    model: Llama, adapter: AdapterConfig, checkpoint: Path, base: HfFolder
+) -> None:
+    """Read a checkpoint's adapters, which must be placed like `adapter` on the same base."""
+    saved = AdapterFolder(checkpoint)
+    saved.check_base(base)
+    found = saved.config(model.config)
+    if (found.placed, found.use_rslora) != (adapter.placed, adapter.use_rslora):
+        raise ConfigError(f"[lora] differs from {checkpoint}: {found.summary()} is saved there")
+    if found.block_size != adapter.block_size:
+        raise ConfigError(
+            f"[qlora] differs from {checkpoint}: it was trained on {_base_form(found)}, and this "
+            f"configuration has {_base_form(adapter)}"
+        )
+    lora.read_adapters(model, saved)
+
+
+def _base_form(adapter: AdapterConfig) -> str:
+    if adapter.block_size is None:
+        return "a base that is not packed"
+    return f"a base in 4 bits with block_size {adapter.block_size}"
+
+
+def _check_sizes(config: Config, saved: LlamaConfig, source: str | Path) -> None:
+    """Raise ConfigError if the sizes in a folder are not those of [model]."""
+    sizes, file = config.model, f"{source}/config.json"
+    mine = asdict(replace(sizes, num_kv_heads=sizes.kv_heads))
+    theirs = asdict(saved) | {"num_kv_heads": saved.kv_heads}
+    theirs |= {"base": sizes.base, "max_seq_len": sizes.max_seq_len}
+    problems = [
+        f"{config.where(f'model.{name}')}: {got(mine[name], f'{shown(value)} as in {file}')}"
+        for name, value in theirs.items()
+        if mine[name] != value
+    ]
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _refuse_base(folder: str | Path, base: str | Path | None) -> None:
+    if base is not None:
+        raise ConfigError(
+            f"--base: got {base}, must be left out: {folder} holds a whole model, not an adapter"
+        )
