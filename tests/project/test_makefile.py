@@ -169,6 +169,16 @@ def test_what_tests_can_do_without_is_named_but_not_required(bare: Path) -> None
     assert run("tools/system.sh", "--required", "sanitizers", path=bare).returncode == 1
 
 
+def test_git_is_needed_by_one_test_and_by_ci(bare: Path) -> None:
+    done = run("tools/system.sh", "git", path=bare)
+    assert done.returncode == 0
+    assert done.stderr.startswith("the test of README's commands needs git: type  sudo apt-get")
+    assert run("tools/system.sh", "--required", "git", path=bare).returncode == 1
+    command(bare, "git", "true")
+    done = run("tools/system.sh", "--required", "git", path=bare)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_clang_with_its_version_in_its_name_is_enough(bare: Path, tmp_path: Path) -> None:
     command(bare, "clang-15", "echo clang version 15")
     done = run("tools/system.sh", "clang", path=bare, venv=str(tmp_path / "venv"))
