@@ -280,7 +280,7 @@ class SafetensorsFile:
         """Let the system drop the tensor's pages from this process; they return when read."""
         info = self._info(name)
         start = info.offset - info.offset % mmap.PAGESIZE
-        if info.size_bytes:
+        if info.size_bytes and hasattr(mmap, "MADV_DONTNEED"):  # Windows has no madvise
             self._map.madvise(mmap.MADV_DONTNEED, start, info.offset + info.size_bytes - start)
 
     def _info(self, name: str) -> TensorInfo:

@@ -26,6 +26,7 @@ from tinyllama.model.build import build
 from tinyllama.model.counts import parameters
 from tinyllama.model.lora import dropping
 from tinyllama.observe.metrics import MetricsLog, progress
+from tinyllama.system import lacking
 from tinyllama.system.memory import memory_in_use_bytes
 from tinyllama.system.signals import stopping_on_signals
 from tinyllama.train import run_folder
@@ -178,7 +179,7 @@ class Trainer:
         """What may not be meant, a line each: another run than before, sizes without effect."""
         other = differences(self.config, self._resumed) if self._resumed else None
         found = without_effect(self.config, self.batches.n_windows, self.total_steps)
-        return [other, *found] if other else found
+        return [line for line in (other, lacking.notice(), *found) if line]
 
     def _one_step(
         self,
