@@ -1,6 +1,7 @@
 """The command line: what it prints, and that a mistake ends as one message and exit code 2."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -9,6 +10,8 @@ import sys
 
 import pytest
 from runs_helpers import (
+    TRAIN_FILES,
+    VAL_FILES,
     cli,
     config_file,
     environment,
@@ -17,6 +20,7 @@ from runs_helpers import (
     names,
     run_command,
     start,
+    steps_per_epoch,
     stop,
     tokenizer,
     wait_for_steps,
@@ -27,6 +31,7 @@ from tinyllama.cli.app import COMMANDS
 from tinyllama.cli.arguments import Parser
 from tinyllama.config import SECTIONS
 from tinyllama.config.options import allowed, options_of
+from tinyllama.errors import ConfigError
 from tinyllama.train.checkpoint import step_name
 
 
@@ -38,42 +43,103 @@ def test_training_as_a_module_prints_the_device_first_and_the_checkpoint_last(tm
     assert code == 0
     assert lines[0].startswith("backend CPU, ") and "renderer ClangJIT (DEV=CPU)" in lines[0]
     assert lines[-2] == "125,248 parameters, 2 steps of 12 x 48 tokens, float32"
-    assert lines[-1] == f"finished: step 2, saved {run}/final"
-    assert "Training: 100%" in err and "2/2" in err
+    loss = metrics(run)[2]["loss"]
+    assert lines[-1] == f"finished: step 2, saved {run}/final; loss {loss:.4f}"
+    assert re.search(rf"^step 2/2, loss {loss:.4f}, \d+ tok/s, 0:00 left$", err, re.MULTILINE)
     assert list(metrics(run)) == [1, 2] and names(run) == ["final"]
 
 
-def test_quiet_prints_no_bars(tmp_path, capsys):
+def test_quiet_prints_the_result_alone(tmp_path, capsys):
     run = tmp_path / "run"
     words = ["train", config_file(run), "--quiet", "--set", "training.max_steps=1"]
-    assert cli(*words) == 0
-    assert capsys.readouterr().err == ""
+    assert cli(*words, "--set", "lr_schedule.warmup_steps=1") == 0
+    loss = metrics(run)[1]["loss"]
+    said = f"finished: step 1, saved {run}/final; loss {loss:.4f}\n"
+    assert capsys.readouterr() == (said, "")
 
 
-def test_a_budget_is_taken_in_seconds(tmp_path, capsys):
+def test_quiet_keeps_notices(tmp_path, capsys):
     run = tmp_path / "run"
-    assert cli("train", config_file(run), "--quiet", "--budget", "0.001") == 0
-    assert capsys.readouterr().out.endswith(f"finished: step 2, saved {run}/final\n")
+    words = ["train", config_file(run), "--quiet", "--set", "training.max_steps=1"]
+    assert cli(*words, "--set", "lr_schedule.warmup_steps=9") == 0
+    notice, result = capsys.readouterr().out.splitlines()
+    assert notice.startswith("lr_schedule.warmup_steps is 9, and the run has 1 steps")
+    assert result.startswith("finished: step 1")
+
+
+def test_a_budget_says_what_it_does_before_it_starts(tmp_path, capsys):
+    run = tmp_path / "run"
+    assert cli("train", config_file(run), "--budget", "0.001") == 0
+    *_, summary, notice, result = capsys.readouterr().out.splitlines()
+    assert summary.startswith("125,248 parameters, ")
+    assert notice == (
+        f"--budget: the schedule of {2 * steps_per_epoch()} steps is shortened to those that 0.001"
+        " seconds allow, as the first steps show; then the run validates, saves, and exits with"
+        " code 0"
+    )
+    assert result.startswith(f"finished: step 2, saved {run}/final; loss ")
+
+
+def test_the_last_line_has_the_loss_and_the_validation_loss(tmp_path, capsys):
+    run = tmp_path / "run"
+    words = ["--set", "training.max_steps=2", "--set", f"data.val_path={VAL_FILES!r}"]
+    words += ["--set", "training.eval_first=true"]
+    assert cli("train", config_file(run), *words) == 0
+    out, err = capsys.readouterr()
+    lines = metrics(run)
+    assert list(lines) == [0, 1, 2] and set(lines[0]) == {"step", "val_loss"}
+    assert out.splitlines()[-1] == (
+        f"finished: step 2, saved {run}/final;"
+        f" loss {lines[2]['loss']:.4f}, validation loss {lines[2]['val_loss']:.4f}"
+    )
+    assert f"step 0, validation loss {lines[0]['val_loss']:.4f}\n" in err
+    assert lines[0]["val_loss"] == pytest.approx(math.log(400), rel=0.02)
+    assert cli("plot", run, "--out", tmp_path / "loss.png") == 0
+
+
+def test_defaults_of_the_model_are_announced_with_what_to_set(tmp_path, capsys, monkeypatch):
+    def planned(config, force):
+        raise ConfigError("planned")
+
+    monkeypatch.setattr("tinyllama.train.micro_batch.fit", planned)
+    file = tmp_path / "bare.toml"
+    text = f"[data]\ntrain_path = {TRAIN_FILES!r}\n[checkpointing]\ncheckpoint_dir = 'none'\n"
+    file.write_text(text)
+    assert cli("train", file) == 2
+    notice = (
+        "the configuration sets neither sizes of [model] nor model.base: this trains the sizes of"
+        " 124m on 32 x 2048 tokens per step; set model.hidden_size, model.num_layers, ... or"
+        " model.base, and training.batch_size"
+    )
+    assert capsys.readouterr().out.splitlines()[1] == notice
+    assert cli("train", file, "--set", "training.batch_size=2") == 2
+    assert "the sizes of 124m; set model.hidden_size, model.num_layers" in capsys.readouterr().out
+    assert cli("train", file, "--set", "model.hidden_size=768") == 2
+    assert "sets neither" not in capsys.readouterr().out
 
 
 def test_an_override_acts(tmp_path, capsys):
-    words = ["train", config_file(tmp_path / "run"), "--quiet", "--set", "training.max_steps=1"]
+    words = ["train", config_file(tmp_path / "run"), "--set", "training.max_steps=1"]
     words += ["--set", "model.num_layers=1", "--set", f"checkpointing.checkpoint_dir={tmp_path}/b"]
     assert cli(*words) == 0
     assert "88,256 parameters, 1 steps of" in capsys.readouterr().out
     assert names(tmp_path / "b") == ["final"]
 
 
-def test_the_command_that_continues_a_run_names_device_and_threads(tmp_path):
+def test_a_run_that_a_signal_stopped_says_so_in_its_exit_code_and_one_short_line(tmp_path):
     run = tmp_path / "run"
     words = [config_file(run), "--quiet", "--set", "training.num_epochs=100000"]
-    process = start("train", *words, CPU="1", NUM_CPU_THREADS="1")
-    wait_for_steps(process, run, 1)
-    code, out, _ = stop(process, signal.SIGTERM)
-    assert code == 0
-    command = out.splitlines()[-1]
-    assert command.startswith(f"CPU=1 python -m tinyllama.train {words[0]} --resume {run}/step-")
-    assert command.endswith(" --threads 1 --quiet")
+    for number, exit_code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        resume = ["--resume"] if run.exists() else []
+        process = start("train", *words, *resume)
+        wait_for_steps(process, run, len(metrics(run)) + 1 if resume else 1)
+        code, out, err = stop(process, number)
+        step = len(metrics(run))
+        assert (code, err) == (exit_code, "")
+        assert out.splitlines()[-1] == (
+            f"stopped after step {step}, saved {run / step_name(step)};"
+            " to continue, repeat the command with --resume"
+        )
 
 
 def test_all_that_is_not_built_yet_is_told_at_once_and_first(tmp_path, capsys):
@@ -343,7 +409,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_training_goes_on(tmp_path, cap
     for number in (1, 2):
         shutil.copytree(finished_run() / step_name(number), run / step_name(number))
     (run / step_name(2) / "optimizer.safetensors").write_bytes(b"damaged")
-    words = ["train", config_file(run), "--quiet", "--resume", "--set", "training.max_steps=2"]
+    words = ["train", config_file(run), "--resume", "--set", "training.max_steps=2"]
     assert cli(*words) == 0
     out, err = capsys.readouterr()
     assert f"{run / step_name(2)}: damaged, the checkpoint before it is tried" in err

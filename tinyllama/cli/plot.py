@@ -26,7 +26,7 @@ def run(options: argparse.Namespace) -> None:
 
     file = options.folder / "metrics.jsonl"
     rows = read_metrics(file)
-    if not any(math.isfinite(row["loss"]) for row in rows):
+    if not any(math.isfinite(row.get("loss", math.nan)) for row in rows):
         raise CheckpointError(f"{file}: holds no step")
     try:
         draw(rows, options.out, str(options.folder), None)

@@ -125,6 +125,21 @@ class Config:
         }
 
 
+def defaults_notice(config: Config) -> str | None:
+    """What to say where neither a size of the model nor a base was set: the defaults are large."""
+    own = {option.key for option in options_of("model", LlamaConfig)}
+    if own & config.given.keys():
+        return None
+    batch = ""
+    if not {"training.batch_size", "training.micro_batch_size"} & config.given.keys():
+        batch = f" on {config.training.batch_size} x {config.context_length} tokens per step"
+    return (
+        "the configuration sets neither sizes of [model] nor model.base: this trains the sizes of"
+        f" 124m{batch}; set model.hidden_size, model.num_layers, ... or model.base"
+        + (", and training.batch_size" if batch else "")
+    )
+
+
 def option_table() -> str:
     """Every option as a Markdown table, for the README."""
     lines = ["| key | default | allowed | what it is |", "|---|---|---|---|"]

@@ -115,6 +115,9 @@ class TrainingConfig:
     eval_every: Count | None = option(
         None, "steps between validations; when not set, after each epoch"
     )
+    eval_first: bool = option(
+        False, "validate before the first step too, as step 0; needs data.val_path"
+    )
     checkpoint_activations: bool = option(
         False, "keep only each layer's input and compute the rest again: less memory, more time"
     )
@@ -249,6 +252,11 @@ RELATIONS = (
         ("training.micro_batch_size", "training.batch_size"),
         lambda micro, batch: micro is None or batch % micro == 0,
         "a divisor of training.batch_size, which is {1}",
+    ),
+    Relation(
+        ("training.eval_first", "data.val_path"),
+        lambda first, path: not first or path is not None,
+        "false where data.val_path is not set",
     ),
     Relation(
         ("lr_schedule.min_lr", "training.learning_rate"),

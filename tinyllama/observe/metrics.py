@@ -1,13 +1,9 @@
-"""What a run reports: metrics.jsonl, one object a step, and the progress bar."""
+"""metrics.jsonl: what a run measures, one object per step."""
 
 import json
 import os
-import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from tinyllama.errors import CheckpointError
 from tinyllama.system.files import atomic_write, naming_file
@@ -56,26 +52,3 @@ def _drop_from(path: Path, first_step: int) -> None:
     kept = [line for line in read_metrics(path) if line["step"] < first_step]
     text = "".join(json.dumps(line) + "\n" for line in kept)
     atomic_write(path, text.encode())
-
-
-class _Terminal:
-    """Standard error for a bar: where nobody reads it any more, a run goes on without."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(sys.stderr, name)
-
-    def write(self, text: str) -> None:
-        with suppress(OSError):
-            sys.stderr.write(text)
-
-    def flush(self) -> None:
-        with suppress(OSError):
-            sys.stderr.flush()
-
-
-def progress(total: int, done: int, shown: bool) -> "tqdm[None]":
-    """A bar over optimizer steps, on standard error."""
-    return tqdm(
-        total=total, initial=done, desc="Training", unit="step", dynamic_ncols=True,
-        disable=not shown, smoothing=0.1, file=_Terminal(),
-    )  # fmt: skip

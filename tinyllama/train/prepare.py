@@ -105,7 +105,7 @@ def without_effect(config: Config, sequences: int, steps: int) -> list[str]:
 
 
 # Options that change no loss of a step, or are compared elsewhere (the text by its digest).
-_FREE_OF_NUMBERS = ("checkpointing.", "data.", "model.base", "training.eval_every")
+_FREE_OF_NUMBERS = ("checkpointing.", "data.", "model.base", "training.eval_")
 
 
 def resume_folder(config: Config, asked: str, warn: Callable[[str], None]) -> Path:
