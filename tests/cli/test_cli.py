@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from runs_helpers import (
 import tinyllama
 from tinyllama.cli.app import COMMANDS
 from tinyllama.cli.arguments import Parser
+from tinyllama.cli.shared import model_folder
 from tinyllama.config import SECTIONS
 from tinyllama.config.options import allowed, options_of
 from tinyllama.errors import ConfigError
@@ -226,6 +228,50 @@ def test_a_shipped_configuration_is_found_by_name_and_a_path_of_that_name_wins(
     assert capsys.readouterr().err == "124m: is a folder, must be a TOML file\n"
 
 
+def test_a_run_stands_for_its_final_checkpoint_or_else_its_newest_step(tmp_path, capsys):
+    run = tmp_path / "run"
+    for step in (1, 2):
+        shutil.copytree(finished_run() / step_name(step), run / step_name(step))
+    assert model_folder(run) == run / step_name(2)
+    shutil.copytree(finished_run() / step_name(1), run / "final")
+    assert model_folder(run) == run / "final"
+    assert model_folder(run / step_name(1)) == run / step_name(1)
+    assert capsys.readouterr().err.splitlines() == [
+        f"{run} is a run: {step_name(2)} is used",
+        f"{run} is a run: final is used",
+    ]
+    (run / "final" / "manifest.json").unlink()  # a copy that was cut short
+    assert model_folder(run) == run / step_name(2)
+    assert cli("params", run, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["total"] == 125_248
+
+
+def test_what_is_no_model_is_called_what_it_is(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    found = {
+        "file": "is a file, must be the folder of a model",
+        "empty": "holds neither a model nor a checkpoint of a run",
+        "none": "no such folder",
+    }
+    for name, message in found.items():
+        assert cli("generate", "--model", tmp_path / name) == 2
+        assert capsys.readouterr().err == f"{tmp_path / name}: {message}\n"
+    words = ["merge", "--base", tmp_path / "file", "--adapter", tmp_path / "empty"]
+    (tmp_path / "empty" / "adapter_config.json").touch()
+    assert cli(*words, "--out", tmp_path / "out") == 2
+    config = tmp_path / "file" / "config.json"
+    assert capsys.readouterr().err == f"{config}: cannot be read: Not a folder\n"
+    assert cli("plot", tmp_path / "none") == 2
+    assert capsys.readouterr().err == f"{tmp_path / 'none'}: no such folder\n"
+    assert cli("plot", tmp_path / "empty") == 2
+    file = tmp_path / "empty" / "metrics.jsonl"
+    assert capsys.readouterr().err == f"{file}: No such file or folder\n"
+    file.write_text('{"step": 1, "loss": 2.5}\n')
+    assert cli("plot", tmp_path / "empty", "--out", tmp_path) == 2
+    assert capsys.readouterr().err == f"--out {tmp_path}: is a folder\n"
+
+
 @pytest.mark.parametrize("command", ["generate", "evaluate"])
 def test_a_missing_model_is_named(capsys, command):
     words = ["--data", "x.txt"] if command == "evaluate" else []
@@ -403,8 +449,6 @@ def test_an_interrupt_before_training_ends_without_a_traceback(monkeypatch, caps
 
 
 def test_a_damaged_newest_checkpoint_is_named_and_training_goes_on(tmp_path, capsys):
-    import shutil
-
     run = tmp_path / "run"
     for number in (1, 2):
         shutil.copytree(finished_run() / step_name(number), run / step_name(number))

@@ -26,7 +26,7 @@ from tinyllama.config.options import (
 )
 from tinyllama.config.presets import find_config
 from tinyllama.config.sections import RELATIONS, checkable
-from tinyllama.errors import ConfigError
+from tinyllama.errors import ConfigError, reason
 
 _UNSET = "none"  # TOML has no null, so `--set section.key=none` stands for "not set"
 
@@ -41,7 +41,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+        raise ConfigError(f"{path}: cannot be read: {reason(error)}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text (byte {error.start})") from error
     return config_from_toml(text, str(path), overrides)
