@@ -1,4 +1,4 @@
-"""The command line: what it prints, and that a mistake ends as one message and exit code 2."""
+"""The command line: what it prints, its exit codes, and one-line messages for mistakes."""
 
 import json
 import math
@@ -144,7 +144,7 @@ def test_a_run_that_a_signal_stopped_says_so_in_its_exit_code_and_one_short_line
         )
 
 
-def test_all_that_is_not_built_yet_is_told_at_once_and_first(tmp_path, capsys):
+def test_all_that_is_unsupported_is_reported_together_and_first(tmp_path, capsys):
     words = ["--set", "training.beam=2", "--set", "data.train_on=last"]
     assert cli("train", config_file(tmp_path / "run"), "--resume", "nowhere", *words) == 2
     shown = capsys.readouterr()
@@ -438,7 +438,7 @@ def test_merge_and_memory_are_commands_with_mistakes_in_one_line(capsys):
     assert "got 'x', must be a number of bytes" in capsys.readouterr().err
 
 
-def test_an_interrupt_before_training_ends_without_a_traceback(monkeypatch, capsys):
+def test_an_interrupt_before_training_exits_without_a_traceback(monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
 

@@ -10,11 +10,11 @@ from tinyllama.system.files import atomic_write, naming_file
 
 
 class MetricsLog:
-    """metrics.jsonl of a run. Each line reaches the file before the next step begins."""
+    """Writes metrics.jsonl of a run; each line is in the file before the next step begins."""
 
     def __init__(self, path: Path, first_step: int) -> None:
-        """Open for steps first_step, first_step + 1, ...; lines of those steps, left by a run
-        that was killed after its last checkpoint, are dropped."""
+        """Open for steps from `first_step` on. Lines of these steps, left by a run that was killed
+        after its last checkpoint, are removed."""
         self.path = path
         _drop_from(path, first_step)
         self._file = open(path, "a", encoding="utf-8")
@@ -26,21 +26,24 @@ class MetricsLog:
             self._file.flush()
 
     def close(self) -> None:
-        """Put everything on disk."""
+        """Close the file once everything is on disk."""
         with naming_file(self.path), self._file:
             self._file.flush()
             os.fsync(self._file.fileno())
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The objects of a metrics.jsonl; a last line cut short by a kill is left out."""
+    """The objects of metrics.jsonl, without a last line that a kill cut short.
+
+    Raises CheckpointError, which names the file, if it holds something else.
+    """
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
         whole = [line for line in lines[:-1] if line]
         found = [json.loads(line) for line in whole]
         for number, values in enumerate(found, 1):
             if not isinstance(values, dict) or not isinstance(values.get("step"), int):
-                raise ValueError(f"line {number} names no step")
+                raise ValueError(f"line {number} has no step")
     except ValueError as error:
         raise CheckpointError(f"{path}: not a metrics file: {error}") from error
     return found
