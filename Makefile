@@ -7,12 +7,12 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 PYTEST := $(PY) -m pytest
-# Where there are many tests, one process for each core runs them.
+# One process per core.
 PARALLEL := -n auto --dist worksteal
-# Brings a LLaMA's tokenizer.model for the tests; what it needs to run itself is of no use here.
+# Contains a LLaMA's tokenizer.model for the tests; its own dependencies are not needed.
 REAL_TOKENIZER := mistral-common>=1.5
 
-# tools/system.sh puts a clang-NN there as clang, where that is all there is.
+# Where the only compiler is called clang-NN, tools/system.sh links it there as clang.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PYTHON VENV
 
@@ -28,25 +28,32 @@ LLAMA_DEMOS := llama-demo-train llama-demo-lora llama-demo-qlora
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test tier1 tier2 tier3 ci lint coverage mutants \
+.PHONY: help venv demo test readme tier1 tier2 tier3 ci lint coverage mutants \
   llama-properties llama-mutations llama-tests llama-demo-train llama-demo-lora llama-demo-qlora \
   llama-ci conformance neon tinygrad proof-7b clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-17s %s\n", $$1, $$2}' Makefile
 
-demo: $(VENV)/.demo ## train a LLaMA on Python's own source, BUDGET=300 seconds long
+venv: $(VENV)/.demo ## install tinyllama, and what it needs, into .venv
+	@tools/system.sh clang
+
+demo: $(VENV)/.demo ## train a LLaMA on Python's own source for BUDGET=300 seconds
 	@tools/system.sh clang
 	@$(PY) tools/demo.py --budget $(BUDGET)
 
 test: $(VENV)/.dev ## install what is missing and run every test
-	@tools/system.sh clang opencl sanitizers
+	@tools/system.sh clang opencl sanitizers git
 	$(PYTEST) $(PARALLEL)
+
+readme: $(VENV)/.dev ## run README's commands in a fresh clone, as a reader types them (2 minutes)
+	@tools/system.sh --required clang git
+	$(PYTEST) -q tests/project/test_readme.py
 
 tier1: lint ## format, lint, types, unit tests: 5 seconds
 	$(PYTEST) -q $(FAST_TESTS)
 
-tier2: lint ## and the integration tests: 30 seconds
+tier2: lint ## tier1 and the integration tests: 30 seconds
 	$(PYTEST) -q $(PARALLEL) -m "not slow"
 
 tier3: lint test ## everything: 4 to 6 minutes on 2 cores
@@ -54,12 +61,12 @@ tier3: lint test ## everything: 4 to 6 minutes on 2 cores
 ci: ## what CI runs: lint, tests, a minute of the demo
 	.ci/run
 
-lint: $(VENV)/.dev ## format, lint and types alone
+lint: $(VENV)/.dev ## format, lint and types
 	$(VENV)/bin/ruff format --check --quiet .
 	$(VENV)/bin/ruff check --quiet .
 	$(VENV)/bin/mypy
 
-coverage: $(VENV)/.dev ## every test, and the share of lines they reach
+coverage: $(VENV)/.dev ## every test, and the share of lines they run
 	@tools/system.sh clang opencl sanitizers
 	$(PYTEST) $(PARALLEL) --cov=tinyllama --cov-report=term-missing:skip-covered --cov-fail-under=90
 
@@ -75,7 +82,7 @@ llama-mutations: $(VENV)/.dev ## the 10 tests whose numbers show a swapped opera
 	@tools/system.sh clang
 	$(PYTEST) -q tests/model/test_mutation_resistant.py
 
-llama-tests: $(VENV)/.dev ## both, and the tests of model, adapters and accounting
+llama-tests: $(VENV)/.dev ## both of these, and the tests of model, adapters and accounting
 	@tools/system.sh clang
 	$(PYTEST) -q $(PARALLEL) $(LLAMA_TESTS)
 
@@ -87,7 +94,7 @@ $(LLAMA_DEMOS):
 	@tools/system.sh clang
 	@$(PY) tools/demo_llama.py $(@:llama-demo-%=%) --budget $(BUDGET)
 
-llama-ci: lint llama-tests $(LLAMA_DEMOS) ## lint, then all of these in this order
+llama-ci: lint llama-tests $(LLAMA_DEMOS) ## lint, then all llama- targets in this order
 
 conformance: $(VENV)-conformance/.made ## compare with torch, transformers and peft (a large download)
 	@tools/system.sh clang
@@ -105,12 +112,12 @@ proof-7b: $(VENV)/.demo ## QLoRA on 6.7 billion parameters in 8 GiB (an hour, 15
 	@tools/system.sh clang
 	$(PY) tools/proof_7b.py --work /tmp/tinyllama-proof-7b --out docs/proof-7b.md
 
-clean: ## remove everything that make made, .venv too
+clean: ## remove everything that make created, .venv too
 	rm -rf $(VENV) $(VENV)-conformance .demo build *.egg-info .coverage .benchmarks
 	rm -rf .hypothesis .pytest_cache .mypy_cache .ruff_cache mutants
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# A venv is made once; the packages are installed again only when pyproject.toml changes.
+# .venv is made once; packages are installed again only when pyproject.toml changes.
 $(VENV)/.created:
 	@tools/system.sh venv
 	@echo "Making $(VENV) with $$($(PYTHON) --version) ..."

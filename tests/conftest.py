@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("slow")
     if os.environ.get("MUTANT_UNDER_TEST"):
         _quick_ones_first(items)
+
+
+def pytest_collection_finish() -> None:
+    """A test that makes a graph by tinygrad alone sees it as our own code does."""
+    if "tinygrad" in sys.modules:
+        from tinyllama.runtime.patches import install
+
+        install()
 
 
 def _quick_ones_first(items: list[pytest.Item]) -> None:

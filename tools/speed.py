@@ -1,11 +1,11 @@
-"""Measure the README's table of speed: our training steps beside PyTorch's, and long contexts.
+"""Measure the tables of docs/speed.md: our training steps beside PyTorch's, and long contexts.
 
 python tools/speed.py --peer-python .venv-conformance/bin/python        all of it, about 20 minutes
 python tools/speed.py --only lora                                       the cases with that word
 
-Writes docs/speed-SET.json for the processor's instruction set, one case after another (others keep
-what they have), and a picture of it. `python tools/readme.py` puts the tables into the README. Let
-nothing else run meanwhile.
+Writes docs/speed-SET.json for the processor's instruction set, case by case (cases that are not
+measured keep their figures), and a plot of it. `python tools/docs.py` writes the tables into
+docs/speed.md. Run nothing else meanwhile.
 """
 
 import argparse
@@ -97,7 +97,7 @@ def measured(words: str, peer_python: str | None) -> dict[str, Any]:
 
 
 def report() -> str:
-    """What the README says of speed: for each instruction set a table, and where and when it was
+    """What docs/speed.md says: for each instruction set a table, and where and when it was
     measured."""
     parts = []
     for file in sorted(DOCS.glob("speed-*.json")):

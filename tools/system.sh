@@ -1,31 +1,37 @@
 #!/usr/bin/env bash
-# Gets what pip cannot: a C compiler, an OpenCL driver, the sanitizers' runtime, Python's venv, and
-# an emulator of ARM processors.
+# Installs what pip cannot: a C compiler, an OpenCL driver, the sanitizers' runtime, Python's venv,
+# git, and an emulator of ARM processors.
 #
-#   tools/system.sh [--required] [clang] [opencl] [sanitizers] [emulator] [venv]
+#   tools/system.sh [--required] [clang] [opencl] [sanitizers] [emulator] [venv] [git]
 #
-# On Debian and its kin apt-get installs what is missing, where root or a sudo without a password
-# allows it. Elsewhere it takes what is there, or says in one sentence what to type and, for what
-# cannot be done without (clang, venv, and with --required everything), ends with exit code 1.
+# On Debian and its derivatives apt-get installs what is missing, if we are root or sudo needs no
+# password. Otherwise it prints one sentence per missing thing that says what to type, and exits with
+# code 1 if that is needed in any case: clang, venv, and with --required everything.
 set -euo pipefail
 
 PYTHON=${PYTHON:-$(command -v python3.11 || command -v python3)}
 VENV=${VENV:-.venv}
 required=false
 packages=()   # what apt-get is to install
-missing=()    # what stays missing without it, in words
+missing=()    # the requested words that are not there yet
 
 main() {
   for word in "$@"; do
     case $word in
       --required) required=true ;;
-      clang | opencl | sanitizers | emulator | venv) "has_$word" || missing+=("$word") ;;
-      *) echo "usage: tools/system.sh [--required] [clang] [opencl] [sanitizers] [emulator] [venv]" >&2; exit 2 ;;
+      clang | opencl | sanitizers | emulator | venv | git) "has_$word" || missing+=("$word") ;;
+      *) usage ;;
     esac
   done
   if [ ${#missing[@]} -eq 0 ]; then return; fi
   install_missing
   for word in "${missing[@]}"; do "has_$word" || complain "$word"; done
+}
+
+usage() {
+  echo "usage: tools/system.sh [--required]" \
+    "[clang] [opencl] [sanitizers] [emulator] [venv] [git]" >&2
+  exit 2
 }
 
 install_missing() {
@@ -35,10 +41,10 @@ install_missing() {
   echo "Installing ${packages[*]} with apt-get ..."
   local log
   log=$(mktemp)
-  # The lists of a fresh machine are empty; each try may meet another apt-get at work.
+  # On a fresh machine the package lists are empty, so update comes first.
   if $apt update >"$log" 2>&1 && $apt install -y --no-install-recommends "${packages[@]}" >>"$log" 2>&1
   then
-    # Its name depends on clang's version, which may only be known now.
+    # The package's name depends on clang's version, which may only be known now.
     if [[ " ${missing[*]} " == *" sanitizers "* ]] && ! has_sanitizers; then
       $apt install -y --no-install-recommends "$(package_sanitizers)" >>"$log" 2>&1 || tail -n 20 "$log" >&2
     fi
@@ -48,7 +54,7 @@ install_missing() {
   rm -f "$log"
 }
 
-# How this user may run apt-get; fails where it is not there or not allowed.
+# Prints the command that runs apt-get for this user; fails where there is none.
 apt_command() {
   command -v apt-get >/dev/null || return 1
   local options="-o DPkg::Lock::Timeout=300 -o Acquire::Retries=3"
@@ -62,11 +68,11 @@ apt_command() {
 }
 
 has_clang() {
-  # Xcode's stub is there before Xcode's tools are, so the compiler has to answer.
+  # macOS has a clang that only offers to install Xcode's tools, so the compiler has to answer.
   if clang --version >/dev/null 2>&1; then return 0; fi
   local found
   found=$(versioned_clang) || return 1
-  # Only a clang with a version in its name: make, demo and tests find it as clang in .venv/bin.
+  # The only compiler is called clang-NN: make, demo and tests find it as clang in .venv/bin.
   mkdir -p "$VENV/bin" && ln -sf "$found" "$VENV/bin/clang"
 }
 
@@ -78,7 +84,7 @@ versioned_clang() {
   return 1
 }
 
-# A driver, and the library that finds drivers, which is a package of its own.
+# A driver, and the library that finds drivers, which is a separate package.
 has_opencl() {
   [ "$(uname)" = Darwin ] && return
   compgen -G "/etc/OpenCL/vendors/*.icd" >/dev/null &&
@@ -100,7 +106,10 @@ has_venv() {
   "$PYTHON" -c 'import ensurepip, venv' 2>/dev/null
 }
 
+has_git() { command -v git >/dev/null; }
+
 package_clang() { echo clang; }
+package_git() { echo git; }
 package_opencl() { echo pocl-opencl-icd ocl-icd-libopencl1; }
 package_emulator() { echo qemu-user lld libc6-dev-arm64-cross libgcc-12-dev-arm64-cross; }
 package_venv() { "$PYTHON" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])'; }
@@ -121,6 +130,7 @@ complain() {
     sanitizers) what="the kernels' sanitizer tests need clang's runtime library" ;;
     emulator) what="running NEON code here needs an emulator and ARM's libraries" ;;
     venv) what="$PYTHON cannot make virtual environments" ;;
+    git) what="the test of README's commands needs git" ;;
   esac
   if [ "$(uname)" = Darwin ]; then
     echo "$what: type  xcode-select --install  and then run make again." >&2

@@ -30,7 +30,8 @@ from tinyllama.model.counts import (
 from tinyllama.model.layers import named_tensors
 from tinyllama.model.llama import Llama
 from tinyllama.ops.rope import frequencies
-from tinyllama.runtime.storage import buffer_of, settle
+from tinyllama.runtime.fills import finish_background_writes
+from tinyllama.runtime.storage import buffer_of
 from tinyllama.train.memory_estimate import (
     lasting_bytes,
     model_parameters,
@@ -207,7 +208,7 @@ def test_13_the_estimate_equals_what_is_allocated(config):
     weights = expected["weights"] + expected["scales"] + expected["adapters"]
     assert GlobalCounters.mem_used - before == weights
     optimizer = AdamW(trained, config.training)
-    settle()
+    finish_background_writes()
     assert GlobalCounters.mem_used - before == weights + expected["optimizer_state"]
     moments = 8 * parameters(config.model, config.lora).trainable
     assert expected["optimizer_state"] == moments

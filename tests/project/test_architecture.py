@@ -42,6 +42,12 @@ MAY_KNOW = {
     ("system.device", "tinygrad.renderer.cstyle"),
     ("system.gpu_driver", "tinygrad.runtime.autogen"),
 }
+# Attributes by which a tensor, a captured step or a buffer shows how it works inside.
+INSIDE = {"uop", "captured", "jit_cache", "lazydata", "_buf", "_bufs", "va_addr"}
+INSIDE |= {"custom_kernel", "linear_with_vars", "schedule_linear", "has_buffer_identity"}
+# An open device shows its allocator, compiler, runtime and graph. These ask it for its name and its
+# memory.
+MAY_OPEN_DEVICES = ("system.device", "system.memory")
 ENVIRONMENT = {"environ", "environb", "getenv", "putenv", "unsetenv"}
 
 
@@ -145,6 +151,66 @@ def internals(module: str, tree: ast.Module) -> list[str]:
     return found
 
 
+def chains(module: str, tree: ast.Module) -> list[str]:
+    """Expressions of `module` that reach into tinygrad's objects without being allowed to."""
+    if package_of(module) in ("runtime", "ops"):
+        return []
+    imported = tinygrad_names(tree)
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            private = node.attr.startswith("_") and ast.unparse(node.value) in imported
+            if node.attr in INSIDE or private or ast.unparse(node) == "Device.default":
+                found.append(ast.unparse(node))
+        elif isinstance(node, ast.Subscript) and ast.unparse(node.value).endswith("Device"):
+            if module not in MAY_OPEN_DEVICES:
+                found.append(ast.unparse(node))
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "setattr"):
+            name = node.args[1]
+            if isinstance(name, ast.Constant) and name.value in INSIDE:
+                found.append(ast.unparse(node))
+    return found
+
+
+def tinygrad_names(tree: ast.Module) -> set[str]:
+    """The names by which a file knows parts of tinygrad, and devices that it opened."""
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            whole = "" if isinstance(node, ast.Import) else f"{node.module}."
+            for alias in node.names:
+                if f"{whole}{alias.name}.".startswith("tinygrad."):
+                    names.add(alias.asname or alias.name)
+        elif isinstance(node, ast.Assign) and ast.unparse(node.value).startswith("Device["):
+            names |= {ast.unparse(target) for target in node.targets}
+    return names
+
+
+def changes(tree: ast.Module) -> list[str]:
+    """Attributes of tinygrad that a file assigns to."""
+    names = tinygrad_names(tree)
+    for node in ast.walk(tree):  # for module in (jit, schedule): ...
+        if isinstance(node, ast.For) and isinstance(node.iter, ast.Tuple):
+            if {ast.unparse(element) for element in node.iter.elts} & names:
+                names.add(ast.unparse(node.target))
+    found = []
+    for node in ast.walk(tree):
+        targets: list[ast.expr] = []
+        if isinstance(node, ast.Assign):
+            targets = node.targets
+        elif isinstance(node, ast.AugAssign | ast.AnnAssign):
+            targets = [node.target]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "setattr":
+            targets = [ast.Attribute(node.args[0], ast.unparse(node.args[1]))]
+        for target in targets:
+            words = ast.unparse(target)
+            if isinstance(target, ast.Attribute) and (
+                words.startswith("Device[") or any(words.startswith(f"{name}.") for name in names)
+            ):
+                found.append(words)
+    return found
+
+
 def environment_reads(tree: ast.Module) -> list[int]:
     """Lines that reach for the environment, through os or through tinygrad's helpers."""
     lines = []
@@ -190,6 +256,60 @@ def test_an_import_of_the_inside_of_tinygrad_is_found() -> None:
     tree = ast.parse("from tinygrad.uop.ops import UOp\nfrom tinygrad import Tensor\n")
     assert internals("model.llama", tree) == ["tinygrad.uop.ops.UOp"]
     assert internals("ops.rope", tree) == []
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_only_runtime_and_operations_reach_into_tinygrads_objects(module: str) -> None:
+    assert chains(module, parsed(module)) == []
+
+
+@pytest.mark.parametrize(
+    "chain",
+    [
+        "tensor.uop",
+        "tensor.uop.base.buffer",
+        "self.step._whole.captured.linear.src",
+        "Device['CPU'].runtime",
+        "Device[Device.DEFAULT].compiler",
+        "tinygrad.Device['CPU'].graph",
+        "Device['CPU'].allocator.free_cache()",
+        "Device.default.renderer",
+        "Device._opened_devices",
+        "buffer._buf.va_addr",
+        "getattr(tensor, 'uop')",
+        "Tensor.custom_kernel(tensor)",
+    ],
+)
+def test_each_kind_of_chain_into_tinygrad_is_found(chain: str) -> None:
+    tree = ast.parse(f"from tinygrad import Device, Tensor\ndef f(): return {chain}")
+    assert chains("train.step", tree) != []
+    assert chains("runtime.storage", tree) == []
+
+
+def test_what_tinygrad_offers_to_everybody_is_no_chain() -> None:
+    code = "from tinygrad import Device, Tensor\nTensor.empty(3).realize()\nDevice.DEFAULT\nself._x"
+    assert chains("train.step", ast.parse(code)) == []
+
+
+@pytest.mark.parametrize(
+    "module", [m for m in MODULES if not m.startswith("runtime.patches.") and m != "system.device"]
+)
+def test_only_patches_change_tinygrad(module: str) -> None:
+    assert changes(parsed(module)) == []
+
+
+def test_each_kind_of_change_is_found() -> None:
+    for line, found in (
+        ("from tinygrad.engine import jit\njit.jit_lower = f", "jit.jit_lower"),
+        ("import tinygrad.device as d\nd.Device.x += 1", "d.Device.x"),
+        ("cpu = Device['CPU']\ncpu.graph = f", "cpu.graph"),
+        ("Device['CPU'].graph = f", "Device['CPU'].graph"),
+        ("from tinygrad import Tensor\nsetattr(Tensor, 'x', f)", "Tensor.'x'"),
+        ("from tinygrad.engine import jit\nfor m in (jit, jit):\n  m.f = g", "m.f"),
+    ):
+        assert changes(ast.parse(line)) == [found], line
+    assert changes(parsed("runtime.patches.layout")) == ["module.memory_plan_rewrite"]
+    assert changes(ast.parse("from tinygrad import Tensor\nself.x = Tensor\nTensor_x.y = 1")) == []
 
 
 @pytest.mark.parametrize("module", sorted(set(MODULES) - {"system.device"}))

@@ -1,4 +1,4 @@
-"""The Makefile's targets, what make installs or asks for, and what CI runs."""
+"""The Makefile's targets, what make installs or tells the user to install, and what CI runs."""
 
 import os
 import re
@@ -11,8 +11,21 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 TARGETS = re.findall(r"^([a-z0-9-]+):.*## ", MAKEFILE, re.MULTILINE)
-# What tools/system.sh itself calls.
-BASICS = ("bash", "id", "uname", "cut", "mktemp", "tail", "rm", "mkdir", "ln", "cat", "env")
+# What tools/system.sh and .ci/run themselves call.
+BASICS = (
+    "bash",
+    "id",
+    "uname",
+    "cut",
+    "mktemp",
+    "tail",
+    "rm",
+    "mkdir",
+    "ln",
+    "cat",
+    "env",
+    "dirname",
+)
 
 
 def run(
@@ -65,7 +78,7 @@ def test_the_budget_reaches_the_demo() -> None:
     assert "tools/demo.py --budget 300" in run("make", "-n", "demo").stdout
 
 
-def test_the_parts_of_the_demo_take_twenty_seconds_unless_told() -> None:
+def test_the_parts_of_the_demo_take_twenty_seconds_by_default() -> None:
     for part in ("train", "lora", "qlora"):
         found = run("make", "-n", f"llama-demo-{part}").stdout
         assert f"tools/demo_llama.py {part} --budget 20" in found
@@ -78,7 +91,7 @@ def test_files_of_tests_exist() -> None:
     assert len(files) > 10 and [file for file in files if not (ROOT / file).exists()] == []
 
 
-def test_developers_get_a_real_tokenizer_without_what_it_needs_itself() -> None:
+def test_developers_get_a_real_tokenizer_without_its_dependencies() -> None:
     for kind, expected in (("dev", True), ("demo", False)):
         planned = run("make", "-n", "-B", f".venv/.{kind}").stdout
         assert f"--editable '.[{kind}]'" in planned
@@ -93,12 +106,52 @@ def test_slow_tests_exist() -> None:
         assert not name or f"def {name}(" in text, line
 
 
-def test_ci_runs_the_tests_and_a_minute_of_the_demo() -> None:
-    script = ROOT / ".ci" / "run"
-    assert os.access(script, os.X_OK)
-    lines = script.read_text().splitlines()
-    assert "set -euo pipefail" in lines
-    assert lines.index("make test") < lines.index("make demo BUDGET=60")
+def ci_in(
+    folder: Path, bare: Path, make: str, **variables: str
+) -> "subprocess.CompletedProcess[str]":
+    """Run .ci/run in a folder where `make` is the shell script given, with these variables set."""
+    for name in (".ci", "tools"):
+        (folder / name).mkdir(parents=True)
+    shutil.copy(ROOT / ".ci" / "run", folder / ".ci")
+    command(folder / "tools", "system.sh", f'echo "system.sh $*" >> {folder}/commands')
+    command(bare, "make", f'echo "make $*" >> {folder}/commands\n{make}')
+    return subprocess.run(
+        [folder / ".ci" / "run"], env={"PATH": str(bare), **variables},
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+
+
+def test_ci_runs_the_tests_lint_and_a_minute_of_the_demo(bare: Path, tmp_path: Path) -> None:
+    done = ci_in(tmp_path / "clone", bare, "true")
+    assert done.returncode == 0, done.stderr
+    commands = (tmp_path / "clone" / "commands").read_text().splitlines()
+    assert commands[0].startswith("system.sh --required ")
+    assert commands[1:] == ["make test", "make lint", "make demo BUDGET=60"]
+
+
+def test_ci_stops_at_the_first_failure_with_its_exit_code(bare: Path, tmp_path: Path) -> None:
+    assert ci_in(tmp_path / "clone", bare, "exit 3").returncode == 3
+    assert (tmp_path / "clone" / "commands").read_text().count("make") == 1
+
+
+def test_no_variable_of_a_developer_reaches_what_ci_runs(bare: Path, tmp_path: Path) -> None:
+    """Only what finds programs and the network does; HOME is a new, empty folder, later removed."""
+    kept = {"LANG": "C.UTF-8", "CI": "true", "HTTPS_PROXY": "http://a b", "no_proxy": "*"}
+    kept |= {"PIP_INDEX_URL": "http://index", "SSL_CERT_FILE": "/cert"}
+    dropped = {"PYTHONUNBUFFERED": "1", "VIRTUAL_ENV": "/venv", "MAKEFLAGS": "-k", "DEV": "CPU"}
+    home = tmp_path / "home"
+    seen = tmp_path / "seen"
+    files = 'shopt -s nullglob dotglob; cd "$HOME"; echo files: *'
+    look = f"env > {seen}; ({files}) >> {seen}"
+    done = ci_in(tmp_path / "clone", bare, look, **kept, **dropped, HOME=str(home))
+    assert done.returncode == 0, done.stderr
+    found = dict(re.findall(r"^(\w+)=(.*)$", seen.read_text(), re.MULTILINE))
+    empty_home = Path(found.pop("HOME"))
+    assert empty_home != home and not empty_home.exists()
+    assert seen.read_text().endswith("\nfiles:\n")
+    for of_bash in ("PWD", "OLDPWD", "SHLVL", "_"):
+        found.pop(of_bash, None)
+    assert found == {"PATH": str(bare), **kept}
 
 
 def test_a_missing_compiler_ends_with_what_to_type(bare: Path) -> None:
@@ -108,15 +161,25 @@ def test_a_missing_compiler_ends_with_what_to_type(bare: Path) -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_what_tests_can_do_without_is_asked_for_but_not_required(bare: Path) -> None:
-    command(bare, "clang", "[ $1 = --version ]")  # there, but without the sanitizers' library
+def test_what_tests_can_do_without_is_named_but_not_required(bare: Path) -> None:
+    command(bare, "clang", "[ $1 = --version ]")  # answers, but has no sanitizers' library
     done = run("tools/system.sh", "clang", "sanitizers", path=bare)
     assert done.returncode == 0, done.stderr
     assert "the kernels' sanitizer tests need clang's runtime library: type" in done.stderr
     assert run("tools/system.sh", "--required", "sanitizers", path=bare).returncode == 1
 
 
-def test_a_clang_with_its_version_in_its_name_will_do(bare: Path, tmp_path: Path) -> None:
+def test_git_is_needed_by_one_test_and_by_ci(bare: Path) -> None:
+    done = run("tools/system.sh", "git", path=bare)
+    assert done.returncode == 0
+    assert done.stderr.startswith("the test of README's commands needs git: type  sudo apt-get")
+    assert run("tools/system.sh", "--required", "git", path=bare).returncode == 1
+    command(bare, "git", "true")
+    done = run("tools/system.sh", "--required", "git", path=bare)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_clang_with_its_version_in_its_name_is_enough(bare: Path, tmp_path: Path) -> None:
     command(bare, "clang-15", "echo clang version 15")
     done = run("tools/system.sh", "clang", path=bare, venv=str(tmp_path / "venv"))
     assert done.returncode == 0, done.stderr

@@ -1,125 +1,178 @@
-"""The README's commands run, what it names is there, and its tables are the code's own."""
+"""README's commands, typed by a reader: in a fresh clone, with an empty home, in one shell session.
 
-import importlib.util
-import json
+The clone holds the working tree as it is, changes that are not committed included. It makes its own
+.venv with README's commands, so this test needs the package registry; `make readme` runs it alone.
+"""
+
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
-import readme
+import pytest
 
-from tinyllama.config import option_table
 from tinyllama.system import device
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
-# (", smaller" or nothing, "sh" or "python", the lines)
-TESTED = re.findall(r"<!-- tested(, smaller)? -->\n```(\w+)\n(.*?)```", TEXT, re.DOTALL)
-SHELL = "\n".join(re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL))
-# What a reader has and we have not: files the README's examples stand for.
-EXAMPLES = (".demo/", "checkpoints/", "data/", "path/", "text/", "step-")
-
-
-# The sizes of the model that the README's first commands train: what `smaller` blocks run with.
-SMALLER = """
-python() {
-  if [[ "$*" == "-m tinyllama.train configs/"* ]]; then
-    command python "$@" --set model.num_layers=2 --set model.hidden_size=64 \\
-      --set model.num_heads=4 --set model.intermediate_size=128 --set model.vocab_size=512 \\
-      --set data.context_length=64 --set training.batch_size=4 --set training.max_steps=2
-  else
-    command python "$@"
-  fi
+MARK = "<!-- needs a GPU or Llama 2: runs smaller -->"
+BUDGET_SECONDS = 10  # of `make demo`: passed in the environment, so that the command stays as typed
+# Appended to the training commands of marked blocks: the sizes of the demo's model, two steps.
+SMALLER = {
+    "model.num_layers": 3,
+    "model.hidden_size": 256,
+    "model.num_heads": 4,
+    "model.intermediate_size": 1152,
+    "model.vocab_size": 4096,
+    "model.max_seq_len": 256,
+    "data.context_length": 64,
+    "data.val_path": ".demo/val_part.jsonl",
+    "training.batch_size": 4,
+    "training.max_steps": 2,
 }
-"""
+LLAMA_2 = "path/to/Llama-2-7b-hf"  # what the first training of README made stands for it
+STAND_IN = f"mkdir -p {Path(LLAMA_2).parent} && cp -r checkpoints/first/final {LLAMA_2}"
 
 
-def prepare(folder: Path) -> None:
-    """What a reader has: our configurations and tools, and text under the names of the examples."""
-    for name in ("configs", "tools"):
-        (folder / name).symlink_to(ROOT / name)
-    texts = {"train.txt": TEXT, "val.txt": TEXT[-3000:]}
-    texts |= {f"{Path(name).stem}.jsonl": json.dumps({"text": t}) for name, t in texts.items()}
-    for name, text in texts.items():
-        for place in ("data", "text"):
-            (folder / place).mkdir(exist_ok=True)
-            (folder / place / name).write_text(text)
+class Block(NamedTuple):
+    """A fenced block, whether it is marked, and what the text block after it says is printed."""
+
+    marked: bool
+    language: str
+    body: str
+    printed: str
 
 
-def test_the_readmes_blocks_run_one_after_the_other(tmp_path: Path) -> None:
-    """The model that the first one trains stands for the base that others name."""
-    assert TEXT.count("<!-- tested") == len(TESTED) >= 6
-    prepare(tmp_path)
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    env = {k: v for k, v in os.environ.items() if k != "DEV"}  # the README's commands choose
-    env |= {"PATH": path, "PYTHONPATH": str(ROOT)}
-    for smaller, language, block in TESTED:
-        shell = ["bash", "-euo", "pipefail", "-c", (SMALLER if smaller else "") + block]
-        if not any(choice.device != "CPU" for choice in device.available()):
-            block = block.replace("GPU=1 ", "")  # which would be refused
-        done = subprocess.run(
-            shell if language == "sh" else [sys.executable, "-c", f"{block}print(logits.shape)"],
-            cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, f"{block}{done.stdout[-2000:]}{done.stderr[-4000:]}"
-        assert done.stdout.strip(), "a command that shows nothing needs no place in a README"
-        base = tmp_path / "path" / "to" / "Llama-2-7b-hf"
-        if not base.exists():
-            shutil.copytree(tmp_path / "checkpoints" / "tiny" / "final", base)
-    assert (tmp_path / "merged" / "model.safetensors").is_file()
+def blocks(text: str) -> Iterator[Block]:
+    """The sh and python blocks of a Markdown text, in order."""
+    fence = re.compile(r"(<!--[^\n]*-->\n)?```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+    found = [(match[1] or "", match[2], match[3]) for match in fence.finditer(text)]
+    for (mark, language, body), (_, after, printed) in zip(
+        found, [*found[1:], ("", "", "")], strict=True
+    ):
+        if language in ("sh", "python"):
+            yield Block(MARK in mark, language, body, printed if after == "text" else "")
 
 
-def test_the_option_table_is_the_codes_own() -> None:
-    assert option_table().strip() in TEXT
+def smaller(body: str, gpu: bool) -> str:
+    """The commands of a marked block with smaller sizes, and without GPU=1 where there is none."""
+    commands = body.replace("\\\n", " ").splitlines()
+    sizes = "".join(f" --set {key}={value}" for key, value in SMALLER.items())
+    trains = re.compile(r"\btinyllama[ .]train ")
+    smaller = [command + sizes if trains.search(command) else command for command in commands]
+    text = "\n".join(smaller) + "\n"
+    return text if gpu else text.replace("GPU=1 ", "")
 
 
-def test_the_published_figures_stand_beside_the_true_ones_and_why() -> None:
-    assert readme.published_table() in TEXT
+def typed(block: Block, gpu: bool) -> str:
+    """What a reader types for a block."""
+    if block.language == "python":
+        return f"python - <<'END_OF_PYTHON'\n{block.body}END_OF_PYTHON\n"
+    body = smaller(block.body, gpu) if block.marked else block.body
+    return re.sub(r"^make test$", "echo make test runs this test", body, flags=re.MULTILINE)
 
 
-def test_the_generated_parts_are_up_to_date() -> None:
-    assert readme.written(TEXT) == TEXT, "run python tools/readme.py"
+def session(found: list[Block], gpu: bool) -> str:
+    """All blocks as one script that prints a line before each, to tell their output apart."""
+    parts, made = [], False
+    for number, block in enumerate(found):
+        if LLAMA_2 in block.body and not made:
+            parts.append(STAND_IN)
+            made = True
+        parts += [f"echo; echo '== block {number}'", typed(block, gpu)]
+    return "\n".join(parts)
 
 
-def test_a_table_that_differs_is_found() -> None:
-    altered = TEXT.replace("`training.learning_rate` | `0.0003`", "`training.learning_rate` | `1`")
-    assert altered != TEXT
-    assert readme.written(altered) == TEXT
+def is_printed(line: str, output: str) -> bool:
+    """Whether a line of the output is this one, where `...` stands for anything."""
+    pattern = ".*".join(re.escape(part.strip()) for part in line.split("..."))
+    lines = re.split(r"[\r\n]", output)
+    return any(re.fullmatch(pattern, candidate.strip()) for candidate in lines)
 
 
-def test_the_file_list_names_every_file_once() -> None:
-    package = ROOT / "tinyllama"
-    names = [name for line in readme.THE_WAY.values() for name in line.split()]
-    listed = [path for name in names for path in readme.files_of(name)]
-    assert sorted(listed) == sorted(package.rglob("*.py"))
+def expected_lines(block: Block) -> list[str]:
+    """The lines that README says a block prints: in the text after it, or beside a print()."""
+    return block.printed.splitlines() + re.findall(r"^print\(.*\)  # (.+)$", block.body, re.M)
 
 
-def test_files_named_exist() -> None:
-    named = set(re.findall(r"(?<![\w/.-])[\w.-]*\w/[\w./-]*\.\w+", TEXT))
-    named |= {link for link in re.findall(r"\]\(([^)]+)\)", TEXT) if "://" not in link}
-    ours = {name for name in named if not name.startswith(EXAMPLES)}
-    assert len(ours) > 20
-    assert [name for name in sorted(ours) if not (ROOT / name).exists()] == []
+def readers_environment(home: Path) -> dict[str, str]:
+    """As `env -i`: only what finds programs and the network, and not our own .venv."""
+    kept = re.compile(r"LANG|CI|\w+_PROXY|\w+_proxy|PIP_\w+|SSL_\w+")
+    env = {name: value for name, value in os.environ.items() if kept.fullmatch(name)}
+    ours = Path(sys.executable).parent
+    path = [entry for entry in os.environ["PATH"].split(os.pathsep) if Path(entry) != ours]
+    return {**env, "PATH": os.pathsep.join(path), "HOME": str(home)}
 
 
-def test_commands_named_exist() -> None:
-    modules = set(re.findall(r"python -m (tinyllama[.\w]*)", TEXT))
-    assert {"tinyllama.train", "tinyllama.evaluate", "tinyllama.generate"} <= modules
-    assert [m for m in sorted(modules) if importlib.util.find_spec(m) is None] == []
-    targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    named = set(re.findall(r"make ([a-z0-9-]+)", SHELL)) | set(re.findall(r"`make ([\w-]+)", TEXT))
-    assert {"demo", "test"} <= named <= targets
+def fresh_clone(folder: Path, env: dict[str, str]) -> Path:
+    """A clone of a repository whose only commit is the working tree."""
+    repository, clone = folder / "repository.git", folder / "clone"
+    who = ["-c", "user.name=reader", "-c", "user.email=reader@localhost"]
+    tree = [*who, f"--git-dir={repository}", f"--work-tree={ROOT}"]
+    for words in (
+        ["init", "--quiet", "--bare", str(repository)],
+        [*tree, "add", "--all"],
+        [*tree, "commit", "--quiet", "--message", "The working tree"],
+        ["clone", "--quiet", str(repository), str(clone)],
+    ):
+        subprocess.run(["git", *words], cwd=ROOT, env=env, check=True, capture_output=True)
+    return clone
 
 
-def test_options_named_in_commands_exist() -> None:
-    keys = set(re.findall(r"--set (\w+\.\w+)=", SHELL))
-    assert len(keys) > 5
-    assert [key for key in sorted(keys) if f"| `{key}` |" not in option_table()] == []
+@pytest.mark.skipif(shutil.which("git") is None, reason="clones with git")
+def test_every_command_runs_as_a_reader_types_it(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    env = readers_environment(home)
+    clone = fresh_clone(tmp_path, env)
+    found = list(blocks(TEXT))
+    found_here = device.available()
+    gpu = any(not (choice.device == "CPU" or choice.is_opencl_processor) for choice in found_here)
+
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", session(found, gpu)],
+        cwd=clone, env={**env, "BUDGET": str(BUDGET_SECONDS)}, stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=1200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-6000:]
+    outputs = re.split(r"^== block \d+\n", done.stdout, flags=re.MULTILINE)[1:]
+    assert len(outputs) == len(found) >= 9
+    for block, output in zip(found, outputs, strict=True):
+        missing = [line for line in expected_lines(block) if not is_printed(line, output)]
+        assert missing == [], f"{block.body}printed\n{output[-4000:]}"
+    assert (clone / "checkpoints" / "merged" / "model.safetensors").is_file()
+    assert (clone / "checkpoints" / "first" / "loss.png").is_file()
 
 
-def test_the_list_of_make_targets_is_makes_own() -> None:
-    done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() in TEXT
+def test_blocks_run_as_they_stand_but_for_marked_ones_and_make_test() -> None:
+    found = list(blocks(TEXT))
+    for block in found:
+        if block.language == "sh" and not block.marked and "make test" not in block.body:
+            assert typed(block, gpu=False) == block.body
+    marked = [block for block in found if block.marked]
+    assert len(marked) == TEXT.count(MARK) >= 2
+    for block in marked:  # without a GPU or Llama 2 there is no reason to run smaller
+        assert "124m" in block.body or LLAMA_2 in block.body
+    assert sum(bool(expected_lines(block)) for block in found) >= 3
+
+
+def test_marked_commands_are_the_same_with_smaller_sizes_appended() -> None:
+    body = "GPU=1 tinyllama train 7b \\\n  --set a.b=1\ntinyllama generate --model x\n"
+    train, generate = smaller(body, gpu=False).splitlines()
+    assert train.startswith("tinyllama train 7b") and generate == "tinyllama generate --model x"
+    words = shlex.split(train)
+    assert words[3:5] == ["--set", "a.b=1"] and "training.max_steps=2" in words
+    assert smaller(body, gpu=True).startswith("GPU=1 tinyllama train 7b")
+
+
+def test_a_line_that_is_not_printed_is_noticed() -> None:
+    output = "bar 50 %\rbar 100 %\n1,000 parameters, 2 steps\nfinished: step 2, saved a/final\n"
+    assert is_printed("1,000 parameters, 2 steps", output)
+    assert is_printed("finished: step 2, ... a/final", output)
+    assert not is_printed("1,001 parameters, 2 steps", output)
+    assert not is_printed("1,000 parameters", output)

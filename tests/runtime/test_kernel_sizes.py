@@ -14,7 +14,7 @@ from tinyllama.ops.matmul import (
     TN,
     gemm,
 )
-from tinyllama.runtime import kernel
+from tinyllama.runtime.patches import kernel_sizes
 from tinyllama.train.memory_estimate import blank_step, estimate_memory
 
 MODEL = """
@@ -70,12 +70,12 @@ def test_a_second_size_is_not_compiled_again(layout, monkeypatch):
 
 
 def test_sizes_are_put_behind_the_mark_and_nothing_else_changes():
-    code = b"before" + struct.pack("=Q", kernel.MARK) + bytes(16) + b"after"
-    placed = kernel.with_sizes(code, (7, 1 << 40))
-    assert placed == b"before" + struct.pack("=Qqq", kernel.MARK, 7, 1 << 40) + b"after"
-    assert kernel.with_sizes(code, ()) == code
+    code = b"before" + struct.pack("=Q", kernel_sizes.MARK) + bytes(16) + b"after"
+    placed = kernel_sizes.with_sizes(code, (7, 1 << 40))
+    assert placed == b"before" + struct.pack("=Qqq", kernel_sizes.MARK, 7, 1 << 40) + b"after"
+    assert kernel_sizes.with_sizes(code, ()) == code
 
 
 def test_a_kernel_without_a_mark_takes_no_sizes():
-    with pytest.raises(AssertionError, match="one mark"):
-        kernel.with_sizes(b"code", (1,))
+    with pytest.raises(AssertionError, match="exactly one mark"):
+        kernel_sizes.with_sizes(b"code", (1,))

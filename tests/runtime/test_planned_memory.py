@@ -16,15 +16,15 @@ from tinyllama.config import (
     LlamaConfig,
     TrainingConfig,
 )
-from tinyllama.ops import cross_entropy
-from tinyllama.runtime import kernel, layout
+from tinyllama.ops import cross_entropy, forms
+from tinyllama.runtime import layout
 from tinyllama.runtime.layout import (
     BLOCK_BYTES,
     Life,
     placed,
     shared,
-    use_layout,
 )
+from tinyllama.runtime.patches import install
 from tinyllama.train.memory_estimate import estimate_memory
 
 LIVES = st.lists(
@@ -106,7 +106,7 @@ def test_a_step_takes_hardly_more_than_lives_at_once(monkeypatch):
 @pytest.mark.parametrize("slices", [True, False])
 def test_a_captured_step_computes_the_same_in_the_memory_that_it_shares(slices, monkeypatch):
     """Also on devices that know only whole buffers, which the processor's here play."""
-    use_layout()
+    install()
     monkeypatch.setattr(layout, "_has_slices", lambda device: slices)
     rng = np.random.default_rng(2)
     weights = [Tensor(rng.standard_normal((n, m), np.float32)).realize() for n, m in SHAPES]
@@ -133,7 +133,7 @@ def test_a_captured_step_computes_the_same_in_the_memory_that_it_shares(slices, 
 
 @pytest.mark.parametrize("form", ["cpu", "portable"])
 def test_a_slice_of_what_is_in_memory_already_is_read_from_there(form, monkeypatch):
-    use_layout()
+    install()
     tokens, width, vocab = 33, 31, 257
     rng = np.random.default_rng(0)
     x = rng.standard_normal((tokens, width), np.float32)
@@ -142,6 +142,6 @@ def test_a_slice_of_what_is_in_memory_already_is_read_from_there(form, monkeypat
     scores = x.astype(np.float64) @ weight.T
     expected = np.log(np.exp(scores).sum(-1)) - scores[np.arange(tokens), targets]
     monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", 12 * vocab - 1)
-    with kernel.forced(form):
+    with forms.forced(form):
         losses = cross_entropy.token_losses(Tensor(x), Tensor(weight), Tensor(targets).realize())
         np.testing.assert_allclose(losses.numpy(), expected, rtol=1e-5)

@@ -16,15 +16,15 @@ from tinygrad.helpers import Context
 
 from tinyllama.config import TrainingConfig
 from tinyllama.model.llama import Llama
-from tinyllama.runtime import storage
-from tinyllama.runtime.memory import HUGE_PAGE_BYTES
+from tinyllama.runtime import fills, storage
+from tinyllama.runtime.fills import finish_background_writes, wait_for_fills
+from tinyllama.runtime.patches import install
+from tinyllama.runtime.patches.huge_pages import HUGE_PAGE_BYTES
 from tinyllama.runtime.storage import (
-    begin_zero,
     fill_zero,
     read,
-    settle,
-    wait_for_fills,
     write,
+    zero_in_background,
 )
 from tinyllama.system.memory import resident_bytes
 from tinyllama.train.optimizer import AdamW
@@ -41,7 +41,7 @@ def tensors(count: int, bytes_each: int) -> list[Tensor]:
 
 
 @needs_huge_pages
-def test_tensors_side_by_side_are_had_in_few_pages():
+def test_tensors_side_by_side_lie_in_few_pages():
     some = tensors(32, HUGE_PAGE_BYTES * 3 // 2)
     for tensor in some:
         fill_zero(tensor)
@@ -82,50 +82,50 @@ def test_a_system_without_memory_is_an_error_that_tinygrad_knows(take, monkeypat
     def none_left(*_):
         raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
-    storage.use_huge_pages()
-    monkeypatch.setattr("tinyllama.runtime.memory._Regions.take", none_left)
+    install()
+    monkeypatch.setattr("tinyllama.runtime.patches.huge_pages._Regions.take", none_left)
     with pytest.raises(MemoryError, match=r"Cannot allocate memory|failed on CPU"):
         take(Tensor.empty(3 << 20, dtype=dtypes.float64))
 
 
 def test_nothing_is_written_before_touching_has_ended(monkeypatch):
     def touch_late(memories: list[np.ndarray]) -> None:
-        storage._enough.wait(10)
+        fills._stop_touching.wait(10)
         time.sleep(0.1)
         for memory in memories:
             memory[...] = 0
 
-    monkeypatch.setattr(storage, "_touch", touch_late)
+    monkeypatch.setattr(fills, "_touch", touch_late)
     tensor = tensors(1, 8 << 20)[0]
-    begin_zero([tensor])
+    zero_in_background([tensor])
     write(tensor, np.ones(tensor.shape, np.float32))
     time.sleep(0.2)
     assert (read(tensor) == 1).all()
 
 
 def test_touching_ends_when_it_is_asked_to(monkeypatch):
-    monkeypatch.setattr(storage, "TOUCH_BYTES", 4096)
-    begin_zero(tensors(1, 2 << 30))  # takes seconds
+    monkeypatch.setattr(fills, "TOUCH_BYTES", 4096)
+    zero_in_background(tensors(1, 2 << 30))  # takes seconds
     wait_for_fills()
     before = resident_bytes()
-    settle()
+    finish_background_writes()
     assert resident_bytes() - before < 1 << 30
 
 
 def test_memory_is_had_before_it_is_used():
     before = resident_bytes()
-    begin_zero(tensors(1, 64 << 20))
+    zero_in_background(tensors(1, 64 << 20))
     wait_for_fills()
-    for thread in storage._touching:
+    for thread in fills._touching:
         thread.join()
     assert resident_bytes() - before > 60 << 20
-    settle()
+    finish_background_writes()
 
 
 def test_weights_are_made_while_tinygrad_lets_nobody_ask_for_memory():
     """It forbids that to every thread while it generates code on one."""
     ready = threading.Event()
-    storage.later(partial(ready.wait, 10), [])
+    storage.fill_in_background(partial(ready.wait, 10), [])
     model = Llama(SQUARE, seed=None)
     model.initialize_later(1)
     optimizer = AdamW(model.state_dict(), TrainingConfig())

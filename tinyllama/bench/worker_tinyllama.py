@@ -66,9 +66,9 @@ class OurContender:
 
     def kernels(self) -> int:
         """Kernels one step launches; tinygrad's own counter takes a graph of many for one."""
-        calls = self.train._whole.captured.linear.src
-        graphs = [call.src[0] for call in calls if call.src[0].op.name == "CUSTOM_FUNCTION"]
-        return len(calls) - len(graphs) + sum(len(graph.src[0].src) for graph in graphs)
+        from tinyllama.runtime.capture import kernel_count
+
+        return kernel_count(self.train._whole)
 
 
 def build(spec: Spec) -> Contender:

@@ -88,7 +88,7 @@ def run(options: argparse.Namespace) -> int:
     check_files(config)
     notices = [notice] if (notice := defaults_notice(config)) else []
     say(*notices)  # planning such a run takes a while
-    config, step, report = fit(with_base(config), force=options.force)
+    config, step, report = fit(with_base(config, to_stderr), force=options.force)
     say(report)
     trainer = Trainer(
         config, resume=resume, budget_seconds=options.budget, show=not options.quiet, planned=step

@@ -40,8 +40,9 @@ SECTIONS: dict[str, type] = {
     "qlora": QloraConfig,
 }
 OPTIONAL_SECTIONS = ("lora", "qlora")
-# These may differ from the base checkpoint's; the other keys of [model] are shapes of its weights.
-_FREE_OF_WEIGHTS = ("max_seq_len", "rope_theta", "rms_norm_eps")
+# Keys of [model] that may differ from those of a base checkpoint; the others are shapes of its
+# weights.
+OVERRIDABLE = ("max_seq_len", "rope_theta", "rms_norm_eps")
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class Config:
             mine = getattr(self.model, name)
             if key not in self.given and mine == default:
                 continue
-            if name in _FREE_OF_WEIGHTS:
+            if name in OVERRIDABLE:
                 sizes[name] = mine
             elif mine != sizes[name]:
                 must_be = f"{shown(sizes[name])} as in {source}"
@@ -113,6 +114,15 @@ class Config:
         if problems:
             raise ConfigError("\n".join(problems))
         return config
+
+    def overridden(self, found: LlamaConfig, source: str) -> list[str]:
+        """One line for each value of a base, as read from `source`, that this one overrides."""
+        return [
+            f"{self.where(f'model.{name}')}: {shown(getattr(self.model, name))} is used instead of "
+            f"{shown(getattr(found, name))}, which {source} has"
+            for name in OVERRIDABLE
+            if getattr(self.model, name) != getattr(found, name)
+        ]
 
     def values(self) -> dict[str, Any]:
         """Every option of every section that is present, by dotted key."""
@@ -141,7 +151,7 @@ def defaults_notice(config: Config) -> str | None:
 
 
 def option_table() -> str:
-    """Every option as a Markdown table, for the README."""
+    """Every option as a Markdown table, for docs/options.md."""
     lines = ["| key | default | allowed | what it is |", "|---|---|---|---|"]
     for name, cls in SECTIONS.items():
         lines += markdown_rows(options_of(name, cls))

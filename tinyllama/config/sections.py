@@ -174,6 +174,11 @@ class DataConfig:
     tokenizer_vocab_size: Count | None = option(
         None, "vocabulary of a tokenizer that is trained; when not set, model.vocab_size"
     )
+    replace_tokenizer: bool = option(
+        False,
+        "allow another tokenizer than that of model.base, whose embeddings then mean nothing until "
+        "they are trained anew; for training the whole model, not for adapters",
+    )
     train_on: Literal["all", "assistant", "last"] = option(
         "all",
         "which tokens of a conversation are trained on: all, the assistant's, or its last answer's;"

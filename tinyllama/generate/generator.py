@@ -19,7 +19,7 @@ from tinyllama.model.llama import Block, Function, Llama
 from tinyllama.runtime.capture import captured
 from tinyllama.runtime.kernel import in_memory
 from tinyllama.runtime.stage import Stage
-from tinyllama.runtime.storage import Inputs
+from tinyllama.runtime.storage import Inputs, alias
 
 __all__ = ["PROMPT_CHUNK", "Generator", "Sampling"]
 
@@ -109,7 +109,7 @@ class Generator:
 
         def build() -> list[Tensor]:
             # Other Tensors of the same memory: assigning to a cache would change the one given.
-            return [in_memory(function(module, *(Tensor(part.uop) for part in inputs)))]
+            return [in_memory(function(module, *(alias(part) for part in inputs)))]
 
         weights = [tensor for _, tensor in named_tensors(module)]
         key = (function.__qualname__, structure(module))

@@ -34,10 +34,10 @@ from tinyllama.ops.cross_entropy import linear_cross_entropy
 from tinyllama.ops.matmul import linear
 from tinyllama.ops.rope import rope, tables
 from tinyllama.ops.swiglu import swiglu
+from tinyllama.runtime.fills import finish_background_writes
 from tinyllama.runtime.storage import (
-    later,
+    fill_in_background,
     read,
-    settle,
     write,
     write_new,
 )
@@ -171,12 +171,14 @@ class Llama:
             self.lm_head = Linear(config.hidden_size, config.vocab_size)
         if seed is not None:
             self.initialize_later(seed)
-            settle()
+            finish_background_writes()
 
     def initialize_later(self, seed: int) -> None:
-        """Give every weight its first value on another thread (runtime/storage.later)."""
+        """Give every weight its first value on another thread (runtime/fills.py)."""
         weights = self.state_dict()
-        later(partial(initialize, weights, self.config.num_layers, seed), weights.values())
+        fill_in_background(
+            partial(initialize, weights, self.config.num_layers, seed), weights.values()
+        )
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """tokens (B, T) int32 -> logits (B, T, vocab) float32."""

@@ -1,8 +1,8 @@
 """Compiling C kernels on every core while the graph that uses them is still being built.
 
-tinygrad compiles one kernel after another, when a captured step is complete. Here clang starts as
-soon as a piece of the step is known, and its object is put into tinygrad's own compile cache, where
-tinygrad then finds it.
+tinygrad compiles one kernel after another once a captured step is complete. Here clang starts as
+soon as a piece of the step is known, and the object is put into tinygrad's own compile cache, where
+tinygrad later finds it.
 """
 
 import functools
@@ -13,45 +13,42 @@ from functools import partial
 from typing import Any
 
 from tinygrad import TinyJit
-from tinygrad.device import Device
-from tinygrad.engine import jit
 from tinygrad.engine.realize import capturing
-from tinygrad.helpers import Context, diskcache_get, diskcache_put
+from tinygrad.helpers import diskcache_get, diskcache_put
 
-from tinyllama.runtime import storage
+from tinyllama.runtime import fills
+from tinyllama.runtime.cpu import cpu_device
 
 _started: dict[str, "Future[bytes] | None"] = {}
 
 
 def start(sources: Iterable[str]) -> None:
-    """Begin to compile kernels' sources that the cache lacks, if a step is being captured."""
+    """Start to compile the sources that the cache lacks, if a step is being captured."""
     if not (capturing and isinstance(capturing[0], TinyJit)):
-        return  # only its memory is planned (ops/plan.py)
+        return  # nothing will run: only the step's memory is planned (runtime/plan.py)
     for code in sources:
         if code not in _started:
             _started[code] = _compiled_later(code)
 
 
 def _compiled_later(code: str) -> "Future[bytes] | None":
-    with Context(ALLOW_DEVICE_USAGE=1):
-        compiler: Any = Device["CPU"].compiler
+    compiler = cpu_device().compiler
     if compiler.cachekey is None or diskcache_get(compiler.cachekey, code) is not None:
         return None
     return _pool().submit(compiler.compile, code)
 
 
-def finishing(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, which builds a step to be captured, with all that it started done when it
-    returns: compilations, and the tensors that are still being filled."""
-    _settle_when_lowered()
+def waiting_for_compilers(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, which builds a step to be captured, then waits for what it started: compilers,
+    and threads that fill tensors."""
 
     @functools.wraps(function)
     def run(*args: Any) -> Any:
         result = function(*args)
-        storage.wait_for_fills()
+        fills.wait_for_fills()
         for code, future in _started.items():
             if future is not None:
-                diskcache_put(Device["CPU"].compiler.cachekey, code, future.result())
+                diskcache_put(cpu_device().compiler.cachekey, code, future.result())
                 _started[code] = None
         return result
 
@@ -59,19 +56,6 @@ def finishing(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @functools.cache
-def _settle_when_lowered() -> None:
-    """From here on, what lowers a captured step for its first run ends with `storage.settle`."""
-    lower = jit.jit_lower
-
-    def lower_and_settle(*args: Any) -> Any:
-        lowered = lower(*args)
-        storage.settle()
-        return lowered
-
-    jit.jit_lower = lower_and_settle
-
-
-@functools.cache
 def _pool() -> ThreadPoolExecutor:
-    # Python goes before clang, so that it soon knows all that clang has to do.
-    return ThreadPoolExecutor(os.cpu_count(), "clang", partial(storage.stand_back, 5))
+    # clang gets a lower priority than Python, so that Python finds all the sources soon.
+    return ThreadPoolExecutor(os.cpu_count(), "clang", partial(fills.lower_priority, 5))

@@ -1,95 +1,67 @@
-"""Moving numbers between numpy and a tensor's own memory, without a graph."""
+"""Copying numbers between numpy arrays and the memory of tensors, without a graph."""
 
 import functools
-import mmap
 import os
-import sys
-import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from tinygrad import Tensor, dtypes
-from tinygrad.device import Buffer, Device
+from tinygrad.device import Buffer, BufferSpec, Device
 
-from tinyllama.runtime.memory import allocate_zeros, use_huge_pages
+from tinyllama.runtime import fills
+from tinyllama.runtime.cpu import cpu_device
+from tinyllama.runtime.fills import finish_background_writes
+from tinyllama.runtime.patches import install
 
-_WRITER = "writer"
 NumpyArray = npt.NDArray[Any]
 
 
-# What `begin_zero` writes to between two looks at whether somebody waits.
-TOUCH_BYTES = 16 << 20
+def fill_in_background(fill: Callable[[], None], tensors: Iterable[Tensor]) -> None:
+    """Run `fill`, which writes `tensors`, on another thread while the step's graph is built.
 
-_pending: list[Future[None]] = []
-_touching: list[threading.Thread] = []
-_enough = threading.Event()
-
-
-def later(fill: Callable[[], None], tensors: Iterable[Tensor]) -> None:
-    """Run `fill`, which writes `tensors`, on another thread, while the step's graph is built.
-
-    `settle` waits for it; reading or writing a tensor here and running a captured step do so.
-    The tensors get their memory here: while tinygrad generates code, no thread may ask for any.
+    Functions that read or write a tensor wait for it, and so does a captured step. The tensors are
+    allocated before this returns: while tinygrad generates code, no thread may allocate memory.
     """
     for tensor in tensors:
         buffer_of(tensor)
-    _pending.append(_writer().submit(fill))
-
-
-def wait_for_fills() -> None:
-    """Wait until everything given to `later` is written; an error in it is raised here."""
-    while _pending:
-        _pending.pop(0).result()
-
-
-def settle() -> None:
-    """Wait as `wait_for_fills`, and end what `begin_zero` began: now all tensors may be written."""
-    if threading.current_thread().name.startswith(_WRITER):
-        return  # the writer itself
-    wait_for_fills()
-    _enough.set()
-    while _touching:
-        _touching.pop().join()
-    _enough.clear()
-
-
-@functools.cache
-def _writer() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(1, thread_name_prefix=_WRITER)
-
-
-def stand_back(niceness: int) -> None:
-    """Let other threads go before this one and the processes it starts, where that can be."""
-    if sys.platform == "linux":  # elsewhere it would be the whole process
-        os.nice(niceness)
+    fills.submit(fill)
 
 
 def buffer_of(tensor: Tensor) -> Buffer:
-    """The memory behind a tensor that is a whole buffer, allocated now if it was not."""
-    if tensor.device == "CPU":
-        use_huge_pages()
+    """The memory of a tensor that is a whole buffer, allocated now if it was not."""
+    install()
     buffer = tensor.uop.base.buffer
     assert isinstance(buffer, Buffer), "tensor is spread over several devices"
     return buffer.ensure_allocated()
 
 
-class Inputs:
-    """The tensors that a captured step is called with: the same ones, filled anew each time.
+def memory_key(tensor: Tensor) -> Hashable:
+    """A dictionary key: the same for all tensors of the same memory, whatever their shapes."""
+    key: Hashable = tensor.uop.base
+    return key
 
-    A new tensor of an array's numbers takes tinygrad milliseconds, which small models have not.
+
+def alias(tensor: Tensor) -> Tensor:
+    """Another tensor of the same memory: assigning to it leaves `tensor` as it is."""
+    return Tensor(tensor.uop)
+
+
+class Inputs:
+    """The tensors that a captured step is called with: the same ones, refilled for each call.
+
+    tinygrad needs milliseconds to make a new tensor from an array: much of a small model's step.
     """
 
     def __init__(self) -> None:
         self._tensors: dict[Hashable, Tensor] = {}
 
     def __call__(self, *arrays: NumpyArray) -> list[Tensor]:
-        """Tensors of the arrays' numbers, until the next call with arrays of the same shapes.
+        """Tensors that hold the arrays' numbers until the next call with the same shapes.
 
-        What was called with them before has run when they are filled.
+        They are refilled only when every step that was called with them has run.
         """
         filled = []
         for place, array in enumerate(arrays):
@@ -102,24 +74,24 @@ class Inputs:
 
 
 def write(tensor: Tensor, array: NumpyArray) -> None:
-    """Overwrite a tensor by an array of its shape and item size (bfloat16 as uint16), in place."""
-    settle()
+    """Overwrite a tensor with an array of its shape and item size (uint16 for bfloat16)."""
+    finish_background_writes()
     write_new(tensor, array)
 
 
 def write_new(tensor: Tensor, array: NumpyArray) -> None:
-    """As `write`, for a tensor that nothing given to `later` touches: waits for nothing."""
+    """As `write`, but without waiting: for a tensor that no background thread writes."""
     assert array.shape == tensor.shape and array.itemsize == tensor.dtype.itemsize
     if tensor.device == "CPU":
         _memory(tensor)[...] = array
         return
-    values = np.require(array, requirements=["C", "W"])  # tinygrad asks for writable memory
+    values = np.require(array, requirements=["C", "W"])  # tinygrad requires writable memory
     buffer_of(tensor).copyin(memoryview(values.reshape(-1).view(np.uint8)))  # type: ignore[arg-type]
 
 
 def fill_zero(tensor: Tensor) -> None:
-    """Overwrite a tensor by zeros, in place; on the CPU what has no memory yet gets new memory."""
-    settle()
+    """Overwrite a tensor with zeros; on the CPU one without memory gets new memory instead."""
+    finish_background_writes()
     _fill_zero(tensor)
 
 
@@ -127,24 +99,34 @@ def _fill_zero(tensor: Tensor) -> None:
     if tensor.device != "CPU":
         write_new(tensor, np.zeros(tensor.shape, _numpy_type(tensor)))
         return
-    use_huge_pages()
+    install()
     buffer = tensor.uop.base.buffer
-    if not (isinstance(buffer, Buffer) and allocate_zeros(buffer)):
+    if not (isinstance(buffer, Buffer) and _allocate_zeros(buffer)):
         _memory(tensor)[...] = 0
 
 
-def begin_zero(tensors: Iterable[Tensor]) -> None:
-    """Zeros for new tensors, which nothing has used yet; not waited for, nor does it wait.
+def _allocate_zeros(buffer: Buffer) -> bool:
+    """Give a CPU buffer that has no memory yet new memory, which is zero and untouched.
 
-    On the CPU another thread writes to each of their pages until `settle` is called. The system
-    gives a page out when it is first written to, which takes 0.1 to 4 s a GB: time that a core had
-    better spend while Python builds the step than in the first step.
+    False, with nothing done, where the buffer has memory or the system may not clear it.
+    """
+    if buffer.is_initialized() or os.name != "posix":
+        return False
+    # allocator.alloc would reuse freed memory, which is not zero.
+    buffer.allocate(cpu_device().allocator._alloc(buffer.nbytes, BufferSpec()))
+    return True
+
+
+def zero_in_background(tensors: Iterable[Tensor]) -> None:
+    """Zero new tensors that nothing has used yet, without waiting for other fills.
+
+    On the CPU another thread then touches their pages (`fills.touch`).
     """
     tensors = list(tensors)
     for tensor in tensors:
         if tensor.device == "CPU":
             _fill_zero(tensor)
-    later(functools.partial(_write_zeros, tensors), tensors)
+    fill_in_background(functools.partial(_write_zeros, tensors), tensors)
 
 
 def _write_zeros(tensors: Iterable[Tensor]) -> None:
@@ -155,24 +137,13 @@ def _write_zeros(tensors: Iterable[Tensor]) -> None:
         else:
             _fill_zero(tensor)
     if memories:
-        thread = threading.Thread(target=_touch, args=[memories], daemon=True)
-        thread.start()
-        _touching.append(thread)
-
-
-def _touch(memories: Iterable[NumpyArray]) -> None:
-    stand_back(15)  # whatever else there is to do is waited for
-    for memory in memories:
-        for start in range(0, len(memory), TOUCH_BYTES):
-            if _enough.is_set():
-                return
-            memory[start : start + TOUCH_BYTES : mmap.PAGESIZE] = 0
+        fills.touch(memories)
 
 
 @contextmanager
 def filling(tensor: Tensor) -> Iterator[NumpyArray]:
-    """An array to put a tensor's numbers into, part by part: on the CPU the memory itself."""
-    settle()
+    """An array to fill with a tensor's numbers, part by part: on the CPU the memory itself."""
+    finish_background_writes()
     if tensor.device == "CPU":
         yield _memory(tensor)
         return
@@ -182,11 +153,11 @@ def filling(tensor: Tensor) -> Iterator[NumpyArray]:
 
 
 def read(tensor: Tensor) -> NumpyArray:
-    """A tensor's numbers; on the CPU the memory itself, so it must be used before the next step.
+    """A tensor's numbers. On the CPU this is the memory itself, which the next step may change.
 
-    bfloat16 comes as uint16, since numpy has no such type.
+    bfloat16 is returned as uint16, because numpy has no bfloat16.
     """
-    settle()
+    finish_background_writes()
     return _memory(tensor)
 
 

@@ -36,6 +36,9 @@ INSTALL = {
     "QCOM": "a Qualcomm Adreno GPU (/dev/kgsl-3d0)",
 }
 
+# The version that runtime/patches/ is written for, as pyproject.toml pins it.
+TINYGRAD = "0.13.0"
+
 
 @dataclass(frozen=True)
 class DeviceChoice:
@@ -92,6 +95,7 @@ def select(
     that tinygrad would refuse. With `threads`, CPU kernels are split over that many. Raises
     DeviceError, naming what is available and what to install.
     """
+    check_tinygrad()
     candidates, reason = wanted(environ)
     if threads is not None:
         set_thread_variable(environ, threads)
@@ -265,3 +269,25 @@ def amx_enabled() -> bool:
 def kernels_enabled() -> bool:
     """False when TINYLLAMA_KERNELS=0 selects the portable form of every operation."""
     return os.environ.get("TINYLLAMA_KERNELS", "1") != "0"
+
+
+@functools.cache
+def check_tinygrad() -> None:
+    """Raise DeviceError for a tinygrad that is not TINYGRAD, unless TINYLLAMA_ANY_TINYGRAD=1."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        found = version("tinygrad")
+    except PackageNotFoundError:
+        found = "of an unknown version"
+    if found != TINYGRAD and os.environ.get("TINYLLAMA_ANY_TINYGRAD", "") != "1":
+        raise DeviceError(
+            f"tinygrad {found} is installed, must be {TINYGRAD}, which our patches of it are "
+            f"written for: `pip install tinygrad=={TINYGRAD}`"
+        )
+
+
+def patches_off() -> tuple[str, ...]:
+    """Names of the patches of tinygrad that TINYLLAMA_PATCHES_OFF="name,name" switches off."""
+    names = os.environ.get("TINYLLAMA_PATCHES_OFF", "").split(",")
+    return tuple(name.strip() for name in names if name.strip())

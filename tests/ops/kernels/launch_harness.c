@@ -7,7 +7,7 @@
 #include <string.h>
 
 #define KERNEL launch
-#include "../../../tinyllama/ops/cpu/launch.c"
+#include "../../../tinyllama/runtime/launch.c"
 
 enum { KERNELS = 60, PARTS = 9, THREADS = 7, RUNS = 5 };
 
