@@ -18,6 +18,7 @@ from tinyllama.errors import (
     DataError,
     TokenizerError,
     naming,
+    reason,
 )
 from tinyllama.formats.huggingface import open_folder
 from tinyllama.system import device
@@ -52,7 +53,7 @@ def check_files(config: Config) -> None:
             pass
     except OSError as error:
         raise CheckpointError(
-            f"checkpointing.checkpoint_dir: {folder} cannot be written: {error.strerror}"
+            f"checkpointing.checkpoint_dir: {folder} cannot be written: {reason(error)}"
         ) from error
 
 
@@ -110,7 +111,7 @@ def without_effect(config: Config, sequences: int, steps: int) -> list[str]:
 
 
 # Options that change no loss of a step, or are compared elsewhere (the text by its digest).
-_FREE_OF_NUMBERS = ("checkpointing.", "data.", "model.base", "training.eval_every")
+_FREE_OF_NUMBERS = ("checkpointing.", "data.", "model.base", "training.eval_")
 _MICRO_BATCH, _BATCH = "training.micro_batch_size", "training.batch_size"
 
 
