@@ -64,7 +64,7 @@ def cases(bf16_products: bool) -> dict[str, str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", default="", metavar="WORD", help="only rows with WORD in their name")
+    parser.add_argument("--only", default="", metavar="WORD", help="only rows with that word")
     parser.add_argument("--peer-python", help="Python with PyTorch, transformers, peft")
     parser.add_argument("--plot", action="store_true", help="measure nothing, draw again")
     options = parser.parse_args(arguments)
