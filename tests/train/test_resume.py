@@ -30,7 +30,8 @@ from tinyllama.errors import (
 from tinyllama.system import device
 from tinyllama.system.files import held
 from tinyllama.tokenizers.sentencepiece import train_tokenizer
-from tinyllama.train.checkpoint import read_state, step_name
+from tinyllama.train.checkpoint import read_state, step_name, write_state
+from tinyllama.train.manifest import write_manifest
 from tinyllama.train.prepare import (
     differences,
     find_tokenizer,
@@ -288,7 +289,7 @@ def stopping_at(run, step):
     """A stand-in for stopping_on_signals: a signal comes during the validation after `step`."""
 
     @contextmanager
-    def stopping_on_signals(told):
+    def stopping_on_signals(*_):
         yield lambda: run.step >= step
 
     return stopping_on_signals
@@ -317,14 +318,47 @@ def test_a_run_that_goes_on_otherwise_says_in_what(tmp_path, capsys, monkeypatch
     words = ["train", config_file(run), "--quiet", "--resume", "--set", "training.max_steps=5"]
     assert cli(*words, "--set", "training.batch_size=6", "--threads", "1") == 0
     shown = capsys.readouterr().out.splitlines()
-    (told,) = [line for line in shown if " was trained otherwise" in line]
+    (told,) = [line for line in shown if " was trained with other options" in line]
     threads = read_state(run / step_name(4))["made_with"]["threads"]
     assert told == (
-        f"{run / step_name(4)} was trained otherwise, so the losses are not those of a run that was"
-        " never stopped: threads is 1, was "
+        f"{run / step_name(4)} was trained with other options, so the losses are not those of a run"
+        " that was never stopped: threads is 1, was "
         f"{threads}; training.batch_size is 6, was 12; training.max_steps is 5, was nothing"
     )
     device.set_threads(threads)
+
+
+@pytest.mark.parametrize("written", ["now", "by an older version"])
+def test_a_plain_resume_says_nothing(tmp_path, capsys, written):
+    """cases/25: the micro-batch was compared after it had been filled in."""
+    run = part_of(finished_run(), tmp_path / "run", step_name(4))
+    made_with = read_state(run / step_name(4))["made_with"]
+    assert made_with["training.micro_batch_size"] == made_with["training.batch_size"] == 12
+    if written != "now":
+        edit_made_with(run / step_name(4), {"training.micro_batch_size": None}, ("data.train_on",))
+    words = ["train", config_file(run), "--quiet", "--resume", "--set", "training.max_steps=5"]
+    edit_made_with(run / step_name(4), {"training.max_steps": 5})
+    assert cli(*words) == 0
+    assert "other options" not in "".join(capsys.readouterr())
+
+
+def edit_made_with(checkpoint, changes, dropped=()):
+    """Change what a checkpoint says it was made with; its manifest follows."""
+    state = read_state(checkpoint)
+    made_with = state["made_with"] | changes
+    state["made_with"] = {k: v for k, v in made_with.items() if k not in dropped}
+    write_state(checkpoint, state)
+    (checkpoint / "manifest.json").unlink()
+    write_manifest(checkpoint, {})
+
+
+def test_parts_of_the_batch_that_differ_are_said_as_they_were(tmp_path):
+    run = part_of(finished_run(), tmp_path / "run", step_name(4)) / step_name(4)
+    says = differences(configuration(tmp_path / "other", "training.micro_batch_size=4"), run)
+    assert says.endswith("never stopped: training.micro_batch_size is 4, was 12")
+    assert differences(configuration(tmp_path, "training.micro_batch_size=12"), run) is None
+    other = differences(configuration(tmp_path, "training.batch_size=6"), run)
+    assert other.endswith("never stopped: training.batch_size is 6, was 12")
 
 
 def test_a_run_that_goes_on_as_it_was_says_nothing(tmp_path):
@@ -333,6 +367,51 @@ def test_a_run_that_goes_on_as_it_was_says_nothing(tmp_path):
     assert trainer(configuration(tmp_path / "run", *places), resume=run).notices() == []
     (tmp_path / "training_state.json").write_text('{"step": 2}')  # as it was before
     assert differences(configuration(tmp_path / "run"), tmp_path) is None
+
+
+def rows_of(run):
+    """The trained rows that a run takes from now on, as bytes; the list grows with each step."""
+    rows, following = [], run.batches.next
+
+    def noting():
+        batch = following()
+        trained = (batch.targets >= 0).any(1)
+        rows.extend(row.tobytes() for row in batch.tokens[trained])
+        return batch
+
+    run.batches.next = noting
+    return rows
+
+
+@pytest.mark.parametrize("size", [24, 4])
+def test_with_another_batch_size_every_window_is_still_trained_once_per_epoch(tmp_path, size):
+    """cases/07: the steps left were those of the former size, the schedule as wrong."""
+    whole, at = finished_run(), steps_per_epoch() + 2
+    sized = [f"training.batch_size={size}", VALIDATED]
+    run = trainer(configuration(tmp_path / "run", *sized), resume=whole / step_name(at))
+    same = trainer(configuration(tmp_path / "same", VALIDATED), resume=whole / step_name(at))
+    rows, expected = rows_of(run), rows_of(same)
+    assert run.run().finished and same.run().finished
+    assert sorted(rows) == sorted(expected) and len(rows) == run.batches.n_windows - 2 * 12
+    found = numbers(tmp_path / "run")
+    assert list(found) == list(range(at + 1, at + 1 + -(-len(rows) // size)))
+    rates = [line["lr"] for line in found.values()]
+    former = numbers(whole)[at]["lr"]
+    assert rates[-1] == pytest.approx(1e-4) and former > rates[0] > rates[-1]
+    assert all("val_loss" not in line for line in list(found.values())[:-1])
+
+
+def test_a_run_with_another_batch_size_is_resumed_bit_for_bit_too(tmp_path):
+    whole = finished_run() / step_name(steps_per_epoch() + 1)
+    sized = ["training.batch_size=4", "checkpointing.save_every=1"]
+    train(configuration(tmp_path / "run", *sized), resume=whole)
+    middle = tmp_path / "run" / step_name(steps_per_epoch() + 5)
+    again = trainer(configuration(tmp_path / "again", *sized), resume=middle)
+    assert again.notices() == []
+    again.run()
+    found, expected = numbers(tmp_path / "again"), numbers(tmp_path / "run")
+    assert found == {s: x for s, x in expected.items() if s > steps_per_epoch() + 5}
+    assert same_weights_and_moments(tmp_path / "again" / "final", tmp_path / "run" / "final")
 
 
 def test_resuming_where_nothing_was_saved_is_an_error(tmp_path):

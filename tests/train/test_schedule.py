@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinyllama.config import LRScheduleConfig
-from tinyllama.train.schedule import learning_rate
+from tinyllama.train.schedule import Place, learning_rate
 
 
 def schedule(kind, warmup, min_lr):
@@ -77,3 +77,57 @@ def test_rate_rises_to_the_peak_then_never_rises_and_stays_between(
     assert all(rate >= peak * share - tiny for rate in after)
     if len(after) > 1 and kind != "constant":
         assert after[-1] == pytest.approx(peak * share, abs=tiny)
+
+
+def place(step, epoch, window, max_steps=None):
+    """In three epochs of 43 windows, as cases/07 has them."""
+    return Place(step, epoch, window, 43, 3, max_steps)
+
+
+def test_steps_left_follow_from_the_windows_left():
+    assert place(0, 0, 0).total_steps(4) == 33
+    assert place(13, 1, 8).total_steps(4) == 33
+    assert place(13, 1, 8).total_steps(8) == 13 + 5 + 6  # 35 windows, then 43
+    assert place(13, 1, 8).total_steps(2) == 13 + 18 + 22
+    assert place(13, 1, 8).total_steps(35) == 13 + 1 + 2
+    assert place(22, 2, 0).total_steps(4) == 33
+    assert place(33, 3, 0).total_steps(4) == place(33, 3, 0).total_steps(8) == 33
+    assert place(60, 5, 7).total_steps(4) == 60  # fewer epochs are wanted than were trained
+
+
+def test_a_limit_of_steps_is_one_of_the_whole_run():
+    assert place(13, 1, 8, max_steps=20).total_steps(2) == 20
+    assert place(13, 1, 8, max_steps=30).total_steps(8) == 24
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear"])
+@pytest.mark.parametrize("batch_size", [2, 8])
+def test_with_another_batch_size_the_rate_goes_on_from_where_it_was_to_min_lr(kind, batch_size):
+    chosen, here = schedule(kind, 4, 0.1), place(13, 1, 8)
+    before = learning_rate(13, 33, 1.1, chosen)
+    anchor, total = here.anchor(4, chosen, None), here.total_steps(batch_size)
+    assert learning_rate(13, total, 1.1, chosen, anchor) == pytest.approx(before, rel=1e-12)
+    assert learning_rate(total, total, 1.1, chosen, anchor) == pytest.approx(0.1, rel=1e-12)
+    assert anchor.share == pytest.approx(9 / 29)
+    half = 13 + (total - 13) / 2  # of the steps left: half of what is left of the way
+    share = 1 - (1 - 9 / 29) / 2
+    height = (1 + math.cos(math.pi * share)) / 2 if kind == "cosine" else 1 - share
+    assert learning_rate(half, total, 1.1, chosen, anchor) == pytest.approx(0.1 + height)
+
+
+def test_a_second_change_of_the_batch_size_goes_on_from_the_first():
+    chosen = schedule("linear", 0, 0.0)
+    first = place(13, 1, 8).anchor(4, chosen, None)
+    total = place(13, 1, 8).total_steps(8)
+    later = place(18, 2, 0)  # all of the second epoch, five steps later
+    assert later.total_steps(8) == total == 24
+    second = later.anchor(8, chosen, first)
+    rate = learning_rate(18, total, 1.0, chosen, first)
+    assert learning_rate(18, later.total_steps(2), 1.0, chosen, second) == pytest.approx(rate)
+    assert second.share == pytest.approx(first.share + (1 - first.share) * 5 / 11)
+
+
+def test_a_warm_up_that_is_not_over_goes_on():
+    chosen = schedule("cosine", 20, 0.1)
+    assert place(13, 1, 8).anchor(4, chosen, None) is None
+    assert place(20, 1, 36).anchor(4, chosen, None).share == 0

@@ -82,7 +82,7 @@ def run(options: argparse.Namespace) -> None:
         config = with_micro_batch_of(resume, config)
     print(choice.line(), flush=True)
     check_files(config)
-    config, step, report = fit(with_base(config), force=options.force)
+    config, step, report = fit(with_base(config, to_stderr), force=options.force)
     print(report, flush=True)
     trainer = Trainer(
         config, resume=resume, budget_seconds=options.budget, show=not options.quiet, planned=step

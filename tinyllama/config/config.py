@@ -40,8 +40,9 @@ SECTIONS: dict[str, type] = {
     "qlora": QloraConfig,
 }
 OPTIONAL_SECTIONS = ("lora", "qlora")
-# A checkpoint's weights fit any value of these; the other keys of [model] are its shapes.
-_FREE_OF_WEIGHTS = ("max_seq_len", "rope_theta", "rms_norm_eps")
+# The keys of [model] that may differ from those of a base, whose weights fit any value of them;
+# the others are its shapes.
+OVERRIDABLE = ("max_seq_len", "rope_theta", "rms_norm_eps")
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class Config:
             mine = getattr(self.model, name)
             if key not in self.given and mine == default:
                 continue
-            if name in _FREE_OF_WEIGHTS:
+            if name in OVERRIDABLE:
                 sizes[name] = mine
             elif mine != sizes[name]:
                 must_be = f"{shown(sizes[name])} as in {source}"
@@ -113,6 +114,15 @@ class Config:
         if problems:
             raise ConfigError("\n".join(problems))
         return config
+
+    def overridden(self, found: LlamaConfig, source: str) -> list[str]:
+        """One line for each value of a base, as read from `source`, that this one overrides."""
+        return [
+            f"{self.where(f'model.{name}')}: {shown(getattr(self.model, name))} is used instead of "
+            f"{shown(getattr(found, name))}, which {source} has"
+            for name in OVERRIDABLE
+            if getattr(self.model, name) != getattr(found, name)
+        ]
 
     def values(self) -> dict[str, Any]:
         """Every option of every section that is there, by dotted key."""

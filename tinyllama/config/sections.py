@@ -168,6 +168,11 @@ class DataConfig:
     tokenizer_vocab_size: Count | None = option(
         None, 'vocabulary of a tokenizer made with "train"; when not set, model.vocab_size'
     )
+    replace_tokenizer: bool = option(
+        False,
+        "allow another tokenizer than that of model.base, whose embeddings then mean nothing until "
+        "they are trained anew; for training the whole model, not for adapters",
+    )
     train_on: Literal["all", "assistant", "last"] = option(
         "all",
         "which tokens of a conversation are learned: all (for now this), the assistant's, its last"

@@ -51,6 +51,7 @@ from tinyllama.formats.int4 import (
 from tinyllama.formats.peft import PARTS, AdapterConfig, AdapterFolder
 from tinyllama.formats.safetensors import LazyArray, write_safetensors
 from tinyllama.system.files import atomic_directory, remove_partials
+from tinyllama.tokenizers.sentencepiece import MODEL_FILE, load_tokenizer
 
 Stored = Literal["keep", "fp32", "bf16", "fp16"]
 AS_TRAINED: Literal["as trained"] = "as trained"
@@ -140,6 +141,7 @@ def merge(
     folder = open_folder(base)
     sign = -1.0 if unmerge else 1.0
     parts = [_part(folder, path, sign * weight, check=not unmerge) for path, weight in adapters]
+    _check_tokenizer(base, parts)
     block_size = None if unmerge else _block_size(parts, packing)
     if block_size is not None:
         check_block_size(folder.config, block_size)
@@ -178,6 +180,24 @@ def _part(base: HfFolder, path: str | Path, weight: float, *, check: bool) -> _P
     if check:
         adapter.check_base(base)
     return _Part(adapter, adapter.config(base.config), weight)
+
+
+def _check_tokenizer(base: Path, parts: Sequence[_Part]) -> None:
+    """Raise WeightsError if adapters were trained on other tokens than the base's tokenizer gives.
+
+    Adapters without a digest (PEFT's) and bases without a tokenizer.model cannot be compared.
+    """
+    digests = {part.folder.path: part.config.tokenizer_digest for part in parts}
+    if not any(digests.values()) or not (base / MODEL_FILE).is_file():
+        return
+    own = load_tokenizer(base).vocabulary_digest
+    for path, digest in digests.items():
+        if digest not in (None, own):
+            raise WeightsError(
+                f"{path}: was trained with a tokenizer (vocabulary {digest[:12]}) that is not the "
+                f"one of {base} (vocabulary {own[:12]}), which the merged model would be given: "
+                "train the adapter again with the base's tokenizer"
+            )
 
 
 def _block_size(parts: Sequence[_Part], packing: Packing) -> int | None:

@@ -66,7 +66,8 @@ class AdapterConfig:
     """The adapters of a model: `placed` by the layer's path.
 
     base is the base's folder, base_fingerprint what `fingerprint` gives for it, if known;
-    block_size that of a base which was packed in 4 bits when the adapters were trained on it.
+    block_size that of a base which was packed in 4 bits when the adapters were trained on it,
+    tokenizer_digest that of the vocabulary (`Tokenizer.vocabulary_digest`) they were trained with.
     """
 
     placed: Mapping[str, Placement]
@@ -75,6 +76,7 @@ class AdapterConfig:
     base: str | None = None
     base_fingerprint: str | None = None
     block_size: int | None = None
+    tokenizer_digest: str | None = None
 
     def scale(self, path: str) -> float:
         """What B A of a layer is multiplied by."""
@@ -207,6 +209,7 @@ PARTS = ("lora_A", "lora_B")
 _PREFIX = "base_model.model."
 _FINGERPRINT = "base_fingerprint"
 _BLOCK_SIZE = "base_int4_block_size"
+_TOKENIZER = "tokenizer_vocabulary_sha256"
 _SAMPLE_ELEMENTS = 1024
 
 
@@ -257,8 +260,19 @@ class AdapterFolder:
         dropout = float(self._found.get("lora_dropout") or 0.0)
         rslora, made_for = bool(self._found.get("use_rslora")), self._file.metadata
         return AdapterConfig(
-            placed, rslora, dropout, base, made_for.get(_FINGERPRINT), self.block_size()
+            placed,
+            rslora,
+            dropout,
+            base,
+            made_for.get(_FINGERPRINT),
+            self.block_size(),
+            self.tokenizer_digest,
         )
+
+    @property
+    def tokenizer_digest(self) -> str | None:
+        """Of the vocabulary that the adapters were trained with; None if the folder has none."""
+        return self._file.metadata.get(_TOKENIZER)
 
     def block_size(self) -> int | None:
         """Of the base in 4 bits that the adapters were trained on; None if it was not packed."""
@@ -361,6 +375,8 @@ def save_adapter(
         metadata[_FINGERPRINT] = config.base_fingerprint
     if config.block_size is not None:
         metadata[_BLOCK_SIZE] = str(config.block_size)
+    if config.tokenizer_digest is not None:
+        metadata[_TOKENIZER] = config.tokenizer_digest
     named = {f"{_PREFIX}{name}": source for name, source in tensors.items()}
     return {
         ADAPTER_CONFIG: FileDigest(hashlib.sha256(data).hexdigest(), len(data)),

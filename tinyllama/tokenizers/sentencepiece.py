@@ -13,6 +13,7 @@ breaks that for one character: it writes a space as U+2581, so a real U+2581 cam
 import codecs
 import hashlib
 import io
+import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
@@ -59,12 +60,18 @@ class Tokenizer:
             if piece < 0:
                 raise TokenizerError(f"{source}: the model has no piece for the {name} of a text")
         pieces: list[str] = self._processor.id_to_piece(list(range(self.vocab_size)))
+        self._pieces = pieces
         self._surfaces = self._make_surfaces(pieces)
         # Where a piece can reach over a line end, cutting there would change the ids.
         reaches_over = any("\n" in piece and piece != "\n" for piece in pieces)
         self._cut_chars = _LONGEST_CHARS if reaches_over else _LINES_CHARS
         first: list[str] = self._processor.encode("a", out_type=str)
         self._has_dummy_prefix = first[:1] != [] and first[0].startswith(_SPACE)
+
+    @cached_property
+    def vocabulary_digest(self) -> str:
+        """Hex SHA-256 of the pieces in the order of their ids: what embeddings belong to."""
+        return hashlib.sha256(json.dumps(self._pieces).encode()).hexdigest()
 
     def encode(self, text: str, *, continued: bool = False) -> list[int]:
         """Ids of `text`, without begin and end. `continued`: other text comes before this one,

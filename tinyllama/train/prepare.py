@@ -74,6 +74,11 @@ def supported(config: Config) -> Config:
             "file or --set model.base=DIR, or remove the section to train a whole model"
         )
     t, data = config.training, config.data
+    if config.lora is not None and data.replace_tokenizer:
+        raise ConfigError(
+            f"{config.where('data.replace_tokenizer')}: got true, must be false with [lora]: "
+            "adapters leave the base's embeddings, and so its tokens, as they are"
+        )
     problems = [
         f"{config.where(key)}: {got(value, f'{shown(only)} for now')}"
         for key, value, only in (
@@ -106,6 +111,7 @@ def without_effect(config: Config, sequences: int, steps: int) -> list[str]:
 
 # Options that change no loss of a step, or are compared elsewhere (the text by its digest).
 _FREE_OF_NUMBERS = ("checkpointing.", "data.", "model.base", "training.eval_every")
+_MICRO_BATCH, _BATCH = "training.micro_batch_size", "training.batch_size"
 
 
 def resume_folder(config: Config, asked: str, warn: Callable[[str], None]) -> Path:
@@ -136,13 +142,20 @@ def resume_folder(config: Config, asked: str, warn: Callable[[str], None]) -> Pa
     return folder
 
 
-def with_base(config: Config) -> Config:
-    """The configuration with the sizes of `model.base`, if there is one."""
+def with_base(config: Config, notice: Callable[[str], None] = lambda line: None) -> Config:
+    """The configuration with the sizes of `model.base`, if there is one.
+
+    `notice` is called with a line for each value of the base that the configuration overrides.
+    """
     if config.model.base is None:
         return config
     with naming("model.base"):
         folder = open_folder(config.model.base)
-    return config.with_base(folder.config, str(folder.path / "config.json"))
+    source = str(folder.path / "config.json")
+    config = config.with_base(folder.config, source)
+    for line in config.overridden(folder.config, source):
+        notice(line)
+    return config
 
 
 def with_micro_batch_of(checkpoint: Path, config: Config) -> Config:
@@ -159,36 +172,62 @@ def with_micro_batch_of(checkpoint: Path, config: Config) -> Config:
 def made_with(config: Config) -> dict[str, Any]:
     """What decides a run's numbers beside its text and weights: options, device, threads."""
     options = {k: v for k, v in config.values().items() if not k.startswith(_FREE_OF_NUMBERS)}
+    options[_MICRO_BATCH] = config.training.micro_batch
     found = options | {"device": Device.DEFAULT, "threads": device.threads()}
     return {k: list(v) if isinstance(v, tuple) else v for k, v in found.items()}
 
 
 def differences(config: Config, checkpoint: Path) -> str | None:
-    """What a checkpoint was trained with otherwise than this configuration would, in a line."""
-    was, now = run_folder.read_state(checkpoint).get("made_with"), made_with(config)
-    if was is None:
+    """How a checkpoint's training differs from what this configuration would do, in one line."""
+    saved, now = run_folder.read_state(checkpoint).get("made_with"), made_with(config)
+    if saved is None:
         return None
-    found = [
-        f"{key} is {shown(now.get(key))}, was {shown(was.get(key))}"
-        for key in sorted(was.keys() | now.keys())
-        if was.get(key) != now.get(key)
-    ]
-    told = f"{checkpoint} was trained otherwise, so the losses are not those of a run that was"
-    return f"{told} never stopped: {'; '.join(found)}" if found else None
+    was = {**_defaults(), **saved}
+    if was[_MICRO_BATCH] is None:  # as older checkpoints have it
+        was[_MICRO_BATCH] = was[_BATCH]
+    differing = {key for key in was.keys() | now.keys() if was.get(key) != now.get(key)}
+    if all(made[_MICRO_BATCH] == made[_BATCH] for made in (was, now)):
+        differing.discard(_MICRO_BATCH)  # the whole batch, then and now
+    found = [f"{key} is {shown(now.get(key))}, was {shown(was.get(key))}" for key in differing]
+    begin = f"{checkpoint} was trained with other options, so the losses are not those of a run"
+    return f"{begin} that was never stopped: {'; '.join(sorted(found))}" if found else None
+
+
+def _defaults() -> dict[str, Any]:
+    """What checkpoints that are older than an option were trained with."""
+    return {k: v for k, v in made_with(Config()).items() if k not in ("device", "threads")}
 
 
 def find_tokenizer(config: Config, resume: Path | None, show: bool) -> Tokenizer:
     """The run's tokenizer: the checkpoint's, a file, or one trained on the training text.
 
-    Raises ConfigError if the model has no room for it.
+    Raises ConfigError if the model has no room for it, or its base another one.
     """
     tokenizer = _tokenizer_of(resume, config) if resume else _new_tokenizer(config, show)
+    if resume is None or config.lora is not None:
+        _check_against_base(config, tokenizer)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(
             f"{config.where('model.vocab_size')}: got {config.model.vocab_size}, must be at least"
             f" the tokenizer's {tokenizer.vocab_size} ({config.tokenizer_source})"
         )
     return tokenizer
+
+
+def _check_against_base(config: Config, tokenizer: Tokenizer) -> None:
+    """Raise ConfigError if a base's embeddings are not those of the tokenizer's pieces."""
+    base = config.model.base
+    if base is None or config.data.replace_tokenizer or not (Path(base) / MODEL_FILE).is_file():
+        return
+    with naming("model.base"):
+        own = load_tokenizer(base)
+    if own.vocabulary_digest != tokenizer.vocabulary_digest:
+        raise ConfigError(
+            f"{config.where('data.tokenizer')}: got a tokenizer ({config.tokenizer_source}) whose "
+            f"pieces or ids differ from those of model.base ({base}), must be the base's own, "
+            "which its embeddings were trained with: remove data.tokenizer; to train the whole "
+            "model on another tokenizer, set data.replace_tokenizer = true"
+        )
 
 
 def _new_tokenizer(config: Config, show: bool) -> Tokenizer:

@@ -37,6 +37,7 @@ from tinyllama.train.checkpoint import (
 )
 from tinyllama.train.manifest import Digests
 from tinyllama.train.optimizer import AdamW
+from tinyllama.train.schedule import Anchor
 
 __all__ = ["looks_whole", "read_state", "restore", "save", "step_name"]
 
@@ -108,6 +109,18 @@ def micro_batch_size(folder: Path) -> int | None:
     """The micro_batch_size that a checkpoint was trained with, if it says so."""
     size = read_state(folder).get("micro_batch_size")
     return size if isinstance(size, int) and size > 0 else None
+
+
+def batch_size(state: Mapping[str, Any]) -> int | None:
+    """The batch_size that a checkpoint was trained with, if its state says so."""
+    size = state.get("made_with", {}).get("training.batch_size")
+    return size if isinstance(size, int) and size > 0 else None
+
+
+def schedule_anchor(state: Mapping[str, Any]) -> Anchor | None:
+    """From where the learning rate of a checkpoint went down, if not from its warm-up."""
+    found = state.get("schedule_anchor")
+    return None if found is None else Anchor(int(found["step"]), float(found["share"]))
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from tinyllama.train.prepare import (
     supported,
     without_effect,
 )
-from tinyllama.train.schedule import learning_rate
+from tinyllama.train.schedule import Place, learning_rate
 from tinyllama.train.step import TrainStep
 
 
@@ -75,11 +75,10 @@ class Trainer:
         cache = config.data.cache_dir
         train = prepare(config.data.train_path, self.tokenizer, cache, progress=show)
         self.batches = Batches(train, context, t.batch_size, t.seed)
-        self.total_steps = self.batches.steps_per_epoch * t.num_epochs
-        if t.max_steps is not None:
-            self.total_steps = min(self.total_steps, t.max_steps)
-        self.planned_steps = self.total_steps  # what a time budget shortens
-        self.model, trained, self.adapter = build(self.config, resume)
+        self.model, trained, adapter = build(self.config, resume)
+        if adapter is not None:
+            adapter = replace(adapter, tokenizer_digest=self.tokenizer.vocabulary_digest)
+        self.adapter = adapter
         self.optimizer = AdamW(trained, t)
         around = dropping(self.model, t.seed)
         self.train_step = TrainStep(self.model, self.optimizer, t.accumulation_steps, around)
@@ -91,6 +90,11 @@ class Trainer:
             self.evaluator = Evaluator(self.model, val, context, t.micro_batch)
         self.step = run_folder.restore(resume, self.optimizer, self.batches) if resume else 0
         state = run_folder.read_state(resume) if resume else {}
+        place = self._place()
+        self.total_steps = self.planned_steps = place.total_steps(t.batch_size)
+        self.anchor = run_folder.schedule_anchor(state)
+        if (was := run_folder.batch_size(state)) not in (None, t.batch_size):
+            self.anchor = place.anchor(was, config.lr_schedule, self.anchor)
         # The line of metrics of a step whose validation a signal cut short.
         self._unvalidated: dict[str, Any] | None = state.get("unvalidated")
         if state.get("was_last") and budget_seconds is not None:
@@ -153,6 +157,12 @@ class Trainer:
                 metrics.write(line)
             yield metrics
 
+    def _place(self) -> Place:
+        """Where the run stands in its data, before the next step."""
+        t, at = self.config.training, self.batches.state()
+        epoch, window = int(at["epoch"]), int(at["window"])
+        return Place(self.step, epoch, window, self.batches.n_windows, t.num_epochs, t.max_steps)
+
     def summary(self) -> str:
         """What is about to be trained, in one line."""
         t, context = self.config.training, self.config.context_length
@@ -180,7 +190,8 @@ class Trainer:
         t = self.config.training
         epoch, batch = self.batches.epoch + 1, self.batches.next()
         step = self.step + 1
-        lr = learning_rate(step, self.total_steps, t.learning_rate, self.config.lr_schedule)
+        schedule = self.config.lr_schedule
+        lr = learning_rate(step, self.total_steps, t.learning_rate, schedule, self.anchor)
         clock = time.perf_counter()
         result = self.train_step(_micro_batches(batch, t.micro_batch), step, lr)
         seconds = time.perf_counter() - clock
@@ -293,6 +304,8 @@ class Trainer:
         parts = self.config.training.micro_batch
         state = {"step": self.step, "data": self.batches.state(), "micro_batch_size": parts}
         state |= {"made_with": made_with(self.config)}
+        if self.anchor is not None:
+            state["schedule_anchor"] = asdict(self.anchor)
         if self._unvalidated is None:
             return state
         was_last = self.step >= self.total_steps
