@@ -29,7 +29,7 @@ MAX_ROW_BYTES = 64 << 20  # a row is parsed whole, so it bounds the memory
 
 _BOM = b"\xef\xbb\xbf"
 _SUFFIXES = (".jsonl", ".txt")  # what is read of a folder
-_VALIDATION = {"val.jsonl", "valid.jsonl", "validation.jsonl", "test.jsonl"}
+_VALIDATION = {"val", "valid", "validation", "test"}  # names without their suffix
 _DIGESTS_FILE = "digests.json"
 _SETTLED_SECONDS = 2.0
 
@@ -224,9 +224,10 @@ def _walk(folder: Path) -> list[Path]:
     )
     if not files:
         raise DataError(f"{folder}: the folder holds no {' or '.join(_SUFFIXES)} file")
-    names = {path.name for path in files if path.parent == folder}
-    if "train.jsonl" in names and (held_out := sorted(names & _VALIDATION)):
-        raise DataError(f"{folder}: holds train.jsonl and {held_out[0]}: name the one to read")
+    names = {path.stem: path.name for path in files if path.parent == folder}
+    if "train" in names and (held_out := sorted(names.keys() & _VALIDATION)):
+        both = f"{names['train']} and {names[held_out[0]]}"
+        raise DataError(f"{folder}: holds {both}: name the one to read")
     return files
 
 
