@@ -3,9 +3,9 @@
 python tools/check_tinygrad.py               the pinned version and the newest
 python tools/check_tinygrad.py 0.14.0 0.12.0
 
-Each version gets a virtual environment of its own, in a folder that is removed at the end, and a
-process that trains the same small network on the CPU in plain tinygrad. The processes work in
-turns, so that whatever else the machine does falls on all of them alike.
+Each version gets its own virtual environment, in a folder that is removed at the end, and a process
+that trains the same small network on the CPU in plain tinygrad. The processes take turns, so that
+other load on the machine affects all of them alike.
 """
 
 import argparse
@@ -27,7 +27,7 @@ STEPS, ROUNDS = 3, 5
 
 
 class Worker:
-    """A process that trains with one version of tinygrad when it is told to."""
+    """A process that trains with one version of tinygrad, on request."""
 
     def __init__(self, python: Path) -> None:
         command = [str(python), str(Path(__file__).resolve()), "--worker"]
@@ -57,12 +57,12 @@ class Worker:
         assert self.process.stdout is not None
         line = self.process.stdout.readline().strip()
         if not line:
-            raise RuntimeError("a worker ended; what it said stands above")
+            raise RuntimeError("a worker process ended; its own message is printed above")
         return line
 
 
 def pinned_version() -> str:
-    """The version that pyproject.toml asks for."""
+    """The version that pyproject.toml pins."""
     found = re.search(r'"tinygrad==([^"]+)"', PYPROJECT.read_text(encoding="utf-8"))
     assert found is not None, "pyproject.toml pins tinygrad"
     return found[1]
@@ -79,7 +79,7 @@ def install(version: str, folder: Path) -> Path:
 
 
 def compare(versions: Sequence[str]) -> None:
-    """Print one line a version: median tokens per second, and the ratio to the first version."""
+    """Print one line per version: median tokens per second, and the ratio to the first version."""
     with tempfile.TemporaryDirectory(prefix="tinygrad-") as folder:
         pythons = [install(v, Path(folder) / str(i)) for i, v in enumerate(versions)]
         workers = [Worker(python) for python in pythons]
@@ -98,7 +98,7 @@ def compare(versions: Sequence[str]) -> None:
 
 
 def work() -> None:
-    """The worker: says its version, then trains STEPS steps for each line it reads."""
+    """The worker: prints its version, then trains STEPS steps for each line it reads."""
     from importlib.metadata import version
 
     step = training_step()
@@ -140,7 +140,7 @@ def training_step() -> Any:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0, or 1 where a version cannot be installed or run."""
+    """Exit code 0, or 1 if a version cannot be installed or run."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("versions", nargs="*", default=["newest"], help="beside the pinned one")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)

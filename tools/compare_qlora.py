@@ -2,9 +2,9 @@
 
 python tools/compare_qlora.py --base .demo/run/final --out docs/qlora-quality.md
 
-Trains the same adapters twice with `python -m tinyllama.train`, on the base as it is and on the
-base in 4 bits: same data, same order, same first adapters. Exit code 1 if QLoRA's loss is more than
-2 % higher.
+Trains the same adapters twice with `python -m tinyllama.train`, on the base itself and on the base
+packed into 4 bits, with the same data in the same order and the same initial adapters. Exits with
+code 1 if QLoRA's loss is more than 2 % higher.
 """
 
 import argparse
@@ -27,7 +27,7 @@ ALLOWED = 0.02
 
 
 def held_out_loss(options: argparse.Namespace, folder: Path, extra: Sequence[str]) -> float:
-    """Held-out loss in nats a token after training in `folder` with `extra` settings."""
+    """Held-out loss in nats per token after training in `folder` with `extra` settings."""
     settings = [
         f"model.base={options.base}",
         f"training.max_steps={options.steps}",
@@ -50,10 +50,11 @@ def held_out_loss(options: argparse.Namespace, folder: Path, extra: Sequence[str
 def report(options: argparse.Namespace, plain: float, packed: float) -> str:
     """The result as Markdown."""
     return (
-        f"# QLoRA against LoRA\n\nPrinted by tools/compare_qlora.py: `{options.base}`, rank"
-        f" {options.rank}, {options.steps} steps, groups of {options.block_size}.\n\n"
-        "| base | held-out loss, nats a token |\n|---|---|\n"
-        f"| as it is | {plain:.4f} |\n| int4 | {packed:.4f} |\n\n"
+        "# QLoRA against LoRA\n\nPrinted by tools/compare_qlora.py: adapters of rank"
+        f" {options.rank} on `{options.base}`, {options.steps} steps,\n"
+        f"4-bit groups of {options.block_size}.\n\n"
+        "| base | held-out loss, nats per token |\n|---|---|\n"
+        f"| not packed | {plain:.4f} |\n| 4 bits | {packed:.4f} |\n\n"
         f"Packing the base costs {packed / plain - 1:+.2%} (allowed: {ALLOWED:+.0%}).\n"
     )
 

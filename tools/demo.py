@@ -32,14 +32,14 @@ DEMO = Path(".demo")
 RUN = DEMO / "run"
 MODEL = RUN / "final"
 HELD_OUT = DEMO / "val.jsonl"
-# Validation while training reads one part in so many of each held-out file, since it takes
-# time from the budget; the verdict at the end reads all of them.
+# Validation during training costs time from the budget, so it reads one PART-th of each held-out
+# file; the result at the end is that of all of them.
 PART = 12
 PROMPT = "def "
 
 
 class Stopped(Exception):
-    """A step ended otherwise than well; its exit code is ours."""
+    """A step failed or was stopped; we exit with its exit code."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_demo(budget_seconds: float) -> None:
-    """All steps, in the order of the way of the data."""
+    """All steps, from text to sample."""
     say("1. The text: the source of Python's standard library, 1 file in 20 held out")
     if demo_corpus.main([str(DEMO)]) != 0:
         raise Stopped(2)
@@ -66,11 +66,11 @@ def run_demo(budget_seconds: float) -> None:
     say(f"2. Training {CONFIG} for {budget_seconds:g} seconds")
     tinyllama("train", CONFIG, "--budget", f"{budget_seconds:g}", "--set", f"data.val_path={part}")
     if not MODEL.exists():
-        raise Stopped(130)  # stopped by Ctrl-C: the run says itself how to go on
+        raise Stopped(130)  # stopped by Ctrl-C: the run itself prints how to continue
 
     say("3. Held-out text: every token of it, predicted once")
     cache = ["--cache-dir", str(DEMO / "cache"), "--batch", "8"]
-    # Each token has half a window before it, or all of its file.
+    # With this stride each token has at least half a window of text before it, or all of its file.
     words = ["evaluate", "--model", str(MODEL), "--data", str(HELD_OUT), "--stride", "128", *cache]
     evaluation = json.loads(tinyllama(*words, capture=True))
     gzip_bits = gzip_bits_per_byte(HELD_OUT)
@@ -89,8 +89,8 @@ def say(text: str) -> None:
 
 
 def tinyllama(*words: str, capture: bool = False) -> str:
-    """Run a tinyllama command in a process of its own; returns what it printed, if captured."""
-    # Ctrl-C reaches the child too, which saves what it has; we wait for it to finish.
+    """Run a tinyllama command in its own process; returns what it printed, if captured."""
+    # Ctrl-C reaches the child too, which saves its state; we wait for it to finish.
     previous = signal.signal(signal.SIGINT, lambda number, frame: None)
     try:
         done = subprocess.run(
@@ -111,7 +111,7 @@ def texts(path: Path) -> list[str]:
 
 
 def write_part(held_out: Path, part: Path) -> None:
-    """One part in PART of each held-out text, from its middle, a row each."""
+    """Write one PART-th of each held-out text, from its middle, one row per text."""
     with open(part, "w", encoding="utf-8") as file:
         for text in texts(held_out):
             length = max(1, len(text) // PART)
@@ -120,8 +120,8 @@ def write_part(held_out: Path, part: Path) -> None:
 
 
 def gzip_bits_per_byte(held_out: Path) -> float:
-    """What gzip -9 makes of all held-out files as one stream, which packs tighter than each
-    file by itself."""
+    """gzip -9's bits per byte for all held-out files as one stream, which it packs tighter than
+    the files one by one."""
     data = "".join(texts(held_out)).encode()
     return 8 * len(gzip.compress(data, compresslevel=9)) / len(data)
 
@@ -136,7 +136,7 @@ def draw_curve(evaluation: dict[str, Any], gzip_bits: float) -> None:
 
 
 def report(bits: float, gzip_bits: float, more: float) -> None:
-    """The verdict, with the budget to try if gzip is ahead, and where things lie."""
+    """Print the result, a larger budget to try if gzip is ahead, and where the files are."""
     print(f"this model       {bits:.3f}")
     print(f"gzip -9          {gzip_bits:.3f}   (all held-out files as one stream)")
     if bits < gzip_bits:

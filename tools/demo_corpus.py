@@ -2,8 +2,8 @@
 
 python tools/demo_corpus.py DIR      writes DIR/train.jsonl and DIR/val.jsonl
 
-One row a file, {"text": ..., "path": ...}. One file in 20 is held out, by a hash of its name, so
-that the same files are held out on every machine with the same Python.
+One row per file, {"text": ..., "path": ...}. One file in 20 is held out, chosen by a hash of its
+name, so that every machine with the same Python holds out the same files.
 """
 
 import argparse
@@ -26,7 +26,7 @@ HELD_OUT_ONE_IN = 20
 
 
 def is_held_out(name: str) -> bool:
-    """Whether the file of that name (relative to the library, with /) is for validation."""
+    """Whether the file with that name (relative to the library, with /) is for validation."""
     return int(hashlib.sha256(name.encode()).hexdigest(), 16) % HELD_OUT_ONE_IN == 0
 
 
@@ -40,13 +40,13 @@ def find_names(library: Path) -> list[str]:
 
 
 def write_corpus(library: Path, folder: Path) -> None:
-    """Write both files and print what is in them and what is not."""
+    """Write both files and print what they hold and what was left out."""
     rows: dict[str, list[str]] = {"train": [], "val": []}
     text_bytes = {"train": 0, "val": 0}
     n_empty = n_undecodable = 0
     for name in find_names(library):
         try:
-            with tokenize.open(library / name) as file:  # honours the file's coding line
+            with tokenize.open(library / name) as file:  # honours a "coding:" comment
                 text = file.read()
             text_bytes_here = len(text.encode())
         except (SyntaxError, UnicodeError) as error:

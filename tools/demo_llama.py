@@ -5,8 +5,8 @@
 
 python tools/demo_llama.py train|lora|qlora --budget 20      exit code 1 if a check fails
 
-Adapters must make held-out text likelier than the base did, and the merged model must give the
-loss of base and adapter.
+Adapters must lower the loss on held-out text, and the merged model must have the same loss as base
+and adapter.
 """
 
 import argparse
@@ -44,15 +44,15 @@ ADAPTERS = {
     "training.num_epochs": "20",
 }
 PACKED = {"qlora.quantize_base": "true", "qlora.block_size": "16"}
-MERGED_MAY_DIFFER = 1e-4  # nats a token: sums in another order
+MERGED_MAY_DIFFER = 1e-4  # nats per token: merged weights are summed in another order
 
 
 class Failed(Exception):
-    """A check that did not hold, in words."""
+    """A check that failed; its message says which."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0, 1 where a check fails, and that of a command which fails."""
+    """Exit code 0, 1 if a check fails, or that of a command that fails."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("part", choices=["train", "lora", "qlora"])
     parser.add_argument("--budget", type=seconds, default=20, help="seconds of each training")
@@ -84,7 +84,7 @@ def train_base(budget_seconds: float) -> None:
 
 
 def train_adapters(kind: str, budget_seconds: float) -> None:
-    """Adapters on the base, as it is or packed: train, evaluate, merge, evaluate again."""
+    """Adapters on the base, packed or not: train, evaluate, merge, evaluate again."""
     demo.say(f"{kind} on {BASE} for {budget_seconds:g} seconds")
     write_topics()
     before = held_out_loss(BASE)
@@ -97,18 +97,18 @@ def train_adapters(kind: str, budget_seconds: float) -> None:
 
 
 def trained(name: str, budget_seconds: float, settings: dict[str, str]) -> None:
-    """Train into .demo/llama/NAME, from the beginning."""
+    """Train into .demo/llama/NAME, without resuming."""
     folder = FOLDER / name
     shutil.rmtree(folder, ignore_errors=True)
     settings = {**settings, "checkpointing.checkpoint_dir": str(folder)}
     words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     demo.tinyllama("train", demo.CONFIG, "--budget", f"{budget_seconds:g}", *words)
     if not (folder / "final").exists():
-        raise demo.Stopped(130)  # Ctrl-C: the run says itself how to go on
+        raise demo.Stopped(130)  # Ctrl-C: the run itself prints how to continue
 
 
 def write_topics() -> None:
-    """The chapters of Python's reference that `help()` shows, one in ten held out."""
+    """Write the chapters of Python's reference that `help()` shows, one in ten held out."""
     rows = [json.dumps({"text": text}) for _, text in sorted(pydoc_data.topics.topics.items())]
     for path, is_in in ((TEXT, False), (HELD_OUT, True)):
         chosen = [row for n, row in enumerate(rows) if (n % HELD_OUT_ONE_IN == 0) == is_in]
@@ -132,7 +132,7 @@ def check_falls(losses: Sequence[float]) -> None:
 
 
 def check_adapters(before: float, after: float, merged: float) -> None:
-    """Held-out loss in nats a token: of the base, with its adapters, and of the merged model."""
+    """Held-out loss in nats per token: of the base, with its adapters, and of the merged model."""
     print(f"held-out loss    {before:.4f} base, {after:.4f} with adapters, {merged:.4f} merged")
     if not after < before:
         raise Failed(f"the adapters did not help: {after:.4f}, and {before:.4f} without them")

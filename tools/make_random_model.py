@@ -3,7 +3,7 @@
 python tools/make_random_model.py /tmp/7b --config configs/7b.toml
 python tools/make_random_model.py /tmp/small --set model.hidden_size=256 --dtype float32
 
-Weights are those that a training run with this seed starts from.
+The weights are the ones that a training run with this seed starts from.
 """
 
 import argparse

@@ -1,13 +1,13 @@
 """Break the code on purpose, one place at a time: what share of the changes do the tests notice?
 
-    mutmut changes an operator, a number, a word or an argument; the quick tests that reach the
-    changed function run; a change is killed where one of them fails
+    mutmut changes an operator, a number, a string or an argument; the quick tests that reach the
+    changed function run; the change is killed if one of them fails
 
 python tools/mutants.py                                   exit code 1 below 85 %
-python tools/mutants.py 'tinyllama.lora*' --keep          again for one file, and what survives
+python tools/mutants.py 'tinyllama.model.lora*' --keep    one file again, and what survives
 
-What is changed and by which tests it is held: [tool.mutmut] in pyproject.toml. A change that ends
-in a timeout twice is not counted as killed, since a halted machine would kill like that too.
+[tool.mutmut] in pyproject.toml lists the changed files and the tests. A change whose tests time out
+twice does not count as killed, because a halted machine would look the same.
 """
 
 import argparse
@@ -36,11 +36,11 @@ COLUMNS = ("changes", "killed", "survived", "timeout", "no tests")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0, 1 below the required share, and mutmut's own where it cannot run."""
+    """Exit code 0, 1 below the required share, and mutmut's own if it cannot run."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="PATTERN", help="changes to try (default: all)")
-    parser.add_argument("--children", type=int, default=os.cpu_count(), help="tried at a time")
-    parser.add_argument("--keep", action="store_true", help="keep what an earlier run found")
+    parser.add_argument("--children", type=int, default=os.cpu_count(), help="parallel processes")
+    parser.add_argument("--keep", action="store_true", help="keep the results of earlier runs")
     parser.add_argument("--out", type=Path, help="Markdown file to write")
     options = parser.parse_args(arguments)
     os.chdir(ROOT)
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def mutmut(*words: str, capture: bool = False) -> subprocess.CompletedProcess[str]:
-    """Run a mutmut command on the CPU, which a fork of a process can use."""
+    """Run a mutmut command on the CPU, the one device that a forked process can use."""
     command = [str(Path(sys.executable).with_name("mutmut")), *words]
     env = {**os.environ, "DEV": "CPU"}
     stdout = subprocess.PIPE if capture else None
@@ -75,19 +75,19 @@ def mutmut(*words: str, capture: bool = False) -> subprocess.CompletedProcess[st
 
 
 def results(patterns: Sequence[str]) -> list[tuple[str, str]]:
-    """(change, what became of it) for every change, or for those that a pattern names."""
+    """(change, status) for every change, or for those that a pattern names."""
     found = statuses(mutmut("results", "--all", "true", capture=True).stdout)
     return [x for x in found if not patterns or any(fnmatch(x[0], p) for p in patterns)]
 
 
 def statuses(text: str) -> list[tuple[str, str]]:
-    """(change, what became of it) from the lines that `mutmut results` prints."""
+    """(change, status) from the lines that `mutmut results` prints."""
     lines = (line.strip().rpartition(": ") for line in text.splitlines())
     return [(name, status) for name, _, status in lines if "__mutmut_" in name]
 
 
 def table(found: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
-    """A row for each file and one for all: how many changes, and what became of them."""
+    """One row per file and one for all: the number of changes, in total and by status."""
     counts: dict[str, Counter[str]] = {}
     for name, status in found:
         file = name.partition(".x")[0].replace(".", "/") + ".py"
@@ -103,7 +103,7 @@ def table(found: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
 
 
 def killed_share(found: Iterable[str]) -> float:
-    """The share of changes that a failing test noticed; neither timeouts nor untested ones."""
+    """The share of changes that a failing test noticed; timeouts and untested ones do not count."""
     counts = Counter(found)
     return counts["killed"] / max(1, counts.total())
 
@@ -115,10 +115,10 @@ def report(rows: Sequence[dict[str, str]], share: float) -> str:
     versions = f"mutmut {importlib.metadata.version('mutmut')}, Python {platform.python_version()}"
     return (
         f"# Mutants\n\nPrinted by `make mutants` on {datetime.date.today()} with {versions}:"
-        f" {share:.1%} of the changes are noticed by a failing test (required: {REQUIRED:.0%}).\n"
-        "Timeouts and changes that no test reaches count as unnoticed. mutmut changes the bodies of"
-        " functions and methods;\nproperties, and what stands at the level of a module or a class,"
-        " it leaves alone.\n\n" + "\n".join([*head, *lines]) + "\n"
+        f" {share:.1%} of the changes made a test fail (required: {REQUIRED:.0%}).\n"
+        "Timeouts, and changes that no test reaches, count as unnoticed. mutmut changes the bodies"
+        " of functions and methods,\nbut not properties, nor code at the level of a module or a"
+        " class.\n\n" + "\n".join([*head, *lines]) + "\n"
     )
 
 

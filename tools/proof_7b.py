@@ -3,9 +3,9 @@
 python tools/proof_7b.py --work /tmp/proof-7b --out docs/proof-7b.md
 python tools/proof_7b.py --work /tmp/small --set model.num_layers=3 --steps 2
 
-Writes the weights in shards (13.5 GB of bfloat16), text and a configuration below --work, trains
-with `python -m tinyllama.train`, and reports the peak resident memory of that process as the system
-counted it. What it wrote is removed, unless --keep.
+Writes the weights in shards (13.5 GB of bfloat16), text and a configuration into the folder --work,
+trains with `python -m tinyllama.train`, and reports the peak resident memory that the operating
+system counted for that process. The weights are removed afterwards, unless --keep is given.
 """
 
 import argparse
@@ -40,13 +40,13 @@ from tinyllama.tokenizers.sentencepiece import train_tokenizer
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT_BYTES = 8 << 30
 TEXT_BYTES = 400_000
-VOCABULARY = 2000  # of the tokenizer: so little text has no more words
+VOCABULARY = 2000  # of the tokenizer: so little text does not give more pieces
 
 
 def write_text(work: Path, context: int) -> None:
-    """Real text, of Python's standard library: a tokenizer made from it, and one window to learn.
+    """Write a tokenizer and one window of text, both from Python's standard library.
 
-    One window, so that the losses of the steps are comparable.
+    Every step learns the same window, so that the losses of the steps are comparable.
     """
     library, texts, left = Path(sysconfig.get_path("stdlib")), [], TEXT_BYTES
     for name in find_names(library):
@@ -58,7 +58,8 @@ def write_text(work: Path, context: int) -> None:
     tokenizer = train_tokenizer(texts, VOCABULARY, work / "tokenizer.model")
     ids = tokenizer.encode("".join(texts))
     prefixes = (tokenizer.decode(ids[:length]) for length in range(context, 0, -1))
-    # With its begin and its end it fills the window; encoded again it may have other lengths.
+    # The longest prefix that still fits the window with its begin and end tokens: encoded again, a
+    # decoded text may have another length.
     text = next(text for text in prefixes if len(tokenizer.encode(text)) + 2 <= context + 1)
     atomic_write(work / "text.jsonl", (json.dumps({"text": text}) + "\n").encode())
 
@@ -99,7 +100,7 @@ def train(file: Path) -> tuple[float, int]:
 
 
 def prove(work: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Make everything, train, and return what was seen."""
+    """Write weights and text, train, and return what was measured."""
     config = proof_config(work, options)
     work.mkdir(parents=True, exist_ok=True)
     if not (work / "base").exists():
@@ -141,21 +142,22 @@ def report(seen: dict[str, Any]) -> str:
         ("adapter parameters, float32", f"{seen['adapter_parameters']:,}"),
         ("context, activations", f"{seen['context_length']} tokens, {seen['dtype']}"),
         ("peak resident memory", f"{seen['peak_memory_bytes'] / 2**30:.2f} GiB, {verdict} 8 GiB"),
-        ("a step (median)", f"{median:.0f} s"),
-        ("everything, loading included", f"{seen['total_seconds']:.0f} s"),
+        ("time per step (median)", f"{median:.0f} s"),
+        ("total time, loading included", f"{seen['total_seconds']:.0f} s"),
         ("machine", seen["machine"]),
     ]
     losses = " → ".join(f"{loss:.3f}" for loss in seen["losses"])
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     return (
-        "# QLoRA on 7 billion parameters\n\nPrinted by `make proof-7b` (tools/proof_7b.py): random"
-        " weights of configs/7b.toml's sizes,\nthe same real text in each step, activation"
-        f" checkpointing.\n\n| what | measured |\n|---|---|\n{table}\n\nLoss: {losses}\n"
+        "# QLoRA on 7 billion parameters\n\nPrinted by `make proof-7b` (tools/proof_7b.py). It"
+        " trains rank-64 adapters on random weights with the\nsizes of configs/7b.toml, on the same"
+        " real text in each step, with activation checkpointing.\n\n"
+        f"| what | measured |\n|---|---|\n{table}\n\nLoss per step: {losses}\n"
     )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0 where it is proved, 1 where it is not, 2 for a mistake in the arguments."""
+    """Exit code 0 if the loss fell and memory stayed below the limit, 1 if not, 2 for a mistake."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="folder for 15 GB of files")
     parser.add_argument("--config", default=str(ROOT / "configs" / "7b.toml"))

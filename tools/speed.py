@@ -3,9 +3,9 @@
 python tools/speed.py --peer-python .venv-conformance/bin/python        all of it, about 20 minutes
 python tools/speed.py --only lora                                       the cases with that word
 
-Writes docs/speed-SET.json for the processor's instruction set, one case after another (others keep
-what they have), and a picture of it. `python tools/docs.py` writes the tables into docs/speed.md.
-Let nothing else run meanwhile.
+Writes docs/speed-SET.json for the processor's instruction set, case by case (cases that are not
+measured keep their figures), and a plot of it. `python tools/docs.py` writes the tables into
+docs/speed.md. Run nothing else meanwhile.
 """
 
 import argparse

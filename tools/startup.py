@@ -1,10 +1,10 @@
-"""Measure the time to the first loss: warm and cold kernel caches, memory the system has or not.
+"""Measure the time to the first loss: warm and cold kernel caches, memory ready or not.
 
     first loss - one steady step, of new processes that train configs/124m.toml on 1 x 512 tokens
 
-Memory that is touched for the first time may cost seconds a GB where the system is a virtual
-machine whose host has to find it. So each measurement is made twice: as it comes, and after another
-process has taken and left as much memory as the run will need.
+Touching memory for the first time may cost seconds per GB in a virtual machine whose host has to
+provide it. So everything is measured twice: without preparation, and after another process has
+allocated and freed as much memory as the run will need.
 """
 
 import argparse
@@ -35,23 +35,25 @@ from tinyllama.cli.arguments import exit_code, leave
 from tinyllama.system import device
 
 BENCH = "configs/124m.toml --batch 1 --context 512 --steps 3"
-# Takes memory page by page, as a run does, and leaves it.
+# Allocates that many GB, touches every page, and exits.
 TAKE = "import numpy, sys; numpy.empty(int(sys.argv[1]) << 30, numpy.uint8)[::4096] = 1"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    asked = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    asked.add_argument("--runs", type=int, default=3, help="processes of each kind")
-    asked.add_argument("--gigabytes", type=int, default=5, help="memory to take and leave before")
-    asked.add_argument("--bench", default=BENCH, help="what `python -m tinyllama.bench` is given")
-    asked.add_argument("--out", type=Path, help="write the table here too")
-    options = asked.parse_args(arguments)
+    command_line = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    command_line.add_argument("--runs", type=int, default=3, help="processes of each kind")
+    command_line.add_argument(
+        "--gigabytes", type=int, default=5, help="memory to allocate and free before a run"
+    )
+    command_line.add_argument("--bench", default=BENCH, help="arguments of `tinyllama bench`")
+    command_line.add_argument("--out", type=Path, help="also write the table to this file")
+    options = command_line.parse_args(arguments)
     device.select()
     lines = ["| kernel caches | memory | first loss, s | second step, s |", "|---|---|---|---|"]
     with tempfile.TemporaryDirectory() as folder:
         warm = Path(folder) / "warm.db"
         spec, steps = prepared(options.bench, Path(folder) / "tokens.npy")
-        measured(spec, steps, warm)  # fills it
+        measured(spec, steps, warm)  # fills the cache
         for caches in ("warm", "cold"):
             for taken in dict.fromkeys((options.gigabytes, 0)):
                 found = []
@@ -60,11 +62,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     found.append(measured(spec, steps, cache, taken))
                 lines.append(row(caches, taken, found))
                 print(lines[-1], flush=True)
-    told = (
-        f"Over a steady step, which takes {found[-1]['step_seconds']:.1f} s; median and range of"
-        f" {options.runs}. `{options.bench}`, by `tools/startup.py`, {time.strftime('%Y-%m-%d')}."
+    summary = (
+        f"Seconds beyond a steady step of {found[-1]['step_seconds']:.1f} s; median and range of"
+        f" {options.runs} runs.\n`{options.bench}`, by `tools/startup.py`,"
+        f" {time.strftime('%Y-%m-%d')}."
     )
-    report = "\n".join([*lines, "", told, f"{machine.line(machine.describe(spec.threads))}."])
+    report = "\n".join([*lines, "", summary, f"{machine.line(machine.describe(spec.threads))}."])
     print(f"\n{report}")
     if options.out is not None:
         options.out.write_text(f"# Time to the first loss\n\n{report}\n", encoding="utf-8")
@@ -72,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def prepared(words: str, data_file: Path) -> tuple[Spec, int]:
-    """What the benchmark would tell its worker, whose tokens are put into a file, and its steps."""
+    """The benchmark's request to its worker, with tokens written to a file, and its steps."""
     options = parser().parse_args(words.split())
     config = resolve(options)
     count, batch = WARM_UP_STEPS + options.steps, config.training.micro_batch
@@ -81,7 +84,7 @@ def prepared(words: str, data_file: Path) -> tuple[Spec, int]:
 
 
 def measured(spec: Spec, steps: int, cache: Path, taken: int = 0) -> dict[str, Any]:
-    """What the benchmark says of one new process that keeps compiled kernels in `cache`."""
+    """The benchmark's result for one new process that keeps compiled kernels in `cache`."""
     if taken:
         subprocess.run([sys.executable, "-c", TAKE, str(taken)], check=True)
     os.environ["CACHEDB"] = str(cache)  # tinygrad's, in the new process
@@ -91,10 +94,10 @@ def measured(spec: Spec, steps: int, cache: Path, taken: int = 0) -> dict[str, A
 
 
 def row(caches: str, taken: int, found: Sequence[dict[str, Any]]) -> str:
-    """A line of the table: medians of what is over a steady step, and the range."""
+    """One row of the table: medians of the time beyond a steady step, and their range."""
     first = [f["first_loss_seconds"] - f["step_seconds"] for f in found]
     second = [f["second_step_seconds"] - f["step_seconds"] for f in found]
-    memory = f"{taken} GB taken and left before" if taken else "as it comes"
+    memory = f"{taken} GB allocated and freed before" if taken else "not prepared"
     shown = f"{statistics.median(first):.1f} ({min(first):.1f} to {max(first):.1f})"
     return f"| {caches} | {memory} | {shown} | {statistics.median(second):.1f} |"
 

@@ -154,7 +154,7 @@ def test_everything_that_cannot_be_found_is_said_at_once(tokenizer: Tokenizer) -
         "none.txt: no such file or folder",
         "no*.txt: the glob matches nothing",
         "fold*: the glob matches only folders",
-        "folder: the folder holds no .jsonl or .txt file",
+        "folder: the folder holds no .csv, .json, .jsonl, .ndjson, .tsv or .txt file",
         "empty.txt: the file is empty",
         "both: holds train.jsonl and val.jsonl: name the one to read",
         "a path is empty",

@@ -9,7 +9,7 @@ from tinyllama.config import LlamaConfig
 from tinyllama.data.batches import Batch
 from tinyllama.formats.huggingface import EMBEDDING, HEAD, llama_shapes
 from tinyllama.model.llama import Llama
-from tinyllama.runtime import kernel
+from tinyllama.ops import forms
 from tinyllama.runtime.storage import read, write
 from tinyllama.train.gradients import StagedLoss
 
@@ -80,7 +80,7 @@ def on_device(batch):
 @functools.cache
 def loss_and_gradients(config, form="cpu", dtype=dtypes.float32, checkpoint=False):
     """Summed loss of `random_batch` and its gradient by name, as the training step gets them."""
-    with kernel.forced(form):
+    with forms.forced(form):
         model = build(config, dtype=dtype)
         model.checkpoint_activations = checkpoint
         staged = StagedLoss(model, model.state_dict())

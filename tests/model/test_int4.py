@@ -20,8 +20,8 @@ from tinyllama.formats.int4 import as_packed, largest_block, row_parts
 from tinyllama.model import int4, lora
 from tinyllama.model.int4 import Int4Linear, quantize_rows
 from tinyllama.model.layers import Linear, block_linears
-from tinyllama.runtime import kernel
-from tinyllama.runtime.stage import materialized
+from tinyllama.ops import forms
+from tinyllama.runtime.stage import saved_for_backward
 from tinyllama.runtime.storage import read, write
 from tinyllama.train.gradients import StagedLoss
 
@@ -252,7 +252,7 @@ def test_an_adapter_on_a_packed_layer_gets_the_gradients_of_one_on_the_dense_lay
     ):
         write(tensor, values)
     results = []
-    with kernel.forced(form):
+    with forms.forced(form):
         write(plain.weight, packed.dense_weight().numpy())
         for base in (packed, plain):
             layer = lora.LoRALinear(base, 4, 2.0)
@@ -278,11 +278,11 @@ def test_a_model_on_a_packed_base_has_the_gradients_of_the_dense_one(base):
 def test_a_weight_that_was_widened_is_not_kept_for_the_backward_pass():
     layer = Int4Linear(64, 40, 32)
     x = Tensor.empty(5, 64)
-    with kernel.forced("portable"):
+    with forms.forced("portable"):
         y = layer(x.exp().contiguous())
     weights = [layer.packed, layer.scales]
-    assert {t.shape for t in materialized(y, [x], weights)} == {(5, 64), (5, 40)}
-    assert (40, 64) in {t.shape for t in materialized(y, [x, *weights])}
+    assert {t.shape for t in saved_for_backward(y, [x], weights)} == {(5, 64), (5, 40)}
+    assert (40, 64) in {t.shape for t in saved_for_backward(y, [x, *weights])}
 
 
 def test_activations_may_be_narrow(base):

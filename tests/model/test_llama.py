@@ -27,7 +27,7 @@ from tinyllama.data.batches import Batch
 from tinyllama.errors import ConfigError, WeightsError
 from tinyllama.formats.huggingface import llama_shapes, open_folder
 from tinyllama.formats.safetensors import SafetensorsFile, write_safetensors
-from tinyllama.runtime import kernel
+from tinyllama.ops import forms
 from tinyllama.runtime.storage import read, write
 from tinyllama.train.gradients import StagedLoss
 
@@ -55,7 +55,7 @@ def test_logits_equal_the_formula(name):
 def test_logits_of_the_portable_form_equal_the_formula():
     tokens = random_batch(GROUPED).tokens
     expected = reference_logits(random_weights(GROUPED), GROUPED, tokens)
-    with kernel.forced("portable"):
+    with forms.forced("portable"):
         assert difference(logits_of(build(GROUPED), tokens), expected) < 1e-5
 
 
@@ -92,7 +92,7 @@ def test_documents_packed_in_a_row_have_the_losses_of_rows_of_their_own(form):
     """Each row of `packed` holds two documents; in `own` each fills the front of its own row."""
     packed = random_batch(GROUPED)
     T = packed.tokens.shape[1]
-    with kernel.forced(form):
+    with forms.forced(form):
         model = build(GROUPED)
         for row in range(2):
             cut = int(packed.starts[row, -1])
@@ -225,6 +225,6 @@ def test_a_token_beyond_the_vocabulary_reads_as_an_embedding_of_zeros(form):
         [random_weights(GROUPED)["model.embed_tokens.weight"], np.zeros((1, 48))]
     )
     weights = random_weights(GROUPED) | {"model.embed_tokens.weight": zeros}
-    with kernel.forced(form):
+    with forms.forced(form):
         found = logits_of(build(GROUPED), tokens)
     assert difference(found, reference_logits(weights, GROUPED, tokens)) < 1e-5

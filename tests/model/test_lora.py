@@ -43,7 +43,7 @@ from tinyllama.model.lora import (
     random_bits,
     write_adapter,
 )
-from tinyllama.runtime import kernel
+from tinyllama.ops import forms
 from tinyllama.runtime.storage import read, write
 from tinyllama.train.gradients import StagedLoss
 from tinyllama.train.optimizer import AdamW
@@ -91,7 +91,7 @@ def merged_weights(weights, adapters, config):
     ids=["float32", "bfloat16", "portable"],
 )
 def test_new_adapters_leave_the_logits_bit_identical(form, dtype):
-    with kernel.forced(form):
+    with forms.forced(form):
         model = build(ONE_LAYER, dtype=dtype)
         before = logits_of(model)
         attach(model, AdapterConfig(placed_on(model, ALL_LINEAR)), seed=1)

@@ -5,9 +5,9 @@ import pytest
 from tinygrad import Tensor, dtypes
 from tinygrad.uop.ops import Ops
 
+from tinyllama.ops import forms
 from tinyllama.ops.int4 import dequantize, int4_linear
 from tinyllama.ops.matmul import linear
-from tinyllama.runtime import kernel
 from tinyllama.runtime.storage import read
 
 FORMS = ["cpu", "portable"]
@@ -39,7 +39,7 @@ def input_like(shape, dtype, seed):
 def product_and_gradient(dtype, form):
     """y, dx and what numpy gets for them from the very inputs."""
     packed, scales, weight = packed_weight()
-    with kernel.forced(form):
+    with forms.forced(form):
         x = input_like((BATCH, LENGTH, INPUTS), dtype, 1)
         dy = input_like((BATCH, LENGTH, OUTPUTS), dtype, 2)
         y = int4_linear(x, *tensors(packed, scales))
@@ -63,7 +63,7 @@ def test_product_and_gradient_of_the_input_are_those_of_the_weight_it_stands_for
 def test_few_rows_are_multiplied_without_packing(rows, inputs, block, dtype):
     """As in generation; groups of whole vectors, and of 6, in a row that ends in half a vector."""
     packed, scales, weight = packed_weight(inputs=inputs, block=block)
-    with kernel.forced("cpu"):
+    with forms.forced("cpu"):
         x = input_like((rows, inputs), dtype, 1)
         y = int4_linear(x, *tensors(packed, scales)).float().numpy()
     expected = x.float().numpy().astype(np.float64) @ weight.T
@@ -74,7 +74,7 @@ def test_few_rows_are_multiplied_without_packing(rows, inputs, block, dtype):
 def test_gradient_is_the_slope_of_the_product(form):
     """Finite differences of sum(y * dy) along random directions; it is linear in x."""
     packed, scales, _ = packed_weight()
-    with kernel.forced(form):
+    with forms.forced(form):
         weight = tensors(packed, scales)
         x, direction = (input_like((3, INPUTS), dtypes.float32, seed) for seed in (3, 4))
         dy = input_like((3, OUTPUTS), dtypes.float32, 5)
@@ -87,14 +87,14 @@ def test_gradient_is_the_slope_of_the_product(form):
 @pytest.mark.parametrize("form", FORMS)
 def test_dequantized_weight_is_exact(form):
     packed, scales, weight = packed_weight()
-    with kernel.forced(form):
+    with forms.forced(form):
         assert (dequantize(*tensors(packed, scales)).numpy() == weight).all()
 
 
 def test_kernel_gives_the_bits_of_the_dense_product():
     """Widening where a panel is packed changes nothing: same panels, same order of the sums."""
     packed, scales, weight = packed_weight()
-    with kernel.forced("cpu"):
+    with forms.forced("cpu"):
         x = input_like((LENGTH, INPUTS), dtypes.float32, 6)
         dense = linear(x, Tensor(weight.astype(np.float32)).realize()).numpy()
         assert (int4_linear(x, *tensors(packed, scales)).numpy() == dense).all()
@@ -103,14 +103,14 @@ def test_kernel_gives_the_bits_of_the_dense_product():
 @pytest.mark.parametrize("form", FORMS)
 def test_a_packed_weight_gets_no_gradient(form):
     packed, scales = tensors(*packed_weight()[:2])
-    with kernel.forced(form):
+    with forms.forced(form):
         y = int4_linear(input_like((LENGTH, INPUTS), dtypes.float32, 7), packed, scales)
         assert (y.sum().gradient(scales)[0].numpy() == 0).all()
 
 
 def test_a_thread_holds_no_more_of_the_wide_weight_than_a_block_of_panels():
     packed, scales, weight = packed_weight(2048, 2048, 64)
-    with kernel.forced("cpu"):
+    with forms.forced("cpu"):
         x = input_like((LENGTH, 2048), dtypes.float32, 8)
         y = int4_linear(x, *tensors(packed, scales))
         written = [u for u in y.uop.toposort() if u.op is Ops.CONTIGUOUS]

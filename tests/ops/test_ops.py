@@ -12,7 +12,7 @@ from model_helpers import difference
 from tinygrad import Tensor, dtypes
 from tinygrad.helpers import GlobalCounters
 
-from tinyllama.ops import adamw, cross_entropy, rope
+from tinyllama.ops import adamw, cross_entropy, forms, rope
 from tinyllama.ops.attention import attention
 from tinyllama.ops.embedding import embedding
 from tinyllama.ops.matmul import linear
@@ -40,7 +40,7 @@ def normal(*shape, seed=0):
 
 def values(form, function, arrays, types):
     """function(tensors), then its gradient with respect to each, for a made-up output gradient."""
-    with kernel.forced(form):
+    with forms.forced(form):
         pairs = zip(arrays, types, strict=True)
         tensors = [Tensor(a).cast(t).contiguous().realize() for a, t in pairs]
         out = function(*tensors)
@@ -83,7 +83,7 @@ def test_linear(rows, inner, outer, dtype, threads):
 
 
 def test_linear_keeps_leading_axes():
-    with kernel.forced("cpu"):
+    with forms.forced("cpu"):
         x, w = Tensor(normal(3, 11, 257)).realize(), Tensor(normal(7, 257)).realize()
         assert difference(linear(x, w).numpy(), normal(3, 11, 257) @ normal(7, 257).T) < 1e-6
 
@@ -92,7 +92,7 @@ def test_linear_passes_gradients_that_are_no_buffer_of_their_own():
     """A gradient may arrive as a view: here every row of dy is the same one."""
     arrays = normal(7, 33), normal(31, 33)
     device.set_threads(3)
-    with kernel.forced("cpu"):
+    with forms.forced("cpu"):
         x, w = (Tensor(a).realize() for a in arrays)
         dx, dw = (linear(x, w).sum(0) * Tensor(normal(31))).sum().gradient(x, w)
     dy = np.broadcast_to(normal(31), (7, 31))
@@ -141,7 +141,7 @@ def test_attention_sees_neither_later_tokens_nor_other_documents(form):
     B, T, H, KV, D = 2, 33, 4, 2, 8
     starts = starts_of(B, T)
     q, k, v = normal(B, T, H, D), normal(B, T, KV, D, seed=1), normal(B, T, KV, D, seed=2)
-    with kernel.forced(form):
+    with forms.forced(form):
         first = Tensor(starts).realize()
         call = lambda k, v: attention(*(Tensor(a).realize() for a in (q, k, v)), first).numpy()  # noqa: E731
         before = call(k, v)
@@ -217,7 +217,7 @@ def test_embedding(tokens, vocab, width, dtype, threads):
     ids = np.random.default_rng(0).integers(0, vocab, (1, tokens)).astype(np.int32)
     ids_tensor = Tensor(ids).realize()
     function = lambda t: lambda w: embedding(ids_tensor, w, t)  # noqa: E731
-    with kernel.forced("cpu"):
+    with forms.forced("cpu"):
         assert embedding(ids_tensor, Tensor(normal(vocab, width)), dtype).dtype == dtype
     weight = [Tensor(normal(vocab, width)).cast(dtype).float().numpy()]
     compare(function, weight, dtype, narrow=[False], threads=threads)
@@ -231,7 +231,7 @@ def test_the_portable_gradient_of_the_embedding_costs_the_smaller_of_tokens_and_
     ids[0, ::3] = ids[0, 0]
     weight, grad = (Tensor(normal(*s)).realize() for s in ((vocab, 64), (1, tokens, 64)))
     ids_tensor = Tensor(ids).realize()
-    with kernel.forced("portable"):
+    with forms.forced("portable"):
         (found,) = embedding(ids_tensor, weight, F32).gradient(weight, gradient=grad)
         GlobalCounters.reset()
         found.realize()
@@ -278,7 +278,7 @@ def test_cross_entropy_in_chunks_equals_the_whole(form, monkeypatch):
     function = lambda x, w: cross_entropy.linear_cross_entropy(x, w, targets)  # noqa: E731
 
     def everything():
-        with kernel.forced(form):
+        with forms.forced(form):
             each = cross_entropy.token_losses(*map(Tensor, arrays), targets).numpy()
         return [*values(form, function, arrays, [F32, F32]), each]
 
@@ -306,7 +306,7 @@ def test_token_losses_equal_the_formula(form):
     logits = x.astype(np.float64) @ w.T.astype(np.float64)
     log_sum = np.log(np.exp(logits).sum(-1))
     expected = np.where(targets < 0, 0, log_sum - logits[np.arange(tokens), targets])
-    with kernel.forced(form):
+    with forms.forced(form):
         tensors = (Tensor(a).realize() for a in (x, w, targets))
         found = cross_entropy.token_losses(*tensors).numpy()
         summed = cross_entropy.linear_cross_entropy(Tensor(x), Tensor(w), Tensor(targets)).numpy()
@@ -318,7 +318,7 @@ def test_token_losses_equal_the_formula(form):
 def test_loss_of_logits_in_the_thousands_is_finite(form):
     x = normal(33, 31) * 1000
     targets = targets_of(33, 257)
-    with kernel.forced(form):
+    with forms.forced(form):
         tensors = [Tensor(a).realize() for a in (x, normal(257, 31, seed=1), targets)]
         found = values(form, lambda x, w: cross_entropy.linear_cross_entropy(x, w, tensors[2]),
                        [x, normal(257, 31, seed=1)], [F32, F32])  # fmt: skip
@@ -339,7 +339,7 @@ def test_a_target_beyond_the_vocabulary_has_no_number_for_a_loss(form):
     wrong[[1, 31]] = 257, 2**31 - 1
     found = []
     for given in (targets, wrong):
-        with kernel.forced(form):
+        with forms.forced(form):
             tensors = [Tensor(a).realize() for a in (x, w, given)]
             each = cross_entropy.token_losses(*tensors).numpy()
             summed, dx, _ = cross_entropy.loss_and_gradients(*tensors, True)
@@ -353,7 +353,7 @@ def test_a_target_beyond_the_vocabulary_has_no_number_for_a_loss(form):
 
 
 def test_frozen_head_gets_no_weight_gradient():
-    with kernel.forced("cpu"):
+    with forms.forced("cpu"):
         x, w = normal(33, 31), normal(257, 31, seed=1)
         targets = Tensor(targets_of(33, 257)).realize()
         both = cross_entropy.loss_and_gradients(Tensor(x), Tensor(w), targets, True)
@@ -374,7 +374,7 @@ def test_adamw(shape, decay, threads):
     grad, found = normal(*shape, seed=3), {}
     for form, count in (("portable", 2), ("cpu", threads)):
         device.set_threads(count)
-        with kernel.forced(form):
+        with forms.forced(form):
             state = [Tensor(a).realize() for a in arrays]
             changed = adamw.adamw(*state, Tensor(grad), Tensor(SCALARS), decay)
             Tensor.realize(*changed)
@@ -390,22 +390,22 @@ def test_square_sum_equals_the_formula(threads):
     expected = sum(float((a.astype(np.float64) ** 2).sum()) for a in arrays)
     device.set_threads(threads)
     for form in ("cpu", "portable"):
-        with kernel.forced(form):
+        with forms.forced(form):
             found = adamw.square_sum([Tensor(a).realize() for a in arrays])
             assert found.item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_kernels_are_taken_on_the_cpu_unless_switched_off(monkeypatch):
     tensor = Tensor(normal(3))
-    assert kernel.uses_kernels(tensor)
-    assert not kernel.uses_kernels(tensor.cast(dtypes.float64))
-    assert not kernel.uses_kernels(tensor.to("NULL"))
-    with kernel.forced("portable"):
-        assert not kernel.uses_kernels(tensor)
+    assert forms.chosen(tensor) == "cpu"
+    assert forms.chosen(tensor.cast(dtypes.float64)) == "portable"
+    assert forms.chosen(tensor.to("NULL")) == "portable"
+    with forms.forced("portable"):
+        assert forms.chosen(tensor) == "portable"
     monkeypatch.setenv("TINYLLAMA_KERNELS", "0")
-    assert not kernel.uses_kernels(tensor)
-    with kernel.forced("cpu"):
-        assert kernel.uses_kernels(tensor)
+    assert forms.chosen(tensor) == "portable"
+    with forms.forced("cpu"):
+        assert forms.chosen(tensor) == "cpu"
 
 
 def test_threads_share_the_work_whatever_their_number():
@@ -420,7 +420,7 @@ def test_a_norm_of_narrow_weights_reads_them_as_what_they_are():
     x, weight = Tensor(normal(5, 48)).realize(), Tensor(normal(48)).cast(BF16).realize()
     found = []
     for form in ("cpu", "portable"):
-        with kernel.forced(form):
+        with forms.forced(form):
             found.append(rms_norm(x, weight, 1e-6).numpy())
     assert difference(*found) < 1e-6
 
@@ -433,7 +433,7 @@ def test_integers_of_any_width_are_the_numbers_they_are(kind):
     heads = [normal(1, 33, 2, 8, seed=s) for s in (2, 3, 4)]
     found = []
     for wide in (dtypes.int32, kind):
-        with kernel.forced("cpu"):
+        with forms.forced("cpu"):
             given = [Tensor(a).cast(wide).realize() for a in (ids, targets, starts)]
             weight, *qkv = (Tensor(a).realize() for a in (table, *heads))
             rows = embedding(given[0], weight, F32)

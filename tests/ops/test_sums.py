@@ -6,10 +6,10 @@ from tinygrad import Tensor, dtypes
 from tinygrad.engine.realize import run_linear
 from tinygrad.uop.ops import Ops
 
+from tinyllama.ops import forms
 from tinyllama.ops.int4 import int4_linear
 from tinyllama.ops.matmul import NN, gemm, linear
 from tinyllama.ops.sums import into_products
-from tinyllama.runtime import kernel
 
 
 def random(*shape, seed=0, dtype=dtypes.float32):
@@ -26,7 +26,7 @@ def operations(tensors):
 
 @pytest.fixture(autouse=True)
 def kernels():
-    with kernel.forced("cpu"):
+    with forms.forced("cpu"):
         yield
 
 
@@ -99,7 +99,7 @@ def test_an_addend_gets_the_gradient_of_the_result():
 @pytest.mark.parametrize("dtype", [dtypes.float32, dtypes.float16])
 def test_in_portable_form_each_product_of_a_sum_has_a_kernel_of_its_own(widths, dtype):
     """As tensor cores need it; left to itself tinygrad computes all in one."""
-    with kernel.forced("portable"):
+    with forms.forced("portable"):
         x = random(2, 5, 10, dtype=dtype)
         weights = [random(width, 10, seed=width + i) for i, width in enumerate(widths)]
         dy = [random(2, 5, width, seed=70 + i, dtype=dtype) for i, width in enumerate(widths)]

@@ -50,7 +50,7 @@ def test_the_settings_of_the_adapters_fit_the_demos_configuration(extra: dict[st
     assert config.tokenizer_source == "base" and config.data.val_path is None
 
 
-def test_a_failed_check_ends_with_1_and_a_failed_command_with_its_own_code(
+def test_a_failed_check_exits_with_1_and_a_failed_command_with_its_own_code(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for error, code in ((demo_llama.Failed("why"), 1), (demo.Stopped(130), 130)):

@@ -1,4 +1,4 @@
-"""The Makefile's targets, what make installs or asks for, and what CI runs."""
+"""The Makefile's targets, what make installs or tells the user to install, and what CI runs."""
 
 import os
 import re
@@ -78,7 +78,7 @@ def test_the_budget_reaches_the_demo() -> None:
     assert "tools/demo.py --budget 300" in run("make", "-n", "demo").stdout
 
 
-def test_the_parts_of_the_demo_take_twenty_seconds_unless_told() -> None:
+def test_the_parts_of_the_demo_take_twenty_seconds_by_default() -> None:
     for part in ("train", "lora", "qlora"):
         found = run("make", "-n", f"llama-demo-{part}").stdout
         assert f"tools/demo_llama.py {part} --budget 20" in found
@@ -91,7 +91,7 @@ def test_files_of_tests_exist() -> None:
     assert len(files) > 10 and [file for file in files if not (ROOT / file).exists()] == []
 
 
-def test_developers_get_a_real_tokenizer_without_what_it_needs_itself() -> None:
+def test_developers_get_a_real_tokenizer_without_its_dependencies() -> None:
     for kind, expected in (("dev", True), ("demo", False)):
         planned = run("make", "-n", "-B", f".venv/.{kind}").stdout
         assert f"--editable '.[{kind}]'" in planned
@@ -161,15 +161,25 @@ def test_a_missing_compiler_ends_with_what_to_type(bare: Path) -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_what_tests_can_do_without_is_asked_for_but_not_required(bare: Path) -> None:
-    command(bare, "clang", "[ $1 = --version ]")  # there, but without the sanitizers' library
+def test_what_tests_can_do_without_is_named_but_not_required(bare: Path) -> None:
+    command(bare, "clang", "[ $1 = --version ]")  # answers, but has no sanitizers' library
     done = run("tools/system.sh", "clang", "sanitizers", path=bare)
     assert done.returncode == 0, done.stderr
     assert "the kernels' sanitizer tests need clang's runtime library: type" in done.stderr
     assert run("tools/system.sh", "--required", "sanitizers", path=bare).returncode == 1
 
 
-def test_a_clang_with_its_version_in_its_name_will_do(bare: Path, tmp_path: Path) -> None:
+def test_git_is_needed_by_one_test_and_by_ci(bare: Path) -> None:
+    done = run("tools/system.sh", "git", path=bare)
+    assert done.returncode == 0
+    assert done.stderr.startswith("the test of README's commands needs git: type  sudo apt-get")
+    assert run("tools/system.sh", "--required", "git", path=bare).returncode == 1
+    command(bare, "git", "true")
+    done = run("tools/system.sh", "--required", "git", path=bare)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_clang_with_its_version_in_its_name_is_enough(bare: Path, tmp_path: Path) -> None:
     command(bare, "clang-15", "echo clang version 15")
     done = run("tools/system.sh", "clang", path=bare, venv=str(tmp_path / "venv"))
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""What the mutation run makes of mutmut's results."""
+"""What tools/mutants.py computes from mutmut's results."""
 
 import mutants
 
@@ -18,7 +18,7 @@ def test_only_a_failing_test_counts() -> None:
     assert mutants.killed_share([]) == 0
 
 
-def test_the_table_has_a_row_a_file_and_one_for_all() -> None:
+def test_the_table_has_one_row_per_file_and_one_for_all() -> None:
     rows = mutants.table(mutants.statuses(PRINTED))
     assert [tuple(row.values()) for row in rows] == [
         ("tinyllama/lora.py", "3", "1", "1", "0", "1", "33.3%"),
@@ -30,6 +30,6 @@ def test_the_table_has_a_row_a_file_and_one_for_all() -> None:
 def test_the_report_is_a_markdown_table(monkeypatch) -> None:
     monkeypatch.setattr("importlib.metadata.version", lambda name: "3.0")  # an extra of its own
     text = mutants.report(mutants.table(mutants.statuses(PRINTED)), 0.25)
-    assert ": 25.0% of the changes are noticed by a failing test (required: 85%)" in text
+    assert ": 25.0% of the changes made a test fail (required: 85%)" in text
     assert "| all | 4 | 1 | 1 | 1 | 1 | 25.0% |\n" in text
     assert text.count("|---") == 7

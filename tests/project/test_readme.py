@@ -1,8 +1,7 @@
 """README's commands, typed by a reader: in a fresh clone, with an empty home, in one shell session.
 
 The clone holds the working tree as it is, changes that are not committed included. It makes its own
-.venv with README's own commands, so this test needs the package registry; `make readme` runs it
-alone.
+.venv with README's commands, so this test needs the package registry; `make readme` runs it alone.
 """
 
 import os
@@ -132,7 +131,9 @@ def test_every_command_runs_as_a_reader_types_it(tmp_path: Path) -> None:
     env = readers_environment(home)
     clone = fresh_clone(tmp_path, env)
     found = list(blocks(TEXT))
-    gpu = any(choice.device not in ("CPU", "CL") for choice in device.available())
+    found_here = device.available()
+    gpu = any(not (choice.device == "CPU" or choice.is_opencl_processor) for choice in found_here)
+
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", session(found, gpu)],
         cwd=clone, env={**env, "BUDGET": str(BUDGET_SECONDS)}, stdin=subprocess.DEVNULL,

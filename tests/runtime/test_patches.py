@@ -18,13 +18,14 @@ from tinyllama.errors import DeviceError
 from tinyllama.runtime import fills, patches
 from tinyllama.runtime.capture import captured
 from tinyllama.runtime.cpu import cpu_device
-from tinyllama.runtime.patches import PATCHES, install
+from tinyllama.runtime.patches import PATCHES, install, patch_table
 from tinyllama.runtime.patches.patch import Patch
-from tinyllama.runtime.storage import begin_zero, read
+from tinyllama.runtime.storage import read, zero_in_background
 from tinyllama.system import device
 
 NAMES = [patch.name for patch in PATCHES]
 SWITCHABLE = [patch.name for patch in PATCHES if not patch.needed]
+DOCUMENT = ROOT / "docs" / "tinygrad.md"
 # Three steps of training, and what stands in tinygrad at the end.
 STEPS = f"""
 import json, sys
@@ -43,6 +44,14 @@ step = TrainStep(model, optimizer, 1)
 losses = [step([random_batch(SQUARE, seed=n)], n + 1, 0.01).loss for n in range(3)]
 print(json.dumps([losses, installed()]))
 """
+
+
+def documented(text: str) -> str:
+    """The document with the table of patches as they declare themselves."""
+    begin, rest = text.split("<!-- begin patches", 1)
+    first, rest = rest.split("\n", 1)
+    _, end = rest.split("<!-- end patches -->", 1)
+    return f"{begin}<!-- begin patches{first}\n{patch_table()}\n<!-- end patches -->{end}"
 
 
 def value_of(name: str) -> object:
@@ -102,6 +111,11 @@ def test_a_patch_declares_what_it_replaces_and_a_test_that_exists(patch: Patch) 
     file, _, test = patch.test.partition("::")
     tree = ast.parse((ROOT / file).read_text())
     assert test in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+def test_the_documentation_has_the_table_of_the_declarations() -> None:
+    """`python tests/runtime/test_patches.py` writes it."""
+    assert documented(DOCUMENT.read_text()) == DOCUMENT.read_text()
 
 
 def test_every_file_of_patches_is_in_the_list() -> None:
@@ -256,7 +270,11 @@ def test_a_step_runs_first_when_every_tensor_is_written(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(fills, "_touch", touch_late)
     total, one = Tensor.empty(1 << 20), Tensor.ones(1 << 20).contiguous().realize()
-    begin_zero([total])
+    zero_in_background([total])
     step = captured(lambda one: total.assign(total + one).realize())
     step(one)
     assert (read(total) == 1).all()
+
+
+if __name__ == "__main__":
+    DOCUMENT.write_text(documented(DOCUMENT.read_text()))

@@ -16,8 +16,8 @@ from tinyllama.config import (
     LlamaConfig,
     TrainingConfig,
 )
-from tinyllama.ops import cross_entropy
-from tinyllama.runtime import kernel, layout
+from tinyllama.ops import cross_entropy, forms
+from tinyllama.runtime import layout
 from tinyllama.runtime.layout import (
     BLOCK_BYTES,
     Life,
@@ -142,6 +142,6 @@ def test_a_slice_of_what_is_in_memory_already_is_read_from_there(form, monkeypat
     scores = x.astype(np.float64) @ weight.T
     expected = np.log(np.exp(scores).sum(-1)) - scores[np.arange(tokens), targets]
     monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", 12 * vocab - 1)
-    with kernel.forced(form):
+    with forms.forced(form):
         losses = cross_entropy.token_losses(Tensor(x), Tensor(weight), Tensor(targets).realize())
         np.testing.assert_allclose(losses.numpy(), expected, rtol=1e-5)

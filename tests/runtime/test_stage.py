@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 from tinygrad import Tensor, dtypes
 
+from tinyllama.ops import forms
 from tinyllama.ops.adamw import adamw
 from tinyllama.ops.matmul import linear
-from tinyllama.runtime import kernel
 from tinyllama.runtime.capture import captured
 from tinyllama.runtime.stage import (
     Stage,
-    materialized,
-    passing,
+    recomputed,
     replaced,
+    saved_for_backward,
 )
 
 
@@ -69,7 +69,7 @@ def test_updates_in_place_reach_the_tensor_of_the_call(form):
     stage = Stage()
     states = [[tensor(*[value] * 4) for value in (p, 0.0, 0.0)] for p in (1.0, 10.0, 100.0)]
     grads = [tensor(1, -1, 2, -2), tensor(3, 3, -3, -3), tensor(-5, -5, -5, 5)]
-    with kernel.forced(form):
+    with forms.forced(form):
         for state, grad in zip(states, grads, strict=True):
 
             def build(state=state, grad=grad):
@@ -126,12 +126,12 @@ def test_pieces_of_a_captured_step_run_again_with_new_inputs():
 
 
 def test_what_a_computation_writes_can_be_read_instead_of_computed_again():
-    with kernel.forced("cpu"):
+    with forms.forced("cpu"):
         x, w = tensor(1, 2, 3, 4).reshape(2, 2), tensor(1, 0, 0, 2).reshape(2, 2)
         x, w = x.contiguous().realize(), w.contiguous().realize()
         inner = linear(x, w)
         out = (inner * inner).contiguous()
-        saved = materialized(out, [x, w])
+        saved = saved_for_backward(out, [x, w])
         assert [t.shape for t in saved if t.shape == (2, 2)]
         stand_ins = [Tensor.full(t.shape, 3.0).contiguous().realize() for t in saved]
         assert replaced([out], saved, stand_ins)[0].tolist() == [[9, 9], [9, 9]]
@@ -141,6 +141,6 @@ def test_what_a_computation_writes_can_be_read_instead_of_computed_again():
 def test_what_is_passing_is_computed_again_for_the_gradient():
     x, w = tensor(1, 2, 3, 4).reshape(2, 2), tensor(1, 0, 0, 2).reshape(2, 2)
     kept = (x @ w).contiguous()
-    out = (passing((kept * 2).contiguous()) * 3).contiguous()
-    assert [t.uop for t in materialized(out, [x, w])] == [kept.uop]
+    out = (recomputed((kept * 2).contiguous()) * 3).contiguous()
+    assert [t.uop for t in saved_for_backward(out, [x, w])] == [kept.uop]
     assert replaced([out], [kept], [tensor(1, 1, 1, 1).reshape(2, 2)])[0].tolist() == [[6, 6]] * 2

@@ -21,10 +21,10 @@ from tinyllama.runtime.fills import finish_background_writes, wait_for_fills
 from tinyllama.runtime.patches import install
 from tinyllama.runtime.patches.huge_pages import HUGE_PAGE_BYTES
 from tinyllama.runtime.storage import (
-    begin_zero,
     fill_zero,
     read,
     write,
+    zero_in_background,
 )
 from tinyllama.system.memory import resident_bytes
 from tinyllama.train.optimizer import AdamW
@@ -97,7 +97,7 @@ def test_nothing_is_written_before_touching_has_ended(monkeypatch):
 
     monkeypatch.setattr(fills, "_touch", touch_late)
     tensor = tensors(1, 8 << 20)[0]
-    begin_zero([tensor])
+    zero_in_background([tensor])
     write(tensor, np.ones(tensor.shape, np.float32))
     time.sleep(0.2)
     assert (read(tensor) == 1).all()
@@ -105,7 +105,7 @@ def test_nothing_is_written_before_touching_has_ended(monkeypatch):
 
 def test_touching_ends_when_it_is_asked_to(monkeypatch):
     monkeypatch.setattr(fills, "TOUCH_BYTES", 4096)
-    begin_zero(tensors(1, 2 << 30))  # takes seconds
+    zero_in_background(tensors(1, 2 << 30))  # takes seconds
     wait_for_fills()
     before = resident_bytes()
     finish_background_writes()
@@ -114,7 +114,7 @@ def test_touching_ends_when_it_is_asked_to(monkeypatch):
 
 def test_memory_is_had_before_it_is_used():
     before = resident_bytes()
-    begin_zero(tensors(1, 64 << 20))
+    zero_in_background(tensors(1, 64 << 20))
     wait_for_fills()
     for thread in fills._touching:
         thread.join()
@@ -125,7 +125,7 @@ def test_memory_is_had_before_it_is_used():
 def test_weights_are_made_while_tinygrad_lets_nobody_ask_for_memory():
     """It forbids that to every thread while it generates code on one."""
     ready = threading.Event()
-    storage.later(partial(ready.wait, 10), [])
+    storage.fill_in_background(partial(ready.wait, 10), [])
     model = Llama(SQUARE, seed=None)
     model.initialize_later(1)
     optimizer = AdamW(model.state_dict(), TrainingConfig())

@@ -12,6 +12,7 @@ from tinygrad.device import Device
 from tinygrad.helpers import Context
 
 from tinyllama.errors import DeviceError
+from tinyllama.ops import forms
 from tinyllama.runtime import kernel
 from tinyllama.system import device, memory
 
@@ -275,9 +276,10 @@ from tinyllama.system import device
 choice = device.select({"threads=3" if way == "--threads" else ""})
 from tinygrad import Tensor
 from tinyllama.ops.matmul import linear
+from tinyllama.ops import forms
 from tinyllama.runtime import kernel
 print(choice.line())
-print(kernel.threaded(5).shape[0])
+print(kernel.per_thread(5).shape[0])
 x = Tensor.ones(8, 4).contiguous().realize()
 print(linear(x, x).sum().item())
 """
@@ -302,11 +304,11 @@ def test_a_number_of_threads_that_is_none_is_refused(monkeypatch, asked):
 def test_kernels_can_be_switched_off(tmp_path, monkeypatch):
     config = configuration(tmp_path / "on", "training.max_steps=3", "model.num_layers=1")
     weight = trainer(config).model.head_weight()
-    assert kernel.uses_kernels(weight)
+    assert forms.chosen(weight) == "cpu"
     train(config)
     monkeypatch.setenv("TINYLLAMA_KERNELS", "0")
-    assert not kernel.uses_kernels(weight)
-    monkeypatch.setattr(kernel, "run", None)  # no kernel is made
+    assert forms.chosen(weight) == "portable"
+    monkeypatch.setattr(kernel, "_program", None)  # no kernel is made
     train(configuration(tmp_path / "off", "training.max_steps=3", "model.num_layers=1"))
     on, off = metrics(tmp_path / "on"), metrics(tmp_path / "off")
     for step in (1, 2, 3):

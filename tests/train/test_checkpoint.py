@@ -136,7 +136,7 @@ def test_every_file_and_folder_is_on_disk_before_the_rename_and_the_parent_after
         "training_state.json",
         "manifest.json",
     }
-    assert re.fullmatch(r"\.step-00000001\.partial-\d+", folder.name)
+    assert re.fullmatch(rf"\.step-00000001\.partial-{os.getpid()}-[-0-9a-f]+", folder.name)
     assert disk_events[renamed + 1 :] == [tmp_path]
 
 

@@ -18,7 +18,7 @@ from tinygrad import Tensor, dtypes
 
 from tinyllama.config import LlamaConfig
 from tinyllama.model.llama import Llama
-from tinyllama.runtime import kernel
+from tinyllama.ops import forms
 from tinyllama.runtime.capture import captured
 from tinyllama.runtime.storage import read
 from tinyllama.train.gradients import StagedLoss
@@ -105,7 +105,7 @@ def test_the_models_own_loss_is_right_inside_a_captured_step():
 
 @pytest.mark.parametrize("config", [GROUPED, TIED], ids=["untied", "tied"])
 def test_staged_gradients_equal_those_of_the_whole_graph(config):
-    with kernel.forced("cpu"):
+    with forms.forced("cpu"):
         model = build(config)
         loss = model.loss(*on_device(random_batch(config)))
         whole = loss.gradient(*model.parameters())
@@ -131,7 +131,7 @@ def test_activation_checkpointing_keeps_only_the_inputs_of_layers():
         model.checkpoint_activations = checkpoint
         staged = StagedLoss(model, model.state_dict())
         tokens, _, starts = on_device(random_batch(GROUPED))
-        with kernel.forced("cpu"):
+        with forms.forced("cpu"):
             tape = staged.forward(tokens, starts, save=True)
         kept[checkpoint] = [len(part.saved) for part in tape]
     assert kept[True] == [0] * len(kept[True])
@@ -142,7 +142,7 @@ def test_activation_checkpointing_keeps_only_the_inputs_of_layers():
 def test_no_matrix_of_tokens_by_tokens_is_kept_for_the_gradient(form):
     staged = StagedLoss(model := build(GROUPED), model.state_dict())
     tokens, _, starts = on_device(random_batch(GROUPED))
-    with kernel.forced(form):
+    with forms.forced(form):
         tape = staged.forward(tokens, starts, save=True)
     kept = [t for part in tape for t in part.saved]
     length = tokens.shape[1]
@@ -179,7 +179,7 @@ def test_narrow_activations_give_nearly_the_same_gradients(dtype, tolerance):
 )
 def test_only_wanted_weights_get_gradients_and_the_same_ones(wanted):
     grads = loss_and_gradients(GROUPED)[1]
-    with kernel.forced("cpu"):
+    with forms.forced("cpu"):
         model = build(GROUPED)
         staged = StagedLoss(model, {name: model.state_dict()[name] for name in wanted})
         _, found = staged.gradients(*on_device(random_batch(GROUPED)))

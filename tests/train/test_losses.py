@@ -5,7 +5,7 @@ import pytest
 from model_helpers import GROUPED, build, difference, loss_and_gradients, on_device, random_batch
 from tinygrad import Tensor
 
-from tinyllama.runtime import kernel
+from tinyllama.ops import forms
 from tinyllama.runtime.storage import read
 from tinyllama.train.gradients import StagedLoss
 from tinyllama.train.losses import CrossEntropy, HeadGradients
@@ -32,7 +32,7 @@ def test_cross_entropy_is_the_formula_for_each_token_and_in_sum(form):
     tensors = [Tensor(x.astype(np.float32)).realize() for x in (hidden, weight)]
     tensors.append(Tensor(targets.astype(np.int32)).realize())
     losses, d_hidden, d_weight = reference(hidden, weight, targets)
-    with kernel.forced(form):
+    with forms.forced(form):
         found = CrossEntropy().gradients(*tensors, trains_weight=True)
         Tensor.realize(*found)
         assert found.loss.shape == (1,)
@@ -56,7 +56,7 @@ class Doubled:
 
 def test_training_takes_any_loss_that_meets_the_contract():
     loss, grads = loss_and_gradients(GROUPED)
-    with kernel.forced("cpu"):
+    with forms.forced("cpu"):
         model, batch = build(GROUPED), on_device(random_batch(GROUPED))
         staged = StagedLoss(model, model.state_dict(), Doubled())
         doubled, found = staged.gradients(*batch)

@@ -27,8 +27,9 @@ from tinyllama.config import (
     TrainingConfig,
 )
 from tinyllama.errors import ConfigError, TrainingError
-from tinyllama.runtime import kernel
+from tinyllama.ops import forms
 from tinyllama.runtime.capture import captured
+from tinyllama.runtime.cpu import cpu_device
 from tinyllama.system import memory
 from tinyllama.train.gradients import StagedLoss
 from tinyllama.train.memory_estimate import estimate_memory
@@ -169,7 +170,7 @@ def test_planning_allocates_nothing_and_compiles_nothing(monkeypatch):
     def refuse(*_):
         raise AssertionError("a kernel was compiled")
 
-    monkeypatch.setattr(type(kernel.Device["CPU"].compiler), "compile", refuse)
+    monkeypatch.setattr(type(cpu_device().compiler), "compile", refuse)
     before = GlobalCounters.mem_used
     found = estimate_memory(config(replace(SMALL, num_layers=1, vocab_size=77), batch_size=3))
     assert found.tensors > 10_000_000
@@ -235,12 +236,12 @@ def test_validation_is_planned_without_the_dropout_of_adapters():
 def test_the_portable_form_is_planned_too():
     found = {}
     for form in ("portable", "cpu"):
-        with kernel.forced(form):
+        with forms.forced(form):
             found[form] = estimate_memory(config())
     kept = found["portable"].activations
     assert kept == pytest.approx(found["cpu"].activations, rel=0.1)
     # Of tokens by tokens there is one layer's alone, and only while it is worked on.
-    with kernel.forced("portable"):
+    with forms.forced("portable"):
         shorter = replace(config(), data=DataConfig(context_length=16))
         assert kept <= 2.02 * estimate_memory(shorter).activations
     assert found["portable"].gradients == found["cpu"].gradients

@@ -5,7 +5,7 @@ import pytest
 from tinygrad import Tensor
 
 from tinyllama.config import TrainingConfig
-from tinyllama.runtime import kernel
+from tinyllama.ops import forms
 from tinyllama.runtime.storage import read, write
 from tinyllama.train.optimizer import AdamW
 
@@ -83,7 +83,7 @@ def test_a_hundred_steps_equal_pytorch(form):
     Gradients come summed over 7 tokens here; some steps are clipped and some are not.
     """
     i = np.arange(6.0)
-    with kernel.forced(form):
+    with forms.forced(form):
         case = Case(CONFIG, np.cos(i).reshape(2, 3), np.ones(3))
         clipped = 0
         for t in range(1, 101):
@@ -110,7 +110,7 @@ def test_a_hundred_steps_equal_pytorch(form):
 def test_clipping_scales_every_gradient_by_one_factor(form, limit, factor):
     """The gradients have the norm 5: sqrt(9 + 16)."""
     config = TrainingConfig(grad_clip=limit, beta1=0.5, beta2=0.5)
-    with kernel.forced(form):
+    with forms.forced(form):
         case = Case(config, np.zeros((1, 2)), np.zeros(1))
         assert case.update(1, [[3.0, 0.0]], [-4.0]) == pytest.approx(5.0)
     assert case.moment("exp_avg.w") == pytest.approx([1.5 * factor, 0.0], rel=1e-6)
@@ -121,7 +121,7 @@ def test_clipping_scales_every_gradient_by_one_factor(form, limit, factor):
 @pytest.mark.parametrize("form", ["cpu", "portable"])
 def test_only_matrices_decay(form):
     config = TrainingConfig(weight_decay=0.25)
-    with kernel.forced(form):
+    with forms.forced(form):
         case = Case(config, [[1.0, -2.0]], [3.0])
         case.update(1, [[0.0, 0.0]], [0.0], lr=0.5)
     assert read(case.weight).tolist() == [[0.875, -1.75]]

@@ -17,6 +17,7 @@ from tinyllama.bench.runner import worker_command
 from tinyllama.config import Config, LlamaConfig, QloraConfig
 from tinyllama.errors import TrainingError
 from tinyllama.formats.huggingface import linear_shapes
+from tinyllama.ops import forms
 from tinyllama.ops.adamw import SCALARS, adamw
 from tinyllama.ops.attention import attention
 from tinyllama.ops.cross_entropy import linear_cross_entropy
@@ -31,7 +32,7 @@ from tinyllama.ops.matmul import (
 from tinyllama.ops.rms_norm import rms_norm
 from tinyllama.ops.rope import rope, tables
 from tinyllama.ops.swiglu import swiglu
-from tinyllama.runtime import kernel, storage
+from tinyllama.runtime import storage
 from tinyllama.runtime.capture import synchronize
 from tinyllama.system import device
 
@@ -225,7 +226,7 @@ def _functions(
 def _product(layout: str, a: Tensor, b: Tensor) -> Tensor:
     if layout == "NT":
         return linear(a, b)
-    if kernel.uses_kernels(a, b):
+    if forms.chosen(a, b) == "cpu":
         return gemm({"NN": NN, "TN": TN}[layout], a, b, dtype=a.dtype)
     left = a if layout == "NN" else a.transpose()
     return (left @ b.cast(a.dtype)).contiguous()

@@ -155,7 +155,12 @@ class _Encoder:
 
 def _make_key(digests: Sequence[str], sources: Sequence[Source], tokenizer: Tokenizer) -> str:
     """Of what decides the tokens: not names or dates, so a corpus that moves is not redone."""
-    files = [(source.has_rows, digest) for source, digest in zip(sources, digests, strict=True)]
+    # True and False, so that tokens made by earlier versions count.
+    read_as = {"text": False, "jsonl": True}
+    files = [
+        (read_as.get(source.format, source.format), digest)
+        for source, digest in zip(sources, digests, strict=True)
+    ]
     made_of = msgspec.json.encode([_FORMAT, tokenizer.fingerprint, files])
     return hashlib.sha256(made_of).hexdigest()[:32]
 

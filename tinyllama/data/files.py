@@ -1,25 +1,30 @@
 """Files of text -> documents, in chunks of bounded size.
 
-    find_sources   names, folders and globs -> files, in an order that does not change
-    cut            one file -> byte ranges of about 1 MiB, cut after line ends
-    read_chunk     one range -> the texts in it
-    content_digest one file -> SHA-256, remembered for as long as the file is untouched
+    find_sources     names, folders and globs -> files, in an order that does not change
+    cut              one file -> byte ranges of about 1 MiB, cut between rows or after line ends
+    read_chunk       one range -> the texts in it
+    content_digests  files -> SHA-256, remembered for as long as a file is untouched
 
-A `.jsonl` file holds one document a row, {"text": ...}; any other file is one document. A text is
-taken exactly as it is (line ends, tabs, spaces); only a byte order mark at the start is dropped.
+A file has rows of {"text": ...}, each a document (JSON Lines, a JSON array, CSV), or is one
+document; detect.py says which. A text is taken exactly as it is (line ends, tabs, spaces); only a
+byte order mark at the start is dropped.
 """
 
 import glob
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import BinaryIO
 
 import msgspec
 from tqdm import tqdm
 
+from tinyllama.data import json_array, table
+from tinyllama.data.detect import BOM, HEAD_BYTES, SUFFIXES, Format, detect
 from tinyllama.data.jsonl import parse_row
 from tinyllama.errors import DataError
 from tinyllama.system.files import atomic_write, sha256_file
@@ -27,8 +32,6 @@ from tinyllama.system.files import atomic_write, sha256_file
 CHUNK_BYTES = 1 << 20
 MAX_ROW_BYTES = 64 << 20  # a row is parsed whole, so it bounds the memory
 
-_BOM = b"\xef\xbb\xbf"
-_SUFFIXES = (".jsonl", ".txt")  # what is read of a folder
 _VALIDATION = {"val", "valid", "validation", "test"}  # names without their suffix
 _DIGESTS_FILE = "digests.json"
 _SETTLED_SECONDS = 2.0
@@ -41,18 +44,20 @@ class Source:
     path: Path
     size_bytes: int
     signature: tuple[int, ...]
+    format: Format
 
     @property
     def has_rows(self) -> bool:
-        """Whether each line is a document of its own (JSON Lines)."""
-        return self.path.suffix.lower() == ".jsonl"
+        """Whether each row is a document of its own."""
+        return self.format != "text"
 
     def check_unchanged(self) -> None:
-        """Raise DataError if the file is not the one that was found."""
+        """Raise DataError if the file is no longer what it was when it was found."""
         if _look_at(self.path) != self:
             raise self.changed()
 
     def changed(self) -> DataError:
+        """The error of a file that is written to while it is read."""
         return DataError(f"{self.path}: the file was changed while it was being read")
 
 
@@ -70,11 +75,12 @@ class Chunk:
 
 
 def find_sources(patterns: str | Sequence[str]) -> list[Source]:
-    """Files that the patterns name: a file; a folder, for the .txt and .jsonl files in it and in
-    its folders; or a glob (`**` reaches into folders), for every file it matches.
+    """Files that the patterns name: a file; a folder, for the files in it and its folders that have
+    one of SUFFIXES; or a glob (`**` reaches into folders), for every file it matches.
 
     In the order of the patterns, by name within each, every file once. Raises DataError, with all
-    problems at once: nothing found, a file that is named and empty, only empty files.
+    problems at once: nothing found, a file that is named and empty, only empty files, a format
+    that is not read.
     """
     found: dict[Path, Source] = {}
     problems = []
@@ -95,19 +101,20 @@ def find_sources(patterns: str | Sequence[str]) -> list[Source]:
 
 
 def cut(source: Source) -> Iterator[Chunk]:
-    """The whole file in ranges that end after a line end, so that no piece of text is torn.
+    """The whole file in ranges that end after a row or a line, so that no piece of text is torn.
 
     Text without a line end for 1 MiB is cut between two characters. Depends on nothing but the
-    file. Raises DataError for a row past MAX_ROW_BYTES.
+    file. Raises DataError for a row past MAX_ROW_BYTES, and for a JSON array or table that has no
+    rows to cut between.
     """
     start = 0
-    with _open(source.path) as file:
-        while True:
-            end = _find_end(file, source, start)
-            yield Chunk(source, start, end)
-            if end == source.size_bytes:
-                return
-            start = end
+    with _open(source.path) as file, _placed(source):
+        for end in _possible_ends(file, source):
+            if end - start >= CHUNK_BYTES or end == source.size_bytes:
+                yield Chunk(source, start, end)
+                start = end
+    if start < source.size_bytes:
+        raise source.changed()
 
 
 def read_chunk(chunk: Chunk) -> list[str]:
@@ -115,24 +122,26 @@ def read_chunk(chunk: Chunk) -> list[str]:
 
     Raises DataError for bytes that are not UTF-8 and for bad rows, with the place.
     """
-    with _open(chunk.source.path) as file:
+    source = chunk.source
+    with _open(source.path) as file:
         file.seek(chunk.start)
         data = file.read(chunk.end - chunk.start)
     if len(data) != chunk.end - chunk.start:
-        raise chunk.source.changed()
+        raise source.changed()
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        place = f"{chunk.source.path}: byte {chunk.start + error.start}"
+        place = f"{source.path}: byte {chunk.start + error.start}"
         raise DataError(
             f"{place} (0x{data[error.start]:02x}) is not UTF-8; convert the file to UTF-8"
         ) from None
-    if not chunk.source.has_rows:
+    if source.format == "text":
         return [text.removeprefix("\ufeff") if chunk.start == 0 else text]
-    if chunk.start == 0:
-        data = data.removeprefix(_BOM)
-    lines = enumerate(data.split(b"\n"))
-    return [_read_row(line, chunk, number) for number, line in lines if line.strip()]
+    if source.format == "json":
+        return _array_rows(data, chunk)
+    if source.format == "jsonl":
+        return _lines(data, chunk)
+    return _table_rows(text, chunk)
 
 
 def read_texts(sources: Iterable[Source], *, progress: bool = False) -> Iterator[str]:
@@ -217,13 +226,14 @@ def _expand(pattern: str) -> list[Path]:
 
 
 def _walk(folder: Path) -> list[Path]:
-    """The .txt and .jsonl files below `folder`. Training on all of a folder that keeps its
-    validation rows beside its training rows would make every later figure a lie, so we refuse."""
+    """The files below `folder` that have one of SUFFIXES. A folder with training and validation
+    rows is refused: trained on both, the validation loss would mean nothing."""
     files = sorted(
-        path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file()
+        path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()
     )
     if not files:
-        raise DataError(f"{folder}: the folder holds no {' or '.join(_SUFFIXES)} file")
+        listed = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
+        raise DataError(f"{folder}: the folder holds no {listed} file")
     names = {path.stem: path.name for path in files if path.parent == folder}
     if "train" in names and (held_out := sorted(names.keys() & _VALIDATION)):
         both = f"{names['train']} and {names[held_out[0]]}"
@@ -234,10 +244,12 @@ def _walk(folder: Path) -> list[Path]:
 def _look_at(path: Path) -> Source:
     try:
         stat = path.stat()
+        with open(path, "rb") as file:
+            head = file.read(HEAD_BYTES)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
     signature = (stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns)
-    return Source(path, stat.st_size, signature)
+    return Source(path, stat.st_size, signature, detect(path, head))
 
 
 def _open(path: Path) -> BinaryIO:
@@ -247,8 +259,34 @@ def _open(path: Path) -> BinaryIO:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
 
 
-def _find_end(file: BinaryIO, source: Source, start: int) -> int:
-    """Where the chunk that begins at `start` ends."""
+def _possible_ends(file: BinaryIO, source: Source) -> Iterator[int]:
+    """Where a chunk of a file may end, in order; the last is the file's size."""
+    if source.format == "json":
+        yield from json_array.row_ends(file, MAX_ROW_BYTES)
+    elif source.format in ("csv", "tsv"):
+        yield from table.row_ends(file, source.format, MAX_ROW_BYTES)
+    else:
+        end = -1
+        while end < source.size_bytes:
+            end = _line_end(file, source, max(end, 0))
+            yield end
+
+
+@contextmanager
+def _placed(source: Source) -> Iterator[None]:
+    """Put the file, and the line of a row, before what is wrong with its array or table."""
+    try:
+        yield
+    except json_array.ArrayError as error:
+        source.check_unchanged()
+        raise DataError(f"{source.path}: {error}") from None
+    except table.TableError as error:
+        source.check_unchanged()
+        raise DataError(f"{source.path}, line {error.line}: {error}") from None
+
+
+def _line_end(file: BinaryIO, source: Source, start: int) -> int:
+    """Where the chunk of lines or text that begins at `start` ends."""
     position = start + CHUNK_BYTES
     limit = position + (MAX_ROW_BYTES if source.has_rows else CHUNK_BYTES)
     file.seek(position)
@@ -271,15 +309,58 @@ def _find_end(file: BinaryIO, source: Source, start: int) -> int:
     return start + CHUNK_BYTES + len(after) - len(after.lstrip(bytes(range(0x80, 0xC0))))
 
 
-def _read_row(line: bytes, chunk: Chunk, number: int) -> str:
-    """The text of row `number` (from 0) of a chunk; DataError says the file's line otherwise."""
+def _lines(data: bytes, chunk: Chunk) -> list[str]:
+    """The texts of JSON Lines. Raises DataError with the line."""
+    if chunk.start == 0:
+        data = data.removeprefix(BOM)
+    texts = []
+    for number, line in enumerate(data.split(b"\n")):
+        try:
+            if line.strip():
+                texts.append(parse_row(line))
+        except DataError as error:
+            place = f"{chunk.source.path}, line {_lines_before(chunk) + number + 1}"
+            raise DataError(f"{place}: {error}") from None
+    return texts
+
+
+def _array_rows(data: bytes, chunk: Chunk) -> list[str]:
+    """The texts of rows of a JSON array. Raises DataError with the row and its line."""
+    texts = []
+    for number, (begin, row) in enumerate(json_array.rows(data, is_first=chunk.start == 0)):
+        try:
+            texts.append(parse_row(row))
+        except DataError as error:
+            with _open(chunk.source.path) as file:
+                ends = json_array.row_ends(file, MAX_ROW_BYTES)
+                before = sum(1 for _ in takewhile(lambda end: end <= chunk.start, ends))
+            line = _lines_before(chunk) + data[:begin].count(b"\n") + 1
+            place = f"{chunk.source.path}, row {before + number + 1}, line {line}"
+            raise DataError(f"{place}: {error}") from None
+    return texts
+
+
+def _table_rows(text: str, chunk: Chunk) -> list[str]:
+    """The texts of rows of a table. Raises DataError with the line."""
+    source = chunk.source
+    with _open(source.path) as file, _placed(source):
+        header_bytes = next(table.row_ends(file, source.format, MAX_ROW_BYTES), 0)
+        file.seek(0)
+        header = file.read(header_bytes)
+        column, width = table.text_column(header.removeprefix(BOM), source.format)
+    if chunk.start == 0:
+        text = text[len(header.decode()) :]
     try:
-        return parse_row(line)
-    except DataError as error:
-        with _open(chunk.source.path) as file:
-            before = sum(
-                file.read(min(CHUNK_BYTES, chunk.start - at)).count(b"\n")
-                for at in range(0, chunk.start, CHUNK_BYTES)
-            )
-        place = f"{chunk.source.path}, line {before + number + 1}"
-        raise DataError(f"{place}: {error}") from None
+        return list(table.texts(text, source.format, column, width))
+    except table.TableError as error:
+        before = _lines_before(chunk) if chunk.start else header.count(b"\n")
+        raise DataError(f"{source.path}, line {before + error.line}: {error}") from None
+
+
+def _lines_before(chunk: Chunk) -> int:
+    """Line ends in the file before a chunk."""
+    with _open(chunk.source.path) as file:
+        return sum(
+            file.read(min(CHUNK_BYTES, chunk.start - at)).count(b"\n")
+            for at in range(0, chunk.start, CHUNK_BYTES)
+        )

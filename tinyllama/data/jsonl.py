@@ -1,12 +1,19 @@
-"""One line of a JSON Lines file -> the text in it: {"text": "...", and any other keys}."""
+"""One row of JSON -> the text in it: {"text": "...", and any other keys}."""
 
 import json
+from collections.abc import Iterable
 
 import msgspec
 
 from tinyllama.errors import DataError
 
 _OTHER_ROWS = {"prompt", "completion", "messages", "instruction", "conversations"}
+
+
+def other_rows_hint(names: Iterable[str]) -> str:
+    """What to add to a message about a row without "text" whose keys or columns are `names`."""
+    known = not _OTHER_ROWS.isdisjoint(names)
+    return "; prompt/completion and messages rows are not supported yet" if known else ""
 
 
 class _Row(msgspec.Struct):
@@ -16,21 +23,25 @@ class _Row(msgspec.Struct):
 _DECODER = msgspec.json.Decoder(_Row)
 
 
-def parse_row(line: bytes) -> str:
+def parse_row(data: bytes) -> str:
     """The row's "text". Raises DataError, which says what is wrong but not where."""
     try:
-        return _DECODER.decode(line).text
+        return _DECODER.decode(data).text
     except (msgspec.DecodeError, RecursionError):
-        return _parse_refused(line)
+        return _parse_refused(data)
 
 
-def _parse_refused(line: bytes) -> str:
+def _parse_refused(data: bytes) -> str:
     """A row that the quick decoder refused: to say why, or because Python's own writer puts NaN
     into other fields, which JSON does not have."""
     try:
-        row = json.loads(line)
+        row = json.loads(data)
     except json.JSONDecodeError as error:
-        raise DataError(f"not valid JSON: {error.msg}, column {error.colno}") from None
+        line = "" if error.lineno == 1 else f"line {error.lineno} of the row, "
+        hint = ""
+        if data.strip() in (b"{", b"["):
+            hint = "; put each row on a line of its own, or all of them into one array of objects"
+        raise DataError(f"not valid JSON: {error.msg}, {line}column {error.colno}{hint}") from None
     except ValueError as error:
         raise DataError(f"not valid JSON: {error}") from None
     except RecursionError:
@@ -38,9 +49,8 @@ def _parse_refused(line: bytes) -> str:
     if not isinstance(row, dict):
         raise DataError(f'must be an object {{"text": ...}}, got {type(row).__name__}')
     if "text" not in row:
-        found = ", ".join(map(repr, list(row)[:8])) or "none"
-        hint = "; prompt/completion and messages rows are not supported yet"
-        raise DataError(f'no "text"; keys found: {found}{hint if _OTHER_ROWS & set(row) else ""}')
+        keys = ", ".join(map(repr, list(row)[:8])) or "none"
+        raise DataError(f'no "text"; keys found: {keys}{other_rows_hint(row)}')
     text = row["text"]
     if not isinstance(text, str):
         raise DataError(f'"text" must be a string, got {type(text).__name__}')

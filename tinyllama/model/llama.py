@@ -36,7 +36,7 @@ from tinyllama.ops.rope import rope, tables
 from tinyllama.ops.swiglu import swiglu
 from tinyllama.runtime.fills import finish_background_writes
 from tinyllama.runtime.storage import (
-    later,
+    fill_in_background,
     read,
     write,
     write_new,
@@ -174,9 +174,11 @@ class Llama:
             finish_background_writes()
 
     def initialize_later(self, seed: int) -> None:
-        """Give every weight its first value on another thread (runtime/storage.later)."""
+        """Give every weight its first value on another thread (runtime/fills.py)."""
         weights = self.state_dict()
-        later(partial(initialize, weights, self.config.num_layers, seed), weights.values())
+        fill_in_background(
+            partial(initialize, weights, self.config.num_layers, seed), weights.values()
+        )
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """tokens (B, T) int32 -> logits (B, T, vocab) float32."""

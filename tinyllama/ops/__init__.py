@@ -1,6 +1,5 @@
-"""The operations of the model, one a file; the only package that knows kernels and UOps.
+"""The operations of the model, one file each: formula, forms, gradient.
 
 Each operation has one signature and two forms: portable (plain tinygrad tensors, which every
-device runs) and, where one pays, a CPU kernel written in C (`ops/cpu/*.c`). `kernel.uses_kernels`
-picks by device; `kernel.forced` makes either form run everywhere, as the tests do.
+device runs) and a CPU kernel written in C (`ops/cpu/*.c`). `ops/forms.py` picks one of them.
 """

@@ -11,9 +11,10 @@ Only 2-D weights decay. Both changes are summed before p changes, so that a deca
 
 from tinygrad import Tensor, dtypes
 
-from tinyllama.runtime import kernel
+from tinyllama.ops import forms
+from tinyllama.runtime.kernel import Kernel, per_thread, run
 
-# Order of the numbers an update reads, one float32 tensor on the device.
+# Order of the numbers that an update reads: one float32 tensor on the device.
 SCALARS = (
     "lr",
     "beta1",
@@ -30,16 +31,13 @@ def adamw(
     p: Tensor, m: Tensor, v: Tensor, grad: Tensor, scalars: Tensor, decay: bool
 ) -> list[Tensor]:
     """Update p, m, v (float32, one shape) in place; returns what must be realized for it."""
-    if kernel.uses_kernels(p, m, v, grad):
-        return kernel.run(
-            "adamw.c",
-            {"DECAY": int(decay)},
-            [p, m, v],
-            [grad, scalars],
-            sizes={"COUNT": p.numel()},
-            flops=12 * p.numel(),
-            also_read=True,
-        )
+    form = forms.choose(p, m, v, grad, portable=_adamw_portable, cpu=_adamw_cpu)
+    return form(p, m, v, grad, scalars, decay)
+
+
+def _adamw_portable(
+    p: Tensor, m: Tensor, v: Tensor, grad: Tensor, scalars: Tensor, decay: bool
+) -> list[Tensor]:
     lr, beta1, beta2, eps, weight_decay, correction1, correction2, scale = scalars.split(1)
     g = grad.float() * scale.reshape(*(1,) * p.ndim)
     ones = (1,) * p.ndim
@@ -52,6 +50,16 @@ def adamw(
     return [p.assign(p - change), m.assign(new_m), v.assign(new_v)]
 
 
+def _adamw_cpu(
+    p: Tensor, m: Tensor, v: Tensor, grad: Tensor, scalars: Tensor, decay: bool
+) -> list[Tensor]:
+    count = p.numel()
+    adamw = Kernel(
+        "adamw.c", {"DECAY": int(decay)}, {"COUNT": count}, flops=12 * count, updates=True
+    )
+    return run(adamw, [p, m, v], [grad, scalars])
+
+
 def square_sum(grads: list[Tensor]) -> Tensor:
     """Sum of the squares of all elements of all tensors: a float32 scalar."""
     total = None
@@ -62,16 +70,19 @@ def square_sum(grads: list[Tensor]) -> Tensor:
 
 
 def add_square_sum(total: Tensor | None, grad: Tensor) -> Tensor:
-    """total plus the sum of grad's squares, both in parts whose sum is meant: (parts,) float32."""
-    if kernel.uses_kernels(grad):
-        return kernel.run(
-            "square_sum.c",
-            {"ACCUMULATE": int(total is not None)},
-            [kernel.threaded(1).reshape(-1) if total is None else total],
-            [grad],
-            sizes={"COUNT": grad.numel()},
-            flops=2 * grad.numel(),
-            also_read=total is not None,
-        )[0]
+    """total plus the sum of grad's squares, both in parts to be added up: (parts,) float32."""
+    form = forms.choose(grad, portable=_add_square_sum_portable, cpu=_add_square_sum_cpu)
+    return form(total, grad)
+
+
+def _add_square_sum_portable(total: Tensor | None, grad: Tensor) -> Tensor:
     squares = (grad.float() * grad.float()).sum().reshape(1)
     return (squares if total is None else total + squares).cast(dtypes.float32).contiguous()
+
+
+def _add_square_sum_cpu(total: Tensor | None, grad: Tensor) -> Tensor:
+    count, adds = grad.numel(), total is not None
+    square_sum = Kernel(
+        "square_sum.c", {"ACCUMULATE": int(adds)}, {"COUNT": count}, flops=2 * count, updates=adds
+    )
+    return run(square_sum, [per_thread(1).reshape(-1) if total is None else total], [grad])[0]

@@ -1,29 +1,30 @@
-"""Causal attention among the tokens of one document (flash attention, Dao et al. 2022).
+"""Causal attention within documents (flash attention, Dao et al. 2022).
 
     S = q k^T / sqrt(D),  P = softmax(S) over starts[t] <= s <= t,  out = P v
 
-`starts` keeps documents that are packed into one row from seeing each other. With grouped-query
-attention, H query heads share KV key/value heads, H / KV each. The CPU kernels keep only out and
-the log-sum-exp of S; no T x T matrix exists. The portable form makes S and P, of one layer at a
-time, and makes them again for the gradient. Backward (delta = rowsum(dout out)):
+`starts` keeps documents that are packed into one row from attending to each other. With
+grouped-query attention, H query heads share KV key/value heads, H / KV each. The CPU kernels save
+only out and the log-sum-exp of S; no T x T matrix exists. The portable form computes S and P of one
+layer at a time, and computes them again for the gradient. Backward (delta = rowsum(dout out)):
     dv = P^T dout,  dS = P (dout v^T - delta),  dq = dS k / sqrt(D),  dk = dS^T q / sqrt(D)
 """
 
 import math
 
 from tinygrad import Tensor, dtypes
-from tinygrad.uop.ops import UOp
 
-from tinyllama.runtime import kernel
-from tinyllama.runtime.stage import passing
+from tinyllama.ops import forms
+from tinyllama.runtime.kernel import TYPE_CODE, Call, Kernel, empty, run
+from tinyllama.runtime.stage import recomputed
 from tinyllama.system import device
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> Tensor:
     """q (B, T, H, D), k and v (B, T, KV, D), starts (B, T) integers -> (B, T, H, D) like q."""
-    starts = starts.cast(dtypes.int32)
-    if kernel.uses_kernels(q, k, v):
-        return _attention_cpu(q, k, v, starts)
+    return forms.choose(q, k, v, portable=_portable, cpu=_cpu)(q, k, v, starts.cast(dtypes.int32))
+
+
+def _portable(q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> Tensor:
     T = q.shape[1]
     position = Tensor.arange(T, device=q.device)
     keys, queries = position.reshape(1, 1, T), position.reshape(1, T, 1)
@@ -40,46 +41,37 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     values = v.permute(0, 2, 1, 3).reshape(B, KV, 1, S, D)
     scores = (heads.contiguous() @ keys.contiguous()).float() / math.sqrt(D)
     scores = mask.reshape(B, 1, 1, T, S).where(scores, -math.inf)
-    weights = passing(scores.contiguous()).softmax(-1).cast(q.dtype)
-    out = passing(weights.contiguous()) @ values.contiguous()  # (B, KV, H/KV, T, D)
+    weights = recomputed(scores.contiguous()).softmax(-1).cast(q.dtype)
+    out = recomputed(weights.contiguous()) @ values.contiguous()  # (B, KV, H/KV, T, D)
     return out.permute(0, 3, 1, 2, 4).reshape(B, T, H, D).contiguous()
 
 
-def _attention_cpu(q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> Tensor:
+def _cpu(q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> Tensor:
     B, T, H, D = q.shape
     KV = k.shape[2]
     defines = {"B": B, "T": T, "H": H, "KV": KV, "D": D}
-    defines |= {"SCALE": f"{1 / math.sqrt(D)!r}f", "ACT": kernel.TYPE_CODE[q.dtype]}
+    defines |= {"SCALE": f"{1 / math.sqrt(D)!r}f", "ACT": TYPE_CODE[q.dtype]}
+    headers = ("attention.h",)
     pairs = B * H * T * (T + 1) // 2  # query-key pairs that causality allows
+    forward = Kernel("attention_forward.c", defines, headers=headers, flops=4 * D * pairs)
+    backward = Kernel("attention_backward.c", defines, headers=headers, flops=10 * D * pairs)
 
-    def gradient(grad: UOp, call: UOp) -> tuple[UOp | None, ...]:
-        out, lse = (Tensor(u.after(call)) for u in call.src[1:3])
-        queries, keys, values, first = (Tensor(u) for u in call.src[4:])
-        outputs = [kernel.empty(*t.shape, dtype=t.dtype) for t in (queries, keys, values)]
-        dq, dk, dv, _ = kernel.run(
-            "attention_backward.c",
-            defines,
-            [*outputs, kernel.empty(_scratch_floats(T, D, 4, 5, 2))],
-            [Tensor(grad), out, lse, queries, keys, values, first],
-            flops=10 * D * pairs,
-            headers=("attention.h",),
-        )
-        return None, None, None, dq.uop, dk.uop, dv.uop, None
+    def gradient(dout: Tensor, call: Call) -> list[Tensor | None]:
+        out, lse, _ = call.outputs
+        q, k, v, starts = call.inputs
+        grads = [empty(*t.shape, dtype=t.dtype) for t in (q, k, v)]
+        scratch = empty(_scratch_floats(T, D, 4, 5, 2))
+        inputs = [dout, out, lse, q, k, v, starts]
+        dq, dk, dv, _ = run(backward, [*grads, scratch], inputs)
+        return [dq, dk, dv, None]
 
-    scratch = kernel.empty(_scratch_floats(T, D, 2, 3, 1))
-    return kernel.run(
-        "attention_forward.c",
-        defines,
-        [kernel.empty(B, T, H, D, dtype=q.dtype), kernel.empty(B, H, T), scratch],
-        [q, k, v, starts],
-        flops=4 * D * pairs,
-        headers=("attention.h",),
-        gradient=gradient,
-    )[0]
+    scratch = empty(_scratch_floats(T, D, 2, 3, 1))
+    outputs = [empty(B, T, H, D, dtype=q.dtype), empty(B, H, T), scratch]
+    return run(forward, outputs, [q, k, v, starts], gradient)[0]
 
 
 def _scratch_floats(T: int, D: int, sequences: int, tiles: int, scores: int) -> int:
-    """Floats of packed tiles all threads need, on any instruction set (see cpu/attention.h)."""
+    """Floats of packed tiles that all threads need, on any instruction set (cpu/attention.h)."""
     tile = 96
     rows = tile * (-(-D // 32) * 32 + 16)
     sequence = -(-T // tile) * rows

@@ -1,18 +1,19 @@
 """Softmax cross entropy of x W^T against targets, summed, without keeping the logits.
 
-The logits (tokens x vocabulary) are the largest tensor of a small model. They are made for a
-chunk of tokens at a time; the same pass turns them into their gradient, softmax - one_hot, and
-multiplies that back, so that loss, dx and dW leave together and the chunk is forgotten.
-A target of -1 is not trained: its loss and gradient are zero. One beyond the vocabulary has the
-loss NaN, which stops a run.
+The logits (tokens x vocabulary) are the largest tensor of a small model. They are computed for a
+chunk of tokens at a time. The same pass turns them into their gradient, softmax - one_hot, and
+computes dx and dW from it, so that the memory of a chunk is reused for the next one.
+A target of -1 is not trained: its loss and gradient are zero. A target beyond the vocabulary has
+the loss NaN, which stops a run.
 """
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 from tinygrad import Tensor, dtypes
-from tinygrad.function import function
-from tinygrad.uop.ops import UOp
 
+from tinyllama.ops import forms
 from tinyllama.ops.matmul import (
     NN,
     NT,
@@ -20,7 +21,7 @@ from tinyllama.ops.matmul import (
     gemm,
     linear,
 )
-from tinyllama.runtime import kernel
+from tinyllama.runtime.kernel import TYPE_CODE, Call, Kernel, after, empty, run, with_gradient
 
 # Largest chunk of logits, in elements: 64 MB of float32.
 CHUNK_ELEMENTS = 16 * 1024 * 1024
@@ -31,25 +32,38 @@ def linear_cross_entropy(
 ) -> Tensor:
     """x (N, H), weight (V, H) float32, targets (N,) integers -> summed loss, a float32 scalar.
 
-    Unit: nats, summed over the trained tokens; the caller divides once, by their number.
+    Unit: nats, summed over the trained tokens; the caller divides once by their number.
     """
 
-    def gradient(grad: UOp, call: UOp) -> tuple[UOp | None, ...]:
-        scale = Tensor(grad)
-        dx = Tensor(call.gettuple(1)) * scale.cast(x.dtype)
-        dw = (Tensor(call.gettuple(2)) * scale).uop if weight_gradient else None
-        return dx.uop, dw, None
+    def gradient(dloss: Tensor, call: Call) -> list[Tensor | None]:
+        _, dx, *dw = call.outputs
+        return [dx * dloss.cast(dx.dtype), dw[0] * dloss if dw else None, None]
 
-    forward = function(loss_and_gradients, grad_fxn=gradient)
-    return forward(x, weight, targets, weight_gradient)[0]
+    forward = with_gradient(loss_and_gradients, gradient)
+    loss: Tensor = forward(x, weight, targets, weight_gradient)[0]
+    return loss
+
+
+class _Form(NamedTuple):
+    """The parts of which one form of the loss consists."""
+
+    # rows (N, H), weight (V, H), logits (N, V) whose memory is free or None -> logits (N, V)
+    logits: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    # logits (N, V), targets (N,), whether the gradient is needed -> losses (N,), gradient (N, V)
+    softmax_loss: Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor]]
+    # dlogits (N, V), weight (V, H) -> dx (N, H)
+    x_gradient: Callable[[Tensor, Tensor], Tensor]
+    # dlogits (N, V), rows (N, H), what it is added to (V, H) -> dW (V, H)
+    weight_gradient: Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 def token_losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """The loss of each token, for evaluation: shapes as above -> (N,) float32 nats."""
+    form = forms.choose(x, weight, portable=_PORTABLE, cpu=_CPU)
     parts, targets = [], targets.cast(dtypes.int32)
     for begin, end in _chunks(x.shape[0], weight.shape[0]):
-        logits = linear(x[begin:end].contiguous(), weight)
-        loss, _ = _softmax_loss(logits, targets[begin:end], gradient=False)
+        logits = form.logits(x[begin:end].contiguous(), weight, None)
+        loss, _ = form.softmax_loss(logits, targets[begin:end], False)
         parts.append(loss)
     return parts[0].cat(*parts[1:]) if len(parts) > 1 else parts[0]
 
@@ -57,18 +71,19 @@ def token_losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 def loss_and_gradients(
     x: Tensor, weight: Tensor, targets: Tensor, weight_gradient: bool
 ) -> tuple[Tensor, ...]:
-    """Summed loss, its gradient of x and, if asked for, of the weight, in one pass over chunks."""
+    """Summed loss, its gradient of x and, with `weight_gradient`, of the weight: one pass."""
+    form = forms.choose(x, weight, portable=_PORTABLE, cpu=_CPU)
     losses, dxs, dw, free = [], [], None, None
     targets = targets.cast(dtypes.int32)
     for begin, end in _chunks(x.shape[0], weight.shape[0]):
         rows = x[begin:end].contiguous()
-        logits = _logits(rows, weight, free)
-        loss, dlogits = _softmax_loss(logits, targets[begin:end], gradient=True)
+        logits = form.logits(rows, weight, free)
+        loss, dlogits = form.softmax_loss(logits, targets[begin:end], True)
         losses.append(loss.sum())
-        dxs.append(_product(NN, dlogits, weight, rows))
+        dxs.append(form.x_gradient(dlogits, weight))
         if weight_gradient:
-            dw = _add_product(dlogits, rows, dw)
-        free = kernel.after(dlogits, [dxs[-1]] if dw is None else [dxs[-1], dw])
+            dw = form.weight_gradient(dlogits, rows, dw)
+        free = after(dlogits, [dxs[-1]] if dw is None else [dxs[-1], dw])
     total = sum(losses[1:], losses[0])
     dx = dxs[0].cat(*dxs[1:], dim=0).contiguous() if len(dxs) > 1 else dxs[0]
     return (total, dx, dw) if dw is not None else (total, dx)
@@ -81,25 +96,13 @@ def _chunks(tokens: int, vocab_size: int) -> list[tuple[int, int]]:
     return [(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
 
-def _logits(rows: Tensor, weight: Tensor, free: Tensor | None) -> Tensor:
-    """rows weight^T, (N, V). `free` holds logits that nobody reads any more: chunks that wait for
-    each other share that memory, where tinygrad would make the logits of all chunks first."""
-    if kernel.uses_kernels(rows, weight):
-        fits = free is not None and free.shape == (rows.shape[0], weight.shape[0])
-        return gemm(NT, rows, weight, dtype=rows.dtype, over=free if fits else None)
+def _logits_portable(rows: Tensor, weight: Tensor, _free: Tensor | None) -> Tensor:
     return linear(rows, weight)
 
 
-def _softmax_loss(logits: Tensor, targets: Tensor, *, gradient: bool) -> tuple[Tensor, Tensor]:
-    """Loss of each row (N,) float32, and the logits turned into their gradient (N, V)."""
-    if kernel.uses_kernels(logits):
-        N, V = logits.shape
-        defines = {"N": N, "V": V, "ACT": kernel.TYPE_CODE[logits.dtype], "GRADIENT": int(gradient)}
-        outputs = [logits, kernel.empty(N)]
-        out = kernel.run(
-            "cross_entropy.c", defines, outputs, [targets], flops=6 * N * V, also_read=True
-        )
-        return out[1], out[0]
+def _softmax_loss_portable(
+    logits: Tensor, targets: Tensor, _gradient: bool
+) -> tuple[Tensor, Tensor]:
     scores = logits.float()
     trained = targets >= 0
     one_hot = Tensor.arange(scores.shape[1], device=scores.device) == targets.reshape(-1, 1)
@@ -115,16 +118,39 @@ def _softmax_loss(logits: Tensor, targets: Tensor, *, gradient: bool) -> tuple[T
     return loss, dlogits.cast(logits.dtype).contiguous()
 
 
-def _product(layout: int, a: Tensor, b: Tensor, like: Tensor) -> Tensor:
-    """a b, of the type of `like`."""
-    if kernel.uses_kernels(a, b):
-        return gemm(layout, a, b, dtype=like.dtype)
-    return (a @ b.cast(a.dtype)).cast(like.dtype).contiguous()
+def _x_gradient_portable(dlogits: Tensor, weight: Tensor) -> Tensor:
+    return (dlogits @ weight.cast(dlogits.dtype)).contiguous()
 
 
-def _add_product(dlogits: Tensor, rows: Tensor, onto: Tensor | None) -> Tensor:
-    """onto + dlogits^T rows, float32 (V, H)."""
-    if kernel.uses_kernels(dlogits, rows):
-        return gemm(TN, dlogits, rows, onto=onto)
+def _weight_gradient_portable(dlogits: Tensor, rows: Tensor, onto: Tensor | None) -> Tensor:
     product = dlogits.transpose().matmul(rows, dtype=dtypes.float32)
     return (product if onto is None else onto + product).contiguous()
+
+
+def _logits_cpu(rows: Tensor, weight: Tensor, free: Tensor | None) -> Tensor:
+    """Written over `free`, so that chunks run one after another; otherwise tinygrad would compute
+    the logits of all chunks first."""
+    fits = free is not None and free.shape == (rows.shape[0], weight.shape[0])
+    return gemm(NT, rows, weight, dtype=rows.dtype, over=free if fits else None)
+
+
+def _softmax_loss_cpu(logits: Tensor, targets: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
+    N, V = logits.shape
+    defines = {"N": N, "V": V, "ACT": TYPE_CODE[logits.dtype], "GRADIENT": int(gradient)}
+    softmax_loss = Kernel("cross_entropy.c", defines, flops=6 * N * V, updates=True)
+    dlogits, loss = run(softmax_loss, [logits, empty(N)], [targets])
+    return loss, dlogits
+
+
+def _x_gradient_cpu(dlogits: Tensor, weight: Tensor) -> Tensor:
+    return gemm(NN, dlogits, weight, dtype=dlogits.dtype)
+
+
+def _weight_gradient_cpu(dlogits: Tensor, rows: Tensor, onto: Tensor | None) -> Tensor:
+    return gemm(TN, dlogits, rows, onto=onto)
+
+
+_PORTABLE = _Form(
+    _logits_portable, _softmax_loss_portable, _x_gradient_portable, _weight_gradient_portable
+)
+_CPU = _Form(_logits_cpu, _softmax_loss_cpu, _x_gradient_cpu, _weight_gradient_cpu)

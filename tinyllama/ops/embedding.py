@@ -1,16 +1,15 @@
-"""Rows of a table by index; the gradient adds each row's gradient back where it was read.
+"""Rows of a table by index; the gradient of a row is the sum over the places where it was read.
 
-With N tokens, V entries and H columns tinygrad's own gradient is a product with one-hot rows, N V H
-multiplications. The portable form here sums over the tokens of one id first, N N H, and then copies
-sums to where they belong.
+With N tokens, V entries and H columns, tinygrad's own gradient is a product with one-hot rows:
+N V H multiplications. The portable form here first sums over the tokens of each id, N N H, and then
+copies the sums to their rows.
 """
 
 from tinygrad import Tensor, dtypes
 from tinygrad.dtype import DType
-from tinygrad.function import function
-from tinygrad.uop.ops import UOp
 
-from tinyllama.runtime import kernel
+from tinyllama.ops import forms
+from tinyllama.runtime.kernel import TYPE_CODE, Call, Kernel, empty, run, with_gradient
 
 
 def embedding(ids: Tensor, weight: Tensor, dtype: DType) -> Tensor:
@@ -18,22 +17,24 @@ def embedding(ids: Tensor, weight: Tensor, dtype: DType) -> Tensor:
 
     A weight that is trained is float32; a frozen one may be narrower.
     """
-    ids = ids.cast(dtypes.int32)
-    if kernel.uses_kernels(weight):
-        return _embedding_cpu(ids, weight, dtype)
+    form = forms.choose(weight, portable=_portable, cpu=_cpu)
+    return form(ids.cast(dtypes.int32), weight, dtype)
 
-    def gradient(grad: UOp, call: UOp) -> tuple[UOp | None, ...]:
-        table, indices = (Tensor(u) for u in call.src[1:])
-        return scattered(Tensor(grad), indices, table.shape[0]).uop, None
+
+def _portable(ids: Tensor, weight: Tensor, dtype: DType) -> Tensor:
+    def gradient(dout: Tensor, call: Call) -> list[Tensor | None]:
+        weight, ids = call.inputs
+        return [scattered(dout, ids, weight.shape[0]), None]
 
     def lookup(weight: Tensor, ids: Tensor) -> Tensor:
         return weight[ids].cast(dtype)
 
-    return function(lookup, grad_fxn=gradient)(weight, ids).contiguous().contiguous_backward()
+    out: Tensor = with_gradient(lookup, gradient)(weight, ids)
+    return out.contiguous().contiguous_backward()
 
 
 def scattered(grad: Tensor, ids: Tensor, vocab_size: int) -> Tensor:
-    """grad (..., H) summed over equal ids (...): (vocab_size, H) float32, plain tensors alone."""
+    """grad (..., H) summed over equal ids (...) -> (vocab_size, H) float32."""
     rows, flat = grad.reshape(-1, grad.shape[-1]).float().contiguous(), ids.reshape(-1)  # (N, H)
     entries = Tensor.arange(vocab_size, device=ids.device).reshape(-1, 1)
     if rows.shape[0] > vocab_size:
@@ -46,22 +47,15 @@ def scattered(grad: Tensor, ids: Tensor, vocab_size: int) -> Tensor:
     return (last > 0).reshape(-1, 1).where(found, 0).contiguous()
 
 
-def _embedding_cpu(ids: Tensor, weight: Tensor, dtype: DType) -> Tensor:
+def _cpu(ids: Tensor, weight: Tensor, dtype: DType) -> Tensor:
     vocab_size, width = weight.shape
-    defines = {"N": ids.numel(), "V": vocab_size, "H": width, "ACT": kernel.TYPE_CODE[dtype]}
-    storage = {"W_T": kernel.TYPE_CODE[weight.dtype]}
+    defines = {"N": ids.numel(), "V": vocab_size, "H": width, "ACT": TYPE_CODE[dtype]}
+    forward = Kernel("embedding_forward.c", defines | {"W_T": TYPE_CODE[weight.dtype]})
+    backward = Kernel("embedding_backward.c", defines, flops=ids.numel() * width)
 
-    def gradient(grad: UOp, call: UOp) -> tuple[UOp | None, ...]:
-        dw = kernel.run(
-            "embedding_backward.c",
-            defines,
-            [kernel.empty(vocab_size, width, dtype=dtypes.float32)],
-            [Tensor(grad), Tensor(call.src[-1])],
-            flops=ids.numel() * width,
-        )[0]
-        return None, dw.uop, None
+    def gradient(dout: Tensor, call: Call) -> list[Tensor | None]:
+        _, ids = call.inputs
+        dw = run(backward, [empty(vocab_size, width, dtype=dtypes.float32)], [dout, ids])[0]
+        return [dw, None]
 
-    out = kernel.empty(*ids.shape, width, dtype=dtype)
-    return kernel.run(
-        "embedding_forward.c", defines | storage, [out], [weight, ids], gradient=gradient
-    )[0]
+    return run(forward, [empty(*ids.shape, width, dtype=dtype)], [weight, ids], gradient)[0]

@@ -1,26 +1,23 @@
-"""y = x W^T with a frozen W held in 4 bits, and the gradient of x.
+"""y = x W^T with a frozen W stored in 4 bits, and the gradient of x.
 
     W[o, i] = q[o, i] scale[o, i // block_size]        q in -8 .. 7, scale float16
 
-Two q share a byte as signed 4 bit numbers, the one with the even i in the low half. On the CPU the
-product widens W where it packs a panel of it (`cpu/int4.h`); elsewhere W is widened into a buffer
-of one layer.
+Two q share a byte as signed 4-bit numbers, the one with the even i in the low half. The CPU kernel
+widens W when it packs a panel of it (`cpu/int4.h`); the portable form widens W into a buffer of one
+layer.
 """
-
-from collections.abc import Callable
 
 from tinygrad import Tensor, dtypes
 from tinygrad.dtype import DType
-from tinygrad.uop.ops import UOp
 
-from tinyllama.ops import sums
+from tinyllama.ops import forms, sums
 from tinyllama.ops.matmul import (
     NN,
     NT,
     gemm_headers,
     gemm_macros,
 )
-from tinyllama.runtime import kernel
+from tinyllama.runtime.kernel import Call, Gradient, Kernel, empty, per_thread, run
 
 
 def int4_linear(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
@@ -28,9 +25,10 @@ def int4_linear(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
 
     The result is of the type of x. Only x has a gradient.
     """
-    if kernel.uses_kernels(x, scales):
-        rows = x.reshape(-1, x.shape[-1])  # (N, in)
-        return _forward(rows, packed, scales).reshape(*x.shape[:-1], packed.shape[0])
+    return forms.choose(x, scales, portable=_portable, cpu=_cpu)(x, packed, scales)
+
+
+def _portable(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
     weight = dequantize(packed, scales).cast(x.dtype).contiguous().detach()
     return (x.contiguous() @ weight.transpose()).contiguous().contiguous_backward()
 
@@ -43,12 +41,14 @@ def dequantize(packed: Tensor, scales: Tensor) -> Tensor:
     return (values * scales.cast(dtypes.float32).unsqueeze(-1)).reshape(rows, -1)
 
 
-def _forward(rows: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
-    def gradient(grad: UOp, call: UOp) -> tuple[UOp | None, ...]:
-        dx = _product(NN, Tensor(grad), Tensor(call.src[-2]), Tensor(call.src[-1]), rows.dtype)
-        return None, None, dx.uop, None, None
+def _cpu(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
+    def gradient(dy: Tensor, call: Call) -> list[Tensor | None]:
+        x, packed, scales = call.inputs
+        return [_product(NN, dy, packed, scales, x.dtype), None, None]
 
-    return _product(NT, rows, packed, scales, rows.dtype, gradient)
+    rows = x.reshape(-1, x.shape[-1])  # (N, in)
+    out = _product(NT, rows, packed, scales, x.dtype, gradient)
+    return out.reshape(*x.shape[:-1], packed.shape[0])
 
 
 def _product(
@@ -57,27 +57,22 @@ def _product(
     packed: Tensor,
     scales: Tensor,
     dtype: DType,
-    gradient: Callable[..., tuple[UOp | None, ...]] | None = None,
+    gradient: Gradient | None = None,
     addend: Tensor | None = None,
 ) -> Tensor:
     """a (M, in) W^T (NT), or a (M, out) W (NN), of type `dtype`, plus an `addend` like it."""
-    outputs, inputs = packed.shape[0], 2 * packed.shape[1]
+    rows, columns = packed.shape[0], 2 * packed.shape[1]  # of W
     m, k = a.shape
-    n = outputs if layout == NT else inputs
+    n = rows if layout == NT else columns
     defines, sizes = gemm_macros(layout, m, n, k, a.dtype, dtypes.float32, dtype)
-    defines["BLOCK"] = inputs // scales.shape[1]
+    defines["BLOCK"] = columns // scales.shape[1]
     if addend is not None:
         defines["ADDEND"] = 1
-    result = kernel.run(
-        "gemm.c",
-        defines,
-        [kernel.empty(m, n, dtype=dtype), kernel.threaded(sizes["SCRATCH_FLOATS"])],
-        [a, packed, scales] if addend is None else [a, packed, scales, addend],
-        sizes=sizes,
-        flops=2 * m * n * k,
-        headers=gemm_headers(defines, "int4.h"),
-        gradient=gradient,
-    )[0]
+    headers = gemm_headers(defines, "int4.h")
+    product = Kernel("gemm.c", defines, sizes, headers, flops=2 * m * n * k)
+    written = [empty(m, n, dtype=dtype), per_thread(sizes["SCRATCH_FLOATS"])]
+    inputs = [a, packed, scales] if addend is None else [a, packed, scales, addend]
+    result = run(product, written, inputs, gradient)[0]
     if gradient is not None or addend is not None:
         return result
 

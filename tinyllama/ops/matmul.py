@@ -1,22 +1,22 @@
-"""y = x W^T, the product every layer is made of, with its two gradients.
+"""y = x W^T, the matrix product of every linear layer, with its two gradients.
 
-Backward: dx = dy W and dW = dy^T x. On the CPU all three are one blocked kernel (`cpu/gemm.c`);
-elsewhere they are tinygrad's own, with boundaries at the inputs so that the scheduler does not
-recompute whatever produced them once per output element.
+Backward: dx = dy W and dW = dy^T x. On the CPU all three are one blocked kernel (`cpu/gemm.c`).
+The portable form is tinygrad's own product; its inputs are put into memory first, or the scheduler
+would compute them again for each element of the result.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from tinygrad import Tensor, dtypes
 from tinygrad.dtype import DType
-from tinygrad.uop.ops import UOp
 
-from tinyllama.ops import sums
+from tinyllama.ops import forms, sums
 from tinyllama.runtime import kernel
+from tinyllama.runtime.kernel import TYPE_CODE, Call, Gradient, Kernel, empty, per_thread, run
 
 # Layouts of cpu/gemm.c: C[M,N] = A[M,K] B[N,K]^T, A[M,K] B[K,N], A[K,M]^T B[K,N].
 NT, NN, TN = 0, 1, 2
-# Up to so many rows of A, each number of them has code of its own (SKINNY of cpu/gemm.c).
+# Up to this many rows of A, each number of rows is compiled separately (SKINNY of cpu/gemm.c).
 FEW_ROWS = 8
 
 
@@ -25,24 +25,23 @@ def linear(x: Tensor, weight: Tensor, addend: Tensor | None = None) -> Tensor:
 
     An `addend`, like the result, is added to it.
     """
-    if kernel.uses_kernels(x, weight):
-        return _linear_cpu(x, weight, addend)
+    return forms.choose(x, weight, portable=_portable, cpu=_cpu)(x, weight, addend)
+
+
+def _portable(x: Tensor, weight: Tensor, addend: Tensor | None) -> Tensor:
     x = x.contiguous()
     out = (x @ weight.cast(x.dtype).transpose()).contiguous().contiguous_backward()
     return out if addend is None else out + addend
 
 
-def _linear_cpu(x: Tensor, weight: Tensor, addend: Tensor | None) -> Tensor:
+def _cpu(x: Tensor, weight: Tensor, addend: Tensor | None) -> Tensor:
+    def gradient(dy: Tensor, call: Call) -> list[Tensor | None]:
+        x, weight, *addends = call.inputs
+        dx = gemm(NN, dy, weight, dtype=x.dtype)
+        dw = gemm(TN, dy, x, dtype=weight.dtype)
+        return [dx, dw, *[dy for _ in addends]]
+
     rows = x.reshape(-1, x.shape[-1])  # (N, in)
-
-    def gradient(grad: UOp, call: UOp) -> tuple[UOp | None, ...]:
-        dy, w = Tensor(grad), Tensor(call.src[4])
-        inputs = Tensor(call.src[3]).reshape(rows.shape)
-        dx = gemm(NN, dy, w, dtype=inputs.dtype)
-        dw = gemm(TN, dy, inputs, dtype=w.dtype)
-        found = (None, None, dx.uop, dw.uop)
-        return found if addend is None else (*found, grad)
-
     if addend is not None:
         addend = addend.reshape(-1, weight.shape[0])
     out = gemm(NT, rows, weight, dtype=x.dtype, gradient=gradient, addend=addend)
@@ -55,35 +54,28 @@ def gemm(
     b: Tensor,
     *,
     dtype: DType = dtypes.float32,
-    gradient: Callable[..., tuple[UOp | None, ...]] | None = None,
+    gradient: Gradient | None = None,
     onto: Tensor | None = None,
     over: Tensor | None = None,
     addend: Tensor | None = None,
 ) -> Tensor:
-    """One product on the CPU: a and b as `layout` names them, result (M, N) of type `dtype`.
+    """One product on the CPU: a and b in the shapes of `layout`, result (M, N) of type `dtype`.
 
-    With `onto`, a float32 (M, N), the product is added to it in place; with `over`, an (M, N) of
-    type `dtype`, it is written over that. An `addend`, (M, N) of type `dtype`, is added to it.
+    With `onto`, a float32 (M, N), the product is added to that in place; with `over`, an (M, N) of
+    type `dtype`, it is written there. An `addend`, (M, N) of type `dtype`, is added to the result.
     """
     m, k = a.shape[::-1] if layout == TN else a.shape
     n = b.shape[0] if layout == NT else b.shape[1]
     given = over if onto is None else onto
-    out = kernel.empty(m, n, dtype=dtype) if given is None else given
+    out = empty(m, n, dtype=dtype) if given is None else given
     defines, sizes = gemm_macros(layout, m, n, k, a.dtype, b.dtype, out.dtype)
     defines["ACCUMULATE"] = int(onto is not None)
     if addend is not None:
         defines["ADDEND"] = 1
-    result = kernel.run(
-        "gemm.c",
-        defines,
-        [out, kernel.threaded(sizes["SCRATCH_FLOATS"])],
-        [a, b] if addend is None else [a, b, addend],
-        sizes=sizes,
-        flops=2 * m * n * k,
-        also_read=onto is not None,
-        headers=gemm_headers(defines),
-        gradient=gradient,
-    )[0]
+    updates, headers = onto is not None, gemm_headers(defines)
+    product = Kernel("gemm.c", defines, sizes, headers, flops=2 * m * n * k, updates=updates)
+    inputs = [a, b] if addend is None else [a, b, addend]
+    result = run(product, [out, per_thread(sizes["SCRATCH_FLOATS"])], inputs, gradient)[0]
     if gradient is not None or given is not None or addend is not None:
         return result
 
@@ -96,10 +88,10 @@ def gemm(
 def gemm_macros(
     layout: int, m: int, n: int, k: int, a: DType, b: DType, c: DType
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """What cpu/gemm.c is told of operands and a result of these types, and the sizes."""
+    """The macros and the sizes of cpu/gemm.c for operands and a result of these types."""
     few = layout == NT and m <= FEW_ROWS
     defines = {"LAYOUT": layout}
-    defines |= {"A_T": kernel.TYPE_CODE[a], "B_T": kernel.TYPE_CODE[b], "C_T": kernel.TYPE_CODE[c]}
+    defines |= {"A_T": TYPE_CODE[a], "B_T": TYPE_CODE[b], "C_T": TYPE_CODE[c]}
     defines["COMPUTE_BF16"] = int(a == dtypes.bfloat16 and kernel.has_bf16_products())
     defines |= {"M": m} if few else {"MANY_ROWS": 1}
     amx = not few and bool(defines["COMPUTE_BF16"]) and kernel.has_amx()
@@ -112,13 +104,13 @@ def gemm_macros(
 
 
 def gemm_headers(defines: Mapping[str, int], *packing: str) -> tuple[str, ...]:
-    """What goes before cpu/gemm.c; `packing` is the file of a B in another form."""
+    """The files before cpu/gemm.c; `packing` is the one of a B that is stored differently."""
     form = "tile_amx.h" if "TILE_AMX" in defines else "tile_vector.h"
     return ("tile.h", *packing, "panels.h", form)
 
 
 def _scratch_floats_amx(m: int, n: int, k: int, narrow: bool) -> int:
-    """The same where a slot of a panel is a pair of bfloat16 and a tile is 32 x 32."""
+    """As `_scratch_floats`, for panels of bfloat16 pairs and tiles of 32 x 32."""
     slots = -(-k // 2)
     panels = -(-slots // 384)
     block = min(1 << 20, (slots + 16 * panels) * (n + 31))
@@ -130,11 +122,11 @@ def _scratch_floats_amx(m: int, n: int, k: int, narrow: bool) -> int:
 
 
 def _scratch_floats(m: int, n: int, k: int, narrow: bool) -> int:
-    """Floats of packed panels a thread needs, on any instruction set (see cpu/gemm.c)."""
+    """Floats of packed panels that a thread needs, on any instruction set (see cpu/gemm.c)."""
     panels = -(-k // 320)
     block = min(1 << 20, (k + 4 * panels) * (n + 31))
     partial = 0
-    if narrow and k > 320:  # sums of several panels wait in float32 before they are narrowed
+    if narrow and k > 320:  # sums of several panels are kept in float32 until they are narrowed
         columns = min(n + 31, (2 << 20) // min(k, 2048))
         partial = (m + 13 if k > 2048 else 256) * columns
     return -(-(block + 131072 + partial) // 1024) * 1024

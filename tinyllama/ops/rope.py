@@ -1,14 +1,14 @@
-"""Rotary position embedding (Su et al. 2021), half rotation as Hugging Face's LLaMA has it.
+"""Rotary position embedding (Su et al. 2021), with Hugging Face's half rotation.
 
-Pair (x_i, x_{i+D/2}) at position t is turned by the angle t * theta^(-2i/D). A turn by the
-negative angle is its gradient.
+Pair (x_i, x_{i+D/2}) at position t is rotated by the angle t * theta^(-2i/D). The gradient is
+a rotation by the negative angle.
 """
 
 import numpy as np
 from tinygrad import Tensor
-from tinygrad.uop.ops import UOp
 
-from tinyllama.runtime import kernel
+from tinyllama.ops import forms
+from tinyllama.runtime.kernel import TYPE_CODE, Call, Kernel, empty, run
 
 
 def frequencies(head_dim: int, theta: float) -> np.ndarray:
@@ -26,8 +26,10 @@ def tables(head_dim: int, theta: float, length: int) -> tuple[np.ndarray, np.nda
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x (B, T, H, D) in the activation type; cos, sin (T, D/2) float32 -> like x."""
-    if kernel.uses_kernels(x, cos, sin):
-        return _rope_cpu(x, cos, sin)
+    return forms.choose(x, cos, sin, portable=_portable, cpu=_cpu)(x, cos, sin)
+
+
+def _portable(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     T, D = x.shape[1], x.shape[3]
     c, s = cos.reshape(1, T, 1, D // 2), sin.reshape(1, T, 1, D // 2)
     first, second = x[..., : D // 2].float(), x[..., D // 2 :].float()
@@ -35,25 +37,17 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return turned.cast(x.dtype).contiguous()
 
 
-def _rope_cpu(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _cpu(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     B, T, H, D = x.shape
-    defines = {"B": B, "T": T, "HEADS": H, "D": D, "ACT": kernel.TYPE_CODE[x.dtype]}
+    defines = {"B": B, "T": T, "HEADS": H, "D": D, "ACT": TYPE_CODE[x.dtype]}
+    forward, backward = (
+        Kernel("rope.c", defines | {"INVERSE": inverse}, flops=3 * B * T * H * D)
+        for inverse in (0, 1)
+    )
 
-    def gradient(grad: UOp, call: UOp) -> tuple[UOp | None, ...]:
-        dx = kernel.run(
-            "rope.c",
-            defines | {"INVERSE": 1},
-            [kernel.empty(B, T, H, D, dtype=x.dtype)],
-            [Tensor(grad), Tensor(call.src[-2]), Tensor(call.src[-1])],
-            flops=3 * B * T * H * D,
-        )[0]
-        return None, dx.uop, None, None
+    def gradient(dy: Tensor, call: Call) -> list[Tensor | None]:
+        x, cos, sin = call.inputs
+        dx = run(backward, [empty(B, T, H, D, dtype=x.dtype)], [dy, cos, sin])[0]
+        return [dx, None, None]
 
-    return kernel.run(
-        "rope.c",
-        defines | {"INVERSE": 0},
-        [kernel.empty(B, T, H, D, dtype=x.dtype)],
-        [x, cos, sin],
-        flops=3 * B * T * H * D,
-        gradient=gradient,
-    )[0]
+    return run(forward, [empty(B, T, H, D, dtype=x.dtype)], [x, cos, sin], gradient)[0]

@@ -1,12 +1,12 @@
-"""Sums of products: each product adds what came before it, instead of a pass of its own.
+"""Sums of matrix products, in which each product adds the sum of those before it.
 
-A tensor that several layers read has the sum of their gradients: dx = dq Wq + dk Wk + dv Wv, twice
-that with adapters. Every term is a kernel's result, and a kernel of products adds another tensor
-while it writes its own (ADDEND of cpu/gemm.c).
+The gradient of a tensor that several layers read is a sum: dx = dq Wq + dk Wk + dv Wv, with twice
+as many terms if there are adapters. Each term is the result of a kernel that can add another tensor
+while it writes its own (ADDEND of cpu/gemm.c), which saves a pass over memory.
 
-In portable form tinygrad would put all the products of a sum into one kernel, and kernels of more
-than one product cannot use tensor cores: on an NVIDIA H200 they did 5 TFLOPS, in bfloat16, and
-others 33. So there each product has a kernel of its own, too.
+In the portable form tinygrad would put all the products of a sum into one kernel, and a kernel with
+several products cannot use tensor cores: on an NVIDIA H200 such kernels reached 5 TFLOPS in
+bfloat16, others 33. So each product gets a kernel of its own there too.
 """
 
 import functools
@@ -25,8 +25,8 @@ _adding: WeakKeyDictionary[UOp, Adding] = WeakKeyDictionary()
 
 
 def remember(result: Tensor, inputs: Sequence[Tensor], adding: Adding) -> Tensor:
-    """Note how to compute a kernel's result plus something; returns the result."""
-    shapes = [t.shape for t in (*inputs, result)]  # a graph knows flat buffers alone
+    """Note how to compute a kernel's result plus another tensor; returns the result."""
+    shapes = [t.shape for t in (*inputs, result)]  # in a graph the buffers are flat
 
     def adding_flat(*given: Tensor) -> Tensor:
         return adding(*(t.reshape(shape) for t, shape in zip(given, shapes, strict=True)))
@@ -36,9 +36,9 @@ def remember(result: Tensor, inputs: Sequence[Tensor], adding: Adding) -> Tensor
 
 
 def into_products(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The same tensors, with sums taken by the products in them that nothing else reads.
+    """The same tensors, in which products that nothing else reads also compute the sums.
 
-    What they are made of loses its gradient: it is for graphs that are differentiated already.
+    The new graph has no gradients: apply this after differentiating.
     """
     sink = UOp.sink(*(t.uop for t in tensors))
     order = sink.toposort()
@@ -49,7 +49,7 @@ def into_products(tensors: Sequence[Tensor]) -> list[Tensor]:
         if sources == uop.src:
             place = uop
         elif uop.op is Ops.CONTIGUOUS and _is_written(sources[0]):
-            place = sources[0]  # it asked for the sum in memory, where the product has put it
+            place = sources[0]  # the product has already written the sum to memory
         elif uop.op is Ops.CALL:
             place = uop.replace(src=tuple(kernel.written(Tensor(s)).uop for s in sources))
         else:
@@ -63,7 +63,7 @@ def into_products(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _added(uop: UOp, place: UOp, readers: Counter[UOp]) -> UOp:
-    """The sum `uop`, which has become `place`, taken by one of its terms if that is a product."""
+    """The sum `uop`, now `place`, computed by one of its terms if that is a product."""
     for term, other in ((1, 0), (0, 1)):
         if not _only_summed(uop.src[term], readers):
             continue
@@ -76,17 +76,16 @@ def _added(uop: UOp, place: UOp, readers: Counter[UOp]) -> UOp:
 
 
 def _apart(place: UOp) -> UOp:
-    """A sum, its first term in memory if both would compute a product."""
+    """A sum, with its first term put into memory if both terms are products."""
     if place.op is not Ops.ADD or not all(_computes_product(term) for term in place.src):
         return place
     return place.src[0].contiguous() + place.src[1]
 
 
 def _reduced_apart(place: UOp) -> UOp:
-    """The sum over a sum of several products' terms, as the sum of the products.
+    """A reduction over the terms of several products, as a sum of one reduction for each product.
 
-    Inputs that are multiplied by matrices of one shape have their gradients added before they are
-    summed up.
+    tinygrad adds the terms of products of one shape before it reduces them.
     """
     terms = _terms(place.src[0]) if place.arg[0] is Ops.ADD else []
     if len(terms) < 2:
@@ -96,7 +95,7 @@ def _reduced_apart(place: UOp) -> UOp:
 
 
 def _terms(uop: UOp) -> list[UOp]:
-    """What is added up elementwise, if each is a product of two tensors' numbers; or nothing."""
+    """The terms of an elementwise sum, if each multiplies elements of two tensors; else nothing."""
     if uop.op is Ops.CAST:
         return [term.cast(uop.dtype) for term in _terms(uop.src[0])]
     if uop.op is Ops.ADD:
@@ -107,7 +106,7 @@ def _terms(uop: UOp) -> list[UOp]:
 
 
 def _computes_product(uop: UOp) -> bool:
-    """Whether a kernel that reads this would have to compute a matrix product for it."""
+    """Whether a kernel that reads this would compute a matrix product for it."""
     if uop.op in (Ops.RESHAPE, Ops.PERMUTE, Ops.CAST):
         return _computes_product(uop.src[0])
     if uop.op is Ops.ADD:
@@ -120,18 +119,18 @@ def _uncast(uop: UOp) -> UOp:
 
 
 def _is_written(uop: UOp) -> bool:
-    """Whether this is what a kernel wrote, reshaped or not."""
+    """Whether a kernel wrote this, apart from reshapes."""
     return kernel.written(Tensor(uop)).uop.op is Ops.AFTER
 
 
 def _only_summed(uop: UOp, readers: Counter[UOp]) -> bool:
-    """Whether this is what a kernel wrote, reshaped or not, and is read once."""
+    """Whether a kernel wrote this, apart from reshapes, and only one node reads it."""
     while uop.op is Ops.RESHAPE and readers[uop] == 1:
         uop = uop.src[0]
     return uop.op is Ops.AFTER and uop.src[1].op is Ops.CALL and readers[uop] == 1
 
 
 def _call(uop: UOp) -> UOp:
-    """The kernel's call behind what it wrote."""
+    """The call of the kernel that wrote this."""
     assert uop.op is Ops.AFTER and uop.src[1].op is Ops.CALL
     return uop.src[1]

@@ -5,32 +5,31 @@ Backward, with s = 1 / (1 + exp(-gate)):
 """
 
 from tinygrad import Tensor
-from tinygrad.uop.ops import UOp
 
-from tinyllama.runtime import kernel
+from tinyllama.ops import forms
+from tinyllama.runtime.kernel import TYPE_CODE, Call, Kernel, empty, run
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """gate, up (..., I) in the activation type -> like them; arithmetic in float32."""
-    if kernel.uses_kernels(gate, up):
-        return _swiglu_cpu(gate, up)
+    return forms.choose(gate, up, portable=_portable, cpu=_cpu)(gate, up)
+
+
+def _portable(gate: Tensor, up: Tensor) -> Tensor:
     g = gate.float()
     return (g * g.sigmoid() * up.float()).cast(gate.dtype).contiguous()
 
 
-def _swiglu_cpu(gate: Tensor, up: Tensor) -> Tensor:
-    width = gate.shape[-1]
-    defines = {"N": gate.numel() // width, "H": width, "ACT": kernel.TYPE_CODE[gate.dtype]}
+def _cpu(gate: Tensor, up: Tensor) -> Tensor:
+    width, count = gate.shape[-1], gate.numel()
+    defines = {"N": count // width, "H": width, "ACT": TYPE_CODE[gate.dtype]}
+    forward = Kernel("swiglu_forward.c", defines, flops=8 * count)
+    backward = Kernel("swiglu_backward.c", defines, flops=15 * count)
 
-    def gradient(grad: UOp, call: UOp) -> tuple[UOp | None, ...]:
-        _, g, u = (Tensor(uop) for uop in call.src[1:])
-        outputs = [kernel.empty(*g.shape, dtype=g.dtype) for _ in range(2)]
-        dgate, dup = kernel.run(
-            "swiglu_backward.c", defines, outputs, [Tensor(grad), g, u], flops=15 * g.numel()
-        )
-        return None, dgate.uop, dup.uop
+    def gradient(dy: Tensor, call: Call) -> list[Tensor | None]:
+        gate, up = call.inputs
+        outputs = [empty(*gate.shape, dtype=gate.dtype) for _ in range(2)]
+        dgate, dup = run(backward, outputs, [dy, gate, up])
+        return [dgate, dup]
 
-    outputs = [kernel.empty(*gate.shape, dtype=gate.dtype)]
-    return kernel.run(
-        "swiglu_forward.c", defines, outputs, [gate, up], flops=8 * gate.numel(), gradient=gradient
-    )[0]
+    return run(forward, [empty(*gate.shape, dtype=gate.dtype)], [gate, up], gradient)[0]

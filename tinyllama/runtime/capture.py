@@ -8,13 +8,13 @@ from tinygrad.device import Device
 from tinygrad.uop.ops import Ops
 
 from tinyllama.runtime.patches import install
-from tinyllama.runtime.precompile import finishing
+from tinyllama.runtime.precompile import waiting_for_compilers
 
 
 def captured(function: Callable[..., Any]) -> Any:
     """A compiled graph that is captured at its first call instead of its second."""
     install()
-    jit = TinyJit(finishing(function))
+    jit = TinyJit(waiting_for_compilers(function))
     jit.cnt = 1
     return jit
 

@@ -1,64 +1,40 @@
-"""C kernels inside tinygrad's graph: assembled here, compiled and run by tinygrad itself.
+"""C kernels inside tinygrad's graph: assembled here, compiled and run by tinygrad.
 
 A kernel is a C file of `ops/cpu/` that macros complete. tinygrad compiles it with clang, caches
-the object by its text, plans its memory, and calls it on every thread with that thread's number
-(`core_id`). See `ops/cpu/common.h` for the rules a kernel obeys.
+the object by its text, and calls it on every thread with that thread's number (`core_id`). See
+`ops/cpu/common.h` for the rules that a kernel follows.
 
-Sizes that a kernel does without at compile time are constants of its object that are put in when
-it is loaded, so that clang runs once for all sizes.
+Sizes that the compiler need not know are constants of the object that are written when it is
+loaded (patches/kernel_sizes.py), so that clang runs once for all sizes.
 """
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import resources
-from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 from tinygrad import Tensor, dtypes
 from tinygrad.dtype import DType
+from tinygrad.function import function
 from tinygrad.renderer import Estimates
 from tinygrad.uop.ops import KernelInfo, Ops, ProgramInfo, UOp
 
-from tinyllama.runtime.cpu import clang_compiles
 from tinyllama.runtime.patches import install
 from tinyllama.runtime.patches.kernel_sizes import MARK
 from tinyllama.system import device, processor
-
-Form = Literal["portable", "cpu"]
-_forced: list[Form] = []
 
 # Type codes shared with ops/cpu/common.h.
 TYPE_CODE = {dtypes.float32: 0, dtypes.bfloat16: 1, dtypes.float16: 2}
 
 
-@contextlib.contextmanager
-def forced(form: Form) -> Iterator[None]:
-    """Make every operation take one form, whatever the device. For tests and benchmarks."""
-    _forced.append(form)
-    try:
-        yield
-    finally:
-        _forced.pop()
-
-
-def uses_kernels(*tensors: Tensor) -> bool:
-    """Whether the CPU kernels apply: tensors on the CPU, compiled by clang, not switched off."""
-    install()
-    if _forced:
-        return _forced[-1] == "cpu"
-    if any(t.device != "CPU" or t.dtype not in TYPE_CODE for t in tensors):
-        return False
-    return device.kernels_enabled() and clang_compiles()
-
-
 def has_bf16_products() -> bool:
-    """Whether kernels multiply bfloat16 as it is; elsewhere it is storage alone."""
+    """Whether kernels multiply bfloat16 directly; otherwise they widen it to float32 first."""
     return processor.multiplies_bf16(device.instruction_set())
 
 
 def has_amx() -> bool:
-    """Whether they do so in AMX."""
+    """Whether kernels multiply bfloat16 in AMX."""
     return device.instruction_set() == "AMX"
 
 
@@ -68,55 +44,113 @@ def source(file: str) -> str:
     return (resources.files("tinyllama.ops") / "cpu" / file).read_text()
 
 
+@dataclass(frozen=True)
+class Kernel:
+    """A C file of `ops/cpu/` and what completes it.
+
+    `headers` are put before the file. `defines` are macros; `sizes` are too, but their numbers are
+    put in when the kernel is loaded, so that the compiler does not know them. `flops` are the
+    floating-point operations of one run, for tinygrad's statistics. With `updates` the kernel also
+    reads its outputs.
+    """
+
+    file: str
+    defines: Mapping[str, int | float | str]
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    headers: Sequence[str] = ()
+    flops: int = 0
+    updates: bool = False
+
+    @property
+    def name(self) -> str:
+        """The function's name in C; the same for all sizes."""
+        return _joined(self.file, self.defines.values())
+
+    def text(self) -> str:
+        """The whole C text: sizes and macros, the headers, the file."""
+        macros = {"NT": device.threads(), **self.defines, "KERNEL": self.name}
+        lines = [f"#define {key} {value}" for key, value in macros.items()]
+        files = map(source, ("common.h", *self.headers, self.file))
+        return "\n".join([*_declared(self.sizes), *lines, *files])
+
+
+@dataclass(frozen=True)
+class Call:
+    """A computation as its gradient sees it.
+
+    outputs are what it wrote, inputs what it read, in the order and the shapes in which they were
+    passed.
+    """
+
+    outputs: Sequence[Tensor]
+    inputs: Sequence[Tensor]
+
+
+# Gradient of the first output, the call -> a gradient for each input, or None.
+Gradient = Callable[[Tensor, Call], Sequence[Tensor | None]]
+
+
 def run(
-    file: str,
-    defines: Mapping[str, int | float | str],
+    kernel: Kernel,
     outputs: Sequence[Tensor],
     inputs: Sequence[Tensor],
-    *,
-    sizes: Mapping[str, int] = MappingProxyType({}),
-    flops: int = 0,
-    also_read: bool = False,
-    headers: Sequence[str] = (),
-    gradient: Callable[..., tuple[UOp | None, ...]] | None = None,
+    gradient: Gradient | None = None,
 ) -> list[Tensor]:
-    """Run one C kernel: KERNEL(outputs..., inputs..., core_id). Returns the written outputs.
+    """Run a kernel as KERNEL(outputs..., inputs..., core_id); returns the written outputs.
 
-    `defines` are macros, `sizes` too, but of numbers that the compiler does not know.
-    outputs are buffers to write (`empty(...)`, or existing tensors that are updated in place, then
-    `also_read`). gradient(*grads, call=) returns one UOp or None for each output and input.
+    outputs are buffers to write: `empty(...)`, or existing tensors that are updated in place.
     """
-    code = _source(file, headers, defines, sizes)
-    name = "_".join([file.removesuffix(".c"), *map(_word, (*sizes.values(), *defines.values()))])
     install()
+    code, sizes = kernel.text(), tuple(kernel.sizes.values())
+    name = _joined(kernel.file, (*sizes, *kernel.defines.values()))
     moved = sum(t.numel() * t.dtype.itemsize for t in (*outputs, *inputs))
     writes = tuple(range(len(outputs)))
-    reads = tuple(range(0 if also_read else len(outputs), len(outputs) + len(inputs)))
-    info = KernelInfo(name=name, estimates=Estimates(ops=flops, lds=moved, mem=moved))
+    reads = tuple(range(0 if kernel.updates else len(outputs), len(outputs) + len(inputs)))
+    info = KernelInfo(name=name, estimates=Estimates(ops=kernel.flops, lds=moved, mem=moved))
     places = [written(t) for t in (*outputs, *inputs)]
     results = Tensor.custom_kernel(
         *places,
-        fxn=lambda *buffers: _program(info, code, buffers, writes, reads, tuple(sizes.values())),
-        grad_fxn=None if gradient is None else _shaped(gradient),
+        fxn=lambda *buffers: _program(info, code, buffers, writes, reads, sizes),
+        grad_fxn=gradient and _kernel_gradient(gradient, outputs, inputs),
     )
     return [r.reshape(t.shape) for r, t in zip(results, outputs, strict=False)]
 
 
-def _source(
-    file: str,
-    headers: Sequence[str],
-    defines: Mapping[str, int | float | str],
-    sizes: Mapping[str, int],
-) -> str:
-    """C text of a kernel: sizes and macros, the headers, the file."""
-    name = "_".join([file.removesuffix(".c"), *map(_word, defines.values())])
-    macros = {"NT": device.threads(), **defines, "KERNEL": name}
-    lines = [f"#define {key} {value}" for key, value in macros.items()]
-    return "\n".join([*_declared(sizes), *lines, *map(source, ("common.h", *headers, file))])
+def _kernel_gradient(
+    gradient: Gradient, outputs: Sequence[Tensor], inputs: Sequence[Tensor]
+) -> Callable[..., tuple[UOp | None, ...]]:
+    """`gradient` as tinygrad calls that of a kernel: with UOps of flat or other shapes."""
+    # Not the tensors themselves, which would then live as long as the graph.
+    shapes, count = [t.shape for t in (*outputs, *inputs)], len(outputs)
+
+    def run_gradient(grad: UOp, call: UOp) -> tuple[UOp | None, ...]:
+        buffers = call.src[1:]
+        # An output is read after the call wrote it, not before.
+        readable = [*(u.after(call) for u in buffers[:count]), *buffers[count:]]
+        tensors = [Tensor(u).reshape(shape) for u, shape in zip(readable, shapes, strict=True)]
+        grads = gradient(Tensor(grad), Call(tensors[:count], tensors[count:]))
+        pairs = zip(grads, buffers[count:], strict=True)
+        flat = [None if g is None else g.uop.reshape(buffer.shape) for g, buffer in pairs]
+        return (*[None] * count, *flat)
+
+    return run_gradient
+
+
+def with_gradient(
+    forward: Callable[..., Tensor | tuple[Tensor, ...]], gradient: Gradient
+) -> Callable[..., Any]:
+    """A function of tensors whose gradient is computed by `gradient` instead of derived."""
+
+    def run_gradient(grad: UOp, call: UOp) -> tuple[UOp | None, ...]:
+        outputs = [Tensor(call.gettuple(place)) for place in range(len(call.src[0].src))]
+        grads = gradient(Tensor(grad), Call(outputs, [Tensor(u) for u in call.src[1:]]))
+        return tuple(None if g is None else g.uop for g in grads)
+
+    return function(forward, grad_fxn=run_gradient)  # type: ignore[no-any-return]
 
 
 def _declared(sizes: Mapping[str, int]) -> list[str]:
-    """C lines that make each size a constant of the object whose number the compiler cannot see."""
+    """C lines that declare each size as a constant whose value the compiler does not know."""
     if not sizes:
         return []
     words = [".section .rodata", ".balign 8", f".quad {MARK:#x}"]
@@ -139,7 +173,7 @@ def _program(
     reads: tuple[int, ...],
     sizes: tuple[int, ...],
 ) -> UOp:
-    """A C text as tinygrad's PROGRAM, run once by each thread with its number."""
+    """A C text as tinygrad's PROGRAM, which each thread runs once with its number."""
     threads = device.threads()
     core = UOp.variable("core_id", 0, threads - 1, dtypes.int)
     everything = tuple(range(len(buffers)))
@@ -152,24 +186,10 @@ def _program(
     return UOp(Ops.PROGRAM, src=parts, arg=launch)
 
 
-def _shaped(
-    gradient: Callable[..., tuple[UOp | None, ...]],
-) -> Callable[..., tuple[UOp | None, ...]]:
-    """`gradient`, each result in the shape of the buffer that it belongs to."""
-
-    def run_gradient(*grads: UOp, call: UOp | None = None) -> tuple[UOp | None, ...]:
-        # tinygrad passes the call by position where one output has a gradient, by name otherwise.
-        *grads_in, node = grads if call is None else (*grads, call)
-        pairs = zip(gradient(*grads_in, call=node), node.src[1:], strict=True)
-        return tuple(None if g is None else g.reshape(source.shape) for g, source in pairs)
-
-    return run_gradient
-
-
 def written(tensor: Tensor) -> Tensor:
-    """What a kernel wrote, without the reshapes behind it, which tinygrad would copy for.
+    """What a kernel wrote, without reshapes, for which tinygrad would make a copy.
 
-    Kernels read flat memory, so a shape is nothing to them. Other tensors come back as they are.
+    Kernels read flat memory and do not see shapes. Other tensors are returned as they are.
     """
     uop = tensor.uop
     while uop.op is Ops.RESHAPE:
@@ -178,7 +198,7 @@ def written(tensor: Tensor) -> Tensor:
 
 
 def after(tensor: Tensor, done: Sequence[Tensor]) -> Tensor:
-    """What a kernel wrote, as memory that is free once the kernels that wrote `done` have run."""
+    """The memory of `tensor`, to be written again after the kernels that wrote `done` have run."""
     place, uops = written(tensor).uop, [written(t).uop for t in done]
     if any(uop.op is not Ops.AFTER for uop in (place, *uops)):
         return tensor
@@ -186,20 +206,21 @@ def after(tensor: Tensor, done: Sequence[Tensor]) -> Tensor:
 
 
 def in_memory(tensor: Tensor) -> Tensor:
-    """The tensor, put into memory unless a kernel has written it there already."""
+    """The tensor, written to memory unless a kernel has done so already."""
     return tensor if written(tensor).uop.op is Ops.AFTER else tensor.contiguous()
 
 
 def empty(*shape: int, dtype: DType = dtypes.float32) -> Tensor:
-    """An anonymous buffer for a kernel to write; tinygrad's planner gives it memory."""
+    """A new buffer for a kernel to write; the layout of the step gives it memory."""
     return Tensor.invalids(*shape, dtype=dtype, device="CPU")
 
 
-def _word(value: Any) -> str:
-    """A macro's value as part of a C name."""
-    return "".join(c if c.isalnum() else "_" for c in str(value))
+def _joined(file: str, values: Iterable[int | float | str]) -> str:
+    """A C name of a file's name and the values of macros."""
+    text = "_".join([file.removesuffix(".c"), *map(str, values)])
+    return "".join(c if c.isalnum() else "_" for c in text)
 
 
-def threaded(width: int) -> Tensor:
-    """A buffer with one row of `width` floats for each thread's partial sum."""
+def per_thread(width: int) -> Tensor:
+    """A buffer with one row of `width` floats for each thread."""
     return empty(device.threads(), width)

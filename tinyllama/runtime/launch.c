@@ -1,15 +1,15 @@
-/* Many kernels, one after another, by one call on every thread.
+/* Runs many kernels one after another by one call on every thread.
 
-   A kernel is done in `parts`, each by a call with the part's number as its core_id. A thread takes
-   its own part first and then those that nobody has begun, so a thread that comes late, or that the
-   system has put aside, holds up no more than the part it is in. Kernels are numbered on through all
-   runs of all batches of one table: a part's claim holds one more than the last kernel that it was
-   taken of, and never has to be cleared.
+   A kernel is divided into `parts`, each a call with the part's number as its core_id. A thread runs
+   its own part first and then those that no thread has begun, so a thread that is late, or that the
+   system has suspended, delays no more than the part it is in. Kernels are numbered consecutively
+   over all runs of one table: a part's claim holds the number after the last kernel of which that
+   part was begun, so claims never have to be cleared.
 
-   The table is memory of 64-bit words: the head below, its fields that many threads write on cache
-   lines of their own, then one line for each part's claim. Arguments are addresses and int32 values;
-   as 64-bit words both are passed as the x86-64 System V and AArch64 conventions want them, and
-   more words than a kernel takes are no harm. */
+   The table consists of 64-bit words: the head below, in which fields that many threads write are on
+   cache lines of their own, then one line for each part's claim. Arguments are addresses and int32
+   values. Passed as 64-bit words, both are what the x86-64 System V and AArch64 calling conventions
+   require, and a kernel ignores words beyond its arguments. */
 
 typedef unsigned long word;
 #define INLINE static inline __attribute__((always_inline))
@@ -20,7 +20,7 @@ struct head {
   word kernels; /* how many */
   word table;   /* address of their struct kernel */
   word unused[LINE - 3];
-  word open; /* number of the kernel in turn */
+  word open; /* number of the kernel that runs now */
   word unused_1[LINE - 1];
   word done; /* parts of it that are done */
   word unused_2[LINE - 1];
@@ -29,7 +29,7 @@ struct head {
 
 struct kernel {
   word function, arguments, count, parts;
-  word core; /* which argument is the part's number; none when it is `count` or more */
+  word core; /* place of the part's number among the arguments; `count` or more: none */
 };
 
 /* How often a waiting thread looks before it gives up: a fraction of a millisecond. */
@@ -54,7 +54,7 @@ INLINE void rest(void) {
 #define T64 T16, T16, T16, T16
 
 INLINE void call(const struct kernel *k, word part) {
-  volatile word a[MOST]; /* volatile: a plain copy would become a call of memcpy, which is not here */
+  volatile word a[MOST]; /* volatile: a plain copy would become a call of memcpy */
   const word *given = (const word *)k->arguments;
   for (word i = 0; i < k->count; i++) a[i] = given[i];
   if (k->core < k->count) a[k->core] = part;
@@ -68,15 +68,15 @@ INLINE void call(const struct kernel *k, word part) {
     ((void (*)(T64, T64))k->function)(A64(0), A64(64));
 }
 
-/* True for one thread alone; a kernel that is over has no part that anybody could take. */
+/* True for exactly one thread; no part of a kernel that has ended can be taken. */
 INLINE int take(word *claim, word number) {
   word last = __atomic_load_n(claim, __ATOMIC_RELAXED);
   return last <= number && __atomic_compare_exchange_n(claim, &last, number + 1, 0,
                                                        __ATOMIC_RELAXED, __ATOMIC_RELAXED);
 }
 
-/* Returns when all kernels are done (`open` says so), or when it has waited long for other threads:
-   then it may be called again. */
+/* Returns when all kernels are done (`open` is then first + kernels), or after waiting long for
+   other threads: then the caller calls it again. */
 void KERNEL(struct head *h, int thread) {
   const struct kernel *kernels = (const struct kernel *)h->table;
   word first = h->first, end = first + h->kernels;

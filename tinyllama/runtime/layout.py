@@ -1,11 +1,9 @@
-"""Where the tensors that live and die within a step lie: in memory that they share.
+"""The layout of memory for tensors that exist only within a step, so that they share it.
 
-It takes the place of tinygrad 0.13's planner, which lays tensors out in the order of their making
-and so leaves holes, does not see kernels that read a slice of a tensor, and gives each tensor
-memory of its own where a device has no slices (OpenCL): four times what is alive at once.
-
-Largest first, each into the smallest hole among those alive with it (Pisarchyk and Lee, "Efficient
-Memory Management for Deep Neural Net Inference", 2020, arXiv:2001.03288, greedy by size).
+Tensors are placed from the largest to the smallest, each into the smallest hole between those that
+are alive at the same time (greedy by size: Pisarchyk and Lee, "Efficient Memory Management for Deep
+Neural Net Inference", 2020, arXiv:2001.03288). patches/layout.py says why tinygrad's own planner
+does not do.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,11 +15,11 @@ from tinygrad.device import Buffer, Device
 from tinygrad.helpers import NO_MEMORY_PLANNER
 from tinygrad.uop.ops import Ops, UOp, buffers
 
-BLOCK_BYTES = 256  # what any device and vector instruction asks of an address
+BLOCK_BYTES = 256  # an alignment that suits every device and vector instruction
 
 
 class Life(NamedTuple):
-    """The first and the last kernel that take a tensor, and its size."""
+    """The numbers of the first and the last kernel that use a tensor, and its size."""
 
     first: int
     last: int
@@ -29,7 +27,7 @@ class Life(NamedTuple):
 
 
 def lay_out(kernels: UOp, held: set[UOp] | None = None) -> UOp:
-    """The kernels over memory that their tensors share; `held` keep the memory they have."""
+    """The kernels with their tensors in shared memory; `held` tensors stay where they are."""
     if NO_MEMORY_PLANNER:
         return kernels
     places: dict[UOp, UOp] = {}
@@ -46,7 +44,7 @@ def lay_out(kernels: UOp, held: set[UOp] | None = None) -> UOp:
 
 
 def laid_out_bytes(kernels: UOp, held: set[UOp]) -> int:
-    """Bytes of the memory that `lay_out` would share out; takes none."""
+    """Bytes that `lay_out` would allocate for these kernels; allocates nothing."""
     total = 0
     for device, lives in _lanes(kernels, held):
         spans = [*lives.values()]
@@ -58,7 +56,7 @@ def laid_out_bytes(kernels: UOp, held: set[UOp]) -> int:
 
 
 def placed(lives: Sequence[Life]) -> tuple[list[int], int]:
-    """An offset for each, no two of which overlap while both live, and the bytes of it all."""
+    """An offset for each tensor, such that no two overlap while both live, and the total bytes."""
     order = _largest_first(lives)
     first, last = (np.array([lives[i][n] for i in order]) for n in (0, 1))
     sizes = np.array([-(-lives[i].nbytes // BLOCK_BYTES) * BLOCK_BYTES for i in order], np.int64)
@@ -76,7 +74,10 @@ def placed(lives: Sequence[Life]) -> tuple[list[int], int]:
 
 
 def shared(lives: Sequence[Life]) -> list[list[int]]:
-    """Groups of which no two ever live together, so that one memory serves each; largest first."""
+    """Groups of tensors of which no two live at once, so that each group needs one buffer.
+
+    The first of a group is its largest.
+    """
     groups: list[list[int]] = []
     busy = np.zeros((len(lives), max((life.last for life in lives), default=0) + 1), bool)
     for i in _largest_first(lives):
@@ -96,40 +97,42 @@ def _largest_first(lives: Sequence[Life]) -> list[int]:
     return sorted(range(len(lives)), key=lambda i: (-lives[i].nbytes, lives[i].first))
 
 
-def taken(uops: Iterable[UOp], *, slices: bool = True) -> Iterator[UOp]:
-    """The buffers that a kernel takes, of one device or several; those that it takes only slices
-    of too, unless not `slices`."""
+def used_buffers(uops: Iterable[UOp], *, slices: bool = True) -> Iterator[UOp]:
+    """The buffers among a kernel's arguments, also on several devices.
+
+    With `slices`, also the buffers of which it uses only a slice.
+    """
     for uop in map(_whole, uops) if slices else uops:
         if uop.op is Ops.BUFFER:
             yield uop
         elif uop.op in (Ops.MSELECT, Ops.MSTACK):
-            yield from taken(uop.src, slices=slices)
+            yield from used_buffers(uop.src, slices=slices)
 
 
 def _whole(uop: UOp) -> UOp:
-    """What a slice, or a slice of a slice, is of."""
+    """The buffer behind a slice, or behind a slice of a slice."""
     return _whole(uop.src[0]) if uop.op is Ops.BUFFER_VIEW else uop
 
 
 def nbytes(buffer: UOp) -> int:
-    """Its size, whether it has memory or not."""
+    """A buffer's size in bytes, whether it is allocated or not."""
     return int(buffer.arg * buffer.dtype.itemsize)
 
 
 def _lanes(kernels: UOp, held: set[UOp]) -> Iterator[tuple[Any, dict[UOp, Life]]]:
-    """Devices, and the lives of the tensors to be laid out on each.
+    """Devices, and the lives of the tensors to be placed on each.
 
-    Tensors that are copied lie apart from those that are computed and live twice as long, so that
-    a copy waits for no kernel.
+    Tensors that are copied share no memory with those that are computed, and count as living twice
+    as long, so that a copy does not have to wait for a kernel.
     """
     first: dict[UOp, int] = {}
     last: dict[UOp, int] = {}
     written: set[UOp] = set()
     copied: set[UOp] = set()
     for moment, call in enumerate(kernels.src):
-        # What only slices are taken of was written elsewhere.
-        written.update(taken(call.src[1:], slices=False))
-        found = [*taken(call.src[1:])]
+        # A buffer of which this kernel uses a slice was written by another one.
+        written.update(used_buffers(call.src[1:], slices=False))
+        found = [*used_buffers(call.src[1:])]
         first |= {buffer: moment for buffer in found if buffer not in first}
         last |= dict.fromkeys(found, moment)
         if call.src[0].op is Ops.COPY:
@@ -149,7 +152,7 @@ def _devices(device: Any) -> tuple[str, ...]:
 
 
 def _is_shareable(device: Any) -> bool:
-    """No file's, and not spread over several devices of which one knows only whole buffers."""
+    """Not a file's, and not spread over several devices of which one has no slices."""
     if any(name.startswith(("DISK", "TINYFS")) for name in _devices(device)):
         return False
     return isinstance(device, str) or _has_slices(device)
@@ -160,7 +163,7 @@ def _has_slices(device: Any) -> bool:
 
 
 def _share(device: str, lives: dict[UOp, Life]) -> None:
-    """Give tensors that never live together one buffer."""
+    """Give one buffer to each group of tensors that never live at once."""
     tensors = [*lives]
     for group in shared([*lives.values()]):
         base = Buffer(device, nbytes(tensors[group[0]]), dtypes.int8)
@@ -169,13 +172,13 @@ def _share(device: str, lives: dict[UOp, Life]) -> None:
 
 
 class _Beginning(Buffer):  # type: ignore[misc]
-    """The beginning of another buffer, on a device that knows only whole ones."""
+    """The first bytes of another buffer, on a device that has no slices."""
 
     def __init__(self, whole: Buffer, tensor: UOp) -> None:
         super().__init__(whole.device, tensor.arg, tensor.dtype, base=whole)
 
     def allocate(self, opaque: Any = None, external_ptr: Any = None) -> Buffer:
-        """Take the other's memory, which it gets if it has none."""
+        """Use the other buffer's memory, which is allocated if it is not yet."""
         self.allocator = Device[self.device].allocator
         self.base.ensure_allocated().allocated_views += 1
         self._bufs[self.device] = self.base._buf

@@ -1,8 +1,8 @@
-"""What a captured step would hold in memory, found by capturing it without running it.
+"""The memory that a captured step would need, known by capturing it without running it.
 
-The tensors that live and die within a captured step share memory (layout.py). The same layout is
-made here for the same kernels, so the size is exact; nothing is compiled, allocated or computed,
-and the tensors that the step works on need no memory.
+The tensors that exist only within a captured step share memory (layout.py). The same layout is
+computed here for the same kernels, so the size is exact. Nothing is compiled, allocated or
+computed, and the tensors that the step works on need no memory.
 """
 
 import itertools
@@ -18,7 +18,7 @@ from tinyllama.runtime.layout import (
     Life,
     laid_out_bytes,
     nbytes,
-    taken,
+    used_buffers,
 )
 
 
@@ -26,9 +26,9 @@ from tinyllama.runtime.layout import (
 class Plan:
     """Bytes of a step's own tensors.
 
-    arena is what is allocated. The others say what for, each at its highest: gradients, other
-    tensors kept from one piece of the step for another (activations), and work space within a
-    piece. Memory is used again, so together they may be more than the arena.
+    arena is what is allocated. The other three are the largest use at one moment of gradients, of
+    tensors that one piece of the step keeps for another (activations), and of work space within a
+    piece. Memory is reused, so their sum may exceed the arena.
     """
 
     arena: int
@@ -38,7 +38,7 @@ class Plan:
 
 
 class _Recorder:
-    """Takes the pieces of a step as tinygrad's own capture does."""
+    """Receives the pieces of a step in the place of tinygrad's own capture."""
 
     def __init__(self) -> None:
         self.pieces: list[UOp] = []
@@ -54,9 +54,9 @@ def plan(
 ) -> Plan:
     """Capture `function(*inputs)`, which returns a tensor or nothing, and plan its memory.
 
-    `gradients` is asked afterwards which of the tensors that were made are gradients.
+    `gradients` is called afterwards and returns those of the tensors that are gradients.
     """
-    # Buffers get rising numbers: those that come later, and get no memory, are the step's own.
+    # Buffers are numbered in the order they are made: the step's own come after this number.
     before = UOp.unique().arg
     recorder = _Recorder()
     capturing.append(recorder)
@@ -66,20 +66,20 @@ def plan(
         capturing.clear()
     kernels = UOp(Ops.LINEAR, src=tuple(call for piece in recorder.pieces for call in piece.src))
     held = {result.uop.base} if isinstance(result, Tensor) else set()
-    every = {buffer for call in kernels.src for buffer in taken(call.src[1:])}
+    every = {buffer for call in kernels.src for buffer in used_buffers(call.src[1:])}
     held |= {b for b in every if b.src[0].arg < before or b in buffers}
     found = {tensor.uop.base for tensor in gradients()}
     return Plan(laid_out_bytes(kernels, held), *_purposes(recorder.pieces, held, found))
 
 
 def _purposes(pieces: list[UOp], held: set[UOp], found: set[UOp]) -> tuple[int, int, int]:
-    """Highest bytes at once of gradients, of what is kept between pieces, and of the rest."""
-    uses: dict[UOp, list[tuple[int, int]]] = {}  # (piece, kernel) of every use
+    """Largest bytes at one moment of gradients, of what is kept between pieces, of the rest."""
+    uses: dict[UOp, list[tuple[int, int]]] = {}  # (piece, kernel) numbers of every use
     clock = itertools.count()
     for number, piece in enumerate(pieces):
         for call in piece.src:
             moment = next(clock)
-            for buffer in {*taken(call.src[1:])} - held:
+            for buffer in {*used_buffers(call.src[1:])} - held:
                 uses.setdefault(buffer, []).append((number, moment))
     gradients: list[Life] = []
     kept: list[Life] = []
@@ -92,11 +92,11 @@ def _purposes(pieces: list[UOp], held: set[UOp], found: set[UOp]) -> tuple[int, 
 
 
 def _highest(lives: list[Life]) -> int:
-    """Largest sum of bytes alive at once."""
+    """Largest sum of bytes at one moment."""
     changes = [(begin, size) for begin, _, size in lives]
     changes += [(end + 1, -size) for _, end, size in lives]
     highest = now = 0
-    for _, change in sorted(changes):  # at one moment, what ends comes before what begins
+    for _, change in sorted(changes):  # at the same moment, an end sorts before a beginning
         now += change
         highest = max(highest, now)
     return highest

@@ -1,8 +1,8 @@
 """Compiling C kernels on every core while the graph that uses them is still being built.
 
-tinygrad compiles one kernel after another, when a captured step is complete. Here clang starts as
-soon as a piece of the step is known, and its object is put into tinygrad's own compile cache, where
-tinygrad then finds it.
+tinygrad compiles one kernel after another once a captured step is complete. Here clang starts as
+soon as a piece of the step is known, and the object is put into tinygrad's own compile cache, where
+tinygrad later finds it.
 """
 
 import functools
@@ -23,9 +23,9 @@ _started: dict[str, "Future[bytes] | None"] = {}
 
 
 def start(sources: Iterable[str]) -> None:
-    """Begin to compile kernels' sources that the cache lacks, if a step is being captured."""
+    """Start to compile the sources that the cache lacks, if a step is being captured."""
     if not (capturing and isinstance(capturing[0], TinyJit)):
-        return  # only its memory is planned (runtime/plan.py)
+        return  # nothing will run: only the step's memory is planned (runtime/plan.py)
     for code in sources:
         if code not in _started:
             _started[code] = _compiled_later(code)
@@ -38,9 +38,9 @@ def _compiled_later(code: str) -> "Future[bytes] | None":
     return _pool().submit(compiler.compile, code)
 
 
-def finishing(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, which builds a step to be captured, with all that it started done when it
-    returns: compilations, and the tensors that are still being filled."""
+def waiting_for_compilers(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, which builds a step to be captured, then waits for what it started: compilers,
+    and threads that fill tensors."""
 
     @functools.wraps(function)
     def run(*args: Any) -> Any:
@@ -57,5 +57,5 @@ def finishing(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @functools.cache
 def _pool() -> ThreadPoolExecutor:
-    # Python goes before clang, so that it soon knows all that clang has to do.
+    # clang gets a lower priority than Python, so that Python finds all the sources soon.
     return ThreadPoolExecutor(os.cpu_count(), "clang", partial(fills.lower_priority, 5))

@@ -1,9 +1,9 @@
 """Pieces of a computation that are scheduled once and run for many sets of tensors.
 
-tinygrad schedules in Python: a graph of twelve equal layers costs twelve times the graph of one,
-seconds before the first loss. A Stage schedules its piece for the first tensors it is given and,
-for others of the same shapes, only puts their buffers in place of the first ones. Inside a
-captured step (TinyJit) the pieces become one graph with one memory plan.
+tinygrad schedules in Python: a graph of twelve equal layers takes twelve times as long as that of
+one, which is seconds before the first loss. A Stage schedules its piece for the first tensors it
+is given; for others of the same shapes it only replaces the buffers. Inside a captured step
+(TinyJit) the pieces become one graph with one layout of memory.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -20,17 +20,17 @@ from tinyllama.runtime.patches import install
 
 Build = Callable[[], Sequence[Tensor]]
 
-_passing: WeakSet[UOp] = WeakSet()
+_recomputed: WeakSet[UOp] = WeakSet()
 
 
 class _Template:
-    """A scheduled piece: its kernels over the buffers of the tensors it was made from."""
+    """A scheduled piece: its kernels, with the buffers of the tensors it was built from."""
 
     def __init__(self, tensors: Sequence[Tensor], build: Build) -> None:
         self.inputs = _buffers(tensors)
         outputs = list(build())
         pending = [t for t in outputs if not t.uop.has_buffer_identity()]
-        # Planning memory is left to the step that the pieces become part of.
+        # Memory is laid out by the step that the pieces become part of.
         with Context(CAPTURING=0, NO_MEMORY_PLANNER=1):
             self.kernels, variables = Tensor.linear_with_vars(*pending)
         assert not variables
@@ -40,7 +40,7 @@ class _Template:
         self.internal = used - set(self.inputs)
 
     def run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The piece on these tensors; its outputs are new, or inputs that were updated."""
+        """Run the piece on these tensors; outputs are new tensors, or inputs that it updates."""
         places = dict(zip(self.inputs, _buffers(tensors), strict=True))
         places |= {b: UOp.new_buffer(b.device, b.arg, b.dtype) for b in self.internal}
         kernels = self.kernels.substitute(places, walk=True)
@@ -54,7 +54,7 @@ class _Template:
 
 
 class Stage:
-    """One kind of piece. Call it with the tensors it reads and how to build it from them."""
+    """One kind of piece: called with the tensors it reads and a function that builds it."""
 
     def __init__(self) -> None:
         install()
@@ -63,11 +63,11 @@ class Stage:
     def __call__(
         self, tensors: Sequence[Tensor], build: Build, key: Hashable = None
     ) -> list[Tensor]:
-        """Run on `tensors`, whole realized buffers, all different.
+        """Run on `tensors`: whole realized buffers, all different.
 
         `build` returns the outputs, computed from `tensors` and nothing else; it is called once
-        for each combination of shapes, types and `key`. Outputs are realized, or in a captured
-        step will be; one may be an input that a kernel updates in place.
+        for each combination of shapes, types and `key`. Outputs are realized, in a captured step
+        when it runs; an output may be an input that a kernel updates in place.
         """
         signature = (key, tuple((t.shape, t.dtype, t.device) for t in tensors))
         template = self._templates.get(signature)
@@ -76,19 +76,22 @@ class Stage:
         return template.run(tensors)
 
 
-def passing(tensor: Tensor) -> Tensor:
-    """`tensor`, not kept for the gradient: its memory costs more than to compute it again."""
-    _passing.add(tensor.uop)
+def recomputed(tensor: Tensor) -> Tensor:
+    """`tensor`, marked as not saved for the backward pass, which computes it again.
+
+    For large tensors that are cheap to compute.
+    """
+    _recomputed.add(tensor.uop)
     return tensor
 
 
-def materialized(
+def saved_for_backward(
     out: Tensor, inputs: Sequence[Tensor], weights: Sequence[Tensor] = ()
 ) -> list[Tensor]:
-    """Tensors that computing `out` from `inputs` writes to memory, other than `out` itself and what
-    is `passing`.
+    """Tensors that computing `out` from `inputs` writes to memory, without `out` itself.
 
-    What is made of `weights` alone (a packed one that was widened) is not to be kept either.
+    Left out are also those marked by `recomputed`, and what is computed from `weights` alone (a
+    packed one that was widened).
     """
     known = {t.uop for t in (*inputs, *weights)}
     varying = {t.uop for t in inputs}
@@ -98,9 +101,9 @@ def materialized(
             continue
         varying.add(uop)
         if uop.op is Ops.AFTER and uop.src[1].op is Ops.CALL:
-            call = uop.src[1]  # all that the kernel wrote, also what only a gradient reads
+            call = uop.src[1]  # everything the kernel wrote, also what only a gradient reads
             found |= {call.src[1 + i].after(call): None for i in call.src[0].arg.outs}
-        elif uop.op is Ops.CONTIGUOUS and uop not in _passing and not _is_blank(uop):
+        elif uop.op is Ops.CONTIGUOUS and uop not in _recomputed and not _is_blank(uop):
             found[uop] = None
     return [Tensor(uop) for uop in found if uop is not out.uop and uop not in known]
 
@@ -108,14 +111,14 @@ def materialized(
 def replaced(
     tensors: Sequence[Tensor], old: Sequence[Tensor], new: Sequence[Tensor]
 ) -> list[Tensor]:
-    """`tensors` with `new` read wherever they would compute `old`."""
+    """`tensors`, computed from `new` wherever they were computed from `old`."""
     places = {a.uop: b.uop for a, b in zip(old, new, strict=True)}
     sink = UOp.sink(*(t.uop for t in tensors)).substitute(places, walk=True)
     return [Tensor(uop) for uop in sink.src]
 
 
 def _is_blank(uop: UOp) -> bool:
-    """A buffer that a kernel is about to fill: nothing to keep."""
+    """Whether this is a buffer that a kernel is about to write: nothing to save."""
     return uop.op is Ops.CONTIGUOUS and uop.src[0].base.op is Ops.CONST
 
 
@@ -126,7 +129,7 @@ def _buffer(tensor: Tensor) -> UOp:
 
 
 def _buffers(tensors: Sequence[Tensor]) -> list[UOp]:
-    """All different: one that is updated in place must not be another input of the same piece."""
+    """The tensors' buffers, all different: what is updated in place must be no other input."""
     found = [_buffer(t) for t in tensors]
     assert len(set(found)) == len(found), "a stage got the same tensor twice"
     return found

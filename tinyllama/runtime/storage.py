@@ -1,4 +1,4 @@
-"""Moving numbers between numpy and a tensor's own memory, without a graph."""
+"""Copying numbers between numpy arrays and the memory of tensors, without a graph."""
 
 import functools
 import os
@@ -19,11 +19,11 @@ from tinyllama.runtime.patches import install
 NumpyArray = npt.NDArray[Any]
 
 
-def later(fill: Callable[[], None], tensors: Iterable[Tensor]) -> None:
-    """Run `fill`, which writes `tensors`, on another thread, while the step's graph is built.
+def fill_in_background(fill: Callable[[], None], tensors: Iterable[Tensor]) -> None:
+    """Run `fill`, which writes `tensors`, on another thread while the step's graph is built.
 
-    Reading or writing a tensor here, and running a captured step, wait for it. The tensors get
-    their memory here: while tinygrad generates code, no thread may ask for any.
+    Functions that read or write a tensor wait for it, and so does a captured step. The tensors are
+    allocated before this returns: while tinygrad generates code, no thread may allocate memory.
     """
     for tensor in tensors:
         buffer_of(tensor)
@@ -31,7 +31,7 @@ def later(fill: Callable[[], None], tensors: Iterable[Tensor]) -> None:
 
 
 def buffer_of(tensor: Tensor) -> Buffer:
-    """The memory behind a tensor that is a whole buffer, allocated now if it was not."""
+    """The memory of a tensor that is a whole buffer, allocated now if it was not."""
     install()
     buffer = tensor.uop.base.buffer
     assert isinstance(buffer, Buffer), "tensor is spread over several devices"
@@ -39,7 +39,7 @@ def buffer_of(tensor: Tensor) -> Buffer:
 
 
 def memory_key(tensor: Tensor) -> Hashable:
-    """A key of dictionaries: the same for tensors of the same memory, whatever their shapes."""
+    """A dictionary key: the same for all tensors of the same memory, whatever their shapes."""
     key: Hashable = tensor.uop.base
     return key
 
@@ -50,18 +50,18 @@ def alias(tensor: Tensor) -> Tensor:
 
 
 class Inputs:
-    """The tensors that a captured step is called with: the same ones, filled anew each time.
+    """The tensors that a captured step is called with: the same ones, refilled for each call.
 
-    A new tensor of an array's numbers takes tinygrad milliseconds, which small models have not.
+    tinygrad needs milliseconds to make a new tensor from an array: much of a small model's step.
     """
 
     def __init__(self) -> None:
         self._tensors: dict[Hashable, Tensor] = {}
 
     def __call__(self, *arrays: NumpyArray) -> list[Tensor]:
-        """Tensors of the arrays' numbers, until the next call with arrays of the same shapes.
+        """Tensors that hold the arrays' numbers until the next call with the same shapes.
 
-        What was called with them before has run when they are filled.
+        They are refilled only when every step that was called with them has run.
         """
         filled = []
         for place, array in enumerate(arrays):
@@ -74,23 +74,23 @@ class Inputs:
 
 
 def write(tensor: Tensor, array: NumpyArray) -> None:
-    """Overwrite a tensor by an array of its shape and item size (bfloat16 as uint16), in place."""
+    """Overwrite a tensor with an array of its shape and item size (uint16 for bfloat16)."""
     finish_background_writes()
     write_new(tensor, array)
 
 
 def write_new(tensor: Tensor, array: NumpyArray) -> None:
-    """As `write`, for a tensor that nothing given to `later` touches: waits for nothing."""
+    """As `write`, but without waiting: for a tensor that no background thread writes."""
     assert array.shape == tensor.shape and array.itemsize == tensor.dtype.itemsize
     if tensor.device == "CPU":
         _memory(tensor)[...] = array
         return
-    values = np.require(array, requirements=["C", "W"])  # tinygrad asks for writable memory
+    values = np.require(array, requirements=["C", "W"])  # tinygrad requires writable memory
     buffer_of(tensor).copyin(memoryview(values.reshape(-1).view(np.uint8)))  # type: ignore[arg-type]
 
 
 def fill_zero(tensor: Tensor) -> None:
-    """Overwrite a tensor by zeros, in place; on the CPU what has no memory yet gets new memory."""
+    """Overwrite a tensor with zeros; on the CPU one without memory gets new memory instead."""
     finish_background_writes()
     _fill_zero(tensor)
 
@@ -112,21 +112,21 @@ def _allocate_zeros(buffer: Buffer) -> bool:
     """
     if buffer.is_initialized() or os.name != "posix":
         return False
-    # Not allocator.alloc, which hands out again what was freed.
+    # allocator.alloc would reuse freed memory, which is not zero.
     buffer.allocate(cpu_device().allocator._alloc(buffer.nbytes, BufferSpec()))
     return True
 
 
-def begin_zero(tensors: Iterable[Tensor]) -> None:
-    """Zeros for new tensors that nothing has used yet; neither waits nor is waited for.
+def zero_in_background(tensors: Iterable[Tensor]) -> None:
+    """Zero new tensors that nothing has used yet, without waiting for other fills.
 
-    On the CPU another thread writes to each of their pages meanwhile (`fills.touch`).
+    On the CPU another thread then touches their pages (`fills.touch`).
     """
     tensors = list(tensors)
     for tensor in tensors:
         if tensor.device == "CPU":
             _fill_zero(tensor)
-    later(functools.partial(_write_zeros, tensors), tensors)
+    fill_in_background(functools.partial(_write_zeros, tensors), tensors)
 
 
 def _write_zeros(tensors: Iterable[Tensor]) -> None:
@@ -142,7 +142,7 @@ def _write_zeros(tensors: Iterable[Tensor]) -> None:
 
 @contextmanager
 def filling(tensor: Tensor) -> Iterator[NumpyArray]:
-    """An array to put a tensor's numbers into, part by part: on the CPU the memory itself."""
+    """An array to fill with a tensor's numbers, part by part: on the CPU the memory itself."""
     finish_background_writes()
     if tensor.device == "CPU":
         yield _memory(tensor)
@@ -153,9 +153,9 @@ def filling(tensor: Tensor) -> Iterator[NumpyArray]:
 
 
 def read(tensor: Tensor) -> NumpyArray:
-    """A tensor's numbers; on the CPU the memory itself, so it must be used before the next step.
+    """A tensor's numbers. On the CPU this is the memory itself, which the next step may change.
 
-    bfloat16 comes as uint16, since numpy has no such type.
+    bfloat16 is returned as uint16, because numpy has no bfloat16.
     """
     finish_background_writes()
     return _memory(tensor)

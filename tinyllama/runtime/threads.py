@@ -1,14 +1,14 @@
-"""A captured step on the CPU by one native call on every thread.
+"""Captured steps on the CPU, run by one native call per thread.
 
-tinygrad 0.13 hands a CPU kernel to each thread through Python queues and ctypes, 50 to 100
-microseconds a kernel: half the time of a small model's step. Here the kernels of a captured step
-lie in a table of addresses that `launch.c` walks on all threads at once, a microsecond or
-less a kernel. What changes from call to call, the addresses of input tensors and the values of
-variables, is put into the table first. Both are commands in the device's own queue, so tinygrad's
-order of things, its waiting and its timing hold.
+tinygrad 0.13 passes each CPU kernel to each thread through Python queues and ctypes, which takes
+50 to 100 microseconds per kernel: half the time of a small model's step. Here the kernels of a
+captured step stand in a table of addresses, and `launch.c` goes through it on all threads at once,
+a microsecond or less per kernel. What changes from call to call, the addresses of input tensors and
+the values of variables, is put into the table first. Both are commands in the device's own queue,
+so tinygrad's order, waiting and timing still hold.
 
-tinygrad's own way stays for what this one does not do: kernels timed one by one (PROFILE=1),
-other compilers than clang, several devices, launches of variable size; and TINYLLAMA_KERNELS=0.
+tinygrad's own way is used for the rest: kernels timed one by one (PROFILE=1), other compilers than
+clang, several devices, launches of variable size; and with TINYLLAMA_KERNELS=0.
 """
 
 import ctypes
@@ -49,7 +49,7 @@ make_graph.supports_uop = HCQGraph.supports_uop  # type: ignore[attr-defined]
 
 
 def _can_launch(calls: Sequence[UOp]) -> bool:
-    """Whether all are kernels for the one CPU, of fixed size, with no more than we can pass."""
+    """Whether all are kernels for the first CPU device, of fixed size and few enough arguments."""
     for call in calls:
         places = [u for u in call.src[1:] if u.op is not Ops.BIND]
         if call.src[0].op is not Ops.PROGRAM or any(u.device != "CPU" for u in places):
@@ -64,7 +64,7 @@ def _can_launch(calls: Sequence[UOp]) -> bool:
 
 @dataclass(frozen=True)
 class _Kernel:
-    """A kernel with its arguments; `core` says which of them is the number of the part."""
+    """A kernel with its arguments; `core` is the place of the part's number among them."""
 
     program: Any
     arguments: list[int]
@@ -73,7 +73,7 @@ class _Kernel:
 
 
 class NativeGraph(GraphRunner):  # type: ignore[misc]  # tinygrad.engine is untyped
-    """A batch of kernels as tinygrad's graphs are called: with input tensors and variables."""
+    """A batch of kernels, called as tinygrad calls its graphs: with inputs and variables."""
 
     def __init__(self, batch: UOp, input_uops: tuple[UOp, ...] = ()) -> None:
         super().__init__(batch, input_uops)
@@ -125,9 +125,9 @@ class NativeGraph(GraphRunner):  # type: ignore[misc]  # tinygrad.engine is unty
 
 
 class Table:
-    """What the native code reads. Commands in the queue hold it, so it lives until they ran.
+    """What the native code reads. Commands in the queue refer to it, so it lives until they ran.
 
-    It holds no tensor's memory, which is for tinygrad to keep; so any thread may drop it last.
+    It owns no tensor's memory, which tinygrad keeps, so any thread may be the last to release it.
     """
 
     def __init__(self, kernels: Sequence[_Kernel]) -> None:
@@ -155,7 +155,7 @@ class Table:
             self.words[place + offset] = value & _WORD
 
     def prepare(self, _thread: int, changes: Sequence[tuple[int, int]]) -> None:
-        """A command: put `changes` (place, value) in and begin anew. Nothing runs meanwhile."""
+        """A command: write `changes` (place, value) and start over. Nothing runs meanwhile."""
         for place, value in changes:
             self.words[place] = value & _WORD
         self.words[FIRST] = self.words[OPEN]
@@ -164,7 +164,7 @@ class Table:
         """A command of every thread: take part until all kernels are done."""
         self.native(self.address, thread)
         while self.words[OPEN] != self.words[FIRST] + self.count:
-            time.sleep(NAP_SECONDS)  # another thread is long at its part: leave this core to it
+            time.sleep(NAP_SECONDS)  # another thread needs longer: leave this core to it
             self.native(self.address, thread)
 
 

@@ -1,11 +1,11 @@
 """Files that are either whole or absent, whenever the power fails.
 
-The order is the one POSIX asks for: write beside the target, fsync the data, rename over the
-name (atomic within one file system), fsync the folder so that the new name itself is on disk.
+The order is the one POSIX requires: write beside the target, fsync the data, rename over the
+name (atomic within one file system), fsync the folder so that the new name itself is on disk. The
+names beside the target are those of partials.py.
 """
 
 import errno
-import fcntl
 import hashlib
 import os
 import shutil
@@ -13,12 +13,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tinyllama.system import partials
+from tinyllama.system.partials import discard, remove_partials
+
+__all__ = [
+    "InUseError",
+    "atomic_directory",
+    "atomic_write",
+    "discard",
+    "held",
+    "naming_file",
+    "remove_partials",
+    "sha256_file",
+]
+
 
 class InUseError(Exception):
     """Another process holds the folder."""
 
 
-_PARTIAL = ".partial-"
 _READ_BYTES = 1 << 20
 
 
@@ -38,24 +51,25 @@ def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
     are kept. Raises OSError, and then leaves `path` as it was.
     """
     final = Path(os.path.realpath(path))
-    partial = _partial_beside(final)
-    try:
-        with naming_file(final), open(partial, "wb") as file:
-            file.write(data)
-            file.flush()
-            if final.exists():
-                os.chmod(partial, final.stat().st_mode & 0o7777)
-            os.fsync(file.fileno())
-        os.replace(partial, final)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    # Created as any file is, so that it has the permissions of one.
+    with naming_file(final), partials.unfinished(final, lambda path: path.touch()) as partial:
+        try:
+            with open(partial, "wb") as file:
+                file.write(data)
+                file.flush()
+                if final.exists():
+                    os.chmod(partial, final.stat().st_mode & 0o7777)
+                os.fsync(file.fileno())
+            os.replace(partial, final)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
     fsync_path(final.parent)
 
 
 @contextmanager
 def naming_file(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Let an OSError of a write, such as a full disk, tell which file it was."""
+    """Let an OSError of a write, such as a full disk, name the file."""
     try:
         yield
     except OSError as error:
@@ -74,38 +88,17 @@ def atomic_directory(final: str | os.PathLike[str]) -> Iterator[Path]:
     final = Path(final)
     _refuse_existing(final)
     final.parent.mkdir(parents=True, exist_ok=True)
-    partial = _partial_beside(final)
-    if partial.exists():  # left by a dead process that had our id
-        shutil.rmtree(partial)
-    partial.mkdir()
-    try:
-        yield partial
-        _fsync_tree(partial)
-        # rename(2) would replace an empty folder that appeared while we were writing.
-        _refuse_existing(final)
-        os.rename(partial, final)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    with partials.unfinished(final, Path.mkdir) as partial:
+        try:
+            yield partial
+            _fsync_tree(partial)
+            # rename(2) would replace an empty folder that appeared while we were writing.
+            _refuse_existing(final)
+            os.rename(partial, final)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
     fsync_path(final.parent)
-
-
-def remove_partials(parent: str | os.PathLike[str]) -> list[Path]:
-    """Remove what killed processes left half-written directly in `parent`; returns the paths.
-
-    A partial whose process is still alive is left alone: it may be in the middle of a save.
-    """
-    removed = []
-    for path in sorted(Path(parent).glob(f".*{_PARTIAL}*")):
-        process = path.name.rpartition(_PARTIAL)[2]
-        if not process.isdecimal() or _is_other_live_process(int(process)):
-            continue
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-        removed.append(path)
-    return removed
 
 
 @contextmanager
@@ -114,40 +107,21 @@ def held(folder: Path) -> Iterator[None]:
 
     Raises InUseError if another process does. Where the file system has no locks nobody holds it.
     """
-    handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    (folder / ".lock").touch()
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InUseError from None
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
-                raise
+        handle = partials.lock(folder / ".lock")
+    except BlockingIOError:
+        raise InUseError from None
+    try:
         yield
     finally:
-        os.close(handle)
-
-
-def _partial_beside(final: Path) -> Path:
-    return final.with_name(f".{final.name}{_PARTIAL}{os.getpid()}")
+        if handle is not None:
+            os.close(handle)
 
 
 def _refuse_existing(final: Path) -> None:
     if os.path.lexists(final):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(final))
-
-
-def _is_other_live_process(process: int) -> bool:
-    """Whether a process of that id runs here; our own is excluded, since we are not saving now."""
-    if process == os.getpid():
-        return False
-    try:
-        os.kill(process, 0)  # signal 0 only asks
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:  # it runs, as somebody else
-        return True
-    return True
 
 
 def _fsync_tree(root: Path) -> None:

@@ -7,7 +7,7 @@ Saving: the folder is filled under a partial name, fsynced, and renamed; only th
 go, and they go by way of a partial name too. A kill at any moment leaves, beside whole
 checkpoints, nothing but hidden names, which `recover` (called by every save) settles:
 
-    .NAME.partial-PID   half written or half deleted: removed, unless process PID still runs
+    .NAME.partial-...   half written or half deleted: removed, if its process is gone (partials.py)
     .NAME.next          whole, was about to replace NAME: takes the name if NAME is absent
     .NAME.old           whole, was replaced by .NAME.next: likewise, after it
 
@@ -28,7 +28,7 @@ from typing import Any
 
 from tinyllama.errors import CheckpointError
 from tinyllama.formats.huggingface import read_json
-from tinyllama.system.files import atomic_directory, fsync_path, remove_partials
+from tinyllama.system.files import atomic_directory, discard, fsync_path, remove_partials
 from tinyllama.train.manifest import (
     MANIFEST,
     Digests,
@@ -113,7 +113,7 @@ def recover(root: str | os.PathLike[str]) -> list[Path]:
                 continue
             final = path.with_name(path.name[1 : -len(role) - 1])
             if final.exists():
-                _discard(path, final)
+                discard(path)
                 gone.append(path)
             else:
                 os.rename(path, final)
@@ -205,7 +205,7 @@ def _prune(saved: Path, keep_last_n: int | None) -> None:
     whole = [path for path in steps if looks_whole(path)]
     for path in whole[: -keep_last_n if keep_last_n else 0]:
         if path != saved:  # a run that was set back saves below steps of its former future
-            _discard(path, path)
+            discard(path)
 
 
 def _replace(final: Path, new: Path) -> None:
@@ -218,7 +218,7 @@ def _replace(final: Path, new: Path) -> None:
         os.rename(new, final)
     fsync_path(final.parent)
     if ours:
-        _discard(old, final)
+        discard(old)
 
 
 def _exchange(first: Path, second: Path) -> bool:
@@ -233,16 +233,6 @@ def _exchange(first: Path, second: Path) -> bool:
     if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
         return False
     raise OSError(code, os.strerror(code), str(second))
-
-
-def _discard(path: Path, final: Path) -> None:
-    """Delete a folder; it loses its name first, so that half of it is never taken for whole."""
-    partial = final.with_name(f".{final.name}.partial-{os.getpid()}")
-    os.rename(path, partial)
-    if partial.is_symlink():  # what it points to is not ours
-        partial.unlink()
-    else:
-        shutil.rmtree(partial)
 
 
 def name_aside(final: Path) -> Path:

@@ -19,7 +19,7 @@ from tinyllama.model.layers import named_tensors, structure
 from tinyllama.model.llama import Block, Function, Llama
 from tinyllama.ops.sums import into_products
 from tinyllama.runtime.kernel import in_memory
-from tinyllama.runtime.stage import Stage, materialized, replaced
+from tinyllama.runtime.stage import Stage, replaced, saved_for_backward
 from tinyllama.runtime.storage import memory_key
 from tinyllama.train.losses import CrossEntropy, Loss
 
@@ -112,7 +112,7 @@ class StagedLoss:
 
         def build() -> list[Tensor]:
             out = in_memory(function(module, *inputs))
-            return [out] if recompute else [out, *materialized(out, inputs, weights)]
+            return [out] if recompute else [out, *saved_for_backward(out, inputs, weights)]
 
         key = (function.__qualname__, structure(module), recompute)
         out, *saved = self.stages.forward([*inputs, *weights], build, key)
@@ -129,7 +129,7 @@ class StagedLoss:
         def build() -> list[Tensor]:
             out = in_memory(part.function(part.module, *inputs))
             found = out.gradient(*through, *trained, gradient=d_output)
-            old = materialized(out, inputs, weights) if part.saved else []
+            old = saved_for_backward(out, inputs, weights) if part.saved else []
             return [in_memory(g) for g in into_products(replaced(found, old, part.saved))]
 
         positions = tuple(i for i, t in enumerate(weights) if _key(t) in self.names)

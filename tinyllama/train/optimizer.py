@@ -13,7 +13,7 @@ from tinygrad import Tensor
 from tinyllama.config import TrainingConfig
 from tinyllama.ops.adamw import SCALARS, adamw, add_square_sum
 from tinyllama.runtime.stage import Stage
-from tinyllama.runtime.storage import begin_zero
+from tinyllama.runtime.storage import zero_in_background
 
 
 class AdamW:
@@ -29,7 +29,7 @@ class AdamW:
         self.exp_avg_sq = {name: _empty_like(p) for name, p in self.parameters.items()}
         self.stages = {"norm": Stage(), "step": Stage()}
         if not blank:
-            begin_zero(self.state_dict().values())
+            zero_in_background(self.state_dict().values())
 
     def hyperparameters(self, step: int, lr: float, trained_tokens: int) -> np.ndarray:
         """What `update` reads, for step 1, 2, ...: float32 in the order of SCALARS.

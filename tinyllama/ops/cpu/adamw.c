@@ -1,18 +1,19 @@
-/* One step of AdamW in place, as torch.optim.AdamW takes it:
+/* One step of AdamW, in place, as torch.optim.AdamW does it:
 
      g = g * grad_scale
      m = m + (1 - beta1) * (g - m)           v = beta2 * v + (1 - beta2) * g^2
      p = p - lr * weight_decay * p
            - lr / bias_correction1 * m / (sqrt(v) / sqrt(bias_correction2) + eps)
 
-   Both changes of p are summed before p is: 1 - lr * weight_decay, by which PyTorch multiplies p,
-   is off by up to 3e-8 in float32, a hundredth of a decay of 3e-6, in the same direction each step.
+   The two changes of p are added before p is changed. PyTorch multiplies p by 1 - lr * weight_decay
+   instead, which in float32 is off by up to 3e-8: 1 % of a decay of 3e-6, in the same direction at
+   every step.
 
    Loshchilov and Hutter 2017, arXiv:1711.05101. DECAY=0 leaves the decay out.
    scalars = [lr, beta1, beta2, eps, weight_decay, bias_correction1 (1 - beta1^t),
    bias_correction2 (1 - beta2^t), grad_scale]: on the device, so that a step is never recompiled.
-   The corrections must be of the betas as float32 has them: 1 - 0.999f is off by 1.3e-5 of itself,
-   and only corrections that are off with it cancel that.
+   The corrections must be computed from the betas rounded to float32: 1 - 0.999f has a relative
+   error of 1.3e-5, which only corrections with the same error cancel.
    Macros: COUNT elements, NT, DECAY. Threads split the elements. */
 
 typedef struct {

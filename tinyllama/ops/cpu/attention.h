@@ -6,8 +6,8 @@
    needs no horizontal sums, and only Q (and dO) are ever transposed. All products run in one
    register-tiled micro-kernel, which adds an outer product of MR by NR numbers per step.
 
-   Loops are AS_WRITTEN but for those that do the arithmetic: clang would unroll each around the
-   micro-kernel that it holds, which takes three times as long to compile and is no faster.
+   Loops are AS_WRITTEN except those that do the arithmetic: clang would unroll each around the
+   micro-kernel inside it, which takes three times as long to compile and runs no faster.
 
    Macros: B, T, H, KV, D, SCALE (1 / sqrt(D)), NT, ACT. starts must not decrease along a row. */
 
@@ -23,8 +23,8 @@
 #define TILE 96
 #define TILES ((T + TILE - 1) / TILE)
 #define GROUP (H / KV)
-/* Columns of a packed row that are computed with, and its stride, which is an odd number of 64-byte
-   lines so that a column of rows spreads over all cache sets. */
+/* The columns of a packed row that take part in products, and its stride: an odd number of 64-byte
+   lines, so that a column of rows spreads over all cache sets. */
 #define WIDTH ((D + NR - 1) / NR * NR)
 #define STRIDE ((D + 31) / 32 * 32 + 16)
 /* Floats in a packed tile of rows, in a whole packed sequence, in a tile of scores. */
@@ -33,7 +33,7 @@
 #define SCORE_FLOATS ((long)TILE * TILE)
 /* Below every score, and still finite after a subtraction. */
 #define MASKED -3e38f
-/* No zero or copy loop may become a call of memset or memcpy. */
+/* Keeps clang from turning loops that clear or copy into calls of memset or memcpy. */
 #define NO_LIBC __attribute__((no_builtin("memset", "memcpy", "memmove")))
 
 INLINE long least(long a, long b) { return a < b ? a : b; }
@@ -46,18 +46,18 @@ INLINE float *thread_scratch(float *scratch, long floats, int core) {
   return (float *)line + core * floats;
 }
 
-/* ---- dealing out work ---- */
+/* ---- dividing the work ---- */
 
-/* B * KV pairs of (sequence, key/value head) are dealt out whole as far as they go round; the few
-   that are left are shared by all threads, tile by tile. */
+/* Each thread gets the same number of whole (sequence, key/value head) pairs; the few of the B * KV
+   pairs that are left over are shared by all threads, tile by tile. */
 #define WHOLE_PAIRS (B * KV / NT)
 #define PAIRS_PER_THREAD (WHOLE_PAIRS + B * KV % NT)
 INLINE int is_shared(int n) { return n >= WHOLE_PAIRS; }
 INLINE long pair_of(int n, int core) {
   return is_shared(n) ? (long)WHOLE_PAIRS * NT + n - WHOLE_PAIRS : (long)core * WHOLE_PAIRS + n;
 }
-/* Tiles of a shared pair go to and fro over the threads (0 1 1 0 0 1 ..), since a tile's causal
-   work grows with its number. */
+/* Tiles of a shared pair go to the threads in the order 0 1 1 0 0 1 .., because a tile's causal work
+   grows with its number. */
 INLINE int owns(int shared, long tile, int core) {
   long turn = tile % (2 * NT);
   return !shared || (turn < NT ? turn : 2 * NT - 1 - turn) == core;

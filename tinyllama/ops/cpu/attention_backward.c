@@ -5,10 +5,10 @@
    q, out, dout, dq (B, T, H, D); k, v, dk, dv (B, T, KV, D), all ACT; lse (B, H, T) float32;
    starts (B, T) int32. scratch: NT * BACKWARD_SCRATCH_FLOATS + 16 floats.
 
-   dk and dv of a whole (sequence, key/value head) add up in scratch, over its query heads too. Of
-   a pair that threads share, each thread completes dq for its own tiles of queries and dk, dv for
-   its own tiles of keys: score tiles that two threads need are computed by both, and no thread
-   waits for, or writes to, another. */
+   dk and dv of a whole (sequence, key/value head) pair are summed in scratch, over its query heads
+   too. For a pair that threads share, each thread completes dq for its own tiles of queries and dk,
+   dv for its own tiles of keys. Score tiles that two threads need are computed by both, so that no
+   thread waits for another or writes to its memory. */
 
 #define BACKWARD_SCRATCH_FLOATS (4 * SEQUENCE_FLOATS + 5 * ROWS_FLOATS + 2 * SCORE_FLOATS)
 

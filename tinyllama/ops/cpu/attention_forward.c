@@ -1,10 +1,10 @@
 /* out = softmax(SCALE * q k^T) v over the keys that a query attends to (see attention.h), and
-   lse = log(sum(exp(SCALE * q k^T))), the only thing kept for the backward pass.
+   lse = log(sum(exp(SCALE * q k^T))), the only tensor saved for the backward pass.
 
    q, out (B, T, H, D); k, v (B, T, KV, D), all ACT; lse (B, H, T) float32; starts (B, T) int32.
    scratch: NT * FORWARD_SCRATCH_FLOATS + 16 floats.
 
-   Keys pass by tile by tile with a running maximum m and sum l for each query (Milakov and
+   Keys are processed tile by tile with a running maximum m and sum l for each query (Milakov and
    Gimelshein, 2018): m' = max(m, S), l' = l exp(m - m') + sum exp(S - m'), and likewise out. */
 
 #define FORWARD_SCRATCH_FLOATS (2 * SEQUENCE_FLOATS + 3 * ROWS_FLOATS + SCORE_FLOATS)

@@ -11,10 +11,10 @@
    alignment of their element. */
 
 #define INLINE static inline __attribute__((always_inline))
-/* Before a loop that runs too seldom to be worth what clang would make of it: left as written, a
+/* Before a loop that runs too rarely to be worth vectorizing and unrolling: without these loops a
    kernel compiles in half the time. */
 #define AS_WRITTEN _Pragma("clang loop vectorize(disable) unroll(disable)")
-/* How vectors wider than the machine's are passed is of no interest where nothing is called. */
+/* Warns about how vectors wider than the machine's are passed to functions: here all are inlined. */
 #pragma clang diagnostic ignored "-Wpsabi"
 
 #ifndef VW
@@ -31,7 +31,7 @@ typedef float vf __attribute__((vector_size(4 * VW)));
 typedef int vi __attribute__((vector_size(4 * VW)));
 typedef unsigned vu __attribute__((vector_size(4 * VW)));
 typedef unsigned short vh __attribute__((vector_size(2 * VW)));
-/* The same vectors at any address their element may have, over memory of any type. */
+/* The same vectors, aligned only as their elements are, over memory of any type. */
 typedef vf vf_mem __attribute__((aligned(4), may_alias));
 typedef vi vi_mem __attribute__((aligned(4), may_alias));
 typedef vh vh_mem __attribute__((aligned(2), may_alias));
@@ -53,12 +53,12 @@ INLINE void vstore(void *p, vf v) { *(vf_mem *)p = v; }
 INLINE vf vfma(vf a, vf b, vf c) { return a * b + c; }
 /* Lane by lane: mask (all ones or zeros, as comparisons give) ? a : b. */
 INLINE vf vselect(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
-/* The second operand wins when either is NaN, which is what one max instruction does. */
+/* The second operand is the result when either is NaN, as in the processor's max instruction. */
 INLINE vf vmax(vf a, vf b) { return vselect(a > b, a, b); }
 INLINE vf vmin(vf a, vf b) { return vselect(a < b, a, b); }
 INLINE vf vsqrt(vf x) {
-#if VW == 16 && defined(__AVX512F__) /* clang 14 makes 16 scalar roots of the loop */
-  return (vf)__builtin_ia32_sqrtps512(x, 4); /* 4: rounding as the machine is set to */
+#if VW == 16 && defined(__AVX512F__) /* clang 14 compiles the loop to 16 scalar roots */
+  return (vf)__builtin_ia32_sqrtps512(x, 4); /* 4: the current rounding mode */
 #else
   vf y;
   for (int i = 0; i < VW; i++) y[i] = __builtin_sqrtf(x[i]);
@@ -104,7 +104,8 @@ INLINE float hmax(vf v) {
 
 /* ---- storage types ---- */
 
-/* To nearest even; a NaN keeps its upper bits and becomes quiet, so that it cannot round to inf. */
+/* Rounds to nearest even; a NaN keeps its upper bits and is made quiet, so that it cannot round to
+   infinity. */
 INLINE vf bf16_decode(vh h) { return (vf)(__builtin_convertvector(h, vu) << 16); }
 INLINE vh bf16_encode(vf x) {
   vu u = (vu)x, rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16, quiet = (u >> 16) | 0x40;
@@ -124,8 +125,8 @@ INLINE vf fp16_decode(vh h) {
   vf x = (vf)((u & 0x7fff) << 13) * 0x1p112f;
   return (vf)((vu)x | special | sign);
 }
-/* Normal results round in the integer; for subnormal ones adding 0.5, whose last place is
-   2^-24, rounds. Overflow reaches inf by itself below 2^17 and is cut there above. */
+/* Normal results are rounded as integers; subnormal ones by adding 0.5, whose last place is 2^-24.
+   Below 2^17 an overflow becomes infinity by itself; larger numbers are set to infinity. */
 INLINE vh fp16_encode(vf x) {
   vu u = (vu)x, sign = (u >> 16) & 0x8000, a = u & 0x7fffffff;
   vu normal = (a - (112u << 23) + 0xfff + ((a >> 13) & 1)) >> 13;
@@ -146,7 +147,7 @@ INLINE void store_0(elem_0 *p, vf x) { vstore(p, x); }
 INLINE void store_1(elem_1 *p, vf x) { *(vh_mem *)p = bf16_encode(x); }
 INLINE void store_2(elem_2 *p, vf x) { *(vh_mem *)p = fp16_encode(x); }
 
-/* A constant n = VW folds into the plain form, so that one step serves a loop and its tail. */
+/* With a constant n = VW these become the plain forms: one function serves a loop and its tail. */
 INLINE vf loadn_0(const elem_0 *p, int n) {
   if (n == VW) return load_0(p);
   vf x = {0};
@@ -189,8 +190,8 @@ INLINE void storen_2(elem_2 *p, vf x, int n) { storen_half(p, fp16_encode(x), n)
 
 /* ---- work for a thread ---- */
 
-/* Where thread `core` of `threads` begins in `count` things dealt out in whole grains; the work of
-   thread c is [split(.., c, ..), split(.., c + 1, ..)). A grain of 16 floats is a cache line. */
+/* Where the share of thread `core` of `threads` begins in `count` items that are divided in whole
+   grains: thread c works on [split(.., c, ..), split(.., c + 1, ..)). 16 floats are a cache line. */
 INLINE long split(long count, long grain, int core, int threads) {
   long grains = (count + grain - 1) / grain, begin = grains * core / threads * grain;
   return begin < count ? begin : count;
@@ -203,9 +204,9 @@ INLINE long split(long count, long grain, int core, int threads) {
 #define LN2_HIGH 0.693359375f
 #define LN2_LOW -2.12194440e-4f
 
-/* Adding 1.5 * 2^23 rounds to an integer, which is then in the low bits of the sum; adding 126 more
-   makes those bits, moved into the exponent field, the float 2^(n - 1). The other factor 2 is in
-   the polynomial, so that n = 128 is in reach. At n = -126 the field is 0, and so is the float. */
+/* Adding 1.5 * 2^23 rounds to an integer n, which is then in the low bits of the sum. Adding 126
+   more turns those bits, shifted into the exponent field, into the float 2^(n - 1). The missing
+   factor 2 is in the polynomial, so that n = 128 works. At n = -126 the field and the float are 0. */
 #define ROUNDER (12582912.0f + 126.0f)
 
 /* exp(x) for -87.3 <= x <= 89. */

@@ -2,12 +2,12 @@
 
      dx = softmax(x) - onehot(target)
 
-   written over the logits. A row whose target is -1 has loss 0 and gradient 0. The sum of the
-   losses is the objective: whoever calls divides by the number of trained tokens.
+   written over the logits. A row whose target is -1 has loss 0 and gradient 0. The
+   objective is the sum of the losses: the caller divides by the number of trained tokens.
    The maximum and the sum come from one pass that rescales the sum when the maximum grows
    (Milakov and Gimelshein 2018, arXiv:1805.02867), a cached block at a time.
    GRADIENT=0 leaves the logits as they are. A target below 0 is not trained; one from V on, for
-   which there is no logit, has the loss NaN and gradient 0, so that a run stops and says so.
+   which there is no logit, has the loss NaN and gradient 0, so that the run stops with an error.
    Macros: N rows, V width, ACT (of the logits), NT, GRADIENT. Threads split the rows. */
 
 #define CROSS_ENTROPY_BLOCK 1024

@@ -1,8 +1,8 @@
-/* dw[v] = sum of dout[n] over the n with ids[n] = v, and 0 where there is none; the gradient of
+/* dw[v] = sum of dout[n] over the n with ids[n] = v, or 0 if there is none: the gradient of
    embedding_forward.c.
 
-   Threads split the columns, so that no two meet in an element and every sum is taken in the
-   order of n: the result is the same, bit for bit, for any NT. Ids outside [0, V) are left out.
+   Threads split the columns, so that no two write the same element and every sum is in the order of
+   n: the result is the same, bit for bit, for any NT. Ids outside [0, V) are ignored.
    Macros: N ids, H width, V rows of the table, ACT, NT. */
 
 INLINE void embedding_add(float *dw, const ELEM(ACT) *dout, int n) {

@@ -1,4 +1,4 @@
-/* out[n] = weight[ids[n]], the rows of a table; as torch.nn.Embedding.
+/* out[n] = weight[ids[n]], the rows of a table, as in torch.nn.Embedding.
 
    An id outside [0, V) gives a row of zeros, as a product with its one-hot row would.
    Macros: N ids, H width, V rows of the table, ACT, W_T (storage code of the table, 0 unless set),

@@ -8,12 +8,12 @@
    Macros: KERNEL (name), M, N, K, LAYOUT, NT (threads), A_T, B_T, C_T (storage codes of common.h).
    Optional, 0 unless set: ACCUMULATE (the product is added to C), ADDEND (C = product + R, R like
    C), COMPUTE_BF16 (products of bfloat16 values), MANY_ROWS (M is more than SKINNY). Sums are
-   float32 always. M, N, K and SCRATCH_FLOATS need not be constants.
+   always float32. M, N, K and SCRATCH_FLOATS need not be constants.
 
      void KERNEL(C, scratch, A, B [, R], core_id)
 
-   scratch has NT * SCRATCH_FLOATS floats; whoever allocates may define a larger number. A thread
-   owns a rectangle of C and works on its own.
+   scratch has NT * SCRATCH_FLOATS floats; the caller may define a larger number. Each
+   thread computes a rectangle of C by itself.
 
    Before this text come tile.h (sizes), panels.h (packing) and the form of the tile, tile_vector.h
    or tile_amx.h. Up to SKINNY rows of LAYOUT 0 are not packed and not rounded by COMPUTE_BF16. */
@@ -24,7 +24,8 @@ typedef struct {
   int m0, m1, n0, n1;
 } rectangle;
 
-/* NT as rows * columns of rectangles: the largest area counts, then what must be packed. */
+/* Divides C among NT threads as rows * columns of rectangles, so that the largest area is smallest
+   and then the least has to be packed. */
 INLINE rectangle share(int core_id) {
   long best = -1;
   int rows = 1;
@@ -69,7 +70,7 @@ INLINE void multiply_block(target t, slot *b_block, slot *a_block, a_ptr A, B_PA
   }
 }
 
-/* ---- few rows: a value of B is used M times only, so reading it once is all that counts ---- */
+/* ---- few rows: a value of B is used only M times, so the time goes into reading B once ---- */
 
 INLINE void put_dot(target t, float value, long at) {
   if (ACCUMULATE) value += LOAD1(C_T, t.C + at);
@@ -94,7 +95,7 @@ INLINE void multiply_skinny(target t, a_ptr A, B_PARAMS, int core_id) {
 #define SKINNY 8
 enum { LINES = 4, PASS = 2 };
 
-/* C[m .. m + PASS, n .. n + LINES], dot products along k; an edge repeats its last row or line. */
+/* C[m .. m + PASS, n .. n + LINES] as dot products along k; at an edge the last row is repeated. */
 INLINE void dot_products(target t, a_ptr A, b_ptr B, int m, int n, int n1) {
   b_ptr b[LINES];
   a_ptr a[PASS];

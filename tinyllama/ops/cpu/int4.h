@@ -1,13 +1,14 @@
-/* The matrix B of gemm.c held in 4 bits and widened where a panel of it is packed, so that nothing
-   larger than the thread's block of panels ever holds it in full precision. Goes before gemm.c.
+/* The matrix B of gemm.c stored in 4 bits and widened when a panel of it is packed, so that at most
+   a thread's block of panels is in full precision. Placed before gemm.c.
 
      W[row, i] = q[row, i] * scale[row, i / BLOCK]      exact in float32: 4 bits times 11
 
-   packed  [rows][WIDTH / 2] bytes, two signed q each: of an even i in the low half, of the next
-           in the high half
+   packed  [rows][WIDTH / 2] bytes, two signed q each: that of an even i in the low half, that of
+           i + 1 in the high half
    scales  [rows][WIDTH / BLOCK] float16
    LAYOUT 0: W is B[N,K], WIDTH is K.  LAYOUT 1: W is B[K,N], WIDTH is N.
-   Macros: BLOCK, even, a divisor of WIDTH; those of gemm.c, COMPUTE_BF16 always, B_T not used. */
+   Macros: BLOCK (even, divides WIDTH) and those of gemm.c, of which COMPUTE_BF16 must be set and
+   B_T is unused. */
 
 #define B_IS_PACKED_OTHERWISE
 #define B_PARAMS const unsigned char *restrict packed, const unsigned short *restrict scales
@@ -22,8 +23,8 @@ typedef unsigned short int4_half __attribute__((aligned(1), may_alias));
 typedef unsigned int4_word __attribute__((aligned(1), may_alias));
 typedef unsigned short int4_pair __attribute__((may_alias));
 
-/* q of the VW values that begin with the low half of *p: each is moved to the top of its lane and
-   down again with its sign. One constant only, which leaves the registers of the tile alone. */
+/* q of the VW values that begin with the low half of *p: each is shifted to the top of its lane and
+   back down with its sign. This needs a single constant, so the tile keeps its registers. */
 INLINE vf int4_values(const unsigned char *p) {
 #if VW == 4
   vu word = (vu){0} + *(const int4_half *)p;
@@ -122,15 +123,15 @@ INLINE void int4_pack(float *restrict out, B_PARAMS, int k0, int depth, int n0, 
 }
 #endif
 
-/* As gemm.c asks for it; DEPTH, the length of a panel, is defined there. */
+/* As gemm.c calls it; DEPTH, the length of a panel, is defined there. */
 #define pack_b(out, weight, k0, depth, n0, n1) int4_pack(out, weight, k0, depth, n0, n1, DEPTH)
 
 #if LAYOUT == 0
-/* sum[m] = the lanes' part of A[m] W[row], for the first rows of A: few enough for registers. */
+/* sum[m] = A[m] W[row] in parts, one per lane, for the first rows of A: few enough for registers. */
 INLINE void int4_dots(vf *sum, int rows, const ELEM(A_T) *restrict A, B_PARAMS, long row) {
 #pragma clang loop unroll(full)
   for (int m = 0; m < rows; m++) sum[m] = (vf){0};
-  if (BLOCK % VW) { /* groups end within a vector: widened first */
+  if (BLOCK % VW) { /* groups end within a vector: widen first */
     float run[INT4_STEP + VW];
     for (int k = 0; k < K; k += INT4_STEP) {
       int count = K - k < INT4_STEP ? K - k : INT4_STEP;
@@ -148,7 +149,7 @@ INLINE void int4_dots(vf *sum, int rows, const ELEM(A_T) *restrict A, B_PARAMS, 
   }
   const unsigned char *byte = packed + row * (K / 2);
   const unsigned short *scale = scales + row * (K / BLOCK);
-  for (int group = 0; group < K / BLOCK; group++) { /* its sum of q A, then its scale */
+  for (int group = 0; group < K / BLOCK; group++) { /* sum q A, then multiply by the scale */
     vf part[8];
 #pragma clang loop unroll(full)
     for (int m = 0; m < rows; m++) part[m] = (vf){0};

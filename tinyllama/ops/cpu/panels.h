@@ -1,11 +1,11 @@
-/* The factors of a product (gemm.c) packed into panels, and the place that its sums go to.
+/* Packs the factors of a product (gemm.c) into panels, and adds its sums to what is there.
 
-   Panels are made of slots of 4 bytes, a float or (COMPUTE_BF16) a pair of bfloat16 of consecutive
-   k, so that one code packs both. The tile that multiplies them is tile_vector.h or tile_amx.h.
+   Panels consist of slots of 4 bytes, a float or (COMPUTE_BF16) a pair of bfloat16 of consecutive
+   k, so that the same code packs both. The tile that multiplies them is tile_vector.h or tile_amx.h.
 
-   A file that keeps B in another form (int4.h) defines B_PARAMS (its parameters), B_ARGS (their
-   names), B_IS_PACKED_OTHERWISE, pack_b and for LAYOUT 0 DOT_B (a row of it times rows of A) before
-   this text. */
+   A file that stores B differently (int4.h) is placed before this one and defines B_PARAMS (its
+   parameters), B_ARGS (their names), B_IS_PACKED_OTHERWISE, pack_b and for LAYOUT 0 DOT_B (a row of
+   B times rows of A). */
 
 #ifndef ACCUMULATE
 #define ACCUMULATE 0
@@ -37,12 +37,12 @@
 #define BLOCK_COLS MIN(ROUND(N, NR), BC / (BLOCK_PANELS * DEPTH) / NR * NR)
 #define BLOCK_ROWS MIN(ROUND(M, MR), ROUND(MC, MR))
 
-/* A 16 bit C keeps its sums over more than one panel in float32: for one block of rows, or for all
-   of the thread's when B is not packed in its whole depth. */
+/* For a 16-bit C, sums over more than one panel are kept in float32: for one block of rows, or for
+   all rows of the thread where B is not packed in its whole depth. */
 #define PARTIAL (C_T != 0 && SLOTS > DEPTH)
 #define B_SLOTS (BLOCK_PANELS * DEPTH * BLOCK_COLS)
-/* Rows lie KC apart, whatever of that is used: a constant is what the tile reads fastest. Columns
-   are packed in whole vectors, which reach beyond the last of a panel's MR. */
+/* Rows are KC apart, even if less is used, because the tile reads fastest at a constant distance.
+   Columns are packed in whole vectors, which reach beyond the last of a panel's MR. */
 #ifdef TILE_AMX
 #define A_IN_COLUMNS 0
 #else
@@ -64,8 +64,8 @@ typedef const ELEM(B_T) * b_ptr;
 
 /* ---- packing ---- */
 
-/* bf16_encode for a factor. The processor's own rounding makes 0 of subnormal numbers, as its
-   products do with them in any case. */
+/* bf16_encode for a factor. The processor's own rounding turns subnormal numbers into 0, as its
+   products do anyway. */
 INLINE vh factor_encode(vf x) {
 #if COMPUTE_BF16 && VW == 16 && defined(__AVX512BF16__)
   vh y;
@@ -82,7 +82,7 @@ INLINE vh encoded_1(const elem_1 *p) { return *(const vh_mem *)p; }
 INLINE vh encoded_2(const elem_2 *p) { return factor_encode(load_2(p)); }
 #define ENCODEDN(code, p, n) factor_encode(LOADN(code, p, n))
 
-/* Two vectors of factors as they come, and as the pairs of a slot. */
+/* Two vectors of factors: encoded in order, and interleaved as the pairs of slots. */
 #if COMPUTE_BF16 && VW == 16 && defined(__AVX512BF16__)
 typedef unsigned short halves __attribute__((vector_size(4 * VW)));
 typedef halves halves_mem __attribute__((aligned(2), may_alias));
@@ -104,7 +104,7 @@ INLINE vf factor_pairs(vf even, vf odd) {
 }
 #endif
 
-/* `count` elements that lie one after another along k -> CEIL(count, PAIR) slots. */
+/* `count` elements that are contiguous along k -> CEIL(count, PAIR) slots. */
 #ifdef ENCODED_TWO
 #define PACK_TWICE(code)                                \
   for (; (code) != 1 && k + 2 * VW <= count; k += 2 * VW) \
@@ -129,9 +129,10 @@ INLINE vf factor_pairs(vf even, vf odd) {
 DEFINE_PACK_ROW(pack_a_row, A_T)
 DEFINE_PACK_ROW(pack_b_row, B_T)
 
-/* The slots at depth k of VW columns from `column` on, of X[K, width], columns being contiguous.
-   Lanes past the row's end may be anything, past the matrix's end they are 0. `inside` promises
-   that the matrix does not end there: all rows but the last, if a row is as wide as any tile. */
+/* The slots at depth k of VW columns from `column` on, of X[K, width], whose columns are contiguous.
+   Lanes past the row's end may have any value; past the matrix's end they are 0. `inside` promises
+   that the matrix does not end there, which holds for all rows but the last if a row is as wide as
+   any tile. */
 #define INSIDE(k, width) ((width) >= 32 && ((k) + 1) * PAIR < K)
 #define DEFINE_SLOTS_AT(name, code, width)                                                   \
   INLINE vf name(const ELEM(code) *X, long k, long column, int inside) {                     \
@@ -211,10 +212,10 @@ INLINE void transpose_rows(slot *restrict out, const slot *const *row, int depth
 #define B_ARGS B
 /* Columns n0 .. n1 of C's B, slots k0 .. k0 + depth, in panels of NR columns: panel[DEPTH][NR] one
    after another, of which `depth` rows are filled. A pair's half past K is 0. Columns past N may
-   become anything, finite or not: what they yield is never stored. */
+   have any value, finite or not: their products are never stored. */
 INLINE void pack_b(slot *restrict out, B_PARAMS, int k0, int depth, int n0, int n1) {
 #if LAYOUT != 0
-  /* Some k at a time for all panels: the rows of B lie pages apart. */
+  /* A few k at a time for all panels, because the rows of B are pages apart. */
   enum { STEP = 8 };
   AS_WRITTEN for (int first = 0; first < depth; first += STEP)
     for (int n = n0; n < n1; n += NR) {
@@ -252,8 +253,8 @@ INLINE void pack_b(slot *restrict out, B_PARAMS, int k0, int depth, int n0, int 
 #endif
 
 /* Rows m0 .. m1 of A, slots k0 .. k0 + depth, in panels of MR rows: as panel[MR][KC] where k is
-   contiguous in A or the tile wants it to be, as panel[k][MR] where rows are. Rows past M become
-   anything. */
+   contiguous in A or the tile needs it to be, as panel[k][MR] where rows are. Rows past M may have
+   any value. */
 #define A_ROW_STEP (A_IN_COLUMNS ? 1 : KC)
 #define A_K_STEP (A_IN_COLUMNS ? MR : 1)
 INLINE void pack_a(slot *restrict out, a_ptr restrict A, int k0, int depth, int m0, int m1) {
@@ -274,8 +275,8 @@ INLINE void pack_a(slot *restrict out, a_ptr restrict A, int k0, int depth, int 
       for (int i = 0; i < MR; i += 4) transpose_four(panel + i * KC, KC, column, i);
     }
 #elif LAYOUT == 2
-  /* Some k at a time for all panels, so that a cache line of A is read once. What a
-     vector writes beyond MR the next k overwrites. */
+  /* A few k at a time for all panels, so that a cache line of A is read once. What a vector writes
+     beyond MR is overwritten by the next k. */
   enum { STEP = 8 };
   AS_WRITTEN for (int first = 0; first < depth; first += STEP)
     for (int m = m0; m < m1; m += MR) {
@@ -300,7 +301,7 @@ INLINE void pack_a(slot *restrict out, a_ptr restrict A, int k0, int depth, int 
 #endif
 }
 
-/* ---- where sums go ---- */
+/* ---- writing sums ---- */
 
 typedef struct {
   ELEM(C_T) * C;
@@ -309,7 +310,7 @@ typedef struct {
   int first, last; /* which panel along k this is */
 } target;
 
-/* Writes the sums of `count` columns to C[at], or adds them up in the partial sums before. */
+/* The sums of `count` columns plus what C or R (ADDEND) has at `at`. */
 #define GET(code, p) (count == VW ? LOAD(code, p) : LOADN(code, p, count))
 INLINE vf with_others(target t, vf sum, long at, int count) {
   if (ACCUMULATE || (C_T == 0 && !t.first)) sum += GET(C_T, t.C + at);

@@ -3,7 +3,7 @@
      dx = rstd * (dy * w - n * mean(dy * w * n))        dw = sum over rows of dy * n
 
    By differentiation; the same as torch.nn.functional.rms_norm's backward.
-   dw_partial [NT, H] has one row a thread; their sum is dw.
+   dw_partial [NT, H] has one row per thread; the sum of the rows is dw.
    Macros: N rows, H width, ACT, NT. Threads split the rows. */
 
 /* The sum of dy * w * x over one row. */

@@ -1,11 +1,11 @@
-/* Rotary position embedding over [B, T, HEADS, D], the pair (i, i + D/2) turned by angle[t, i]:
+/* Rotary position embedding over [B, T, HEADS, D]: rotates each pair (i, i + D/2) by angle[t, i].
 
      out[i]       = x[i] * cos - x[i + D/2] * sin
      out[i + D/2] = x[i + D/2] * cos + x[i] * sin
 
    RoFormer: Su et al. 2021, arXiv:2104.09864; the halves are paired as in Hugging Face's
-   rotate_half. cos and sin are [T, D/2] float32. INVERSE=1 turns by the negative angle, which is
-   the backward: a rotation's transpose is its inverse.
+   rotate_half. cos and sin are [T, D/2] float32. INVERSE=1 rotates by the negative angle, which is
+   the gradient: a rotation's transpose is its inverse.
    Macros: B, T, HEADS, D (even), ACT, NT, INVERSE. Threads split the B * T positions. */
 
 INLINE void rope_step(ELEM(ACT) *out, const ELEM(ACT) *x, const float *cosine, const float *sine,

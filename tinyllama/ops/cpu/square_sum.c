@@ -1,8 +1,8 @@
 /* partial[c] = the sum of x^2 over thread c's share; the sum of the partials is |x|^2.
 
-   Blocks of 4096 are summed in float32 over 8 vectors, so that no float32 sum is longer than
-   4096 / (8 * VW), and the blocks in float64.
-   Macros: COUNT elements, NT, ACCUMULATE (1 adds to what partial holds). Threads split the elements. */
+   Blocks of 4096 elements are summed in float32 over 8 vectors, so that no float32 sum has more than
+   4096 / (8 * VW) terms; the blocks are summed in float64.
+   Macros: COUNT elements, NT, ACCUMULATE (1 adds to partial). Threads split the elements. */
 
 #define SQUARE_SUM_BLOCK 4096
 

@@ -6,9 +6,9 @@
      MC  rows of a packed block of A: MC * KC stays in the L2 cache
      KB  depth of a packed block of B, in whole panels
      BC  floats of that block, which stays in the L3 cache
-   Any of them can be set with -D. TILE_AVX512, TILE_AVX2, TILE_NEON or TILE_GENERIC chooses a set
-   (with the VW to go with it, which common.h must then be told too). TILE_AMX, which a process must
-   ask the system for, is never taken by itself; its tile of C is in tile_amx.h. */
+   Each can be set with -D. TILE_AVX512, TILE_AVX2, TILE_NEON or TILE_GENERIC chooses a whole set;
+   VW, which common.h reads, must then be set to match. TILE_AMX is never chosen automatically,
+   because a process must request AMX from the system; its tile of C is in tile_amx.h. */
 
 #if !defined(TILE_AVX512) && !defined(TILE_AVX2) && !defined(TILE_NEON) && \
     !defined(TILE_GENERIC) && !defined(TILE_AMX)

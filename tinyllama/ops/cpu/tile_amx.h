@@ -1,17 +1,18 @@
-/* A tile of C in AMX, Intel's matrix unit, for gemm.c with COMPUTE_BF16 and TILE_AMX. Goes after
-   panels.h and defines what tile_vector.h does.
+/* A tile of C in AMX, Intel's matrix unit, for gemm.c with COMPUTE_BF16 and TILE_AMX. Placed after
+   panels.h, it defines the same names as tile_vector.h.
 
    The unit has eight tile registers of 16 rows of 64 bytes. `tdpbf16ps` adds to 16 x 16 floats the
-   product of 16 rows of 32 bfloat16 of A with 16 rows of 16 pairs of B, pair k of a column in row k:
-   just the panels that panels.h packs, A's with its rows along k. Four registers hold 32 x 32 sums,
-   two of A and two of B make 4 products of 4 loads. The unit takes subnormal factors and sums for
-   0, rounds every addition to nearest, and adds the even and the odd k of 32 on their own first.
+   product of 16 rows of 32 bfloat16 of A with 16 rows of 16 pairs of B, pair k of a column in row k.
+   These are the panels that panels.h packs, A's with rows along k. Four registers hold 32 x 32 sums;
+   two registers of A and two of B give 4 products for 4 loads. The unit treats subnormal factors
+   and sums as 0, rounds every addition to nearest, and first adds the even and the odd k of 32
+   separately.
 
-   A process must have asked the system for the unit (processor.py), or ldtilecfg ends it. The
-   registers are shaped at the beginning of a kernel and released at its end: then there is nothing
-   that the system has to save when it gives the core to another thread.
+   A process must have requested the unit from the system (system/processor.py), or ldtilecfg ends
+   it. The registers are configured at the beginning of a kernel and released at its end, so that
+   the system has nothing to save when it gives the core to another thread.
 
-   With TILE_IN_C the operations are those of a test, which says them in C. */
+   With TILE_IN_C a test defines the operations in C. */
 
 #define AMX_SIDE 16                   /* rows of a register, and slots or floats of a row */
 #define AMX_ROW_BYTES (4 * AMX_SIDE)
@@ -37,7 +38,7 @@ static const amx_shape amx_square = {1, 0, {0}, AMX_8(AMX_ROW_BYTES), AMX_8(AMX_
   __asm__ volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #sum :)
 #endif
 
-/* All four sums to or from MR rows of floats. */
+/* Loads all four sums from MR rows of floats, or stores them there. */
 #define tile_every(move, place, width)              \
   move(0, (place), width);                          \
   move(1, (place) + AMX_SIDE, width);               \
@@ -63,15 +64,15 @@ INLINE void tile_step(const float *a, const float *b) {
   tile_multiply(3, 5, 7);
 }
 
-/* What the last panels of B have past K, up to whole steps of the tile. */
+/* Clears what the last panels of B have past K, up to a whole step of the tile. */
 INLINE void clear_past(slot *restrict out, int depth, int n0, int n1) {
   for (int n = n0; n < n1; n += NR)
     for (int k = depth; k % TILE_K; k++)
       for (int j = 0; j < NR; j += VW) vstore(out + (n - n0) * DEPTH + k * NR + j, (vf){0});
 }
 
-/* Memory that is needed next, brought near while the matrix unit works: `rows` rows of `lines` cache
-   lines, `row_bytes` apart, `each` lines at a time. */
+/* Memory that is needed next, prefetched while the matrix unit works: `rows` rows of `lines` cache
+   lines, `row_bytes` apart, `each` lines per step. */
 typedef struct {
   const char *row;
   long row_bytes;
@@ -87,7 +88,7 @@ INLINE void bring_near(ahead *next) {
 }
 
 #ifndef B_IS_PACKED_OTHERWISE
-/* The panels of B of columns n0 .. n1 at depth k, within so many steps of the tile. */
+/* The memory behind the panels of B of columns n0 .. n1 at depth k, spread over `steps` steps. */
 INLINE ahead panels_ahead(b_ptr B, int k, int depth, int n0, int n1, long steps) {
   ahead next = {0, 0, 0, 0, 0, 0};
   if (n0 >= n1) return next;
@@ -118,7 +119,7 @@ INLINE void prefetch_tile(target t, int m, int n) {
   }
 }
 
-/* Puts float32 sums, MR rows of NR, where they belong; those of earlier panels are in them. */
+/* Writes float32 sums, MR rows of NR, which include those of earlier panels, to C. */
 INLINE void put_sums(target t, const float *sums, int m, int n) {
   if (m + MR <= M && n + NR <= N) {
     for (int i = 0; i < MR; i++) {
@@ -137,7 +138,7 @@ INLINE void put_sums(target t, const float *sums, int m, int n) {
     }
 }
 
-/* The registers begin with what is in memory and go back there, where that is float32. */
+/* The registers start from what is in memory and are stored there, where that is float32. */
 INLINE void multiply_panel(target t, const slot *a, const slot *b, int depth, int m0, int m1, int n,
                            long at_partial, ahead *next) {
   float sums[MR * NR] __attribute__((aligned(64)));

@@ -1,13 +1,13 @@
 /* A tile of C in vector registers, for gemm.c: MR rows of NR columns, one slot of depth at a time.
-   Goes after panels.h. A form of the tile (the other is tile_amx.h) defines tile_begin, tile_end,
-   clear_past, panels_ahead with its type, and multiply_panel. */
+   Placed after panels.h. Each of the two files with a tile (the other is tile_amx.h) defines
+   tile_begin, tile_end, clear_past, panels_ahead with its type, and multiply_panel. */
 
 #define COLS (NR / VW)
 #define tile_begin()
 #define tile_end()
 #define clear_past(out, depth, n0, n1)
 
-/* Packed panels are in the cache before they are needed: nothing is prefetched. */
+/* Packed panels are already in the cache when they are needed: nothing is prefetched. */
 typedef int ahead;
 #define panels_ahead(B, k, depth, n0, n1, steps) 0
 
@@ -40,7 +40,7 @@ INLINE void tile_product(vf sum[MR][COLS], const slot *a, const slot *b, int dep
   for (int i = 0; i < MR; i++)
 #pragma clang loop unroll(full)
     for (int j = 0; j < COLS; j++) sum[i][j] = (vf){0};
-  /* Each address in a register of its own: clang would add two in every instruction. */
+  /* Keeps each address in its own register; clang would add two of them in every instruction. */
   __asm__("" : "+r"(a), "+r"(b));
   int k = 0;
 #pragma clang loop unroll(disable)
@@ -87,7 +87,7 @@ INLINE void put_tile(target t, vf sum[MR][COLS], int m, int n, long at_partial) 
           MIN(VW, N - n - j * VW));
 }
 
-/* One panel of B against the block of A. */
+/* One panel of B times the block of A. */
 INLINE void multiply_panel(target t, const slot *a, const slot *b, int depth, int m0, int m1, int n,
                            long at_partial, ahead *next) {
   (void)next;

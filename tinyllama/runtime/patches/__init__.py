@@ -47,6 +47,18 @@ def install() -> tuple[str, ...]:
     return tuple(patch.name for patch in installed)
 
 
+def patch_table() -> str:
+    """The patches as a Markdown table, for docs/tinygrad.md."""
+    lines = ["| patch | what it does and why | replaces | switch | test |", "|---|---|---|---|---|"]
+    for patch in PATCHES:
+        replaces = ", ".join(f"`{name.removeprefix('tinygrad.')}`" for name in patch.replaces)
+        off = f"`TINYLLAMA_PATCHES_OFF={patch.name}`"
+        switch = f"none: without it {patch.needed}" if patch.needed else off
+        test = patch.test.removeprefix("tests/").replace("::", " `") + "`"
+        lines.append(f"| `{patch.name}` | {patch.why} | {replaces} | {switch} | {test} |")
+    return "\n".join(lines)
+
+
 def _switched_off() -> tuple[str, ...]:
     """The names in TINYLLAMA_PATCHES_OFF, checked."""
     off = device.patches_off()

@@ -1,0 +1,192 @@
+"""Hidden names of files and folders that are not complete yet, and when they may be removed.
+
+    .NAME.partial-PID-BOOT-NAMESPACE-RANDOM
+
+PID is the process that writes it, BOOT a digest of the system's boot id (of the host name where
+there is none), NAMESPACE the container's process numbers, as the kernel calls them. The process
+holds a lock (flock) on it for as long as it is incomplete. Whoever cleans up removes it
+
+    same boot                     if its lock can be taken: the kernel releases it with the process,
+                                  in whatever container
+    same boot, a file system      if no process PID is in our container; of another container, a
+    without locks                 day after the last write
+    another boot, so perhaps      a day after the last write, since not every network file system
+    another host                  passes locks on
+
+and a `.NAME.partial-PID` of an earlier version if no process PID is here.
+"""
+
+import errno
+import hashlib
+import os
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+# How a file system says that it has no locks; NFS says EBADF of folders, which cannot be written.
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL, errno.EBADF)
+ABANDONED_SECONDS = 24 * 3600
+_NAME = re.compile(r"\..*\.partial-(\d+)(?:-([0-9a-f]{8})-(\d+)-[0-9a-f]{8})?", re.DOTALL)
+
+# What this process is writing, for where there are no locks.
+_ours: set[str] = set()
+
+
+@contextmanager
+def unfinished(final: Path, create: Callable[[Path], object]) -> Iterator[Path]:
+    """A partial name beside `final`, which `create` makes a file or folder of, locked until the
+    block ends. The block renames or deletes it. Raises OSError."""
+    while True:
+        partial = _new_name(final)
+        create(partial)
+        # Whoever cleans up may have found it before it was locked: then again, by another name.
+        with suppress(FileNotFoundError, BlockingIOError):
+            handle = lock(partial)
+            if os.path.lexists(partial):
+                break
+            _close(handle)
+    _ours.add(partial.name)
+    try:
+        yield partial
+    finally:
+        _ours.discard(partial.name)
+        _close(handle)
+
+
+def discard(path: Path) -> None:
+    """Delete a file or folder; it gets a partial name first, so that half of it is never taken
+    for the whole. Of a link, only the link. Raises OSError."""
+    with unfinished(path, lambda partial: os.rename(path, partial)) as partial:
+        _delete(partial)
+
+
+def remove_partials(parent: str | os.PathLike[str]) -> list[Path]:
+    """Remove what killed processes left half-written directly in `parent`; returns the paths."""
+    return [path for path in sorted(Path(parent).glob(".*.partial-*")) if _remove_abandoned(path)]
+
+
+def lock(path: Path) -> int | None:
+    """A descriptor that holds the lock on a file or folder; None where there are no locks.
+
+    Raises BlockingIOError if another descriptor holds it, and other OSErrors of opening it.
+    """
+    if fcntl is None or path.is_symlink():
+        return None
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # NFS locks what it writes
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(handle)
+        if error.errno in NO_LOCKS:
+            return None
+        raise
+    return handle
+
+
+class _Owner(NamedTuple):
+    """Who writes a partial, by its name; boot and namespace are "" in names of earlier versions."""
+
+    process: int
+    boot: str
+    namespace: str
+
+
+def _owner(path: Path) -> _Owner | None:
+    match = _NAME.fullmatch(path.name)
+    return _Owner(int(match[1]), match[2] or "", match[3] or "") if match else None
+
+
+def _remove_abandoned(path: Path) -> bool:
+    """Remove a partial whose process is gone; whether it was removed."""
+    owner = _owner(path)
+    if owner is None:  # somebody else's hidden file
+        return False
+    try:
+        handle = lock(path)
+    except (BlockingIOError, FileNotFoundError, PermissionError):
+        return False
+    try:
+        if not _is_abandoned(path, owner, is_locked=handle is not None):
+            return False
+        _delete(path)
+        return True
+    finally:
+        _close(handle)
+
+
+def _is_abandoned(path: Path, owner: _Owner, is_locked: bool) -> bool:
+    if not owner.boot:
+        return owner.process == os.getpid() or not _is_alive(owner.process)
+    if owner.boot == _boot():
+        if is_locked:
+            return True
+        if owner.namespace == _namespace():
+            is_ours = owner.process == os.getpid()
+            return path.name not in _ours if is_ours else not _is_alive(owner.process)
+    return time.time() - _last_write(path) > ABANDONED_SECONDS
+
+
+def _new_name(final: Path) -> Path:
+    owner = f"{os.getpid()}-{_boot()}-{_namespace()}-{secrets.token_hex(4)}"
+    return final.with_name(f".{final.name}.partial-{owner}")
+
+
+def _is_alive(process: int) -> bool:
+    """Whether a process of that number runs here, in the container we are in."""
+    try:
+        os.kill(process, 0)  # signal 0 is not sent
+    except PermissionError:  # it runs, as another user
+        return True
+    except (OSError, OverflowError):
+        return False
+    return True
+
+
+@cache
+def _boot() -> str:
+    """8 hex digits that differ between hosts, and between a host's boots where it has an id."""
+    try:
+        identity = Path("/proc/sys/kernel/random/boot_id").read_text()
+    except OSError:
+        import platform
+
+        identity = platform.node()
+    return hashlib.sha256(identity.encode()).hexdigest()[:8]
+
+
+def _namespace() -> str:
+    """The number of the namespace of process numbers, which a container has its own of."""
+    try:
+        return str(os.stat("/proc/self/ns/pid").st_ino)
+    except OSError:
+        return "0"
+
+
+def _last_write(path: Path) -> float:
+    """When a file, or anything in a folder, was last written, in seconds since 1970."""
+    paths = [path, *path.rglob("*")] if path.is_dir() and not path.is_symlink() else [path]
+    times = [path.lstat().st_mtime for path in paths if os.path.lexists(path)]
+    return max(times, default=time.time())
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _close(handle: int | None) -> None:
+    if handle is not None:
+        os.close(handle)
