@@ -352,6 +352,14 @@ def edit_made_with(checkpoint, changes, dropped=()):
     write_manifest(checkpoint, {})
 
 
+def test_data_options_that_decide_what_is_learned_are_compared(tmp_path):
+    run = part_of(finished_run(), tmp_path / "run", step_name(4)) / step_name(4)
+    assert read_state(run)["made_with"]["data.train_on"] == "all"
+    edit_made_with(run, {"data.train_on": "last"})
+    says = differences(configuration(tmp_path / "other"), run)
+    assert says.endswith('never stopped: data.train_on is "all", was "last"')
+
+
 def test_parts_of_the_batch_that_differ_are_said_as_they_were(tmp_path):
     run = part_of(finished_run(), tmp_path / "run", step_name(4)) / step_name(4)
     says = differences(configuration(tmp_path / "other", "training.micro_batch_size=4"), run)

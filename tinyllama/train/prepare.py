@@ -11,7 +11,7 @@ from tinygrad import Device
 
 from tinyllama.config import Config
 from tinyllama.config.options import got, shown
-from tinyllama.data.files import content_digests, find_sources, read_texts
+from tinyllama.data.files import Source, content_digests, find_sources, read_texts
 from tinyllama.errors import (
     CheckpointError,
     ConfigError,
@@ -110,9 +110,40 @@ def without_effect(config: Config, sequences: int, steps: int) -> list[str]:
     return found
 
 
-# Options that change no loss of a step, or are compared elsewhere (the text by its digest).
-_FREE_OF_NUMBERS = ("checkpointing.", "data.", "model.base", "training.eval_")
+# Options that change no loss of a step, or are compared elsewhere (the text and its tokenizer by a
+# digest). The others count, those of [data] included: which tokens are trained, for one.
+_FREE_OF_NUMBERS = (
+    "checkpointing.",
+    "model.base",
+    "training.eval_",
+    "data.train_path",
+    "data.val_path",
+    "data.context_length",
+    "data.tokenizer",
+    "data.replace_tokenizer",
+    "data.cache_dir",
+)
 _MICRO_BATCH, _BATCH = "training.micro_batch_size", "training.batch_size"
+
+
+def trained_and_validated(config: Config) -> list[str]:
+    """One line for each validation file whose content is also that of a training file."""
+    if config.data.val_path is None:
+        return []
+    cache = Path(config.data.cache_dir)
+    train, val = (find_sources(paths) for paths in (config.data.train_path, config.data.val_path))
+    trained = dict(zip(content_digests(train, cache), train, strict=True))
+    return [
+        f"{config.where('data.val_path')}: {source.path} is also trained on"
+        f"{_as_another_file(source, trained[digest])}, so its validation loss says nothing about"
+        " new text"
+        for digest, source in zip(content_digests(val, cache), val, strict=True)
+        if digest in trained and source.size_bytes
+    ]
+
+
+def _as_another_file(validated: Source, trained: Source) -> str:
+    return "" if validated.path == trained.path else f" (as {trained.path})"
 
 
 def resume_folder(config: Config, asked: str, warn: Callable[[str], None]) -> Path:

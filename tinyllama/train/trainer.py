@@ -37,6 +37,7 @@ from tinyllama.train.prepare import (
     find_tokenizer,
     made_with,
     supported,
+    trained_and_validated,
     without_effect,
 )
 from tinyllama.train.schedule import Place, learning_rate
@@ -204,6 +205,7 @@ class Trainer:
         """What may not be meant, a line each: another run than before, sizes without effect."""
         other = differences(self.config, self._resumed) if self._resumed else None
         found = without_effect(self.config, self.batches.n_windows, self.total_steps)
+        found += trained_and_validated(self.config)
         return [line for line in (other, lacking.notice(), *found) if line]
 
     def _one_step(
