@@ -16,6 +16,7 @@ from lora_helpers import (
 from model_helpers import (
     random_batch,
 )
+from runs_helpers import cli
 from tinygrad import Tensor
 
 from tinyllama.cli.app import main
@@ -159,6 +160,28 @@ def test_evaluate_takes_an_adapters_folder_with_the_tokenizer_of_its_base(run, c
     dataset = prepare([str(text)], small_tokenizer(), tmp_path / "d", progress=False)
     expected = Evaluator(run.trainer.model, dataset, 32, 1).run()
     assert json.loads(capsys.readouterr().out) == pytest.approx(expected._asdict())
+
+
+def test_an_adapter_whose_base_has_moved_takes_its_place_by_option(run, capsys, tmp_path):
+    moved, here = tmp_path / "moved", tmp_path / "run"
+    shutil.copytree(run.final, here / "step-00000002")  # found by the name of its run
+    (tmp_path / "held.txt").write_text(LINE * 20)
+    words = ["evaluate", "--model", here, "--data", tmp_path / "held.txt", "--context", 32]
+    words += ["--cache-dir", tmp_path / "cache"]
+    assert cli(*words) == 0
+    expected = capsys.readouterr().out
+    run.base.rename(moved)
+    try:
+        assert cli(*words) == 2
+        assert "base_model_name_or_path: got" in capsys.readouterr().err
+        assert cli(*words, "--base", moved) == 0
+        out, err = capsys.readouterr()
+    finally:
+        shutil.copytree(moved, run.base)
+    assert out == expected
+    assert err.startswith(f"{here} is a run: step-00000002 is used\n")
+    assert cli("evaluate", "--model", moved, *words[3:], "--base", moved) == 2
+    assert f"--base: got {moved}, must be left out: {moved} holds" in capsys.readouterr().err
 
 
 def test_overrides_reach_rank_alpha_and_layers(run):

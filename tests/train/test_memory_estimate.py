@@ -95,7 +95,7 @@ def test_a_real_run_takes_what_was_estimated(size, kind, tmp_path, bases):
     (tmp_path / "run.toml").write_text(text)
     result = tmp_path / "result.json"
     script = str(ROOT / "tests" / "helpers" / "memory_run.py")
-    words = [sys.executable, script, str(result), "train", str(tmp_path / "run.toml"), "--quiet"]
+    words = [sys.executable, script, str(result), "train", str(tmp_path / "run.toml")]
     environ = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(words, env=environ, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, NamedTuple, TypeGuard
 import numpy as np
 import numpy.typing as npt
 
-from tinyllama.errors import WeightsError
+from tinyllama.errors import WeightsError, reason
 from tinyllama.formats.dtypes import (
     BITS,
     NUMPY,
@@ -61,7 +61,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         with open(path, "rb") as file:
             return _read_header(file, os.fspath(path), os.fstat(file.fileno()).st_size)
     except OSError as error:
-        raise WeightsError(f"{os.fspath(path)}: cannot be read: {error.strerror}") from error
+        raise WeightsError(f"{os.fspath(path)}: cannot be read: {reason(error)}") from error
 
 
 def build_header(
@@ -280,7 +280,7 @@ class SafetensorsFile:
         """Let the system drop the tensor's pages from this process; they return when read."""
         info = self._info(name)
         start = info.offset - info.offset % mmap.PAGESIZE
-        if info.size_bytes:
+        if info.size_bytes and hasattr(mmap, "MADV_DONTNEED"):  # Windows has no madvise
             self._map.madvise(mmap.MADV_DONTNEED, start, info.offset + info.size_bytes - start)
 
     def _info(self, name: str) -> TensorInfo:

@@ -21,6 +21,7 @@ __all__ = [
     "atomic_directory",
     "atomic_write",
     "discard",
+    "fsync_path",
     "held",
     "naming_file",
     "remove_partials",
@@ -135,7 +136,9 @@ def _fsync_tree(root: Path) -> None:
 
 
 def fsync_path(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on disk."""
+    """Wait until a file, or the names in a folder, are on disk; Windows cannot wait for that."""
+    if os.name == "nt":  # it opens no folder, and syncs only what is open for writing
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -76,6 +76,11 @@ def remove_partials(parent: str | os.PathLike[str]) -> list[Path]:
     return [path for path in sorted(Path(parent).glob(".*.partial-*")) if _remove_abandoned(path)]
 
 
+def has_locks() -> bool:
+    """Whether this system has locks; a file system may have none all the same."""
+    return fcntl is not None
+
+
 def lock(path: Path) -> int | None:
     """A descriptor that holds the lock on a file or folder; None where there are no locks.
 

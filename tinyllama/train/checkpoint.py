@@ -22,6 +22,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -222,8 +223,10 @@ def _replace(final: Path, new: Path) -> None:
 
 def _exchange(first: Path, second: Path) -> bool:
     """Swap two names in one step; False where the system or the file system cannot."""
+    if sys.platform != "linux":
+        return False
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if renameat2 is None:
+    if renameat2 is None:  # an old libc
         return False
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of linux/fs.h
     if renameat2(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0:

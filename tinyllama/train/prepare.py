@@ -18,6 +18,7 @@ from tinyllama.errors import (
     DataError,
     TokenizerError,
     naming,
+    reason,
 )
 from tinyllama.formats.huggingface import open_folder
 from tinyllama.system import device
@@ -52,7 +53,7 @@ def check_files(config: Config) -> None:
             pass
     except OSError as error:
         raise CheckpointError(
-            f"checkpointing.checkpoint_dir: {folder} cannot be written: {error.strerror}"
+            f"checkpointing.checkpoint_dir: {folder} cannot be written: {reason(error)}"
         ) from error
 
 
@@ -114,7 +115,7 @@ def without_effect(config: Config, sequences: int, steps: int) -> list[str]:
 _FREE_OF_NUMBERS = (
     "checkpointing.",
     "model.base",
-    "training.eval_every",
+    "training.eval_",
     "data.train_path",
     "data.val_path",
     "data.context_length",
