@@ -12,6 +12,7 @@
 A message names the file (or the override), what it holds and what is allowed.
 """
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -57,6 +58,17 @@ def naming(what: str, kind: type[TinyllamaError] = TinyllamaError) -> Iterator[N
         raise type(error)(f"{what}: {error}") from error
 
 
-def reason(error: MemoryError) -> str:
-    """What it says, or words for one that says nothing."""
-    return str(error) or "the system has no more"
+# The system's words, in ours.
+_REASONS = {
+    errno.ENOENT: "No such file or folder",
+    errno.ENOTDIR: "Not a folder",
+    errno.EISDIR: "Is a folder, not a file",
+    errno.ENOTEMPTY: "The folder is not empty",
+}
+
+
+def reason(error: MemoryError | OSError) -> str:
+    """What the system says about an error, or words for an error that says nothing."""
+    if isinstance(error, MemoryError):
+        return str(error) or "the system has no more"
+    return _REASONS.get(error.errno or 0) or error.strerror or str(error)

@@ -89,7 +89,7 @@ def proof_config(work: Path, options: argparse.Namespace) -> Config:
 def train(file: Path) -> tuple[float, int]:
     """Train in a process of its own; returns its seconds and its peak resident bytes."""
     begun = time.monotonic()
-    command = [sys.executable, "-m", "tinyllama.train", str(file), "--quiet"]
+    command = [sys.executable, "-m", "tinyllama.train", str(file)]
     child = subprocess.Popen(command, cwd=ROOT)
     _, status, usage = os.wait4(child.pid, 0)
     child.returncode = os.waitstatus_to_exitcode(status)

@@ -1,14 +1,18 @@
-"""The command line: what it prints, and that a mistake ends as one message and exit code 2."""
+"""The command line: what it prints, its exit codes, and one-line messages for mistakes."""
 
 import json
+import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 
 import pytest
 from runs_helpers import (
+    TRAIN_FILES,
+    VAL_FILES,
     cli,
     config_file,
     environment,
@@ -17,6 +21,7 @@ from runs_helpers import (
     names,
     run_command,
     start,
+    steps_per_epoch,
     stop,
     tokenizer,
     wait_for_steps,
@@ -25,8 +30,10 @@ from runs_helpers import (
 import tinyllama
 from tinyllama.cli.app import COMMANDS
 from tinyllama.cli.arguments import Parser
+from tinyllama.cli.shared import model_folder
 from tinyllama.config import SECTIONS
 from tinyllama.config.options import allowed, options_of
+from tinyllama.errors import ConfigError
 from tinyllama.train.checkpoint import step_name
 
 
@@ -38,45 +45,106 @@ def test_training_as_a_module_prints_the_device_first_and_the_checkpoint_last(tm
     assert code == 0
     assert lines[0].startswith("backend CPU, ") and "renderer ClangJIT (DEV=CPU)" in lines[0]
     assert lines[-2] == "125,248 parameters, 2 steps of 12 x 48 tokens, float32"
-    assert lines[-1] == f"finished: step 2, saved {run}/final"
-    assert "Training: 100%" in err and "2/2" in err
+    loss = metrics(run)[2]["loss"]
+    assert lines[-1] == f"finished: step 2, saved {run}/final; loss {loss:.4f}"
+    assert re.search(rf"^step 2/2, loss {loss:.4f}, \d+ tok/s, 0:00 left$", err, re.MULTILINE)
     assert list(metrics(run)) == [1, 2] and names(run) == ["final"]
 
 
-def test_quiet_prints_no_bars(tmp_path, capsys):
+def test_quiet_prints_the_result_alone(tmp_path, capsys):
     run = tmp_path / "run"
     words = ["train", config_file(run), "--quiet", "--set", "training.max_steps=1"]
-    assert cli(*words) == 0
-    assert capsys.readouterr().err == ""
+    assert cli(*words, "--set", "lr_schedule.warmup_steps=1") == 0
+    loss = metrics(run)[1]["loss"]
+    said = f"finished: step 1, saved {run}/final; loss {loss:.4f}\n"
+    assert capsys.readouterr() == (said, "")
 
 
-def test_a_budget_is_taken_in_seconds(tmp_path, capsys):
+def test_quiet_keeps_notices(tmp_path, capsys):
     run = tmp_path / "run"
-    assert cli("train", config_file(run), "--quiet", "--budget", "0.001") == 0
-    assert capsys.readouterr().out.endswith(f"finished: step 2, saved {run}/final\n")
+    words = ["train", config_file(run), "--quiet", "--set", "training.max_steps=1"]
+    assert cli(*words, "--set", "lr_schedule.warmup_steps=9") == 0
+    notice, result = capsys.readouterr().out.splitlines()
+    assert notice.startswith("lr_schedule.warmup_steps is 9, and the run has 1 steps")
+    assert result.startswith("finished: step 1")
+
+
+def test_a_budget_says_what_it_does_before_it_starts(tmp_path, capsys):
+    run = tmp_path / "run"
+    assert cli("train", config_file(run), "--budget", "0.001") == 0
+    *_, summary, notice, result = capsys.readouterr().out.splitlines()
+    assert summary.startswith("125,248 parameters, ")
+    assert notice == (
+        f"--budget: the schedule of {2 * steps_per_epoch()} steps is shortened to those that 0.001"
+        " seconds allow, as the first steps show; then the run validates, saves, and exits with"
+        " code 0"
+    )
+    assert result.startswith(f"finished: step 2, saved {run}/final; loss ")
+
+
+def test_the_last_line_has_the_loss_and_the_validation_loss(tmp_path, capsys):
+    run = tmp_path / "run"
+    words = ["--set", "training.max_steps=2", "--set", f"data.val_path={VAL_FILES!r}"]
+    words += ["--set", "training.eval_first=true"]
+    assert cli("train", config_file(run), *words) == 0
+    out, err = capsys.readouterr()
+    lines = metrics(run)
+    assert list(lines) == [0, 1, 2] and set(lines[0]) == {"step", "val_loss"}
+    assert out.splitlines()[-1] == (
+        f"finished: step 2, saved {run}/final;"
+        f" loss {lines[2]['loss']:.4f}, validation loss {lines[2]['val_loss']:.4f}"
+    )
+    assert f"step 0, validation loss {lines[0]['val_loss']:.4f}\n" in err
+    assert lines[0]["val_loss"] == pytest.approx(math.log(400), rel=0.02)
+    assert cli("plot", run, "--out", tmp_path / "loss.png") == 0
+
+
+def test_defaults_of_the_model_are_announced_with_what_to_set(tmp_path, capsys, monkeypatch):
+    def planned(config, force):
+        raise ConfigError("planned")
+
+    monkeypatch.setattr("tinyllama.train.micro_batch.fit", planned)
+    file = tmp_path / "bare.toml"
+    text = f"[data]\ntrain_path = {TRAIN_FILES!r}\n[checkpointing]\ncheckpoint_dir = 'none'\n"
+    file.write_text(text)
+    assert cli("train", file) == 2
+    notice = (
+        "the configuration sets neither sizes of [model] nor model.base: this trains the sizes of"
+        " 124m on 32 x 2048 tokens per step; set model.hidden_size, model.num_layers, ... or"
+        " model.base, and training.batch_size"
+    )
+    assert capsys.readouterr().out.splitlines()[1] == notice
+    assert cli("train", file, "--set", "training.batch_size=2") == 2
+    assert "the sizes of 124m; set model.hidden_size, model.num_layers" in capsys.readouterr().out
+    assert cli("train", file, "--set", "model.hidden_size=768") == 2
+    assert "sets neither" not in capsys.readouterr().out
 
 
 def test_an_override_acts(tmp_path, capsys):
-    words = ["train", config_file(tmp_path / "run"), "--quiet", "--set", "training.max_steps=1"]
+    words = ["train", config_file(tmp_path / "run"), "--set", "training.max_steps=1"]
     words += ["--set", "model.num_layers=1", "--set", f"checkpointing.checkpoint_dir={tmp_path}/b"]
     assert cli(*words) == 0
     assert "88,256 parameters, 1 steps of" in capsys.readouterr().out
     assert names(tmp_path / "b") == ["final"]
 
 
-def test_the_command_that_continues_a_run_names_device_and_threads(tmp_path):
+def test_a_run_that_a_signal_stopped_says_so_in_its_exit_code_and_one_short_line(tmp_path):
     run = tmp_path / "run"
     words = [config_file(run), "--quiet", "--set", "training.num_epochs=100000"]
-    process = start("train", *words, CPU="1", NUM_CPU_THREADS="1")
-    wait_for_steps(process, run, 1)
-    code, out, _ = stop(process, signal.SIGTERM)
-    assert code == 0
-    command = out.splitlines()[-1]
-    assert command.startswith(f"CPU=1 python -m tinyllama.train {words[0]} --resume {run}/step-")
-    assert command.endswith(" --threads 1 --quiet")
+    for number, exit_code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        resume = ["--resume"] if run.exists() else []
+        process = start("train", *words, *resume)
+        wait_for_steps(process, run, len(metrics(run)) + 1 if resume else 1)
+        code, out, err = stop(process, number)
+        step = len(metrics(run))
+        assert (code, err) == (exit_code, "")
+        assert out.splitlines()[-1] == (
+            f"stopped after step {step}, saved {run / step_name(step)};"
+            " to continue, repeat the command with --resume"
+        )
 
 
-def test_all_that_is_not_built_yet_is_told_at_once_and_first(tmp_path, capsys):
+def test_all_that_is_unsupported_is_reported_together_and_first(tmp_path, capsys):
     words = ["--set", "training.beam=2", "--set", "data.train_on=last"]
     assert cli("train", config_file(tmp_path / "run"), "--resume", "nowhere", *words) == 2
     shown = capsys.readouterr()
@@ -158,6 +226,49 @@ def test_a_shipped_configuration_is_found_by_name_and_a_path_of_that_name_wins(
     (tmp_path / "124m").mkdir()
     assert cli("train", "124m") == 2
     assert capsys.readouterr().err == "124m: is a folder, must be a TOML file\n"
+
+
+def test_a_run_stands_for_its_final_checkpoint_or_else_its_newest_step(tmp_path, capsys):
+    run = tmp_path / "run"
+    for step in (1, 2):
+        shutil.copytree(finished_run() / step_name(step), run / step_name(step))
+    assert model_folder(run) == run / step_name(2)
+    shutil.copytree(finished_run() / step_name(1), run / "final")
+    assert model_folder(run) == run / "final"
+    assert model_folder(run / step_name(1)) == run / step_name(1)
+    assert capsys.readouterr().err.splitlines() == [
+        f"{run} is a run: {step_name(2)} is used",
+        f"{run} is a run: final is used",
+    ]
+    (run / "final" / "manifest.json").unlink()  # a copy that was cut short
+    assert model_folder(run) == run / step_name(2)
+    assert cli("params", run, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["total"] == 125_248
+
+
+def test_what_is_no_model_is_called_what_it_is(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    found = {
+        "file": "is a file, must be the folder of a model",
+        "empty": "holds neither a model nor a checkpoint of a run",
+        "none": "no such folder",
+    }
+    for name, message in found.items():
+        assert cli("generate", "--model", tmp_path / name) == 2
+        assert capsys.readouterr().err == f"{tmp_path / name}: {message}\n"
+    words = ["merge", "--base", tmp_path / "file", "--adapter", tmp_path / "empty"]
+    (tmp_path / "empty" / "adapter_config.json").touch()
+    assert cli(*words, "--out", tmp_path / "out") == 2
+    assert capsys.readouterr().err == f"{tmp_path / 'file'}: not a folder\n"
+    assert cli("plot", tmp_path / "none") == 2
+    assert capsys.readouterr().err == f"{tmp_path / 'none'}: no such folder\n"
+    assert cli("plot", tmp_path / "empty") == 2
+    file = tmp_path / "empty" / "metrics.jsonl"
+    assert capsys.readouterr().err == f"{file}: No such file or folder\n"
+    file.write_text('{"step": 1, "loss": 2.5}\n')
+    assert cli("plot", tmp_path / "empty", "--out", tmp_path) == 2
+    assert capsys.readouterr().err == f"--out {tmp_path}: is a folder\n"
 
 
 @pytest.mark.parametrize("command", ["generate", "evaluate"])
@@ -327,7 +438,7 @@ def test_merge_and_memory_are_commands_with_mistakes_in_one_line(capsys):
     assert "got 'x', must be a number of bytes" in capsys.readouterr().err
 
 
-def test_an_interrupt_before_training_ends_without_a_traceback(monkeypatch, capsys):
+def test_an_interrupt_before_training_exits_without_a_traceback(monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
 
@@ -337,13 +448,11 @@ def test_an_interrupt_before_training_ends_without_a_traceback(monkeypatch, caps
 
 
 def test_a_damaged_newest_checkpoint_is_named_and_training_goes_on(tmp_path, capsys):
-    import shutil
-
     run = tmp_path / "run"
     for number in (1, 2):
         shutil.copytree(finished_run() / step_name(number), run / step_name(number))
     (run / step_name(2) / "optimizer.safetensors").write_bytes(b"damaged")
-    words = ["train", config_file(run), "--quiet", "--resume", "--set", "training.max_steps=2"]
+    words = ["train", config_file(run), "--resume", "--set", "training.max_steps=2"]
     assert cli(*words) == 0
     out, err = capsys.readouterr()
     assert f"{run / step_name(2)}: damaged, the checkpoint before it is tried" in err

@@ -118,6 +118,7 @@ def test_defaults_are_those_a_person_would_choose() -> None:
             "seed": 0,
             "dtype": "float32",
             "eval_every": None,
+            "eval_first": False,
             "checkpoint_activations": False,
             "devices": 1,
             "beam": 0,

@@ -122,7 +122,7 @@ def test_a_wrong_value_is_named_with_its_file_key_and_what_is_allowed(line: str,
         ),
         (
             "[qlora]",
-            "[qlora] packs a base for adapters: add a [lora] section, or leave it out",
+            "[qlora] packs a base for adapters: add a [lora] section, or remove [qlora]",
         ),
     ],
 )

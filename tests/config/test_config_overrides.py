@@ -123,7 +123,7 @@ def test_an_override_of_none_unsets_a_key_that_may_be_unset() -> None:
         ("max_steps=3", "must have the form section.key=value, here training.max_steps"),
         (
             "qlora.bits=4",
-            "[qlora] packs a base for adapters: add a [lora] section, or leave it out",
+            "[qlora] packs a base for adapters: add a [lora] section, or remove [qlora]",
         ),
         ("model.num_layers=1.5", "got 1.5, must be an integer of 1 or more"),
         ("model.num_layers=", 'got "", must be an integer of 1 or more'),

@@ -250,3 +250,9 @@ def test_accounting_does_not_need_tinygrad():
 
     code = "import sys, tinyllama.model.counts; sys.exit('tinygrad' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_a_little_less_than_nothing_is_written_without_a_sign():
+    assert gigabytes(-3_000_000) == "0.00 GB"
+    assert gigabytes(-30_000_000) == "-0.03 GB"
+    assert gigabytes(1_234_567_890_123) == "1,234.57 GB"

@@ -1,11 +1,11 @@
-"""metrics.jsonl: one whole line a step, each step once, whatever a killed run left."""
+"""metrics.jsonl: one whole line per step, each step once, whatever a killed run left."""
 
 import os
 
 import pytest
 
 from tinyllama.errors import CheckpointError
-from tinyllama.observe.metrics import MetricsLog, progress, read_metrics
+from tinyllama.observe.metrics import MetricsLog, read_metrics
 
 
 def test_a_line_is_in_the_file_before_the_next_step(tmp_path):
@@ -57,12 +57,3 @@ def test_a_line_that_is_no_step_is_named(tmp_path):
     file.write_text('{"loss": 1}\n')
     with pytest.raises(CheckpointError, match=r"metrics\.jsonl: not a metrics file"):
         MetricsLog(file, 2)
-
-
-def test_the_bar_counts_from_the_step_that_is_resumed(capsys):
-    with progress(10, 4, shown=True) as bar:
-        bar.update()
-    assert "5/10" in capsys.readouterr().err
-    with progress(10, 4, shown=False) as bar:
-        bar.update()
-    assert capsys.readouterr().err == ""

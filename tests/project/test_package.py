@@ -1,4 +1,4 @@
-"""The package that `pip install .` makes: what is in it, and that importing it is quick."""
+"""Wheel, source distribution and editable install: what they hold; and quick imports."""
 
 import json
 import os
@@ -162,7 +162,7 @@ def test_importing_what_needs_no_device_does_not_import_tinygrad(code):
     assert "tinygrad" not in imported(code)
 
 
-def test_the_model_is_there_when_it_is_asked_for():
+def test_using_the_model_imports_tinygrad():
     assert "tinygrad" in imported("from tinyllama import Llama, LlamaConfig; Llama.from_pretrained")
 
 

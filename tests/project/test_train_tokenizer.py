@@ -1,4 +1,4 @@
-"""The two scripts that make a tokenizer and a corpus."""
+"""The scripts that train a tokenizer and write the demo's corpus."""
 
 import importlib
 import json
@@ -70,7 +70,7 @@ def test_a_vocabulary_of_nothing_and_a_folder_in_the_way_are_refused(tmp_path, m
     assert capsys.readouterr().err.splitlines()[-1] == "train_tokenizer: --out out: is a folder"
 
 
-def test_an_interrupt_ends_a_tool_in_a_word(tmp_path: Path) -> None:
+def test_an_interrupted_tool_exits_with_one_line(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("words " * 1_000_000)
     command = [sys.executable, TOOLS / "train_tokenizer.py", tmp_path / "a.txt"]
     before = signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -325,7 +325,7 @@ def test_memory_in_use_is_that_of_this_process():
 
 @pytest.mark.parametrize("kernels", ["1", "0"])
 def test_a_step_that_is_collected_on_a_kernel_thread_does_not_wait_for_itself(kernels):
-    """Neither ours (ops/launch.py) nor tinygrad's own, which runs without our kernels."""
+    """Neither ours (runtime/threads.py) nor tinygrad's own, which runs without our kernels."""
     script = """
 import gc, time, weakref
 from tinyllama.system import device

@@ -197,8 +197,17 @@ def test_the_training_sample_is_bounded_and_spread_evenly(monkeypatch: pytest.Mo
     ("texts", "vocab_size", "message"),
     [
         ([], 300, "cannot train a tokenizer: the texts are empty"),
-        (["abc"], 2000, "vocab_size 2000: the texts give at most 269 pieces"),
-        (["abcdefgh"], 262, "vocab_size 262: the characters in the texts alone need 268 pieces"),
+        (
+            ["abc"],
+            2000,
+            "vocab_size 2000: the texts give at most 269 pieces: set 269 or less, or train on more"
+            " text",
+        ),
+        (
+            ["abcdefgh"],
+            262,
+            "vocab_size 262: the characters in the texts alone need 268 pieces: set 268 or more",
+        ),
     ],
 )
 def test_training_says_why_it_cannot(texts: list[str], vocab_size: int, message: str) -> None:

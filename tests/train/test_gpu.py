@@ -160,7 +160,7 @@ Llama.from_pretrained({str(source)!r}).save_pretrained({str(tmp_path / "copy")!r
 
 def test_the_commands_do_there_what_they_do_on_the_processor(gpu, tmp_path):
     asked, run = {gpu: "1"}, tmp_path / "run"
-    words = ("train", config_file(run), "--quiet", "--set", "training.max_steps=6")
+    words = ("train", config_file(run), "--set", "training.max_steps=6")
     out = said(*words, "--set", "checkpointing.save_every=3", **asked)
     assert out.startswith(f"backend {gpu}, ") and "finished: step 6" in out
     never_stopped = numbers(run)

@@ -16,6 +16,7 @@ from lora_helpers import (
 from model_helpers import (
     random_batch,
 )
+from runs_helpers import cli
 from tinygrad import Tensor
 
 from tinyllama.cli.app import main
@@ -95,7 +96,7 @@ def test_a_run_saves_adapters_alone_and_leaves_its_base_as_it_was(run):
     assert run.summary.startswith(f"{pairs * 4 * 64:,} adapter parameters on ")
     config = json.loads((run.final / "adapter_config.json").read_text())
     named = ("r", "lora_alpha", "lora_dropout", "target_modules", "base_model_name_or_path")
-    assert [config[key] for key in named] == [4, 8.0, 0.25, list(QV), str(run.base)]
+    assert [config[key] for key in named] == [4, 8.0, 0.25, list(QV), "../../base"]
     lines = [
         json.loads(x) for x in (run.folder / "run" / "metrics.jsonl").read_text().split("\n")[:-1]
     ]
@@ -122,6 +123,15 @@ def test_the_saved_adapter_loads_with_its_base_and_gives_the_logits_of_the_run(r
     assert AdapterFolder(run.final).config(BASE).placed == run.trainer.adapter.placed
 
 
+def test_a_project_that_is_moved_whole_keeps_its_adapters(run, tmp_path):
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(run.folder, moved)
+    assert AdapterFolder(moved / "run" / "final").base_folder() == (moved / "base").resolve()
+    tokens = Tensor(random_batch(BASE).tokens).realize()
+    found = load_model(moved / "run" / "final")(tokens).numpy()
+    assert (found == run.trainer.model(tokens).numpy()).all()
+
+
 def test_generate_takes_an_adapters_folder(run, capsys, monkeypatch):
     class Stub:
         """Generates nothing: what it is given is what matters here."""
@@ -139,7 +149,7 @@ def test_generate_takes_an_adapters_folder(run, capsys, monkeypatch):
 
 
 def test_evaluate_takes_an_adapters_folder_with_the_tokenizer_of_its_base(run, capsys, tmp_path):
-    theirs = tmp_path / "theirs"  # PEFT's folders have no tokenizer
+    theirs = run.folder / "run" / "theirs"  # PEFT's folders have no tokenizer
     shutil.copytree(run.final, theirs, ignore=shutil.ignore_patterns("tokenizer.model"))
     text = tmp_path / "held.txt"
     text.write_text(LINE * 20)
@@ -150,6 +160,28 @@ def test_evaluate_takes_an_adapters_folder_with_the_tokenizer_of_its_base(run, c
     dataset = prepare([str(text)], small_tokenizer(), tmp_path / "d", progress=False)
     expected = Evaluator(run.trainer.model, dataset, 32, 1).run()
     assert json.loads(capsys.readouterr().out) == pytest.approx(expected._asdict())
+
+
+def test_an_adapter_whose_base_has_moved_takes_its_place_by_option(run, capsys, tmp_path):
+    moved, here = tmp_path / "moved", tmp_path / "run"
+    shutil.copytree(run.final, here / "step-00000002")  # found by the name of its run
+    (tmp_path / "held.txt").write_text(LINE * 20)
+    words = ["evaluate", "--model", here, "--data", tmp_path / "held.txt", "--context", 32]
+    words += ["--cache-dir", tmp_path / "cache"]
+    assert cli(*words) == 0
+    expected = capsys.readouterr().out
+    run.base.rename(moved)
+    try:
+        assert cli(*words) == 2
+        assert "base_model_name_or_path: got" in capsys.readouterr().err
+        assert cli(*words, "--base", moved) == 0
+        out, err = capsys.readouterr()
+    finally:
+        shutil.copytree(moved, run.base)
+    assert out == expected
+    assert err.startswith(f"{here} is a run: step-00000002 is used\n")
+    assert cli("evaluate", "--model", moved, *words[3:], "--base", moved) == 2
+    assert f"--base: got {moved}, must be left out: {moved} holds" in capsys.readouterr().err
 
 
 def test_overrides_reach_rank_alpha_and_layers(run):

@@ -107,12 +107,12 @@ def test_the_latest_checkpoint_is_resumed_and_every_step_is_written_once(tmp_pat
     run = part_of(whole, tmp_path / "run", step_name(last - 3), step_name(last - 2))
     with open(run / "metrics.jsonl", "a") as file:
         file.write('{"step": 99, "lo')  # killed while it wrote
-    words = ["train", config_file(run), "--quiet", "--resume", "--set", VALIDATED]
+    words = ["train", config_file(run), "--resume", "--set", VALIDATED]
     assert cli(*words) == 0
     out = capsys.readouterr().out.splitlines()
     assert out[0].startswith("backend CPU, ")
     assert f"resuming {run}/{step_name(last - 2)} at step {last - 2}" in out
-    assert out[-1] == f"finished: step {last}, saved {run}/final"
+    assert out[-1].startswith(f"finished: step {last}, saved {run}/final; loss ")
     assert numbers(run) == numbers(whole)
     assert same_weights_and_moments(run / "final", whole / "final")
 
@@ -350,6 +350,14 @@ def edit_made_with(checkpoint, changes, dropped=()):
     write_state(checkpoint, state)
     (checkpoint / "manifest.json").unlink()
     write_manifest(checkpoint, {})
+
+
+def test_data_options_that_decide_what_is_learned_are_compared(tmp_path):
+    run = part_of(finished_run(), tmp_path / "run", step_name(4)) / step_name(4)
+    assert read_state(run)["made_with"]["data.train_on"] == "all"
+    edit_made_with(run, {"data.train_on": "last"})
+    says = differences(configuration(tmp_path / "other"), run)
+    assert says.endswith('never stopped: data.train_on is "all", was "last"')
 
 
 def test_parts_of_the_batch_that_differ_are_said_as_they_were(tmp_path):

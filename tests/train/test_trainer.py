@@ -341,6 +341,26 @@ def test_sizes_that_a_run_does_not_reach_are_told(tmp_path):
     assert trainer(configuration(tmp_path / "run", *fitting)).notices() == []
 
 
+def test_text_that_is_trained_on_and_validated_on_is_noticed(tmp_path):
+    text, copy = tmp_path / "text.txt", tmp_path / "copy.txt"
+    text.write_text("def add(first, second):  # some code\n" * 200)
+    copy.write_bytes(text.read_bytes())
+    new = tmp_path / "new.txt"
+    new.write_text("def sub(first, second):  # other code\n" * 20)
+
+    def notices(*validated):
+        paths = [f"data.train_path={text}", f"data.val_path={[str(v) for v in validated]!r}"]
+        run = trainer(configuration(tmp_path / "run", *paths))
+        return [line for line in run.notices() if "validation" in line]
+
+    label, why = "data.val_path", "so its validation loss says nothing about new text"
+    (line,) = notices(text, new)
+    assert label in line and line.endswith(f": {text} is also trained on, {why}")
+    (line,) = notices(new, copy)
+    assert line.endswith(f": {copy} is also trained on (as {text}), {why}")
+    assert notices(new) == []
+
+
 def test_what_a_killed_run_left_is_settled_before_a_new_one(tmp_path):
     left = tmp_path / "run" / ".step-00000003.partial-999999999"
     left.mkdir(parents=True)

@@ -76,7 +76,7 @@ def exit_code(run: Callable[[], int | None], name: str) -> int:
         _discard(sys.stdout)
         return 141  # 128 + SIGPIPE, which Windows has not
     except OSError as error:
-        code, message = 2, f"{error.filename or name}: {error.strerror or error}"
+        code, message = 2, f"{error.filename or name}: {reason(error)}"
     except MemoryError as error:
         code, message = 2, f"{name}: out of memory: {reason(error)}"
     except Terminated as stopped:

@@ -8,13 +8,13 @@ import json
 import math
 
 from tinyllama.cli.arguments import count, path
-from tinyllama.cli.shared import add_threads, load, select_device, to_stderr
+from tinyllama.cli.shared import add_model, add_threads, load, select_device, to_stderr
 from tinyllama.errors import ConfigError, TrainingError
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the command line."""
-    parser.add_argument("--model", required=True, type=path, help="checkpoint folder")
+    add_model(parser)
     parser.add_argument("--data", required=True, nargs="+", help="text: files, folders or patterns")
     parser.add_argument("--context", type=count, help="tokens per window (default: the model's)")
     parser.add_argument(
@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> None:
     from tinyllama.data.batches import prepare
     from tinyllama.train.evaluate import Evaluator
 
-    tokenizer, model = load(options.model)
+    tokenizer, model = load(options.model, options.base)
     to_stderr(choice.line())
     longest = model.config.max_seq_len
     context = options.context or longest

@@ -5,14 +5,14 @@ tinyllama generate --model checkpoints/124m/final --prompt "Once upon a time"
 
 import argparse
 
-from tinyllama.cli.arguments import count, path
-from tinyllama.cli.shared import add_threads, load, select_device, to_stderr
+from tinyllama.cli.arguments import count
+from tinyllama.cli.shared import add_model, add_threads, load, select_device, to_stderr
 from tinyllama.errors import ConfigError
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the command line."""
-    parser.add_argument("--model", required=True, type=path, help="checkpoint folder")
+    add_model(parser)
     parser.add_argument("--prompt", default="", help="text to continue (default: none)")
     parser.add_argument(
         "--max-new-tokens", type=count, default=128, help="most tokens to make (default: 128)"
@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> None:
         sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
     except ConfigError as error:  # top_k is --top-k here
         raise ConfigError(f"--{str(error).replace('_', '-', 1)}") from None
-    tokenizer, model = load(options.model)
+    tokenizer, model = load(options.model, options.base)
     to_stderr(choice.line())
     prompt = [tokenizer.bos_id, *tokenizer.encode(options.prompt)]
     new_tokens = min(options.max_new_tokens, model.config.max_seq_len - len(prompt))

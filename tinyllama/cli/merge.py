@@ -9,6 +9,7 @@ bits; how far that is from the base is printed, tensor by tensor.
 import argparse
 from typing import TYPE_CHECKING
 
+from tinyllama.cli.shared import model_folder
 from tinyllama.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -23,7 +24,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         required=True,
         action="append",
         metavar="DIR[:WEIGHT]",
-        help="PEFT folder and what it is multiplied by (default: 1); may be given several times",
+        help="folder of an adapter or of its run, and what it is multiplied by (default: 1); may be"
+        " given several times",
     )
     parser.add_argument("--out", required=True, help="folder to write; must not exist")
     parser.add_argument(
@@ -57,7 +59,9 @@ def run(options: argparse.Namespace) -> None:
     packing = _packing(options)
     from tinyllama.convert.merge import merge, parse_adapter
 
-    adapters = [parse_adapter(text) for text in options.adapter]
+    adapters = [
+        (model_folder(folder), weight) for folder, weight in map(parse_adapter, options.adapter)
+    ]
     done = merge(
         options.base,
         adapters,

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinyllama.cli.shared import add_set
+from tinyllama.cli.shared import add_set, model_folder
 from tinyllama.errors import ConfigError
 from tinyllama.system import device
 
@@ -53,7 +53,7 @@ def _count(source: str, overrides: Sequence[str]) -> "Parameters":
     from tinyllama.model.counts import folder_parameters
 
     if Path(source).is_dir():
-        return folder_parameters(source)
+        return folder_parameters(model_folder(Path(source)))
     config = load_config(source, overrides)
     device.select()
     from tinyllama.train.memory_estimate import model_parameters

@@ -24,9 +24,13 @@ def run(options: argparse.Namespace) -> None:
     from tinyllama.observe.metrics import read_metrics
     from tinyllama.reports.plot import draw
 
+    if not options.folder.is_dir():
+        raise CheckpointError(f"{options.folder}: no such folder")
+    if options.out.is_dir():
+        raise ConfigError(f"--out {options.out}: is a folder")
     file = options.folder / "metrics.jsonl"
     rows = read_metrics(file)
-    if not any(math.isfinite(row["loss"]) for row in rows):
+    if not any(math.isfinite(row.get("loss", math.nan)) for row in rows):
         raise CheckpointError(f"{file}: holds no step")
     try:
         draw(rows, options.out, str(options.folder), None)

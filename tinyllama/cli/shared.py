@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tinyllama.cli.arguments import path
 from tinyllama.errors import ConfigError, DeviceError
 from tinyllama.system import device
 
@@ -40,12 +41,56 @@ def select_device(threads: int | None) -> device.DeviceChoice:
     return choice
 
 
-def load(folder: Path) -> "tuple[Tokenizer, Llama]":
-    """The tokenizer and the model of a folder. Raises ConfigError if they do not fit."""
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """--model and --base."""
+    parser.add_argument(
+        "--model",
+        required=True,
+        type=path,
+        metavar="FOLDER",
+        help="folder of a checkpoint, of an adapter or of a run; of a run its final/ is taken, or"
+        " else its newest step",
+    )
+    parser.add_argument(
+        "--base",
+        type=path,
+        metavar="FOLDER",
+        help="where an adapter's base is (default: where it was in training)",
+    )
+
+
+def model_folder(folder: Path) -> Path:
+    """The folder of a model: `folder` itself, or the final or newest checkpoint of a run's folder.
+
+    Raises ConfigError where there is no folder of that name.
+    """
+    if not folder.is_dir():
+        found = "is a file, must be the folder of a model" if folder.exists() else "no such folder"
+        raise ConfigError(f"{folder}: {found}")
+    if any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
+        return folder
+    from tinyllama.train.checkpoint import list_checkpoints, looks_whole
+
+    found_in = [inside for inside in list_checkpoints(folder) if looks_whole(inside)]
+    if not found_in:
+        raise ConfigError(f"{folder}: holds neither a model nor a checkpoint of a run")
+    final = folder / "final"
+    chosen = final if final in found_in else found_in[-1]
+    to_stderr(f"{folder} is a run: {chosen.name} is used")
+    return chosen
+
+
+def load(folder: Path, base: Path | None) -> "tuple[Tokenizer, Llama]":
+    """The tokenizer and the model of a folder, an adapter's on `base` or on the base that it names.
+
+    Raises ConfigError if they do not fit.
+    """
     from tinyllama.model.build import load_model, tokenizer_folder
     from tinyllama.tokenizers.sentencepiece import load_tokenizer
 
-    tokenizer, model = load_tokenizer(tokenizer_folder(folder)), load_model(folder)
+    folder = model_folder(folder)
+    tokenizer = load_tokenizer(tokenizer_folder(folder, base))
+    model = load_model(folder, base=base)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ConfigError(
             f"{folder}: its tokenizer has {tokenizer.vocab_size} entries, must be at most the "

@@ -6,13 +6,13 @@ tinyllama train my.toml --resume
 
 import argparse
 import os
-import shlex
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tinyllama.cli.arguments import seconds
 from tinyllama.cli.shared import add_set, add_threads, select_device, to_stderr
-from tinyllama.system import device
+
+if TYPE_CHECKING:
+    from tinyllama.train.trainer import Outcome
 
 
 class _ShowOptions(argparse.Action):
@@ -40,12 +40,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         const="latest",
         type=os.path.expanduser,
         metavar="FOLDER",
-        help="continue the latest checkpoint, or this folder",
+        help="continue the latest checkpoint of the run, or this folder",
     )
     parser.add_argument(
-        "--budget", type=seconds, metavar="SECONDS", help="shorten the schedule to fit this time"
+        "--budget",
+        type=seconds,
+        metavar="SECONDS",
+        help="train for about this long: the schedule is cut to the steps that fit",
     )
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    parser.add_argument("--quiet", action="store_true", help="print the result and notices alone")
     parser.add_argument("--force", action="store_true", help="train even if memory seems too small")
     add_threads(parser)
     parser.add_argument(
@@ -55,9 +58,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(options: argparse.Namespace) -> None:
-    """Train to the end of the schedule, of the budget, or to a signal."""
-    from tinyllama.config import load_config
+def run(options: argparse.Namespace) -> int:
+    """Train to the end of the schedule, of the budget, or to a signal; returns the exit code."""
+    from tinyllama.config import defaults_notice, load_config
 
     config = load_config(options.config, options.set)
     choice = select_device(options.threads)
@@ -80,33 +83,51 @@ def run(options: argparse.Namespace) -> None:
         check_fresh(config)
     else:
         config = with_micro_batch_of(resume, config)
-    print(choice.line(), flush=True)
+    say = _say_nothing if options.quiet else _say
+    say(choice.line())
     check_files(config)
+    notices = [notice] if (notice := defaults_notice(config)) else []
+    say(*notices)  # planning such a run takes a while
     config, step, report = fit(with_base(config, to_stderr), force=options.force)
-    print(report, flush=True)
+    say(report)
     trainer = Trainer(
         config, resume=resume, budget_seconds=options.budget, show=not options.quiet, planned=step
     )
     if resume is not None:
-        print(f"resuming {resume} at step {trainer.step}", flush=True)
-    print("\n".join([*trainer.notices(), trainer.summary()]), flush=True)
+        say(f"resuming {resume} at step {trainer.step}")
+    _say(*(notices if options.quiet else []), *trainer.notices())
+    say(trainer.summary())
+    if options.budget is not None:
+        say(_budget_notice(options.budget, trainer.total_steps))
     outcome = trainer.run()
-    if outcome.finished:
-        print(f"finished: step {outcome.step}, saved {outcome.checkpoint}")
-    else:
-        print(
-            f"stopped after step {outcome.step}, saved {outcome.checkpoint}; continue with:\n"
-            + " ".join([*choice.asked, shlex.join(_resume_command(options, outcome.checkpoint))])
+    _say(_result(outcome))
+    return outcome.exit_code
+
+
+def _say(*lines: str) -> None:
+    for line in lines:
+        print(line, flush=True)
+
+
+def _say_nothing(*_: str) -> None:
+    """Instead of `_say`, with --quiet."""
+
+
+def _budget_notice(seconds: float, steps: int) -> str:
+    return (
+        f"--budget: the schedule of {steps:,} steps is shortened to those that {seconds:g} seconds"
+        " allow, as the first steps show; then the run validates, saves, and exits with code 0"
+    )
+
+
+def _result(outcome: "Outcome") -> str:
+    """The last line of a run."""
+    if not outcome.finished:
+        return (
+            f"stopped after step {outcome.step}, saved {outcome.checkpoint};"
+            " to continue, repeat the command with --resume"
         )
-
-
-def _resume_command(options: argparse.Namespace, checkpoint: Path) -> list[str]:
-    """What a person types to continue the run from `checkpoint`, with the same options."""
-    words = ["python", "-m", "tinyllama.train", options.config, "--resume", str(checkpoint)]
-    for override in options.set:
-        words += ["--set", override]
-    numbers = {"threads": device.threads_asked(), "budget": options.budget}
-    for name, value in numbers.items():
-        if value is not None:
-            words += [f"--{name}", str(value)]
-    return words + [f"--{name}" for name in ("quiet", "force") if getattr(options, name)]
+    losses = {"loss": outcome.loss, "validation loss": outcome.val_loss}
+    shown = [f"{name} {value:.4f}" for name, value in losses.items() if value is not None]
+    saved = f"finished: step {outcome.step}, saved {outcome.checkpoint}"
+    return f"{saved}; {', '.join(shown)}" if shown else saved

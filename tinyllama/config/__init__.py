@@ -1,6 +1,12 @@
 """Configuration: a TOML file and `--set section.key=value` overrides become one frozen Config."""
 
-from tinyllama.config.config import SECTIONS, Config, option_help, option_table
+from tinyllama.config.config import (
+    SECTIONS,
+    Config,
+    defaults_notice,
+    option_help,
+    option_table,
+)
 from tinyllama.config.loader import config_from_toml, load_config
 from tinyllama.config.sections import (
     ALL_LINEAR,
@@ -25,6 +31,7 @@ __all__ = [
     "QloraConfig",
     "TrainingConfig",
     "config_from_toml",
+    "defaults_notice",
     "load_config",
     "option_help",
     "option_table",

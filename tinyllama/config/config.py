@@ -1,7 +1,7 @@
-"""A whole configuration: its sections, what they are together, and how they are written out.
+"""Config: all sections of a configuration together, and how they are written as TOML and tables.
 
-The options themselves, their limits and defaults are the dataclasses of sections.py; loader.py
-makes a Config of a file and overrides.
+The options with their limits and defaults are in sections.py; loader.py makes a Config from a file
+and overrides.
 """
 
 from collections.abc import Mapping
@@ -40,16 +40,16 @@ SECTIONS: dict[str, type] = {
     "qlora": QloraConfig,
 }
 OPTIONAL_SECTIONS = ("lora", "qlora")
-# The keys of [model] that may differ from those of a base, whose weights fit any value of them;
-# the others are its shapes.
+# Keys of [model] that may differ from those of a base checkpoint; the others are shapes of its
+# weights.
 OVERRIDABLE = ("max_seq_len", "rope_theta", "rms_norm_eps")
 
 
 @dataclass(frozen=True)
 class Config:
-    """A whole configuration; raises ConfigError when its sections do not fit each other.
+    """A whole configuration. Raises ConfigError when its sections do not fit each other.
 
-    `given` has the keys that were set, as against defaults, and what set them: a file or override.
+    `given` maps each key that was set, and is no default, to the file or override that set it.
     """
 
     model: LlamaConfig = field(default_factory=LlamaConfig)
@@ -70,33 +70,33 @@ class Config:
 
     @property
     def context_length(self) -> int:
-        """Tokens a training sequence: data.context_length, or all that the model can take."""
+        """Tokens per training sequence: data.context_length, or else model.max_seq_len."""
         return self.data.context_length or self.model.max_seq_len
 
     @property
     def tokenizer_source(self) -> str:
-        """A tokenizer's path, or "train"; where none is set, the base's own if there is a base."""
+        """A tokenizer's path, or "train"; by default the base's path, or "train" without a base."""
         return self.data.tokenizer or self.model.base or "train"
 
     @property
     def tokenizer_vocab_size(self) -> int:
-        """Vocabulary of a tokenizer that is trained: its own size, or that of the model."""
+        """Vocabulary of a tokenizer that is trained: tokenizer_vocab_size, or else the model's."""
         return self.data.tokenizer_vocab_size or self.model.vocab_size
 
     def where(self, key: str) -> str:
-        """What a message calls an option: the override or the file that set it, else its key."""
+        """How a message names an option: by the override or file that set it, else by its key."""
         return self.given.get(key, key)
 
     def to_toml(self) -> str:
-        """TOML that loads as an equal Config: every key but those that are not set."""
+        """TOML that loads as an equal Config: every key that is not None."""
         sections = ((name, getattr(self, name)) for name in SECTIONS)
         return "\n".join(_section_text(name, s) for name, s in sections if s is not None)
 
     def with_base(self, found: LlamaConfig, source: str) -> "Config":
-        """This configuration with the sizes of its base checkpoint, as read from `source`.
+        """This configuration with the sizes `found` of its base checkpoint, read from `source`.
 
-        A size that was set must be the checkpoint's; max_seq_len, rope_theta and rms_norm_eps may
-        differ, and are the checkpoint's only where they were not set. Raises ConfigError.
+        A size that was set must be the checkpoint's. max_seq_len, rope_theta and rms_norm_eps may
+        be set to other values. Raises ConfigError.
         """
         sizes = asdict(found) | {"num_kv_heads": found.kv_heads, "base": self.model.base}
         problems = []
@@ -125,7 +125,7 @@ class Config:
         ]
 
     def values(self) -> dict[str, Any]:
-        """Every option of every section that is there, by dotted key."""
+        """Every option of every section that is present, by dotted key."""
         sections = {name: getattr(self, name) for name in SECTIONS}
         return {
             option.key: getattr(section, option.name)
@@ -133,6 +133,21 @@ class Config:
             if section is not None
             for option in options_of(name, SECTIONS[name])
         }
+
+
+def defaults_notice(config: Config) -> str | None:
+    """What to say where neither a size of the model nor a base was set: the defaults are large."""
+    own = {option.key for option in options_of("model", LlamaConfig)}
+    if own & config.given.keys():
+        return None
+    batch = ""
+    if not {"training.batch_size", "training.micro_batch_size"} & config.given.keys():
+        batch = f" on {config.training.batch_size} x {config.context_length} tokens per step"
+    return (
+        "the configuration sets neither sizes of [model] nor model.base: this trains the sizes of"
+        f" 124m{batch}; set model.hidden_size, model.num_layers, ... or model.base"
+        + (", and training.batch_size" if batch else "")
+    )
 
 
 def option_table() -> str:
@@ -152,9 +167,9 @@ def option_help() -> str:
 
 
 def section_problems(values: dict[str, Any]) -> list[str]:
-    """A packed base takes no gradients, so without adapters nothing could be trained."""
+    """A packed base has no gradients, so without adapters nothing could be trained."""
     if values.get("qlora.quantize_base") and "lora.rank" not in values:
-        return ["[qlora] packs a base for adapters: add a [lora] section, or leave it out"]
+        return ["[qlora] packs a base for adapters: add a [lora] section, or remove [qlora]"]
     return []
 
 

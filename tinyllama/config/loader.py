@@ -2,8 +2,8 @@
 
     TOML text -> table -> Settings (+ overrides) -> relations between keys -> Config
 
-Every problem is reported at once, one line each, with the file or override it comes from, and with
-what to write instead where a word is another trainer's (other_words.py).
+All problems are reported together, one line each, with the file or override, and for words of
+other trainers (other_words.py) with what to write here.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,7 +26,7 @@ from tinyllama.config.options import (
 )
 from tinyllama.config.presets import find_config
 from tinyllama.config.sections import RELATIONS, checkable
-from tinyllama.errors import ConfigError
+from tinyllama.errors import ConfigError, reason
 
 _UNSET = "none"  # TOML has no null, so `--set section.key=none` stands for "not set"
 
@@ -41,7 +41,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+        raise ConfigError(f"{path}: cannot be read: {reason(error)}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text (byte {error.start})") from error
     return config_from_toml(text, str(path), overrides)
@@ -81,10 +81,10 @@ def meant_key(name: str) -> str | None:
 
 
 class Settings:
-    """Converted values by dotted key; a later source replaces an earlier one, wrong or not.
+    """Converted values by dotted key. A later value replaces an earlier one, even a wrong one.
 
-    `sections` maps names to dataclasses, `optional` names those that may be absent, `source` is
-    the file's name for messages.
+    `sections` maps names to dataclasses, `optional` lists those that may be absent, `source` is
+    the file's name in messages.
     """
 
     def __init__(self, sections: Mapping[str, type], optional: Iterable[str], source: str) -> None:
@@ -100,7 +100,7 @@ class Settings:
         self._overrides: dict[str, str] = {}
 
     def add_table(self, table: Mapping[str, Any]) -> None:
-        """Take what the file says."""
+        """Add the keys of a parsed TOML file."""
         for section, keys in table.items():
             label = f"{self._source}: {section}"
             if section not in self._options and isinstance(keys, dict):
@@ -116,7 +116,7 @@ class Settings:
                     self._set(f"{section}.{name}", (value,), f"{label}.{name}")
 
     def add_override(self, text: str) -> None:
-        """Take one `section.key=value`; the value is TOML, or else a string."""
+        """Add one `section.key=value`; a value that is not TOML is a string."""
         key, equals, raw = (part.strip() for part in text.partition("="))
         label = f"--set {text}"
         section = key.partition(".")[0]
@@ -134,25 +134,25 @@ class Settings:
             self._overrides[key] = label
 
     def section(self, name: str) -> dict[str, Any]:
-        """The fields of a section that were set: what its dataclass is made from."""
+        """The fields of a section that were set: arguments of its dataclass."""
         options = self._options[name].values()
         return {o.name: self.values[o.key] for o in options if o.key in self.values}
 
     def has_section(self, name: str) -> bool:
-        """Whether the section is there: always, unless it is an optional one that nobody set."""
+        """Whether the section is present: not if it is optional and nothing in it was set."""
         return name in self._present
 
     def labels(self) -> dict[str, str]:
-        """What set each value: `--set section.key=value`, or the file and the key."""
+        """Where each value comes from: `--set section.key=value`, or the file and the key."""
         return {key: self._label((key,)) for key in self.values}
 
     def section_label(self, name: str) -> str:
-        """What set something in a section: an override, else the file."""
+        """Where a section comes from: an override, else the file."""
         found = [label for key, label in self._overrides.items() if key.startswith(f"{name}.")]
         return found[0] if found else self._source
 
     def known_values(self) -> dict[str, Any]:
-        """Every value that stands, set or default; keys with a wrong value are left out."""
+        """Every value, set or default, without the keys whose value is wrong."""
         return {
             key: self.values.get(key, option.default)
             for section, options in self._options.items()
@@ -162,11 +162,11 @@ class Settings:
         }
 
     def problems(self, relations: Iterable[Relation], values: Mapping[str, Any]) -> list[str]:
-        """Every problem, one line each: what was refused, then the relations that do not hold."""
+        """Every problem, one line each: refused keys and values, then relations."""
         return [*self._problems.values(), *problems_of(relations, values, self._label)]
 
     def _set(self, key: str, readings: tuple[Any, ...], label: str) -> None:
-        """Keep the first reading of a value that the key's type lets through."""
+        """Keep the first reading of a value that the key allows."""
         self._unset(key)
         option = self._options[key.partition(".")[0]].get(key)
         if option is None:
@@ -210,7 +210,7 @@ class Settings:
         return f"unknown key, the nearest is {known or self._nearest_key(key)}"
 
     def _nearest_key(self, key: str) -> str:
-        """A key of the same name in any section, else the nearest name in the nearest section."""
+        """The key of this name in another section, else the nearest name in the nearest section."""
         section, _, name = key.rpartition(".")
         near = [nearest(section, self._options)] if section else list(self._options)
         everywhere = [key for options in self._options.values() for key in options]
@@ -220,7 +220,7 @@ class Settings:
         return names[nearest(name, names)]
 
     def _label(self, keys: tuple[str, ...]) -> str:
-        """Where a broken relation comes from: an override that took part in it, else the file."""
+        """Where a relation that does not hold comes from: an override, else the file."""
         override = next((key for key in keys if key in self._overrides), None)
         if override == keys[0]:
             return self._overrides[override]
@@ -228,7 +228,7 @@ class Settings:
 
 
 def _readings(raw: str) -> tuple[Any, ...]:
-    """What an override's text may mean, likeliest first: `2024` is a number, or else a name."""
+    """What an override's text may mean, likeliest first: `2024` is a number, or else text."""
     try:
         table = tomli.loads(f"value = {raw}")
     except (ValueError, RecursionError):

@@ -1,7 +1,7 @@
-"""The machinery under config.py: one declaration per option gives its check, its words, its text.
+"""How an option is declared once: its check, messages, documentation and --help derive from it.
 
-An option is a dataclass field with a type hint that holds its limits and a help text; msgspec
-converts a value by that hint. Nothing here knows a section, a key or a file of ours.
+An option is a dataclass field. Its type hint holds the limits, its metadata the help text; msgspec
+converts a value by the hint. The options themselves are in sections.py.
 """
 
 import dataclasses
@@ -42,14 +42,15 @@ class Option(NamedTuple):
 
 
 class Relation(NamedTuple):
-    """What must hold between options; `words` may name their values as {0}, {1}, ..."""
+    """A condition on several options. `words` says what the first one must be; in it {0}, {1}, ...
+    are the values."""
 
     keys: tuple[str, ...]
     holds: Callable[..., bool]
     words: str
 
     def problem(self, values: Mapping[str, Any]) -> str | None:
-        """What is wrong with the values; None when it holds or when a value is not known."""
+        """The message if the condition does not hold; None if it does or if a value is missing."""
         if any(key not in values for key in self.keys):
             return None
         found = [values[key] for key in self.keys]
@@ -63,13 +64,13 @@ def problems_of(
     values: Mapping[str, Any],
     label: Callable[[tuple[str, ...]], str] = lambda keys: keys[0],
 ) -> list[str]:
-    """One line for each relation that does not hold; `label` says where its values came from."""
+    """One line per relation that does not hold; `label` names the file or override."""
     found = ((relation.keys, relation.problem(values)) for relation in relations)
     return [f"{label(keys)}: {problem}" for keys, problem in found if problem]
 
 
 def option(default: Any, help_text: str) -> Any:
-    """A dataclass field with its default and the sentence that the tables and the help show."""
+    """A dataclass field with its default and its help text."""
     return dataclasses.field(default=default, metadata={"help": help_text})
 
 
@@ -90,8 +91,8 @@ def options_of(section: str, cls: type) -> tuple[Option, ...]:
 
 
 def convert(value: object, hint: Any) -> Any:
-    """The value as the hint's type: integers become floats, lists tuples, `~` in paths the home of
-    its user, and nothing else changes.
+    """The value as the hint's type: an integer becomes a float, a list a tuple, and `~` in a path
+    the user's home folder.
 
     Raises ValueError for another type, a value outside the limits, an infinity, a NaN, and text
     that no file could hold (a NUL or half of a surrogate pair).
@@ -122,7 +123,7 @@ def _is_storable(value: object) -> bool:
 
 
 def allowed(hint: Any) -> str:
-    """What a hint lets through, in words: `an integer of 1 or more`."""
+    """The values that a hint allows, in words: `an integer of 1 or more`."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
         return _limited(arguments[0], arguments[1])
@@ -152,12 +153,12 @@ def listed(words: Iterable[str]) -> str:
 
 
 def got(value: object, must_be: str) -> str:
-    """The sentence that every refused value gets."""
+    """The message for a value that is refused."""
     return f"got {shown(value)}, must be {must_be}"
 
 
 def shown(value: object) -> str:
-    """A value for a message: as TOML writes it, and shortened where it is long."""
+    """A value for a message: as in TOML, and shortened if it is long."""
     text = "nothing" if value is None else to_toml(value)
     if len(text) > _SHOWN_CHARACTERS:
         return f"{text[:_SHOWN_CHARACTERS]}..."
@@ -165,7 +166,7 @@ def shown(value: object) -> str:
 
 
 def nearest(word: str, candidates: Iterable[str]) -> str:
-    """The candidate most like `word`, in its letters or in its initials: lr is learning_rate."""
+    """The candidate most similar to `word`, by its letters or its initials: wd is weight_decay."""
 
     def likeness(candidate: str) -> float:
         initials = "".join(part[:1] for part in candidate.split("_"))
@@ -175,7 +176,7 @@ def nearest(word: str, candidates: Iterable[str]) -> str:
 
 
 def to_toml(value: object) -> str:
-    """A value as TOML text that reads back as the same value; repr for what TOML has no form of."""
+    """A value as TOML text that reads back as the same value; other types by repr."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):

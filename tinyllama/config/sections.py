@@ -1,8 +1,9 @@
 # ruff: noqa: RUF009  (option() is dataclasses.field with a help text)
 """The sections of a configuration file, as frozen dataclasses, and what must hold between them.
 
-An option is one field here: type, limits, default and help. What is not set stays None, and what it
-then stands for is a property. Every section is checked when it is made, from a file or in Python.
+An option is one field here: type, limits, default and help. An option that is not set stays None,
+and a property gives the value that is used instead. Every section is checked when it is made, from
+a file or in Python.
 """
 
 from collections.abc import Mapping
@@ -23,7 +24,7 @@ from tinyllama.config.options import (
 )
 from tinyllama.errors import ConfigError
 
-# Sizes have no upper limit: parameters are counted exactly for models nobody can build.
+# Sizes have no upper limit: parameters are counted exactly, also of models too large to build.
 Count = Annotated[int, Meta(ge=1)]
 Rows = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Natural = Annotated[int, Meta(ge=0)]
@@ -42,22 +43,24 @@ ALL_LINEAR = (*ATTENTION_LINEAR, "gate_proj", "up_proj", "down_proj")
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """[model]: the sizes of a LLaMA. Raises ConfigError when they cannot be built."""
+    """[model]: the sizes of a LLaMA. Raises ConfigError for sizes that no model can have."""
 
-    vocab_size: Count = option(32000, "entries of the vocabulary")
+    vocab_size: Count = option(32000, "number of tokens in the vocabulary")
     hidden_size: Count = option(768, "width of the residual stream")
     num_layers: Count = option(12, "transformer layers")
-    num_heads: Count = option(12, "query heads a layer")
+    num_heads: Count = option(12, "query heads per layer")
     num_kv_heads: Count | None = option(
-        None, "key and value heads a layer, fewer than num_heads for grouped-query attention"
+        None,
+        "key and value heads per layer; fewer than num_heads is grouped-query attention;"
+        " when not set, num_heads",
     )
     intermediate_size: Count = option(3072, "width of the SwiGLU feed-forward layer")
     max_seq_len: Count = option(2048, "longest sequence, in tokens")
     rope_theta: Positive = option(10000.0, "base of the rotary embedding's frequencies")
-    rms_norm_eps: Positive = option(1e-5, "added to the mean square in RMSNorm")
-    tie_word_embeddings: bool = option(False, "the output head is the embedding matrix")
+    rms_norm_eps: Positive = option(1e-5, "epsilon that RMSNorm adds to the mean square")
+    tie_word_embeddings: bool = option(False, "use the embedding matrix as the output head")
     base: Place | None = option(
-        None, "checkpoint to start from; sizes that are not set are read from it"
+        None, "folder of the checkpoint to start from; sizes that are not set are read from it"
     )
 
     def __post_init__(self) -> None:
@@ -65,7 +68,7 @@ class LlamaConfig:
 
     @property
     def kv_heads(self) -> int:
-        """Key and value heads a layer: num_kv_heads, or num_heads where that is not set."""
+        """Key and value heads per layer: num_kv_heads, or num_heads where that is not set."""
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
     @property
@@ -75,12 +78,12 @@ class LlamaConfig:
 
     @classmethod
     def toy_124m(cls) -> Self:
-        """configs/124m.toml: the sizes of GPT-2 small; they are also the defaults."""
+        """The sizes of configs/124m.toml, which are those of GPT-2 small and the defaults."""
         return cls()
 
     @classmethod
     def llama2_7b(cls) -> Self:
-        """configs/7b.toml: Llama 2 7B (Touvron et al. 2023, arXiv:2307.09288)."""
+        """The sizes of configs/7b.toml: Llama 2 7B (Touvron et al. 2023, arXiv:2307.09288)."""
         return cls(
             hidden_size=4096,
             num_layers=32,
@@ -92,35 +95,38 @@ class LlamaConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """[training]: the optimizer, the batch and how long to go on."""
+    """[training]: the optimizer, the batch and the length of the run."""
 
     learning_rate: Positive = option(3e-4, "peak learning rate")
     weight_decay: NotNegative = option(0.01, "decoupled weight decay of AdamW")
-    beta1: Fraction = option(0.9, "decay of AdamW's mean of gradients")
-    beta2: Fraction = option(0.95, "decay of AdamW's mean of squared gradients")
-    epsilon: Positive = option(1e-8, "added to the root in AdamW's denominator")
-    grad_clip: NotNegative = option(1.0, "largest norm of all gradients together; 0 for no limit")
-    batch_size: Rows = option(32, "sequences that one optimizer step sees")
+    beta1: Fraction = option(0.9, "decay of AdamW's running mean of gradients")
+    beta2: Fraction = option(0.95, "decay of AdamW's running mean of squared gradients")
+    epsilon: Positive = option(1e-8, "epsilon that AdamW adds to the root in its denominator")
+    grad_clip: NotNegative = option(1.0, "largest norm of the whole gradient; 0 for no limit")
+    batch_size: Rows = option(32, "sequences per optimizer step")
     micro_batch_size: Rows | None = option(
         None,
-        "sequences that memory sees at once; must divide batch_size; when not set, as many of them"
-        " as fit",
+        "sequences in memory at once, whose gradients are accumulated; must divide batch_size; when"
+        " not set, as many as fit",
     )
     num_epochs: Count = option(1, "passes over the training text")
-    max_steps: Count | None = option(None, "optimizer steps after which to stop in any case")
-    seed: Annotated[int, Meta(ge=0, le=2**32 - 1)] = option(0, "of weights, shuffling and dropout")
+    max_steps: Count | None = option(None, "optimizer steps after which to stop")
+    seed: Annotated[int, Meta(ge=0, le=2**32 - 1)] = option(0, "for weights, shuffling and dropout")
     dtype: Literal["float32", "bfloat16", "float16"] = option(
-        "float32", "of activations; sums, parameters and optimizer state stay float32"
+        "float32", "type of activations; sums, parameters and optimizer state stay float32"
     )
     eval_every: Count | None = option(
         None, "steps between validations; when not set, after each epoch"
     )
-    checkpoint_activations: bool = option(
-        False, "keep only each layer's input and compute the rest again: less memory, more time"
+    eval_first: bool = option(
+        False, "validate before the first step too, as step 0; needs data.val_path"
     )
-    devices: Count = option(1, "devices that share the batch; for now 1")
+    checkpoint_activations: bool = option(
+        False, "keep only the input of each layer and recompute the rest: less memory, more time"
+    )
+    devices: Count = option(1, "devices that share the batch; only 1 for now")
     beam: Natural = option(
-        0, "width of tinygrad's search for faster kernels; 0 for none, which is all for now"
+        0, "width of tinygrad's search for faster kernels; only 0, no search, for now"
     )
 
     def __post_init__(self) -> None:
@@ -133,7 +139,7 @@ class TrainingConfig:
 
     @property
     def accumulation_steps(self) -> int:
-        """Micro-batches whose gradients one optimizer step sums."""
+        """Micro-batches per optimizer step."""
         return self.batch_size // self.micro_batch
 
 
@@ -142,10 +148,10 @@ class LRScheduleConfig:
     """[lr_schedule]: the learning rate over the steps."""
 
     type: Literal["cosine", "linear", "constant"] = option(
-        "cosine", "shape of the way from learning_rate down to min_lr"
+        "cosine", "shape of the decay from learning_rate to min_lr"
     )
-    warmup_steps: Natural = option(0, "steps over which the rate rises from 0")
-    min_lr: NotNegative = option(0.0, "rate at the last step")
+    warmup_steps: Natural = option(0, "steps over which the learning rate rises from 0")
+    min_lr: NotNegative = option(0.0, "learning rate at the last step")
 
     def __post_init__(self) -> None:
         _validate("lr_schedule", self)
@@ -158,15 +164,15 @@ class DataConfig:
     train_path: Texts = option("data/train.txt", "training text: files, folders or patterns")
     val_path: Texts | None = option(None, "validation text, in the same forms")
     context_length: Rows | None = option(
-        None, "tokens a training sequence; when not set, model.max_seq_len"
+        None, "tokens per training sequence; when not set, model.max_seq_len"
     )
     tokenizer: Place | None = option(
         None,
-        'tokenizer file or folder, or "train" for one made from the training text; '
-        'when not set, that of model.base, or "train" without a base',
+        'tokenizer file or folder, or "train" to train one on the training text; '
+        'when not set, the tokenizer of model.base, or "train" without a base',
     )
     tokenizer_vocab_size: Count | None = option(
-        None, 'vocabulary of a tokenizer made with "train"; when not set, model.vocab_size'
+        None, "vocabulary of a tokenizer that is trained; when not set, model.vocab_size"
     )
     replace_tokenizer: bool = option(
         False,
@@ -175,10 +181,10 @@ class DataConfig:
     )
     train_on: Literal["all", "assistant", "last"] = option(
         "all",
-        "which tokens of a conversation are learned: all (for now this), the assistant's, its last"
-        " answer's",
+        "which tokens of a conversation are trained on: all, the assistant's, or its last answer's;"
+        " only all for now",
     )
-    cache_dir: Place = option(".cache/tinyllama", "where tokenized text is kept between runs")
+    cache_dir: Place = option(".cache/tinyllama", "folder that keeps tokenized text between runs")
 
     def __post_init__(self) -> None:
         _validate("data", self)
@@ -190,7 +196,7 @@ class CheckpointingConfig:
 
     save_every: Count = option(1000, "steps between checkpoints")
     checkpoint_dir: Place = option("checkpoints", "folder of the run")
-    keep_last_n: Count = option(3, "checkpoints kept; older ones are removed")
+    keep_last_n: Count = option(3, "checkpoints to keep; older ones are removed")
 
     def __post_init__(self) -> None:
         _validate("checkpointing", self)
@@ -200,9 +206,9 @@ class CheckpointingConfig:
 class LoraConfig:
     """[lora]: adapters y = x W^T + scale (x A^T) B^T (Hu et al. 2021, arXiv:2106.09685)."""
 
-    rank: Count = option(16, "rows of A and columns of B")
+    rank: Count = option(16, "rank of an adapter: rows of A, columns of B")
     alpha: Positive = option(32.0, "numerator of the scale alpha / rank")
-    dropout: Fraction = option(0.0, "share of an adapter's inputs set to zero in training")
+    dropout: Fraction = option(0.0, "share of an adapter's inputs that training sets to zero")
     target_modules: LinearNames = option(ATTENTION_LINEAR, "linear layers that get an adapter")
     use_rslora: bool = option(False, "scale by alpha / sqrt(rank) instead (arXiv:2312.03732)")
 
@@ -211,7 +217,7 @@ class LoraConfig:
 
     @property
     def scale(self) -> float:
-        """What the adapter's output is multiplied by."""
+        """The factor of an adapter's output."""
         return self.alpha / (self.rank**0.5 if self.use_rslora else self.rank)
 
     @property
@@ -224,10 +230,10 @@ class LoraConfig:
 class QloraConfig:
     """[qlora]: how the frozen base is packed (Dettmers et al. 2023, arXiv:2305.14314)."""
 
-    quantize_base: bool = option(True, "pack the frozen linear layers")
-    bits: Literal[4] = option(4, "bits a weight")
+    quantize_base: bool = option(True, "pack the linear layers of the frozen base in 4 bits")
+    bits: Literal[4] = option(4, "bits per weight")
     block_size: Annotated[int, Meta(ge=2, multiple_of=2)] = option(
-        64, "neighbouring inputs of a row that share one scale"
+        64, "consecutive weights of a row that share one scale"
     )
 
     def __post_init__(self) -> None:
@@ -256,6 +262,11 @@ RELATIONS = (
         "a divisor of training.batch_size, which is {1}",
     ),
     Relation(
+        ("training.eval_first", "data.val_path"),
+        lambda first, path: not first or path is not None,
+        "false where data.val_path is not set",
+    ),
+    Relation(
         ("lr_schedule.min_lr", "training.learning_rate"),
         lambda low, peak: low <= peak,
         "at most training.learning_rate, which is {1}",
@@ -279,7 +290,7 @@ RELATIONS = (
 
 
 def checkable(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values that relations apply to: a base's own sizes are not known before it is read."""
+    """The values that can be checked already: the sizes of a base are known once it is read."""
     has_base = values.get("model.base") is not None
     return {k: v for k, v in values.items() if not (has_base and k.startswith("model."))}
 

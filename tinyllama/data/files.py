@@ -32,7 +32,7 @@ from tinyllama.system.files import atomic_write, sha256_file
 CHUNK_BYTES = 1 << 20
 MAX_ROW_BYTES = 64 << 20  # a row is parsed whole, so it bounds the memory
 
-_VALIDATION = {"val.jsonl", "valid.jsonl", "validation.jsonl", "test.jsonl"}
+_VALIDATION = {"val", "valid", "validation", "test"}  # names without their suffix
 _DIGESTS_FILE = "digests.json"
 _SETTLED_SECONDS = 2.0
 
@@ -234,9 +234,10 @@ def _walk(folder: Path) -> list[Path]:
     if not files:
         listed = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
         raise DataError(f"{folder}: the folder holds no {listed} file")
-    names = {path.name for path in files if path.parent == folder}
-    if "train.jsonl" in names and (held_out := sorted(names & _VALIDATION)):
-        raise DataError(f"{folder}: holds train.jsonl and {held_out[0]}: name the one to read")
+    names = {path.stem: path.name for path in files if path.parent == folder}
+    if "train" in names and (held_out := sorted(names.keys() & _VALIDATION)):
+        both = f"{names['train']} and {names[held_out[0]]}"
+        raise DataError(f"{folder}: holds {both}: name the one to read")
     return files
 
 

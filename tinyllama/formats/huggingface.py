@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tinyllama.config import LlamaConfig
-from tinyllama.errors import ConfigError, TinyllamaError, WeightsError
+from tinyllama.errors import ConfigError, TinyllamaError, WeightsError, reason
 from tinyllama.formats.dtypes import (
     BITS,
     FLOATS,
@@ -239,7 +239,7 @@ def read_json(path: Path, wrong: type[TinyllamaError] = ConfigError) -> dict[str
     except FileNotFoundError:
         raise wrong(f"{path}: missing") from None
     except OSError as error:
-        raise wrong(f"{path}: cannot be read: {error.strerror}") from error
+        raise wrong(f"{path}: cannot be read: {reason(error)}") from error
     except (ValueError, RecursionError) as error:
         raise wrong(f"{path}: not JSON, so it is damaged or truncated: {error}") from error
     if not isinstance(value, dict):

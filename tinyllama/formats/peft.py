@@ -16,7 +16,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -228,7 +228,8 @@ class AdapterFolder:
         self._file = SafetensorsFile(self.path / ADAPTER_WEIGHTS)
 
     def base_folder(self) -> Path:
-        """The base that base_model_name_or_path names, from here or from the adapter's folder."""
+        """The base that base_model_name_or_path names: where that is relative, from the adapter's
+        folder, or else from the current one. Raises WeightsError if it is no folder."""
         if path := self._named_folder():
             return path
         raise WeightsError(
@@ -237,8 +238,10 @@ class AdapterFolder:
         )
 
     def _named_folder(self) -> Path | None:
-        named = self._found.get("base_model_name_or_path")
-        paths = (Path(str(named)), self.path / str(named)) if named else ()
+        named = Path(str(self._found.get("base_model_name_or_path") or ""))
+        if named.is_absolute():
+            return named if named.is_dir() else None
+        paths = ((self.path / named).resolve(), named) if named.parts else ()
         return next((path for path in paths if path.is_dir()), None)
 
     def config(self, model: LlamaConfig) -> AdapterConfig:
@@ -294,9 +297,9 @@ class AdapterFolder:
         if made_for is None and named and (named / "config.json").is_file():
             made_for = fingerprint(open_folder(named))  # without a tied head, as `base` is
         if made_for is not None and made_for != (found := fingerprint(base)):
+            there = named or self._found.get("base_model_name_or_path")
             raise WeightsError(
-                f"{self.path}: was made for another base"
-                f" ({self._found.get('base_model_name_or_path')}, fingerprint {made_for[:12]}) "
+                f"{self.path}: was made for another base ({there}, fingerprint {made_for[:12]}) "
                 f"than {base.path} (fingerprint {found[:12]})"
             )
 
@@ -365,8 +368,11 @@ def save_adapter(
     """Fill a folder that PEFT loads; returns the digests of the two files.
 
     `tensors` are A and B by PATH.lora_A.weight; `layers` the paths of all linear layers of the
-    model, which decide whether target_modules can be short. Not atomic by itself.
+    model, which decide whether target_modules can be short. The base's path is written relative to
+    the folder where both have a common parent, so that they can be moved together. Not atomic by
+    itself; a folder of another name beside this one may become the adapter's.
     """
+    config = replace(config, base=_path_from(folder, config.base))
     text = json.dumps(to_peft(config, layers), indent=2, sort_keys=True, ensure_ascii=False)
     data = f"{text}\n".encode()
     (folder / ADAPTER_CONFIG).write_bytes(data)
@@ -382,6 +388,16 @@ def save_adapter(
         ADAPTER_CONFIG: FileDigest(hashlib.sha256(data).hexdigest(), len(data)),
         ADAPTER_WEIGHTS: write_safetensors(folder / ADAPTER_WEIGHTS, named, metadata),
     }
+
+
+def _path_from(folder: Path, base: str | None) -> str | None:
+    """A base's path from an adapter's folder; absolute where only the root is common to both."""
+    if base is None or not Path(base).is_absolute():
+        return base
+    here, there = folder.resolve(), Path(base).resolve()
+    if os.path.commonpath((here, there)) == here.anchor:
+        return base
+    return Path(os.path.relpath(there, here)).as_posix()
 
 
 def fingerprint(folder: HfFolder) -> str:

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, NamedTuple, TypeGuard
 import numpy as np
 import numpy.typing as npt
 
-from tinyllama.errors import WeightsError
+from tinyllama.errors import WeightsError, reason
 from tinyllama.formats.dtypes import (
     BITS,
     NUMPY,
@@ -61,7 +61,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         with open(path, "rb") as file:
             return _read_header(file, os.fspath(path), os.fstat(file.fileno()).st_size)
     except OSError as error:
-        raise WeightsError(f"{os.fspath(path)}: cannot be read: {error.strerror}") from error
+        raise WeightsError(f"{os.fspath(path)}: cannot be read: {reason(error)}") from error
 
 
 def build_header(

@@ -260,7 +260,7 @@ def megabytes(count: int) -> str:
 
 def gigabytes(count: int) -> str:
     """Bytes as GB (a thousand million)."""
-    return f"{count / 1e9:,.2f} GB"
+    return f"{round(count / 1e9, 2) + 0.0:,.2f} GB"  # never -0.00
 
 
 def aligned(rows: Iterable[Mapping[str, str]], left: Collection[str] = ()) -> str:

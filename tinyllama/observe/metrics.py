@@ -1,24 +1,20 @@
-"""What a run reports: metrics.jsonl, one object a step, and the progress bar."""
+"""metrics.jsonl: what a run measures, one object per step."""
 
 import json
 import os
-import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from tinyllama.errors import CheckpointError
 from tinyllama.system.files import atomic_write, naming_file
 
 
 class MetricsLog:
-    """metrics.jsonl of a run. Each line reaches the file before the next step begins."""
+    """Writes metrics.jsonl of a run; each line is in the file before the next step begins."""
 
     def __init__(self, path: Path, first_step: int) -> None:
-        """Open for steps first_step, first_step + 1, ...; lines of those steps, left by a run
-        that was killed after its last checkpoint, are dropped."""
+        """Open for steps from `first_step` on. Lines of these steps, left by a run that was killed
+        after its last checkpoint, are removed."""
         self.path = path
         _drop_from(path, first_step)
         self._file = open(path, "a", encoding="utf-8")
@@ -30,21 +26,24 @@ class MetricsLog:
             self._file.flush()
 
     def close(self) -> None:
-        """Put everything on disk."""
+        """Close the file once everything is on disk."""
         with naming_file(self.path), self._file:
             self._file.flush()
             os.fsync(self._file.fileno())
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The objects of a metrics.jsonl; a last line cut short by a kill is left out."""
+    """The objects of metrics.jsonl, without a last line that a kill cut short.
+
+    Raises CheckpointError, which names the file, if it holds something else.
+    """
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
         whole = [line for line in lines[:-1] if line]
         found = [json.loads(line) for line in whole]
         for number, values in enumerate(found, 1):
             if not isinstance(values, dict) or not isinstance(values.get("step"), int):
-                raise ValueError(f"line {number} names no step")
+                raise ValueError(f"line {number} has no step")
     except ValueError as error:
         raise CheckpointError(f"{path}: not a metrics file: {error}") from error
     return found
@@ -56,26 +55,3 @@ def _drop_from(path: Path, first_step: int) -> None:
     kept = [line for line in read_metrics(path) if line["step"] < first_step]
     text = "".join(json.dumps(line) + "\n" for line in kept)
     atomic_write(path, text.encode())
-
-
-class _Terminal:
-    """Standard error for a bar: where nobody reads it any more, a run goes on without."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(sys.stderr, name)
-
-    def write(self, text: str) -> None:
-        with suppress(OSError):
-            sys.stderr.write(text)
-
-    def flush(self) -> None:
-        with suppress(OSError):
-            sys.stderr.flush()
-
-
-def progress(total: int, done: int, shown: bool) -> "tqdm[None]":
-    """A bar over optimizer steps, on standard error."""
-    return tqdm(
-        total=total, initial=done, desc="Training", unit="step", dynamic_ncols=True,
-        disable=not shown, smoothing=0.1, file=_Terminal(),
-    )  # fmt: skip

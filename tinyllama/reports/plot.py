@@ -44,7 +44,8 @@ def draw(
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=144, layout="constrained")
-    steps, losses = [r["step"] for r in rows], [r["loss"] for r in rows]
+    trained = [r for r in rows if "loss" in r]  # step 0 has a validation loss alone
+    steps, losses = [r["step"] for r in trained], [r["loss"] for r in trained]
     share = max(0.02, min(1.0, 10 / len(losses)))
     axes.plot(steps, losses, color=TRAINING, alpha=0.25, linewidth=0.8)
     axes.plot(steps, smoothed(losses, share), color=TRAINING, linewidth=1.8, label="training")

@@ -273,17 +273,20 @@ def kernels_enabled() -> bool:
 
 @functools.cache
 def check_tinygrad() -> None:
-    """Raise DeviceError for a tinygrad that is not TINYGRAD, unless TINYLLAMA_ANY_TINYGRAD=1."""
+    """Raise DeviceError unless tinygrad is TINYGRAD or TINYLLAMA_ANY_TINYGRAD=1 is set."""
     from importlib.metadata import PackageNotFoundError, version
 
     try:
-        installed = version("tinygrad")
+        installed = f"tinygrad {version('tinygrad')} is installed"
     except PackageNotFoundError:
-        installed = "of an unknown version"
-    if installed != TINYGRAD and os.environ.get("TINYLLAMA_ANY_TINYGRAD", "") != "1":
+        installed = "no tinygrad is installed"
+    if (
+        installed != f"tinygrad {TINYGRAD} is installed"
+        and os.environ.get("TINYLLAMA_ANY_TINYGRAD", "") != "1"
+    ):
         raise DeviceError(
-            f"tinygrad {installed} is installed, must be {TINYGRAD}, which our patches of it are "
-            f"written for: `pip install tinygrad=={TINYGRAD}`"
+            f"{installed}, must be {TINYGRAD}, which our patches of it are written for: "
+            f"`pip install tinygrad=={TINYGRAD}`"
         )
 
 

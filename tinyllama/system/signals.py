@@ -150,9 +150,11 @@ def terminating() -> Iterator[None]:
 @contextmanager
 def stopping_on_signals(
     message: str = "", status: Callable[[], str] = str
-) -> Iterator[Callable[[], bool]]:
-    """SIGINT, SIGTERM and SIGHUP request a stop, which the yielded function reports; a second one
-    raises KeyboardInterrupt or Terminated. A SIGHUP that is ignored, as under nohup, stays so.
+) -> Iterator[Callable[[], int]]:
+    """SIGINT, SIGTERM and SIGHUP request a stop; a second one raises KeyboardInterrupt or
+    Terminated. A SIGHUP that is ignored, as under nohup, stays so.
+
+    The yielded function returns 0, or once a stop is requested the exit code for it: 130 or 143.
 
     The first signal writes `message` to standard error. `status()` says how far the run has come,
     for the last line of a process that has to be ended within a call that does not return.
@@ -161,8 +163,10 @@ def stopping_on_signals(
         raise _raised[0]
     stop = _Stop(message, status)
     received: list[float] = []  # when the first signal was handled
+    code = 0
 
     def request(number: int, frame: FrameType | None) -> None:
+        nonlocal code
         if _watch is not None:
             _watch.handled += 1
         if received:
@@ -170,6 +174,7 @@ def stopping_on_signals(
                 raise KeyboardInterrupt if number == signal.SIGINT else Terminated
             return
         received.append(time.monotonic())
+        code = 128 + (signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
         stop.announce()
 
     numbers = [n for n in _numbers() if signal.getsignal(n) is not signal.SIG_IGN or n != _SIGHUP]
@@ -177,7 +182,7 @@ def stopping_on_signals(
     if _watch is not None:
         _watch.stop = stop
     try:
-        yield lambda: bool(received)
+        yield lambda: code
     finally:
         if _watch is not None:
             _watch.stop = None

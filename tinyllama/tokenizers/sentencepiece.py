@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import sentencepiece
 
-from tinyllama.errors import TokenizerError
+from tinyllama.errors import TokenizerError, reason
 from tinyllama.system.files import atomic_write
 
 MODEL_FILE = "tokenizer.model"
@@ -239,7 +239,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     except FileNotFoundError:
         raise TokenizerError(f"{file}: no such file") from None
     except OSError as error:
-        raise TokenizerError(f"{file}: cannot be read: {error.strerror}") from error
+        raise TokenizerError(f"{file}: cannot be read: {reason(error)}") from error
     return Tokenizer(model, str(file))
 
 
@@ -345,10 +345,13 @@ def _training_lines(block: str) -> Iterator[str]:
 
 def _explain_training(error: str, vocab_size: int) -> str:
     """SentencePiece's error in our words."""
+    size = f"vocab_size {vocab_size}: "
     if most := re.search(r"set it to a value <= (\d+)", error):
-        return f"vocab_size {vocab_size}: the texts give at most {most[1]} pieces"
+        limit = f"the texts give at most {most[1]} pieces"
+        return f"{size}{limit}: set {most[1]} or less, or train on more text"
     if least := re.search(r"smaller than required_chars\. \d+ vs (\d+)", error):
-        return f"vocab_size {vocab_size}: the characters in the texts alone need {least[1]} pieces"
+        need = f"the characters in the texts alone need {least[1]} pieces"
+        return f"{size}{need}: set {least[1]} or more"
     if "sentences_.empty()" in error:
         return "cannot train a tokenizer: the texts are empty"
     return f"cannot train a tokenizer with vocab_size {vocab_size}: {error}"

@@ -47,7 +47,7 @@ class Evaluator:
         self._summed_loss = captured(StagedLoss(model).loss)
 
     def run(
-        self, *, progress: bool = False, stopping: Callable[[], bool] = lambda: False
+        self, *, progress: bool = False, stopping: Callable[[], int] = lambda: 0
     ) -> Evaluation | None:
         """Every token of the text once, in windows of context_length, `stride` tokens apart.
 

@@ -120,11 +120,11 @@ def estimate_memory(config: Config, step: TrainStep | None = None) -> MemoryEsti
     model, optimizer = step.staged.model, step.optimizer
     batch = [Tensor.empty(t.micro_batch, context, dtype=dtypes.int32) for _ in range(3)]
     hyperparameters = Tensor.empty(len(SCALARS))
-    with dropout_on(model):
+    with dropout_on(model):  # as in training, and not in validation
         plans = step.plans(*batch, hyperparameters=hyperparameters)
-        first = plans[0]
-        if config.data.val_path is not None:
-            plans.append(plan(StagedLoss(model).loss, batch))
+    first = plans[0]
+    if config.data.val_path is not None:
+        plans.append(plan(StagedLoss(model).loss, batch))
     gradients = first.gradients + _bytes(step.sums())
     given = _bytes([*batch, hyperparameters, *model.rotations(context)])
     workspace = given + sum(p.work for p in plans)

@@ -11,13 +11,14 @@ from tinygrad import Device
 
 from tinyllama.config import Config
 from tinyllama.config.options import got, shown
-from tinyllama.data.files import content_digests, find_sources, read_texts
+from tinyllama.data.files import Source, content_digests, find_sources, read_texts
 from tinyllama.errors import (
     CheckpointError,
     ConfigError,
     DataError,
     TokenizerError,
     naming,
+    reason,
 )
 from tinyllama.formats.huggingface import open_folder
 from tinyllama.system import device
@@ -52,7 +53,7 @@ def check_files(config: Config) -> None:
             pass
     except OSError as error:
         raise CheckpointError(
-            f"checkpointing.checkpoint_dir: {folder} cannot be written: {error.strerror}"
+            f"checkpointing.checkpoint_dir: {folder} cannot be written: {reason(error)}"
         ) from error
 
 
@@ -109,9 +110,40 @@ def without_effect(config: Config, sequences: int, steps: int) -> list[str]:
     return found
 
 
-# Options that change no loss of a step, or are compared elsewhere (the text by its digest).
-_FREE_OF_NUMBERS = ("checkpointing.", "data.", "model.base", "training.eval_every")
+# Options that change no loss of a step, or are compared elsewhere (the text and its tokenizer by a
+# digest). The others count, those of [data] included: which tokens are trained, for one.
+_FREE_OF_NUMBERS = (
+    "checkpointing.",
+    "model.base",
+    "training.eval_",
+    "data.train_path",
+    "data.val_path",
+    "data.context_length",
+    "data.tokenizer",
+    "data.replace_tokenizer",
+    "data.cache_dir",
+)
 _MICRO_BATCH, _BATCH = "training.micro_batch_size", "training.batch_size"
+
+
+def trained_and_validated(config: Config) -> list[str]:
+    """One line for each validation file whose content is also that of a training file."""
+    if config.data.val_path is None:
+        return []
+    cache = Path(config.data.cache_dir)
+    train, val = (find_sources(paths) for paths in (config.data.train_path, config.data.val_path))
+    trained = dict(zip(content_digests(train, cache), train, strict=True))
+    return [
+        f"{config.where('data.val_path')}: {source.path} is also trained on"
+        f"{_as_another_file(source, trained[digest])}, so its validation loss says nothing about"
+        " new text"
+        for digest, source in zip(content_digests(val, cache), val, strict=True)
+        if digest in trained and source.size_bytes
+    ]
+
+
+def _as_another_file(validated: Source, trained: Source) -> str:
+    return "" if validated.path == trained.path else f" (as {trained.path})"
 
 
 def resume_folder(config: Config, asked: str, warn: Callable[[str], None]) -> Path:

@@ -17,15 +17,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from tinyllama.config import Config
 from tinyllama.data.batches import Batch, Batches, prepare
 from tinyllama.errors import TrainingError
 from tinyllama.model.build import build
 from tinyllama.model.counts import parameters
 from tinyllama.model.lora import dropping
-from tinyllama.observe.metrics import MetricsLog, progress
+from tinyllama.observe.metrics import MetricsLog
+from tinyllama.observe.progress import Progress
 from tinyllama.system import lacking
 from tinyllama.system.memory import memory_in_use_bytes
 from tinyllama.system.signals import stopping_on_signals
@@ -38,6 +37,7 @@ from tinyllama.train.prepare import (
     find_tokenizer,
     made_with,
     supported,
+    trained_and_validated,
     without_effect,
 )
 from tinyllama.train.schedule import Place, learning_rate
@@ -46,11 +46,18 @@ from tinyllama.train.step import TrainStep
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: its last checkpoint, the step, whether the schedule was completed."""
+    """How a run ended: its last checkpoint, the step, whether the schedule was completed.
+
+    `exit_code` is 130 or 143 after a signal. The losses, in nats per token, are those of the last
+    step; None where this process made no step, and where nothing was validated after it.
+    """
 
     checkpoint: Path
     step: int
     finished: bool
+    exit_code: int = 0
+    loss: float | None = None
+    val_loss: float | None = None
 
 
 class Trainer:
@@ -98,6 +105,7 @@ class Trainer:
             self.anchor = place.anchor(was, config.lr_schedule, self.anchor)
         # The line of metrics of a step whose validation a signal cut short.
         self._unvalidated: dict[str, Any] | None = state.get("unvalidated")
+        self._last_line: dict[str, Any] = {}  # of metrics
         if state.get("was_last") and budget_seconds is not None:
             self.total_steps = self.step  # the budget that ended there is not given once more
         self._resumed = self.saved = resume
@@ -121,17 +129,19 @@ class Trainer:
         message = "\nstopping after this step, then saving; once more to stop at once\n"
         with (
             stopping_on_signals(message if self.show else "", self._so_far) as stopping,
-            progress(self.total_steps, self.step, self.show) as bar,
+            Progress(self.step, self.show) as progress,
             self._open_metrics(stopping) as metrics,
         ):
+            self._validate_first(metrics, progress, stopping)
             while self.step < self.total_steps and not stopping():
-                self._one_step(metrics, bar, begun, stopping)
+                self._one_step(metrics, progress, begun, stopping)
             finished = self.step >= self.total_steps and self._unvalidated is None
             folder = self.folder / ("final" if finished else run_folder.step_name(self.step))
             is_there = self.saved is not None and self.saved.resolve() == folder.resolve()
             if not is_there or self._saved_step != self.step:
                 self.save(folder.name)
-        return Outcome(folder, self.step, finished)
+        losses = (self._last_line.get(name) for name in ("loss", "val_loss"))
+        return Outcome(folder, self.step, finished, 0 if finished else stopping(), *losses)
 
     def _so_far(self) -> str:
         return run_folder.so_far(self.step, self.saved)
@@ -147,7 +157,7 @@ class Trainer:
         run_folder.write_config(self.folder, self.config)
 
     @contextmanager
-    def _open_metrics(self, stopping: Callable[[], bool]) -> Iterator[MetricsLog]:
+    def _open_metrics(self, stopping: Callable[[], int]) -> Iterator[MetricsLog]:
         """metrics.jsonl, after the validation that is still to be made up for, if there is one:
         its step's line is then written once more."""
         line, first = self._unvalidated, self.step + 1
@@ -155,8 +165,24 @@ class Trainer:
             line, first = self._validate(line, stopping), self.step
         with closing(MetricsLog(self.folder / run_folder.METRICS, first)) as metrics:
             if line is not None:
-                metrics.write(line)
+                self._write(metrics, line)
             yield metrics
+
+    def _write(self, metrics: MetricsLog, line: dict[str, Any]) -> None:
+        metrics.write(line)
+        self._last_line = line
+
+    def _validate_first(
+        self, metrics: MetricsLog, progress: Progress, stopping: Callable[[], int]
+    ) -> None:
+        """With training.eval_first, validate the weights that the run begins with, as step 0."""
+        if self.step or self.evaluator is None or not self.config.training.eval_first:
+            return
+        found = self.evaluator.run(stopping=stopping)
+        if found is not None:
+            self._check_finite(0, {"validation loss": found.loss})
+            metrics.write({"step": 0, "val_loss": found.loss})
+            progress.before_first_step(found.loss)
 
     def _place(self) -> Place:
         """Where the run stands in its data, before the next step."""
@@ -179,14 +205,15 @@ class Trainer:
         """What may not be meant, a line each: another run than before, sizes without effect."""
         other = differences(self.config, self._resumed) if self._resumed else None
         found = without_effect(self.config, self.batches.n_windows, self.total_steps)
+        found += trained_and_validated(self.config)
         return [line for line in (other, lacking.notice(), *found) if line]
 
     def _one_step(
         self,
         metrics: MetricsLog,
-        bar: "tqdm[None]",
+        progress: Progress,
         begun: tuple[int, float],
-        stopping: Callable[[], bool],
+        stopping: Callable[[], int],
     ) -> None:
         t = self.config.training
         epoch, batch = self.batches.epoch + 1, self.batches.next()
@@ -207,13 +234,9 @@ class Trainer:
             if self._validation_is_due(step, epoch):
                 line = self._validate(line, stopping)
         finally:
-            metrics.write(line)
-        shown = {"loss": f"{result.loss:.4f}", "tok/s": f"{line['tokens_per_second']:.0f}"}
-        if "val_loss" in line:
-            shown["val"] = f"{line['val_loss']:.4f}"
-        bar.total = self.total_steps
-        bar.set_postfix(shown, refresh=False)
-        bar.update()
+            self._write(metrics, line)
+        speed, val_loss = line["tokens_per_second"], line.get("val_loss")
+        progress.after_step(step, self.total_steps, result.loss, speed, val_loss)
         if step % self.config.checkpointing.save_every == 0 and step < self.total_steps:
             self.save(run_folder.step_name(step))
 
@@ -223,7 +246,7 @@ class Trainer:
         due = self.batches.epoch + 1 != epoch if every is None else step % every == 0
         return due or step == self.total_steps
 
-    def _validate(self, line: dict[str, Any], stopping: Callable[[], bool]) -> dict[str, Any]:
+    def _validate(self, line: dict[str, Any], stopping: Callable[[], int]) -> dict[str, Any]:
         """A step's line of metrics with its validation loss, if there is text for one.
 
         Where a signal cuts it short, the run that goes on from here makes up for it.
