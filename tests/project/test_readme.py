@@ -149,6 +149,7 @@ def test_every_command_runs_as_a_reader_types_it(tmp_path: Path) -> None:
         assert missing == [], f"{block.body}printed\n{output[-4000:]}"
     assert (clone / "checkpoints" / "merged" / "model.safetensors").is_file()
     assert (clone / "checkpoints" / "first" / "loss.png").is_file()
+    shutil.rmtree(clone)  # pytest keeps folders of earlier runs, and this one holds a .venv
 
 
 def test_blocks_run_as_they_stand_but_for_marked_ones_and_make_test() -> None:
