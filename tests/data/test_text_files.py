@@ -163,7 +163,7 @@ def test_everything_that_cannot_be_found_is_said_at_once(tokenizer: Tokenizer) -
 
 def test_nothing_but_empty_files_is_an_error(tokenizer: Tokenizer) -> None:
     write("d/a.txt", "")
-    with pytest.raises(DataError, match=r"^d: every file found is empty$"):
+    with pytest.raises(DataError, match=r"^d: all of its files are empty$"):
         load(tokenizer, "d")
     with pytest.raises(DataError, match="no files of text are named"):
         load(tokenizer)

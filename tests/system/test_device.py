@@ -47,8 +47,8 @@ def without_cards():
     ],
 )
 def test_each_variable_asks_for_a_device(environ, first, reason):
-    candidates, found = device.wanted(environ)
-    assert (candidates[0], found) == (first, reason)
+    candidates, why = device.requested(environ)
+    assert (candidates[0], why) == (first, reason)
     assert ("CPU" in candidates) == (environ in ({}, {"CPU": "1"}))
 
 

@@ -76,7 +76,7 @@ def prepare(
 
     They are tokenized once: the folder's name is a digest of the texts and of the tokenizer, and
     it appears only when it is whole. The tokens do not depend on the number of `workers` (None:
-    one a processor, or none for a few MB), the memory does not depend on the size of the texts.
+    one per processor, or none for a few MB), the memory does not depend on the size of the texts.
     `progress` shows a bar. Raises DataError for texts that cannot be read, or a folder that
     cannot be written.
     """

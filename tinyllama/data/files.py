@@ -82,22 +82,22 @@ def find_sources(patterns: str | Sequence[str]) -> list[Source]:
     problems at once: nothing found, a file that is named and empty, only empty files, a format
     that is not read.
     """
-    found: dict[Path, Source] = {}
+    sources: dict[Path, Source] = {}
     problems = []
     names = [patterns] if isinstance(patterns, str) else patterns
     for pattern in names:
         try:
             for path in _expand(pattern):
-                found.setdefault(Path(os.path.realpath(path)), _look_at(path))
+                sources.setdefault(Path(os.path.realpath(path)), _look_at(path))
         except DataError as error:
             problems.append(str(error))
     if problems:
         raise DataError("\n".join(problems))
-    if not found:
+    if not sources:
         raise DataError("no files of text are named")
-    if not any(source.size_bytes for source in found.values()):
-        raise DataError(f"{', '.join(names)}: every file found is empty")
-    return list(found.values())
+    if not any(source.size_bytes for source in sources.values()):
+        raise DataError(f"{', '.join(names)}: all of its files are empty")
+    return list(sources.values())
 
 
 def cut(source: Source) -> Iterator[Chunk]:

@@ -106,7 +106,7 @@ def atomic_directory(final: str | os.PathLike[str]) -> Iterator[Path]:
 def held(folder: Path) -> Iterator[None]:
     """Hold a folder for this process alone, by a lock on `.lock` in it.
 
-    Raises InUseError if another process does. Where the file system has no locks nobody holds it.
+    Raises InUseError if another process does. Without locks in the file system, it is not held.
     """
     (folder / ".lock").touch()
     try:

@@ -7,7 +7,7 @@ from tinyllama.system import memory, partials
 
 
 def notice() -> str | None:
-    """One line that says what does not work here; None where everything does."""
+    """One line with what does not work here; None if everything does."""
     lacking = []
     if not partials.has_locks():
         lacking.append("no file locks (nothing stops a second run in the same folder)")

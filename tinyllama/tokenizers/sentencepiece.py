@@ -33,7 +33,7 @@ _SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
 # SentencePiece slows down and takes some 60 bytes a character on long texts: feed it less at once.
 _LINES_CHARS = 4096
 _LONGEST_CHARS = 1 << 20
-# Appended protobuf fields are merged: this one says normalizer_spec.add_dummy_prefix = false.
+# Appended protobuf fields are merged: this one sets normalizer_spec.add_dummy_prefix = false.
 _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 # The codec marks an invalid byte by a lone surrogate; like SentencePiece we show it as U+FFFD.
 _REPLACE_INVALID = dict.fromkeys(range(0xDC80, 0xDD00), "\ufffd")
@@ -104,8 +104,8 @@ class Tokenizer:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            found = f"U+{ord(text[error.start]):04X} at character {error.start}"
-            raise TokenizerError(f"the text holds {found}, which UTF-8 cannot encode") from None
+            place = f"U+{ord(text[error.start]):04X} at character {error.start}"
+            raise TokenizerError(f"the text holds {place}, which UTF-8 cannot encode") from None
         ids: list[int] = []
         is_long = continued or len(text) > self._cut_chars
         joint = self._joint if is_long and self._cuts_lines else None
@@ -150,8 +150,8 @@ class Tokenizer:
         """Where this model's texts can be cut without changing the ids, by trying; None if nowhere.
         Its normalizer may turn line ends into spaces, merge spaces, strip them from both ends."""
         pieces = (surface for surface in self._surfaces if isinstance(surface, str))
-        found = (piece.strip() for piece in pieces if " " in piece and piece.strip().isalpha())
-        words = [*itertools.islice(found, 2), "at", "e"]
+        named = (piece.strip() for piece in pieces if " " in piece and piece.strip().isalpha())
+        words = [*itertools.islice(named, 2), "at", "e"]
         texts = [text.format(*words) for text in _TRIED]
         holding = (joint for joint in _JOINTS if all(self._holds(joint, text) for text in texts))
         return next(holding, None)
@@ -344,14 +344,14 @@ def _training_lines(block: str) -> Iterator[str]:
 
 
 def _explain_training(error: str, vocab_size: int) -> str:
-    """SentencePiece's complaint in our words."""
+    """SentencePiece's error in our words."""
     size = f"vocab_size {vocab_size}: "
     if most := re.search(r"set it to a value <= (\d+)", error):
-        found = f"the texts give at most {most[1]} pieces"
-        return f"{size}{found}: set {most[1]} or less, or train on more text"
+        limit = f"the texts give at most {most[1]} pieces"
+        return f"{size}{limit}: set {most[1]} or less, or train on more text"
     if least := re.search(r"smaller than required_chars\. \d+ vs (\d+)", error):
-        found = f"the characters in the texts alone need {least[1]} pieces"
-        return f"{size}{found}: set {least[1]} or more"
+        need = f"the characters in the texts alone need {least[1]} pieces"
+        return f"{size}{need}: set {least[1]} or more"
     if "sentences_.empty()" in error:
         return "cannot train a tokenizer: the texts are empty"
     return f"cannot train a tokenizer with vocab_size {vocab_size}: {error}"
