@@ -4,6 +4,7 @@ The clone holds the working tree as it is, changes that are not committed includ
 .venv with README's commands, so this test needs the package registry; `make readme` runs it alone.
 """
 
+import faulthandler
 import os
 import re
 import shlex
@@ -126,6 +127,7 @@ def fresh_clone(folder: Path, env: dict[str, str]) -> Path:
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="clones with git")
 def test_every_command_runs_as_a_reader_types_it(tmp_path: Path) -> None:
+    faulthandler.cancel_dump_traceback_later()  # pytest's, for tests that hang: this one is long
     home = tmp_path / "home"
     home.mkdir()
     env = readers_environment(home)
@@ -147,6 +149,7 @@ def test_every_command_runs_as_a_reader_types_it(tmp_path: Path) -> None:
         assert missing == [], f"{block.body}printed\n{output[-4000:]}"
     assert (clone / "checkpoints" / "merged" / "model.safetensors").is_file()
     assert (clone / "checkpoints" / "first" / "loss.png").is_file()
+    shutil.rmtree(clone)  # pytest keeps folders of earlier runs, and this one holds a .venv
 
 
 def test_blocks_run_as_they_stand_but_for_marked_ones_and_make_test() -> None:
