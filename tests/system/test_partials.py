@@ -190,7 +190,7 @@ def test_a_file_that_is_written_is_locked_too(
 def test_a_partial_that_is_cleaned_away_before_it_is_locked_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By somebody who looked between its creation and its lock."""
+    """By a process that looked between its creation and its lock."""
     lock, removed = partials.lock, []
 
     def late(path: Path) -> int | None:
