@@ -219,6 +219,18 @@ def test_discarding_is_locked_and_a_kill_within_leaves_a_partial(
     assert contents(tmp_path) == []
 
 
+def test_what_another_user_left_is_left_to_that_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    partial = left_behind(tmp_path, name(dead_process_id()))
+    monkeypatch.setattr(partials, "_delete", denied)
+    assert remove_partials(tmp_path) == []
+    assert partial.is_dir()
+
+
 def test_discarding_a_link_leaves_its_target(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "precious").touch()
