@@ -428,7 +428,7 @@ def test_resuming_where_nothing_was_saved_is_an_error(tmp_path):
     with pytest.raises(CheckpointError, match="--resume nope: no such folder"):
         resume_folder(configuration(tmp_path / "run"), "nope", print)
     with pytest.raises(
-        CheckpointError, match=r"holds checkpoints and is none; its newest is .*fin"
+        CheckpointError, match=r"is no checkpoint but holds some; its newest is .*fin"
     ):
         resume_folder(configuration(tmp_path / "run"), str(finished_run()), print)
 

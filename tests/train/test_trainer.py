@@ -155,7 +155,7 @@ def test_numbers_that_are_not_finite_stop_the_run(tmp_path, capsys):
     assert error.startswith("step 2: loss ") and "gradient norm" in error
     assert "nan" in error or "inf" in error
     first = run / "step-00000001"
-    assert f"{first} holds the weights that led to them, and none is before it" in error
+    assert f"{first} holds the weights that led to them, and there is no earlier one" in error
     assert "lower training.learning_rate" in error and "Traceback" not in error
     verify(first)
 
