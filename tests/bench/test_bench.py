@@ -170,7 +170,7 @@ def test_a_file_alone_is_cut_down_to_512_tokens_a_step() -> None:
     assert (config.training.micro_batch, config.context_length) == (4, 128)
 
 
-def test_sizes_that_were_asked_for_are_kept() -> None:
+def test_requested_sizes_are_kept() -> None:
     config = resolved("--set", "training.batch_size=4", "--set", "data.context_length=1024")
     assert (config.training.micro_batch, config.context_length) == (4, 1024)
     config = resolved("--batch", "3", "--context", "700", "--dtype", "bfloat16")
@@ -194,7 +194,7 @@ def test_a_user_mistake_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixtur
     assert "--steps: got '0', must be 1 or more" in capsys.readouterr().err
 
 
-def test_the_peer_is_told_hugging_face_names(spec: Spec) -> None:
+def test_the_peer_receives_hugging_face_names(spec: Spec) -> None:
     assert spec.model["num_key_value_heads"] == 2
     assert spec.model["num_hidden_layers"] == 2
     assert Spec.from_json(spec.to_json()) == spec

@@ -111,7 +111,7 @@ def test_the_peer_learns(tmp_path: Path, dtype: str) -> None:
     spec = dataclasses.replace(spec, dtype=dtype, training=fast)
     command_line = worker_command(sys.executable, "tinyllama.bench.worker_torch")
     for adapters in (None, lora):
-        told = dataclasses.replace(spec, lora=adapters)
-        worker = race({"peer": command_line}, {"peer": told}, 4)[0]
+        peer_spec = dataclasses.replace(spec, lora=adapters)
+        worker = race({"peer": command_line}, {"peer": peer_spec}, 4)[0]
         assert worker.answers[-1].loss < worker.answers[0].loss - 0.01
     assert worker.ready["trainable"] == 2 * 4 * (64 + 32 + 96 + 64)

@@ -103,7 +103,7 @@ def test_defaults_of_the_model_are_announced_with_what_to_set(tmp_path, capsys, 
     def planned(config, force):
         raise ConfigError("planned")
 
-    monkeypatch.setattr("tinyllama.train.micro_batch.fit", planned)
+    monkeypatch.setattr("tinyllama.train.micro_batch.plan_run", planned)
     file = tmp_path / "bare.toml"
     text = f"[data]\ntrain_path = {TRAIN_FILES!r}\n[checkpointing]\ncheckpoint_dir = 'none'\n"
     file.write_text(text)

@@ -1,4 +1,4 @@
-"""What is read of files, folders and globs, how it is cut, and what is said where it cannot be."""
+"""What is read of files, folders and globs, how it is cut, and the messages where it cannot be."""
 
 import json
 import shutil
@@ -125,7 +125,7 @@ def test_empty_rows_and_empty_files_of_a_folder_are_left_out_and_counted(
         ("a.jsonl", '{"messages": []}', "prompt/completion and messages rows are not supported"),
     ],
 )
-def test_what_cannot_be_read_is_said_with_its_place(
+def test_what_cannot_be_read_is_named_with_its_place(
     tokenizer: Tokenizer, name: str, data: str | bytes | list[str], message: str
 ) -> None:
     write(name, data)
@@ -143,7 +143,7 @@ def test_a_row_without_text_of_other_kinds_has_no_hint(tokenizer: Tokenizer) -> 
     assert str(error.value) == "a.jsonl, line 1: no \"text\"; keys found: 'id'"
 
 
-def test_everything_that_cannot_be_found_is_said_at_once(tokenizer: Tokenizer) -> None:
+def test_everything_that_cannot_be_found_is_reported_at_once(tokenizer: Tokenizer) -> None:
     write("empty.txt", "")
     write("folder/other.md", "x")
     write("both/train.jsonl", ["x"])

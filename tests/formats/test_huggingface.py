@@ -126,7 +126,7 @@ def test_tensor_larger_than_a_shard_has_its_own(tmp_path):
     open_folder(tmp_path)
 
 
-def test_each_lazy_source_is_asked_once_and_any_float_is_accepted(tmp_path):
+def test_each_lazy_source_is_loaded_once_and_any_float_is_accepted(tmp_path):
     tensors = random_tensors(TIED)
     asked = []
 
@@ -247,7 +247,7 @@ def test_what_cannot_be_computed_is_refused_by_name(changes, message):
         config_from_hf(LLAMA2 | changes, "there/config.json")
 
 
-def test_every_problem_of_a_config_is_told_at_once():
+def test_every_problem_of_a_config_is_reported_at_once():
     with pytest.raises(ConfigError) as error:
         config_from_hf({"model_type": "llama", "mlp_bias": True, "vocab_size": 5}, "c")
     assert len(str(error.value).split("\n")) == 5

@@ -172,7 +172,7 @@ def test_a_gpu_that_is_absent_is_not_replaced_by_the_processor(monkeypatch):
     assert device.select({}).device == "CPU"
 
 
-def test_with_nothing_asked_for_and_nothing_there_the_compiler_is_what_is_missing(monkeypatch):
+def test_without_any_device_the_missing_compiler_is_named(monkeypatch):
     def refuse(target, reason):
         raise DeviceError(f"no {target} here")
 
@@ -182,7 +182,7 @@ def test_with_nothing_asked_for_and_nothing_there_the_compiler_is_what_is_missin
     assert str(refused.value) == f"CPU: no CPU here; to use it, install {device.INSTALL['CPU']}"
 
 
-def test_a_wrong_number_of_threads_is_told_before_a_device_is_opened(monkeypatch):
+def test_a_wrong_number_of_threads_is_refused_before_a_device_is_opened(monkeypatch):
     monkeypatch.setattr(device, "_open", lambda *_: pytest.fail("opened"))
     with pytest.raises(DeviceError, match="NUM_CPU_THREADS: got 'x', must be an integer of 1 or"):
         device.select({"NUM_CPU_THREADS": "x"})
@@ -269,7 +269,7 @@ def test_the_backends_command_lists_what_answers_and_what_others_need():
 
 
 @pytest.mark.parametrize("way", ["--threads", "NUM_CPU_THREADS"])
-def test_the_number_of_threads_is_said_and_used(tmp_path, way):
+def test_the_number_of_threads_is_printed_and_used(tmp_path, way):
     code = f"""
 import sys
 from tinyllama.system import device

@@ -101,7 +101,7 @@ def test_folders_are_whole_or_absent_without_locks(
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "a"]
 
 
-def test_nothing_is_said_where_nothing_is_lacking() -> None:
+def test_nothing_is_printed_where_nothing_is_lacking() -> None:
     if sys.platform != "linux":
         pytest.skip("Linux has everything")
     assert lacking.notice() is None

@@ -190,7 +190,7 @@ def test_a_file_that_is_written_is_locked_too(
 def test_a_partial_that_is_cleaned_away_before_it_is_locked_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By somebody who looked between its creation and its lock."""
+    """By a process that looked between its creation and its lock."""
     lock, removed = partials.lock, []
 
     def late(path: Path) -> int | None:
@@ -217,6 +217,18 @@ def test_discarding_is_locked_and_a_kill_within_leaves_a_partial(
     assert seen == [[]] and partial.startswith(f".step-1.partial-{os.getpid()}-")
     assert remove_partials(tmp_path) == [tmp_path / partial]
     assert contents(tmp_path) == []
+
+
+def test_what_another_user_left_is_left_to_that_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    partial = left_behind(tmp_path, name(dead_process_id()))
+    monkeypatch.setattr(partials, "_delete", denied)
+    assert remove_partials(tmp_path) == []
+    assert partial.is_dir()
 
 
 def test_discarding_a_link_leaves_its_target(tmp_path: Path) -> None:

@@ -65,7 +65,9 @@ def test_asking_for_permission_twice_gives_the_same_answer() -> None:
     assert processor.amx_permitted.__wrapped__() == processor.amx_permitted.__wrapped__()
 
 
-def test_a_denied_permission_is_said_and_the_vector_instructions_are_used(machine: Machine) -> None:
+def test_a_denied_permission_is_reported_and_vector_instructions_are_used(
+    machine: Machine,
+) -> None:
     machine(AMX, permitted=False)
     said = device._describe("CPU", None)
     assert said.endswith(" threads, AVX-512-BF16, AMX is not permitted by the system")

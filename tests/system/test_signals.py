@@ -78,7 +78,7 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_before_training_begins_ends_the_run_in_a_word(tmp_path, number):
+def test_a_signal_before_training_begins_ends_the_run_with_one_line(tmp_path, number):
     """Making a tokenizer of so much text takes seconds, and the signal comes before that ends."""
     run = tmp_path / "run"
     text = f"data.train_path={sysconfig.get_path('stdlib')}/*.py"
@@ -138,7 +138,7 @@ def test_a_signal_that_comes_twice_at_once_is_one():
         assert stopping()
 
 
-def test_a_second_signal_tells_what_is_saved(tmp_path, monkeypatch):
+def test_a_second_signal_reports_what_is_saved(tmp_path, monkeypatch):
     monkeypatch.setattr("tinyllama.system.signals.REPEAT_SECONDS", 0)
     run = trainer(configuration(tmp_path / "run"))
     monkeypatch.setattr(run, "_one_step", lambda *_: os.kill(os.getpid(), signal.SIGINT))
@@ -175,7 +175,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 @pytest.mark.parametrize("command", ["train", "generate", "evaluate", "bench"])
 @pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
 @pytest.mark.parametrize("name", ["tinygrad", "numpy"])
-def test_a_signal_during_imports_ends_in_a_word(tmp_path, command, number, name):
+def test_a_signal_during_imports_ends_with_one_line(tmp_path, command, number, name):
     """Python imports sitecustomize first, and that sends the signal when an import begins."""
     (tmp_path / "sitecustomize.py").write_text(INTERRUPTS.format(name=name, number=number))
     path = os.pathsep.join([str(tmp_path), environment()["PYTHONPATH"]])

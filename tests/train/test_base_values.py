@@ -87,7 +87,7 @@ def test_one_line_says_each_overridden_value_with_both_before_anything_is_planne
         assert "instead of 10000.0" in capsys.readouterr().err
         raise ConfigError("planned")
 
-    monkeypatch.setattr("tinyllama.train.micro_batch.fit", planning)
+    monkeypatch.setattr("tinyllama.train.micro_batch.plan_run", planning)
     (tmp_path / "run.toml").write_text(with_base(config).to_toml())
     assert cli("train", tmp_path / "run.toml", "--quiet") == 2
     assert capsys.readouterr().err == "planned\n"

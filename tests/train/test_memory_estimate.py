@@ -33,7 +33,7 @@ from tinyllama.runtime.cpu import cpu_device
 from tinyllama.system import memory
 from tinyllama.train.gradients import StagedLoss
 from tinyllama.train.memory_estimate import estimate_memory
-from tinyllama.train.micro_batch import fit, largest_micro_batch, verdict
+from tinyllama.train.micro_batch import largest_micro_batch, plan_run, verdict
 from tinyllama.train.optimizer import AdamW
 from tinyllama.train.step import TrainStep
 
@@ -274,16 +274,18 @@ def test_a_run_that_cannot_fit_is_refused(monkeypatch, same_runtime):
     asked = config(batch_size=1)
     total = estimate_memory(asked).total
     monkeypatch.setattr(memory, "free_bytes", lambda: total)
-    assert fit(asked).report.endswith(f"fits: {total / 1e9:.2f} GB of {total / 1e9:.2f} GB free")
+    assert plan_run(asked).report.endswith(
+        f"fits: {total / 1e9:.2f} GB of {total / 1e9:.2f} GB free"
+    )
     monkeypatch.setattr(memory, "free_bytes", lambda: 100_000_000)
     with pytest.raises(ConfigError) as refused:
-        fit(asked)
+        plan_run(asked)
     needs = f"does not fit: needs {total / 1e9:.2f} GB, and CPU has 0.10 GB free; "
     assert f"{needs}not even a micro-batch of 1 does" in str(refused.value)
     assert str(refused.value).splitlines()[-1].endswith("or try it nevertheless with --force")
-    assert fit(asked, force=True).report.endswith("not even a micro-batch of 1 does")
+    assert plan_run(asked, force=True).report.endswith("not even a micro-batch of 1 does")
     monkeypatch.setattr(memory, "free_bytes", lambda: None)
-    assert fit(asked).report.endswith("the memory of CPU is not known")
+    assert plan_run(asked).report.endswith("the memory of CPU is not known")
 
 
 def test_a_micro_batch_that_fits_is_chosen_where_none_is_set(monkeypatch, same_runtime):
@@ -292,15 +294,15 @@ def test_a_micro_batch_that_fits_is_chosen_where_none_is_set(monkeypatch, same_r
     whole, few, half = (estimate_memory(replace(asked, training=t)).total for t in sizes)
     assert few < half < whole
     monkeypatch.setattr(memory, "free_bytes", lambda: half - 1)
-    found = fit(asked)
+    found = plan_run(asked)
     assert (found.config.training, found.step.micro_batches) == (sizes[1], 4)
     assert found.report.endswith("free; training.micro_batch_size is not set: 16 of 64 at a time")
     monkeypatch.setattr(memory, "free_bytes", lambda: whole)
-    assert fit(asked).config == asked
+    assert plan_run(asked).config == asked
     # One that is set is not changed.
     monkeypatch.setattr(memory, "free_bytes", lambda: half - 1)
     with pytest.raises(ConfigError, match="the largest micro-batch that does is 16"):
-        fit(replace(asked, training=sizes[2]))
+        plan_run(replace(asked, training=sizes[2]))
 
 
 @pytest.mark.parametrize(
@@ -326,7 +328,7 @@ def test_what_never_fits_is_refused_without_planning(monkeypatch, section, sizes
     asked = config(batch_size=1)
     changed = replace(asked, **{section: replace(getattr(asked, section), **sizes)})
     with pytest.raises(ConfigError, match=message):
-        fit(changed)
+        plan_run(changed)
 
 
 def test_only_parts_that_may_fit_are_planned(monkeypatch, same_runtime):
@@ -340,7 +342,7 @@ def test_only_parts_that_may_fit_are_planned(monkeypatch, same_runtime):
 
     monkeypatch.setattr("tinyllama.train.micro_batch.estimate_memory", noted)
     monkeypatch.setattr(memory, "free_bytes", lambda: limit)
-    assert fit(asked).config.training.micro_batch_size == 8
+    assert plan_run(asked).config.training.micro_batch_size == 8
     width = 2 * asked.context_length * asked.model.hidden_size
     assert max(planned) * width <= limit < 2**15 * width
 

@@ -64,7 +64,7 @@ def run(options: argparse.Namespace) -> int:
 
     config = load_config(options.config, options.set)
     choice = select_device(options.threads)
-    from tinyllama.train.micro_batch import fit
+    from tinyllama.train.micro_batch import plan_run
     from tinyllama.train.prepare import (
         check_files,
         check_fresh,
@@ -88,7 +88,7 @@ def run(options: argparse.Namespace) -> int:
     check_files(config)
     notices = [notice] if (notice := defaults_notice(config)) else []
     say(*notices)  # planning such a run takes a while
-    config, step, report = fit(with_base(config, to_stderr), force=options.force)
+    config, step, report = plan_run(with_base(config, to_stderr), force=options.force)
     say(report)
     trainer = Trainer(
         config, resume=resume, budget_seconds=options.budget, show=not options.quiet, planned=step

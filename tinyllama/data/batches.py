@@ -33,7 +33,7 @@ class Batch(NamedTuple):
 
 
 class Batches:
-    """Endless batches of (batch_size, context_length) windows, each window once an epoch.
+    """Endless batches of (batch_size, context_length) windows, each window once per epoch.
 
     The order depends on the seed and the epoch alone. Where an epoch does not fill its last batch,
     that is padded with rows without targets; the last window of the text is padded likewise.

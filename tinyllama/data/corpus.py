@@ -95,7 +95,7 @@ def prepare(
             try:
                 _build(folder, sources, tokenizer, workers, progress)
             except FileExistsError:
-                if _open(folder) is None:  # else another run has made it meanwhile
+                if _open(folder) is None:  # else another run made it meanwhile
                     raise
             dataset = _open(folder)
     except OSError as error:
@@ -108,7 +108,7 @@ def prepare(
 
 
 class _Meta(msgspec.Struct):
-    """What meta.json holds beside the tokens."""
+    """The contents of meta.json."""
 
     dtype: str
     n_tokens: int
@@ -153,8 +153,8 @@ class _Encoder:
 
 
 def _make_key(digests: Sequence[str], sources: Sequence[Source], tokenizer: Tokenizer) -> str:
-    """Of what decides the tokens: not names or dates, so a corpus that moves is not redone."""
-    # True and False, so that tokens made by earlier versions count.
+    """A digest of all that decides the tokens; not of names and dates, so that files can move."""
+    # True and False as in earlier versions, so that their tokens are still used.
     read_as = {"text": False, "jsonl": True}
     files = [
         (read_as.get(source.format, source.format), digest)
@@ -186,7 +186,7 @@ def _build(
 
 
 def _open(folder: Path) -> TokenDataset | None:
-    """The dataset in `folder`; None if there is none, or not the one that was written."""
+    """The dataset in `folder`; None if it is missing or damaged."""
     try:
         meta = msgspec.json.decode((folder / _META_FILE).read_bytes(), type=_Meta)
         size = (folder / _TOKENS_FILE).stat().st_size

@@ -39,7 +39,7 @@ _SETTLED_SECONDS = 2.0
 
 @dataclass(frozen=True)
 class Source:
-    """A file of text; `signature` is what changes when the file is touched."""
+    """A file of text; `signature` changes whenever the file is written."""
 
     path: Path
     size_bytes: int
@@ -171,7 +171,7 @@ def content_digests(sources: Iterable[Source], folder: Path) -> list[str]:
     memory = folder / _DIGESTS_FILE
     try:
         known = msgspec.json.decode(memory.read_bytes(), type=dict[str, tuple[list[int], str]])
-    except (FileNotFoundError, msgspec.DecodeError):  # it only saves time: begin anew
+    except (FileNotFoundError, msgspec.DecodeError):  # it only saves time: start over
         known = {}
     digests, is_new = [], False
     for source in sources:
@@ -201,7 +201,7 @@ def _hash_source(source: Source) -> str:
 
 
 def _is_settled(source: Source) -> bool:
-    """Whether the last write lies far enough back for the next to show in the dates."""
+    """Whether the last write is old enough that another one would change the dates."""
     *_, mtime_ns, ctime_ns = source.signature
     return time.time() - max(mtime_ns, ctime_ns) / 1e9 > _SETTLED_SECONDS
 
@@ -274,7 +274,7 @@ def _possible_ends(file: BinaryIO, source: Source) -> Iterator[int]:
 
 @contextmanager
 def _placed(source: Source) -> Iterator[None]:
-    """Put the file, and the line of a row, before what is wrong with its array or table."""
+    """Name the file, and the line, in errors about its array or table."""
     try:
         yield
     except json_array.ArrayError as error:

@@ -126,6 +126,8 @@ def _remove_abandoned(path: Path) -> bool:
             return False
         _delete(path)
         return True
+    except PermissionError:  # another user's: left to that user
+        return False
     finally:
         _close(handle)
 

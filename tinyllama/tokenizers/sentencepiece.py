@@ -27,10 +27,10 @@ from tinyllama.errors import TokenizerError, reason
 from tinyllama.system.files import atomic_write
 
 MODEL_FILE = "tokenizer.model"
-TRAINING = 1  # of train_tokenizer: another number where the same texts give another model
+TRAINING = 1  # version of train_tokenizer: changes when the same texts give a different model
 
 _SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
-# SentencePiece slows down and takes some 60 bytes a character on long texts: feed it less at once.
+# SentencePiece slows down and takes 60 bytes per character on long texts: they are cut.
 _LINES_CHARS = 4096
 _LONGEST_CHARS = 1 << 20
 # Appended protobuf fields are merged: this one sets normalizer_spec.add_dummy_prefix = false.
@@ -142,7 +142,7 @@ class Tokenizer:
 
     @cached_property
     def ids_version(self) -> int:
-        """Another number where long texts now have other ids than an earlier version gave them."""
+        """2 if an earlier version gave long texts different ids, else 1."""
         return 1 if not self._cuts_lines or self._joint == _JOINTS[0] else 2
 
     @cached_property
@@ -286,7 +286,7 @@ def train_tokenizer(
 
 
 def _load_processor(model: bytes, source: str) -> sentencepiece.SentencePieceProcessor:
-    """Raises TokenizerError if `model` is no SentencePiece model."""
+    """Raises TokenizerError if `model` is not a SentencePiece model."""
     processor = sentencepiece.SentencePieceProcessor()
     try:
         loaded = bool(model) and processor.load_from_serialized_proto(model)

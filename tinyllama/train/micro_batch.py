@@ -88,7 +88,7 @@ def verdict(config: Config, estimate: MemoryEstimate, limit_bytes: int | None) -
     return f"does not fit: needs {needed}, and {Device.DEFAULT} has {there} free; {most}"
 
 
-class Fit(NamedTuple):
+class PlannedRun(NamedTuple):
     """A run that fits its device: its configuration, the planned step, and a report in words."""
 
     config: Config
@@ -96,7 +96,7 @@ class Fit(NamedTuple):
     report: str
 
 
-def fit(config: Config, *, force: bool = False) -> Fit:
+def plan_run(config: Config, *, force: bool = False) -> PlannedRun:
     """Estimate a run; where no micro_batch_size is set, choose the largest that fits the device.
 
     Raises ConfigError if it cannot fit; with `force`, or where the device's memory is not known,
@@ -119,10 +119,10 @@ def fit(config: Config, *, force: bool = False) -> Fit:
         chosen = f"; training.micro_batch_size is not set: {part} of {t.batch_size} at a time"
     if limit is not None and estimate.total <= limit:
         room = f"fits: {gigabytes(estimate.total)} of {gigabytes(limit)} free{chosen}"
-        return Fit(config, step, f"{estimate.table()}\n{room}")
+        return PlannedRun(config, step, f"{estimate.table()}\n{room}")
     text = f"{estimate.table()}\n{verdict(config, estimate, limit)}"
     if limit is None or force:
-        return Fit(config, step, text)
+        return PlannedRun(config, step, text)
     raise ConfigError(
         f"{text}\nlower training.micro_batch_size or data.context_length, "
         "set training.checkpoint_activations = true, or try it nevertheless with --force"
