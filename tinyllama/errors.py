@@ -2,14 +2,14 @@
 
     TinyllamaError            the command line prints str(error) on one line and exits with 2
     |-- ConfigError           a configuration file, an override, a size that does not fit
-    |-- DeviceError           a device that is absent or cannot do what was asked
+    |-- DeviceError           a device that is absent or cannot do what is needed
     |-- DataError             text files: missing, empty, undecodable, too short
     |-- TokenizerError        a tokenizer file that is missing, damaged or of the wrong kind
     |-- CheckpointError       a checkpoint folder that is missing, incomplete or damaged
     |-- WeightsError          tensors that are missing, extra, misshapen or of an unknown type
     `-- TrainingError         a run that cannot go on, such as a loss that is no longer finite
 
-A message names the file (or the override), what was found and what is allowed.
+A message names the file (or the override), what it holds and what is allowed.
 """
 
 import errno
@@ -26,7 +26,7 @@ class ConfigError(TinyllamaError):
 
 
 class DeviceError(TinyllamaError):
-    """A device that is absent, or that cannot do what was asked of it."""
+    """A device that is absent, or that cannot do what is needed."""
 
 
 class DataError(TinyllamaError):
@@ -51,7 +51,7 @@ class TrainingError(TinyllamaError):
 
 @contextmanager
 def naming(what: str, kind: type[TinyllamaError] = TinyllamaError) -> Iterator[None]:
-    """Put `what` (an option) before the message of a mistake of that kind that is found within."""
+    """Put `what` (an option) before the message of an error of that kind raised in the block."""
     try:
         yield
     except kind as error:

@@ -35,10 +35,10 @@ LORA = "--set lora.rank=16 --set lora.alpha=32"
 
 
 def cases(bf16_products: bool) -> dict[str, str]:
-    """What `python -m tinyllama.bench` is given, by name.
+    """The arguments of `tinyllama bench` for each row of the table, by its name.
 
-    Without bfloat16 products in the processor, PyTorch's bfloat16 is some 25 times slower than its
-    float32: then the faster of its two is compared.
+    On a processor without bfloat16 products PyTorch's bfloat16 is some 25 times slower than its
+    float32; there its float32 is compared, which is the faster one.
     """
     theirs = "" if bf16_products else " --peer-dtype float32"
     note = "" if bf16_products else " (PyTorch float32)"
@@ -64,8 +64,8 @@ def cases(bf16_products: bool) -> dict[str, str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", default="", metavar="WORD", help="cases whose name has it")
-    parser.add_argument("--peer-python", help="interpreter that has PyTorch, transformers and peft")
+    parser.add_argument("--only", default="", metavar="WORD", help="only rows with that word")
+    parser.add_argument("--peer-python", help="Python with PyTorch, transformers, peft")
     parser.add_argument("--plot", action="store_true", help="measure nothing, draw again")
     options = parser.parse_args(arguments)
     instructions = device.instruction_set()
@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measured(words: str, peer_python: str | None) -> dict[str, Any]:
-    """What the benchmark prints for these words, and which command it was."""
+    """The benchmark's result for these arguments, with the command and the day."""
     command = ["python", "-m", "tinyllama.bench", *words.split(), "--json"]
     peer = ["--peer-python", peer_python] if peer_python and "--peer torch" in words else []
     done = subprocess.run(
@@ -160,7 +160,8 @@ def draw(results: Mapping[str, Mapping[str, Any]], out: Path) -> None:
     seconds = [r["step_seconds"] for r in contexts]
     per_token = [1e3 * s / t for s, t in zip(seconds, lengths, strict=True)]
     per_flop = [1e11 * s / r["run"]["model_flops"] for s, r in zip(seconds, contexts, strict=True)]
-    middle.plot(lengths, per_token, marker="o", color="#2f6f9f", label="milliseconds a token")
+    middle.plot(lengths, per_token, marker="o", color="#2f6f9f", label="milliseconds per token")
+
     middle.plot(lengths, per_flop, marker="s", color="#d1495b", label="seconds per 100 GFLOP")
     middle.set(title="h 256, one row: time", xlabel="context, tokens", ylim=(0, None))
     middle.legend(frameon=False)

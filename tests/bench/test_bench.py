@@ -205,7 +205,7 @@ def test_without_a_tokenizer_the_text_is_bytes_of_the_standard_library() -> None
     rows, name = text.batches(resolved(*SMALL_OPTIONS), 3, 2, 32)
     assert rows.shape == (3, 2, 33) and rows.dtype == np.int32
     assert bytes(rows[0, 0].astype(np.uint8)).isascii()
-    assert name == "source of Python's standard library, one id a byte"
+    assert name == "source of Python's standard library, one id per byte"
 
 
 def test_a_short_text_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,7 +237,7 @@ def test_our_worker_trains_and_reports(capsys: pytest.CaptureFixture[str]) -> No
     assert result["first_loss_seconds"] > result["second_step_seconds"]
     assert "peer" not in result and "ratio" not in result
     shown = report.text(result)
-    assert "2 x 32 tokens a step, float32" in shown
+    assert "2 x 32 tokens per step, float32" in shown
     assert result["machine"]["processor"] in shown
 
 

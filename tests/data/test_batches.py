@@ -182,8 +182,8 @@ def test_resuming_with_another_batch_size_goes_on_at_the_same_window(tokenizer: 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"seed": 4}, "batches.jsonl: cannot go on from the checkpoint: its seed is 4, here it is"),
-        ({"data": "other"}, "its text or its tokenizer is another one"),
+        ({"seed": 4}, "batches.jsonl: cannot continue from the checkpoint: its seed is 4, here"),
+        ({"data": "other"}, "it was trained on a different text or with a different tokenizer"),
         ({"context_length": 9}, "its context_length is 9, here it is 8"),
         ({"shuffle": False}, "its shuffle is False, here it is True"),
         ({"epoch": None}, "the checkpoint holds no position in the data"),

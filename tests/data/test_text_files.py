@@ -49,6 +49,19 @@ def test_a_large_vocabulary_takes_four_bytes(
     assert large.tolist() == small
 
 
+@pytest.mark.parametrize("train", ["train.txt", "train.jsonl"])
+@pytest.mark.parametrize("held_out", ["val.txt", "valid.jsonl", "validation.txt", "test.TXT"])
+def test_a_folder_with_held_out_text_beside_the_training_text_is_refused(train, held_out) -> None:
+    for name in (train, held_out):
+        write(f"both/{name}", LINE if name.lower().endswith("txt") else [LINE])
+    with pytest.raises(DataError) as caught:
+        files.find_sources("both")
+    assert str(caught.value) == f"both: holds {train} and {held_out}: name the one to read"
+    write("alone/sub/val.txt", LINE)
+    write("alone/train.txt", LINE)
+    assert len(files.find_sources("alone")) == 2  # a folder below it is not looked into
+
+
 def test_folders_and_globs_are_read_by_name_and_each_file_once(tokenizer: Tokenizer) -> None:
     for name in ["d/b.txt", "d/a/z.JSONL", "d/x.py", "d/a/y.py", "d/skipped.md"]:
         write(name, [name] if name.endswith("JSONL") else name)
@@ -150,7 +163,7 @@ def test_everything_that_cannot_be_found_is_said_at_once(tokenizer: Tokenizer) -
 
 def test_nothing_but_empty_files_is_an_error(tokenizer: Tokenizer) -> None:
     write("d/a.txt", "")
-    with pytest.raises(DataError, match=r"^d: every file found is empty$"):
+    with pytest.raises(DataError, match=r"^d: all of its files are empty$"):
         load(tokenizer, "d")
     with pytest.raises(DataError, match="no files of text are named"):
         load(tokenizer)

@@ -272,7 +272,7 @@ DAMAGED = {
         file_bytes({"v": entry(), "w": entry(offsets=(4, 12))}, EIGHT * 2),
         "w: begins at byte .* [(]an overlap",
     ),
-    "too short": (file_bytes({"w": entry()}, EIGHT[:7]), r"its header says \d+ \(truncated\)"),
+    "too short": (file_bytes({"w": entry()}, EIGHT[:7]), r"its header describes \d+ \(truncated\)"),
     "too long": (file_bytes({"w": entry()}, EIGHT * 2), "bytes after the last tensor"),
 }
 

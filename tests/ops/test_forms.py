@@ -1,4 +1,4 @@
-"""The table of forms: which one computes, and that all of an operation have one signature."""
+"""The table of forms: which form runs, and that an operation's forms have one signature."""
 
 import importlib
 import inspect

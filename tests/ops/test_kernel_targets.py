@@ -1,4 +1,4 @@
-"""Every kernel of a training step compiles for every instruction set, also those not at hand.
+"""Every kernel of a training step compiles for every instruction set, also those not present here.
 
 What comes out is loaded the way tinygrad loads it, so that a call of a library function, which
 nothing would resolve, is an error. Nothing is run: the sanitized harnesses do that for the
@@ -18,7 +18,7 @@ from tinyllama.config import config_from_toml
 from tinyllama.runtime import kernel
 from tinyllama.train.memory_estimate import blank_step, estimate_memory
 
-# Architecture and processor as tinygrad has them, and an instruction that only this one has.
+# Architecture and processor by tinygrad's names, and an instruction that only this set has.
 TARGETS = {
     "AMX": ("x86_64", "sapphirerapids", "tdpbf16ps"),
     "AVX-512-BF16": ("x86_64", "cooperlake", "vdpbf16ps"),

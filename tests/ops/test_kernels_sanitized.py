@@ -1,4 +1,4 @@
-"""Every kernel harness in tests/kernels, built with the address and undefined behaviour sanitizers.
+"""Every kernel harness in tests/ops/kernels, built with the address and UB sanitizers.
 
 A harness is a C program that compares a kernel with a plain reference and exits 1 where they
 differ. It lists what to build in comment lines, `// variants: -DX=1 -DY=2; -DX=2`, one program for
@@ -17,7 +17,7 @@ import pytest
 
 KERNELS = Path(__file__).parent / "kernels"
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-# Undefined behaviour ends the program without a word: built in half the time.
+# Undefined behaviour ends the program without a message: this builds in half the time.
 SILENT = ["-fsanitize-trap=undefined"]
 NATIVE = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
 BUILD = ["clang", "-O0", "-fno-math-errno", "-Werror", "-Wno-psabi", NATIVE, *SANITIZE]
@@ -39,7 +39,7 @@ def every_build() -> list[tuple[str, str]]:
 
 
 def start(command: list[str]) -> subprocess.CompletedProcess[str]:
-    """Run a command. Kernels cannot allocate, so what a harness does not free is of no interest."""
+    """Run a command. Kernels cannot allocate, so leaks are those of the harness and ignored."""
     env = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
     return subprocess.run(
         command, capture_output=True, text=True, timeout=SECONDS, check=False, env=env
@@ -47,7 +47,7 @@ def start(command: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 def run(command: list[str]) -> None:
-    """Run a command that must succeed; its output is the reason where it does not."""
+    """Run a command that must succeed; its output is shown if it does not."""
     done = start(command)
     said = f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
     assert done.returncode == 0, f"{' '.join(command)}\n{said}"
@@ -80,7 +80,7 @@ def test_kernel_agrees_with_its_reference_and_stays_in_bounds(
     build = [*BUILD, *flags.split(), str(KERNELS / harness), "-o", str(program), "-lm"]
     run([*build, *SILENT])
     if start([str(program)]).returncode != 0:
-        run([*build, "-g"])  # says where
+        run([*build, "-g"])  # names the line
         run([str(program)])
         pytest.fail(f"{harness} {flags} failed, and did not when it was built to say where")
 

@@ -1,4 +1,4 @@
-"""The layout of the package: who may import whom, and who may know what."""
+"""The layers of the package: which imports are allowed, and who may use tinygrad's inside."""
 
 import ast
 import functools
@@ -34,19 +34,18 @@ LEVEL = {name: level for level, line in enumerate(LAYERS) for name in line.split
 # `python -m tinyllama.train` is a door to the command line, as are the files of the last layer.
 DOORS = ("train.__main__", "generate.__main__", "bench.__main__")
 
-# How tinygrad works inside is for runtime/ and ops/ to know: it changes with every version.
+# Only runtime/ and ops/ use tinygrad's inside, because it changes with every version.
 INTERNALS = ("codegen", "engine", "function", "renderer", "runtime", "schedule", "uop")
-# The number of threads is a limit that tinygrad keeps in its C renderer; drivers are asked through
-# its bindings.
+# tinygrad keeps the number of threads as a limit of its C renderer, and has bindings of drivers.
 MAY_KNOW = {
     ("system.device", "tinygrad.renderer.cstyle"),
     ("system.gpu_driver", "tinygrad.runtime.autogen"),
 }
-# Attributes by which a tensor, a captured step or a buffer shows how it works inside.
+# Attributes of tensors, captured steps and buffers that belong to tinygrad's inside.
 INSIDE = {"uop", "captured", "jit_cache", "lazydata", "_buf", "_bufs", "va_addr"}
 INSIDE |= {"custom_kernel", "linear_with_vars", "schedule_linear", "has_buffer_identity"}
-# An open device shows its allocator, compiler, runtime and graph. These ask it for its name and its
-# memory.
+# An open device gives access to its allocator, compiler, runtime and graph. These two files need
+# its name and its free memory.
 MAY_OPEN_DEVICES = ("system.device", "system.memory")
 ENVIRONMENT = {"environ", "environb", "getenv", "putenv", "unsetenv"}
 
@@ -173,7 +172,7 @@ def chains(module: str, tree: ast.Module) -> list[str]:
 
 
 def tinygrad_names(tree: ast.Module) -> set[str]:
-    """The names by which a file knows parts of tinygrad, and devices that it opened."""
+    """The names of what a file imports of tinygrad, and of the devices that it opens."""
     names: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):

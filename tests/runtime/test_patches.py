@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import importlib.metadata
 import inspect
 import json
 import subprocess
@@ -235,6 +236,19 @@ def test_the_version_is_checked_before_patches_are_installed(
     try:
         with pytest.raises(DeviceError, match=r"tinygrad 0\.13\.0 .* must be 0\.98\.0"):
             install.__wrapped__()
+    finally:
+        device.check_tinygrad.cache_clear()
+
+
+def test_a_missing_tinygrad_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    device.check_tinygrad.cache_clear()
+    try:
+        with pytest.raises(DeviceError, match=r"no tinygrad is installed, must be 0\.13\.0"):
+            device.select({"DEV": "CPU"})
     finally:
         device.check_tinygrad.cache_clear()
 

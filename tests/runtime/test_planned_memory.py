@@ -1,4 +1,4 @@
-"""The tensors of a step share memory: never two that live together, and hardly more than lives."""
+"""The tensors of a step share memory: no two that live at once, and with hardly any holes."""
 
 import itertools
 
@@ -45,7 +45,7 @@ def together(a, b):
 
 
 def alive_bytes(lives):
-    """The most that lives at one moment."""
+    """The largest sum of bytes alive at one moment."""
     moments = {life.first for life in lives}
     return max((sum(x.nbytes for x in lives if x.first <= m <= x.last) for m in moments), default=0)
 
@@ -73,7 +73,7 @@ def test_tensors_that_follow_each_other_take_the_memory_of_one():
     chain = [Life(n, n + 1, 1000 + n) for n in range(10)]
     assert placed(chain)[1] == 2 * 1024
     assert [len(group) for group in shared(chain)] == [5, 5]
-    # First come, first served leaves a hole of 1 beside 2, where 3 does not fit.
+    # In the order of their beginnings, the first would leave a hole too small for the third.
     assert placed([Life(0, 1, 256), Life(0, 3, 256), Life(2, 3, 512)])[1] == 768
 
 
@@ -96,16 +96,16 @@ def test_a_step_takes_hardly_more_than_lives_at_once(monkeypatch):
         return 0
 
     monkeypatch.setattr("tinyllama.runtime.plan.laid_out_bytes", laid_out_bytes)
-    asked = TrainingConfig(batch_size=1)
+    training = TrainingConfig(batch_size=1)
     data = DataConfig(context_length=512, val_path=None)
-    estimate_memory(Config(model=LlamaConfig.toy_124m(), training=asked, data=data))
+    estimate_memory(Config(model=LlamaConfig.toy_124m(), training=training, data=data))
     ((size, alive),) = found
     assert alive <= size < 1.02 * alive
 
 
 @pytest.mark.parametrize("slices", [True, False])
 def test_a_captured_step_computes_the_same_in_the_memory_that_it_shares(slices, monkeypatch):
-    """Also on devices that know only whole buffers, which the processor's here play."""
+    """Also on devices without slices, for which the CPU stands in here."""
     install()
     monkeypatch.setattr(layout, "_has_slices", lambda device: slices)
     rng = np.random.default_rng(2)

@@ -21,7 +21,7 @@ def tensor(*values, dtype=dtypes.float32):
 
 
 class Counted:
-    """A stage of 2 a + b that knows how often it was built."""
+    """A stage of 2 a + b that counts how often it is built."""
 
     def __init__(self):
         self.stage, self.builds = Stage(), 0
@@ -93,7 +93,7 @@ def test_the_same_tensor_twice_is_refused_at_every_call():
         piece(a, a)
 
 
-def test_what_is_no_whole_buffer_is_refused():
+def test_a_tensor_that_is_not_a_whole_buffer_is_refused():
     with pytest.raises(AssertionError, match="a stage works on whole buffers"):
         Counted()(tensor(1, 2) + 1, tensor(1, 2))
 
@@ -138,7 +138,7 @@ def test_what_a_computation_writes_can_be_read_instead_of_computed_again():
         assert out.tolist() == [[1, 16], [9, 64]]
 
 
-def test_what_is_passing_is_computed_again_for_the_gradient():
+def test_a_tensor_marked_as_recomputed_is_computed_again_for_the_gradient():
     x, w = tensor(1, 2, 3, 4).reshape(2, 2), tensor(1, 0, 0, 2).reshape(2, 2)
     kept = (x @ w).contiguous()
     out = (recomputed((kept * 2).contiguous()) * 3).contiguous()

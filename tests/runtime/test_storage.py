@@ -1,4 +1,4 @@
-"""The memory behind tensors: side by side in huge pages, given back, zero when it begins."""
+"""The memory of tensors: adjacent in huge pages, returned to the system, zero when new."""
 
 import errno
 import gc
@@ -49,7 +49,7 @@ def test_tensors_side_by_side_lie_in_few_pages():
     for tensor in some:
         read(tensor)[...] = 1
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-    # Each by itself would have a huge page and 256 small ones.
+    # Each tensor in a mapping of its own would take a huge page and 256 small ones.
     assert faults < 32 * 256 / 4
 
 
@@ -103,7 +103,7 @@ def test_nothing_is_written_before_touching_has_ended(monkeypatch):
     assert (read(tensor) == 1).all()
 
 
-def test_touching_ends_when_it_is_asked_to(monkeypatch):
+def test_touching_stops_when_a_tensor_is_needed(monkeypatch):
     monkeypatch.setattr(fills, "TOUCH_BYTES", 4096)
     zero_in_background(tensors(1, 2 << 30))  # takes seconds
     wait_for_fills()
@@ -112,7 +112,7 @@ def test_touching_ends_when_it_is_asked_to(monkeypatch):
     assert resident_bytes() - before < 1 << 30
 
 
-def test_memory_is_had_before_it_is_used():
+def test_pages_are_given_out_before_they_are_used():
     before = resident_bytes()
     zero_in_background(tensors(1, 64 << 20))
     wait_for_fills()
@@ -122,8 +122,8 @@ def test_memory_is_had_before_it_is_used():
     finish_background_writes()
 
 
-def test_weights_are_made_while_tinygrad_lets_nobody_ask_for_memory():
-    """It forbids that to every thread while it generates code on one."""
+def test_weights_are_made_while_tinygrad_allows_no_allocation():
+    """While it generates code on one thread it allows none on any."""
     ready = threading.Event()
     storage.fill_in_background(partial(ready.wait, 10), [])
     model = Llama(SQUARE, seed=None)

@@ -1,4 +1,4 @@
-"""A captured step by one native call a thread: the same numbers, in order, whatever waits."""
+"""A captured step by one native call per thread: the same numbers, in order, whatever waits."""
 
 import gc
 import subprocess
@@ -29,7 +29,7 @@ from tinyllama.train.step import TrainStep
 
 
 def graphs(jit):
-    """What runs the batches of a captured step."""
+    """The objects that run the batches of a captured step."""
     calls = [call.src[0] for call in jit.captured.linear.src]
     return [graph_cache[call] for call in calls if call.op is Ops.CUSTOM_FUNCTION]
 
@@ -75,7 +75,7 @@ def test_training_is_bit_equal_to_tinygrads_own_launches(monkeypatch, micro_batc
 
 
 def test_each_call_reads_its_own_inputs_in_the_order_of_the_calls():
-    """Nothing is waited for between calls that use the same graph and each other's results."""
+    """Calls of one graph that use each other's results follow without waiting in between."""
     total = vector(0.0, 0.0, 0.0)
     add = captured(lambda a, b: total.assign((total * 2).contiguous() + a * b).realize())
     expected = np.zeros(3)
@@ -169,7 +169,7 @@ def test_a_graph_over_two_devices_is_left_to_tinygrad():
 
 @pytest.mark.parametrize("threads", [1, 5])
 def test_any_number_of_threads_gives_the_same(threads):
-    """More threads than cores take turns: a part that nobody has begun is anybody's."""
+    """More threads than cores take turns: any thread runs a part that no other has begun."""
     script = """
 from tinyllama.system import device
 device.select()

@@ -47,8 +47,8 @@ def without_cards():
     ],
 )
 def test_each_variable_asks_for_a_device(environ, first, reason):
-    candidates, found = device.wanted(environ)
-    assert (candidates[0], found) == (first, reason)
+    candidates, why = device.requested(environ)
+    assert (candidates[0], why) == (first, reason)
     assert ("CPU" in candidates) == (environ in ({}, {"CPU": "1"}))
 
 
@@ -325,7 +325,7 @@ def test_memory_in_use_is_that_of_this_process():
 
 @pytest.mark.parametrize("kernels", ["1", "0"])
 def test_a_step_that_is_collected_on_a_kernel_thread_does_not_wait_for_itself(kernels):
-    """Neither ours (ops/launch.py) nor tinygrad's own, which runs without our kernels."""
+    """Neither ours (runtime/threads.py) nor tinygrad's own, which runs without our kernels."""
     script = """
 import gc, time, weakref
 from tinyllama.system import device

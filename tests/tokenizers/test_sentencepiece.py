@@ -255,3 +255,48 @@ def test_ids_and_texts_out_of_range_are_refused(trained: Tokenizer) -> None:
             trained.decode([piece])
     with pytest.raises(TokenizerError, match=r"U\+D800 at character 2, which UTF-8 cannot"):
         trained.encode("ab\ud800")
+
+
+# What spm_train does by default, and each half of it.
+DEFAULTS: dict[str, object] = {"normalization_rule_name": "nmt_nfkc"}
+LLAMAS: dict[str, object] = {
+    "normalization_rule_name": "identity",
+    "remove_extra_whitespaces": False,
+    "allow_whitespace_only_pieces": True,
+    "byte_fallback": True,
+}
+NORMALIZERS = {
+    "LLaMA's": LLAMAS,
+    "spm_train's": DEFAULTS,
+    "spaces merged": LLAMAS | {"remove_extra_whitespaces": True},
+    "line ends become spaces": LLAMAS | DEFAULTS,
+    "unigram": DEFAULTS | {"model_type": "unigram"},
+    "no space before a text": LLAMAS | DEFAULTS | {"add_dummy_prefix": False},
+    "spaces behind words": DEFAULTS | {"treat_whitespace_as_suffix": True},
+}
+
+
+@pytest.mark.parametrize("line_end", ["\n", "\n    ", "\n\n", "\r\n", " \n ", "\n\t"])
+@pytest.mark.parametrize("changes", NORMALIZERS.values(), ids=NORMALIZERS)
+def test_a_long_text_has_the_ids_of_sentencepiece_with_every_normalizer(
+    changes: dict[str, object], line_end: str
+) -> None:
+    """spm_train's own merges spaces and strips them: the words at a cut were glued together."""
+    model = make_model(vocab_size=300, hard_vocab_limit=False, **changes)
+    reference = sentencepiece.SentencePieceProcessor(model_proto=model)
+    words = "a few plain words, some of a line, as words are".split()
+    shuffled = random.Random(0)
+    lines = [" ".join(shuffled.choices(words, k=8)) for _ in range(400)]
+    text = line_end.join(lines)
+    assert len(text) > 3 * module._LINES_CHARS
+    assert Tokenizer(model).encode(text) == reference.encode(text)
+
+
+@pytest.mark.parametrize("name", ["LLaMA's", "spm_train's", "unigram"])
+def test_a_text_that_continues_after_a_line_end_has_the_ids_of_the_whole(name: str) -> None:
+    changes = {"vocab_size": 300, "hard_vocab_limit": False} | NORMALIZERS[name]
+    tokenizer = Tokenizer(make_model(**changes))
+    first, second = "a few plain\n", "words\nas few\n"
+    ids = tokenizer.encode(first) + tokenizer.encode(second, continued=True)
+    assert ids == tokenizer.encode(first + second)
+    assert tokenizer.ids_version == (1 if name == "LLaMA's" else 2)  # tokens kept on disk are old

@@ -96,7 +96,7 @@ def test_a_run_saves_adapters_alone_and_leaves_its_base_as_it_was(run):
     assert run.summary.startswith(f"{pairs * 4 * 64:,} adapter parameters on ")
     config = json.loads((run.final / "adapter_config.json").read_text())
     named = ("r", "lora_alpha", "lora_dropout", "target_modules", "base_model_name_or_path")
-    assert [config[key] for key in named] == [4, 8.0, 0.25, list(QV), str(run.base)]
+    assert [config[key] for key in named] == [4, 8.0, 0.25, list(QV), "../../base"]
     lines = [
         json.loads(x) for x in (run.folder / "run" / "metrics.jsonl").read_text().split("\n")[:-1]
     ]
@@ -123,6 +123,15 @@ def test_the_saved_adapter_loads_with_its_base_and_gives_the_logits_of_the_run(r
     assert AdapterFolder(run.final).config(BASE).placed == run.trainer.adapter.placed
 
 
+def test_a_project_that_is_moved_whole_keeps_its_adapters(run, tmp_path):
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(run.folder, moved)
+    assert AdapterFolder(moved / "run" / "final").base_folder() == (moved / "base").resolve()
+    tokens = Tensor(random_batch(BASE).tokens).realize()
+    found = load_model(moved / "run" / "final")(tokens).numpy()
+    assert (found == run.trainer.model(tokens).numpy()).all()
+
+
 def test_generate_takes_an_adapters_folder(run, capsys, monkeypatch):
     class Stub:
         """Generates nothing: what it is given is what matters here."""
@@ -140,7 +149,7 @@ def test_generate_takes_an_adapters_folder(run, capsys, monkeypatch):
 
 
 def test_evaluate_takes_an_adapters_folder_with_the_tokenizer_of_its_base(run, capsys, tmp_path):
-    theirs = tmp_path / "theirs"  # PEFT's folders have no tokenizer
+    theirs = run.folder / "run" / "theirs"  # PEFT's folders have no tokenizer
     shutil.copytree(run.final, theirs, ignore=shutil.ignore_patterns("tokenizer.model"))
     text = tmp_path / "held.txt"
     text.write_text(LINE * 20)

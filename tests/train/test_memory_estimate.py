@@ -23,6 +23,7 @@ from tinyllama.config import (
     Config,
     DataConfig,
     LlamaConfig,
+    LoraConfig,
     TrainingConfig,
 )
 from tinyllama.errors import ConfigError, TrainingError
@@ -63,8 +64,12 @@ def run_text(size, kind, folder, bases):
     model, batch, context = BATCHES[size]
     sizes = {k: v for k, v in model.__dict__.items() if v is not None}
     sizes["tie_word_embeddings"] = "false"
-    base = f'base = "{bases[size]}"' if kind != "full" else ""
-    tokenizer()
+    base = chosen = ""  # a base has its own tokenizer
+    if kind == "full":
+        tokenizer()
+        chosen = f'tokenizer = "{shared_folder() / "tokenizer.model"}"'
+    else:
+        base = f'base = "{bases[size]}"'
     return f"""
 [model]
 {base}
@@ -75,7 +80,7 @@ max_steps = 2
 checkpoint_activations = {"true" if "recomputed" in kind else "false"}
 [data]
 train_path = {json.dumps(TRAIN_FILES)}
-tokenizer = "{shared_folder() / "tokenizer.model"}"
+{chosen}
 context_length = {context}
 cache_dir = "{folder / "cache"}"
 [checkpointing]
@@ -215,6 +220,17 @@ def test_memory_grows_with_the_batch_by_activations_alone():
     assert two.activations == pytest.approx(2 * one.activations, rel=0.01)
     assert four.activations == pytest.approx(4 * one.activations, rel=0.01)
     assert one.gradients == four.gradients == one.weights
+
+
+def test_validation_is_planned_without_the_dropout_of_adapters():
+    """It runs without: what it adds is the same for every dropout."""
+
+    def added(dropout):
+        asked = replace(config(), lora=LoraConfig(rank=4, dropout=dropout))
+        validated = replace(asked, data=replace(asked.data, val_path="validation"))
+        return estimate_memory(validated).tensors - estimate_memory(asked).tensors
+
+    assert added(0.5) == added(0.0) > 0
 
 
 def test_the_portable_form_is_planned_too():

@@ -352,6 +352,14 @@ def edit_made_with(checkpoint, changes, dropped=()):
     write_manifest(checkpoint, {})
 
 
+def test_data_options_that_decide_what_is_learned_are_compared(tmp_path):
+    run = part_of(finished_run(), tmp_path / "run", step_name(4)) / step_name(4)
+    assert read_state(run)["made_with"]["data.train_on"] == "all"
+    edit_made_with(run, {"data.train_on": "last"})
+    says = differences(configuration(tmp_path / "other"), run)
+    assert says.endswith('never stopped: data.train_on is "all", was "last"')
+
+
 def test_parts_of_the_batch_that_differ_are_said_as_they_were(tmp_path):
     run = part_of(finished_run(), tmp_path / "run", step_name(4)) / step_name(4)
     says = differences(configuration(tmp_path / "other", "training.micro_batch_size=4"), run)
@@ -420,7 +428,7 @@ def test_resuming_where_nothing_was_saved_is_an_error(tmp_path):
     with pytest.raises(CheckpointError, match="--resume nope: no such folder"):
         resume_folder(configuration(tmp_path / "run"), "nope", print)
     with pytest.raises(
-        CheckpointError, match=r"holds checkpoints and is none; its newest is .*fin"
+        CheckpointError, match=r"is no checkpoint but holds some; its newest is .*fin"
     ):
         resume_folder(configuration(tmp_path / "run"), str(finished_run()), print)
 
@@ -463,5 +471,8 @@ def test_the_size_of_a_vocabulary_that_nobody_makes_is_not_compared(tmp_path):
 
 def test_a_checkpoint_of_another_text_is_refused(tmp_path):
     config = configuration(tmp_path / "run", f"data.train_path={TRAIN_FILES[2:]!r}")
-    with pytest.raises(DataError, match="cannot go on from the checkpoint: its text or"):
+    with pytest.raises(
+        DataError,
+        match="the checkpoint: it was trained on a different text or",
+    ):
         trainer(config, resume=finished_run() / "final")

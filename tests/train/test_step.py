@@ -198,7 +198,7 @@ def test_operations_executed_are_those_of_the_model():
     GlobalCounters.reset()
     run.train([random_batch(config, rows, length)])
     products = 4 * (4 + 3) * 256 * 256 + 256 * 256
-    # 6 a weight and token; attention 12 T h, of which causality needs half.
+    # 6 per weight and token; attention 12 T h, of which causality needs half.
     model = rows * length * (6 * products + 6 * 4 * 256 * length)
     assert 1.0 <= GlobalCounters.global_ops / model <= 1.10
 

@@ -155,7 +155,7 @@ def test_numbers_that_are_not_finite_stop_the_run(tmp_path, capsys):
     assert error.startswith("step 2: loss ") and "gradient norm" in error
     assert "nan" in error or "inf" in error
     first = run / "step-00000001"
-    assert f"{first} holds the weights that led to them, and none is before it" in error
+    assert f"{first} holds the weights that led to them, and there is no earlier one" in error
     assert "lower training.learning_rate" in error and "Traceback" not in error
     verify(first)
 
@@ -339,6 +339,26 @@ def test_sizes_that_a_run_does_not_reach_are_told(tmp_path):
     ]
     fitting = [f"training.batch_size={windows}", "lr_schedule.warmup_steps=3", sizes[2]]
     assert trainer(configuration(tmp_path / "run", *fitting)).notices() == []
+
+
+def test_text_that_is_trained_on_and_validated_on_is_noticed(tmp_path):
+    text, copy = tmp_path / "text.txt", tmp_path / "copy.txt"
+    text.write_text("def add(first, second):  # some code\n" * 200)
+    copy.write_bytes(text.read_bytes())
+    new = tmp_path / "new.txt"
+    new.write_text("def sub(first, second):  # other code\n" * 20)
+
+    def notices(*validated):
+        paths = [f"data.train_path={text}", f"data.val_path={[str(v) for v in validated]!r}"]
+        run = trainer(configuration(tmp_path / "run", *paths))
+        return [line for line in run.notices() if "validation" in line]
+
+    label, why = "data.val_path", "so its validation loss says nothing about new text"
+    (line,) = notices(text, new)
+    assert label in line and line.endswith(f": {text} is also trained on, {why}")
+    (line,) = notices(new, copy)
+    assert line.endswith(f": {copy} is also trained on (as {text}), {why}")
+    assert notices(new) == []
 
 
 def test_what_a_killed_run_left_is_settled_before_a_new_one(tmp_path):

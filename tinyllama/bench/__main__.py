@@ -2,7 +2,7 @@
 
 import sys
 
-if __name__ == "__main__":  # above what takes long to import: an interrupt then ends in a word
+if __name__ == "__main__":  # before the slow imports, so that an interrupt during them is one line
     from tinyllama.cli.app import program
 
     program(["bench", *sys.argv[1:]])
@@ -34,7 +34,7 @@ from tinyllama.errors import ConfigError, TinyllamaError
 from tinyllama.model.counts import model_flops
 from tinyllama.system import device
 
-# What a step holds where neither an option nor --set says: enough to keep every kernel busy.
+# Tokens per step if neither an option nor --set gives them: enough to keep every kernel busy.
 DEFAULT_TOKENS = 512
 
 
@@ -46,10 +46,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def resolve(options: argparse.Namespace) -> Config:
-    """The configuration with one micro-batch a step, of the size asked for. Raises ConfigError.
+    """The configuration with one micro-batch per step, of the requested size.
 
-    An option or a --set counts; what the file alone says is cut down to DEFAULT_TOKENS, since its
-    batches are meant for hours of training.
+    Sizes from an option or --set are used as they are; those of the file alone are reduced to
+    DEFAULT_TOKENS, since its batches are meant for hours of training. Raises ConfigError.
     """
     named = {override.partition("=")[0].strip() for override in options.set}
     config = load_config(options.config, options.set)
@@ -61,8 +61,8 @@ def resolve(options: argparse.Namespace) -> Config:
     if not options.context and "data.context_length" not in named:
         context = min(context, DEFAULT_TOKENS)
     batch = options.batch or config.training.micro_batch
-    asked = {"training.batch_size", "training.micro_batch_size"} & named
-    if not options.batch and not asked:
+    sizes = {"training.batch_size", "training.micro_batch_size"}
+    if not options.batch and not sizes & named:
         batch = max(1, min(batch, DEFAULT_TOKENS // context))
     if context > config.model.max_seq_len:
         raise ConfigError(
@@ -80,7 +80,7 @@ def resolve(options: argparse.Namespace) -> Config:
 
 
 def make_spec(config: Config, options: argparse.Namespace, data_file: Path) -> Spec:
-    """What the workers are told."""
+    """The benchmark as the workers receive it."""
     from tinygrad import Device
 
     model, lora = config.model, config.lora
@@ -115,9 +115,9 @@ def make_spec(config: Config, options: argparse.Namespace, data_file: Path) -> S
 
 
 def peer_spec(spec: Spec, config: Config, options: argparse.Namespace) -> Spec:
-    """What the peer is told: the same, in --peer-dtype; our LoRA's base is not packed.
+    """The same for the peer, with --peer-dtype; with --peer lora, the base is not packed.
 
-    Raises ConfigError where there is no QLoRA to compare with it.
+    Raises ConfigError if --peer lora has no QLoRA to compare with.
     """
     dtype = options.peer_dtype or spec.dtype
     if options.peer != "lora":
@@ -129,7 +129,7 @@ def peer_spec(spec: Spec, config: Config, options: argparse.Namespace) -> Spec:
 
 
 def measure(config: Config, options: argparse.Namespace) -> dict[str, Any]:
-    """Run the contenders; the result is what --json prints."""
+    """Run the contenders; returns the object that --json prints."""
     here = machine.describe(options.threads or device.threads())
     batch, context = config.training.micro_batch, config.context_length
     rows, data = text.batches(config, WARM_UP_STEPS + options.steps, batch, context)
@@ -153,7 +153,7 @@ def measure(config: Config, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _memory_ratio(ours: dict[str, Any], peer: dict[str, Any]) -> dict[str, float]:
-    """Our memory over the peer's, unless theirs is another device's."""
+    """Our memory divided by the peer's, if both used the same device."""
     if ours["device"] != peer["device"]:
         return {}
     return {"memory_ratio": ours["peak_memory_bytes"] / peer["peak_memory_bytes"]}
@@ -172,16 +172,16 @@ def _ops(config: Config, options: argparse.Namespace) -> int:
     python = options.peer_python or sys.executable
     has_torch = options.peer or options.peer_python or importlib.util.find_spec("torch")
     here = machine.describe(threads)
-    found = ops.measure(config, threads, python if has_torch else None)
+    results = ops.measure(config, threads, python if has_torch else None)
     if options.json:
-        print(json.dumps({"operations": found, "machine": here}))
+        print(json.dumps({"operations": results, "machine": here}))
     else:
-        print("\n".join([machine.line(here), machine.warning(here) or "", ops.text(found)]))
+        print("\n".join([machine.line(here), machine.warning(here) or "", ops.text(results)]))
     return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
+    """Run the command and return its exit code."""
     try:
         return run(parser().parse_args(arguments))
     except TinyllamaError as error:
@@ -190,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure what the options say; returns the exit code. Raises TinyllamaError."""
+    """Run the benchmark that the options describe; returns the exit code. Raises TinyllamaError."""
     device.select()
     config = resolve(options)
     if options.ops:

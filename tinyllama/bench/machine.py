@@ -1,4 +1,4 @@
-"""The machine and the libraries a figure was measured on."""
+"""The machine and the libraries that a figure was measured with."""
 
 import os
 import platform
@@ -8,7 +8,7 @@ from typing import Any
 from tinyllama.system import device, processor
 
 PACKAGES = ("tinygrad", "numpy")
-BUSY = 0.5  # processors that other programs may keep busy before a figure is in doubt
+BUSY = 0.5  # processors kept busy by other programs, above which a warning is printed
 
 
 def describe(threads: int) -> dict[str, Any]:
@@ -19,7 +19,7 @@ def describe(threads: int) -> dict[str, Any]:
         "instruction_set": device.instruction_set(),
         "system": f"{platform.system()} {platform.machine()}",
         "versions": {"python": platform.python_version(), **_versions()},
-        "load_average": os.getloadavg()[0],
+        "load_average": _load_average(),
     }
 
 
@@ -33,14 +33,22 @@ def line(machine: dict[str, Any]) -> str:
 
 
 def warning(machine: dict[str, Any]) -> str | None:
-    """What to say where other programs were running: threads that wait for each other suffer most,
-    so that even a ratio is not what it would be on a quiet machine."""
+    """A warning if other programs were running, else None. Threads that wait for each other suffer
+    most, so that even a ratio differs from that on an idle machine."""
     if machine["load_average"] <= BUSY:
         return None
     return (
         f"warning: the machine was busy (load {machine['load_average']:.1f} before the benchmark): "
-        "times and ratios are not those of a quiet one"
+        "times and ratios differ from those on an idle one"
     )
+
+
+def _load_average() -> float:
+    """Running processes, averaged over a minute; 0 where the system does not report it."""
+    try:
+        return os.getloadavg()[0]
+    except (AttributeError, OSError):  # Windows has none
+        return 0.0
 
 
 def _versions() -> dict[str, str]:

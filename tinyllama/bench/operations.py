@@ -15,7 +15,7 @@ SECONDS_EACH = 0.4
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """What to run: a kind, the sizes its kind needs, and what that costs."""
+    """An operation: its kind, the sizes that the kind needs, and its FLOPs."""
 
     kind: str
     sizes: dict[str, int]

@@ -19,7 +19,7 @@ Run = Callable[[], Any]
 
 
 def build(operation: Operation, dtype: Any) -> Run | None:
-    """A function that runs the operation once; None for one that PyTorch does not have."""
+    """A function that runs the operation once; None if PyTorch does not have it."""
     kind, _, part = operation.kind.partition(" ")
     if kind == "int4":
         return None

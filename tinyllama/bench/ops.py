@@ -41,7 +41,7 @@ COLUMNS = ("tinyllama", "numpy", "torch")
 
 
 def measure(config: Config, threads: int, torch_python: str | None) -> list[dict[str, Any]]:
-    """Seconds and GFLOPS of each operation, by contender; torch's with an interpreter that has it.
+    """Seconds and GFLOPS of each operation, by contender; PyTorch's if an interpreter is given.
 
     Raises TrainingError if that interpreter fails.
     """
@@ -60,9 +60,9 @@ def measure(config: Config, threads: int, torch_python: str | None) -> list[dict
             "flops": op.flops,
             "seconds": {name: column[i] for name, column in seconds.items()},
             "gflops": {
-                name: op.flops / found / 1e9
+                name: op.flops / time / 1e9
                 for name, column in seconds.items()
-                if (found := column[i])
+                if (time := column[i])
             },
         }
         for i, op in enumerate(every)
@@ -74,7 +74,7 @@ def operations(config: LlamaConfig, batch: int, context: int) -> list[Operation]
     tokens, hidden, vocab = batch * context, config.hidden_size, config.vocab_size
     inner, heads = config.intermediate_size, config.num_heads
     shapes = dict.fromkeys([*linear_shapes(config).values(), (vocab, hidden)])
-    found = [
+    every = [
         Operation(
             f"matmul {layout}", {"M": tokens, "N": rows, "K": columns}, 2 * tokens * rows * columns
         )
@@ -83,9 +83,9 @@ def operations(config: LlamaConfig, batch: int, context: int) -> list[Operation]
     ]
     sizes = {"B": batch, "T": context, "H": heads, "KV": config.kv_heads, "D": config.head_dim}
     pairs = 2 * config.head_dim * batch * heads * context * (context + 1)  # of query and key
-    found.append(Operation("attention forward", sizes, pairs))
-    found.append(Operation("attention both", sizes, 3 * pairs))
-    found.append(Operation("rope both", sizes, 6 * tokens * heads * config.head_dim))
+    every.append(Operation("attention forward", sizes, pairs))
+    every.append(Operation("attention both", sizes, 3 * pairs))
+    every.append(Operation("rope both", sizes, 6 * tokens * heads * config.head_dim))
     rows, columns = max(linear_shapes(config).values())
     packed = {
         "M": tokens,
@@ -93,14 +93,14 @@ def operations(config: LlamaConfig, batch: int, context: int) -> list[Operation]
         "K": columns,
         "BLOCK": math.gcd(QloraConfig().block_size, columns),
     }
-    found.append(Operation("int4 both", packed, 4 * tokens * rows * columns))
+    every.append(Operation("int4 both", packed, 4 * tokens * rows * columns))
     loss = {"N": tokens, "V": vocab, "H": hidden}
-    found.append(Operation("embedding both", loss, tokens * hidden))
-    found.append(Operation("cross_entropy both", loss, 6 * tokens * vocab * (hidden + 1)))
-    found.append(Operation("rms_norm both", {"N": tokens, "H": hidden}, 14 * tokens * hidden))
-    found.append(Operation("swiglu both", {"N": tokens, "I": inner}, 23 * tokens * inner))
-    found.append(Operation("adamw", {"N": inner, "H": hidden}, 12 * inner * hidden))
-    return found
+    every.append(Operation("embedding both", loss, tokens * hidden))
+    every.append(Operation("cross_entropy both", loss, 6 * tokens * vocab * (hidden + 1)))
+    every.append(Operation("rms_norm both", {"N": tokens, "H": hidden}, 14 * tokens * hidden))
+    every.append(Operation("swiglu both", {"N": tokens, "I": inner}, 23 * tokens * inner))
+    every.append(Operation("adamw", {"N": inner, "H": hidden}, 12 * inner * hidden))
+    return every
 
 
 def text(results: Sequence[dict[str, Any]]) -> str:
@@ -125,7 +125,7 @@ def ours(operation: Operation, dtype: DType) -> Run:
 
 
 def by_numpy(operation: Operation) -> Run | None:
-    """The same product in numpy, float32; None for what is no product."""
+    """The same product in numpy, float32; None for an operation that is not a product."""
     kind, _, layout = operation.kind.partition(" ")
     if kind != "matmul":
         return None
@@ -138,7 +138,7 @@ def by_numpy(operation: Operation) -> Run | None:
 def by_torch(
     python: str, every: Sequence[Operation], dtype: str, threads: int
 ) -> list[float | None]:
-    """Seconds of each operation in PyTorch, measured in another process; None where it has none."""
+    """Seconds of each operation in PyTorch, measured in another process; None if it lacks one."""
     request = {"operations": [dataclasses.asdict(op) for op in every]}
     done = subprocess.run(
         worker_command(python, "tinyllama.bench.operations_torch"),
@@ -150,15 +150,15 @@ def by_torch(
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise TrainingError(f"PyTorch's operations could not be timed by {python}: {last}")
-    found: list[float | None] = json.loads(done.stdout)
-    return found
+    seconds: list[float | None] = json.loads(done.stdout)
+    return seconds
 
 
 def _with_backward(function: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
     def both(upstream: Tensor, *tensors: Tensor) -> list[Tensor]:
         out = function(*tensors)[0]
-        asked = [t for t in tensors if dtypes.is_float(t.dtype)]
-        return [out, *out.gradient(*asked, gradient=upstream)]
+        differentiable = [t for t in tensors if dtypes.is_float(t.dtype)]
+        return [out, *out.gradient(*differentiable, gradient=upstream)]
 
     return both
 
@@ -246,7 +246,7 @@ def _random(dtype: DType, *shape: int) -> Tensor:
 
 
 def _tensor(array: np.ndarray, dtype: DType) -> Tensor:
-    """The array in a buffer of its own, narrowed here: clang 14 has no bfloat16 of its own."""
+    """The array in a buffer of its own, narrowed here: clang 14 has no bfloat16."""
     tensor = Tensor.empty(*array.shape, dtype=dtype)
     if dtype == dtypes.bfloat16:
         bits = array.astype(np.float32).view(np.uint32)

@@ -1,4 +1,4 @@
-"""The peer of a LoRA run: transformers' LlamaForCausalLM with peft's adapters, as people train it.
+"""The peer of a LoRA run: transformers' LlamaForCausalLM with peft's adapters, as commonly used.
 
 The base is random, since a weight's value does not change what a product costs. Below float32 it
 is held in the narrow type, which is what loading a checkpoint for fine-tuning does; peft keeps
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 
 class PeftLlama:
-    """The adapted model behind the same members as PeerLlama has."""
+    """The adapted model with the same members as PeerLlama."""
 
     beside = f", transformers {transformers.__version__}, peft {peft.__version__}"
 
@@ -31,7 +31,7 @@ class PeftLlama:
         torch.manual_seed(seed)
         config = transformers.LlamaConfig(**model, use_cache=False)
         base = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
-        wanted = peft.LoraConfig(
+        adapters = peft.LoraConfig(
             r=lora["rank"],
             lora_alpha=lora["alpha"],
             lora_dropout=lora["dropout"],
@@ -41,10 +41,10 @@ class PeftLlama:
         )
         if checkpoint_activations:
             base.gradient_checkpointing_enable({"use_reentrant": False})
-        self.model = peft.get_peft_model(base, wanted).train()
+        self.model = peft.get_peft_model(base, adapters).train()
 
     def to(self, device: str) -> Self:
-        """The same on a device of PyTorch's."""
+        """The same model on another PyTorch device."""
         self.model.to(device)
         return self
 

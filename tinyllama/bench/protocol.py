@@ -1,4 +1,4 @@
-"""What the benchmark and its worker processes say to each other: one JSON object a line.
+"""Messages between the benchmark and its worker processes: one JSON object per line.
 
     runner -> worker   the Spec                    worker -> runner   {"ready": {...}}
     runner -> worker   {"step": i}                 worker -> runner   {"loss", "seconds", ...}
@@ -26,12 +26,12 @@ from tinyllama.system.memory import resident_bytes
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """One benchmark, as every contender is told it."""
+    """One benchmark, as every contender receives it."""
 
     model: dict[str, Any]  # Hugging Face config names
     training: dict[str, Any]  # the [training] section
-    batch: int  # rows a step
-    context: int  # tokens a row
+    batch: int  # rows per step
+    context: int  # tokens per row
     dtype: str  # float32, bfloat16 or float16
     device: str  # ours, by tinygrad's name: CPU, CUDA, ...
     threads: int
@@ -50,12 +50,12 @@ class Spec:
 
 
 class Step(NamedTuple):
-    """What a contender says of one training step; None where it cannot know."""
+    """A contender's report of one training step; None for what it cannot measure."""
 
     loss: float
     kernels: int | None = None
     flops_executed: int | None = None
-    device_bytes: int | None = None  # memory held on a device that is not the processor
+    device_bytes: int | None = None  # memory in use on a device other than the processor
 
 
 class Contender(Protocol):
@@ -69,21 +69,21 @@ class Contender(Protocol):
 
 
 def serve(build: Callable[[Spec], Contender]) -> int:
-    """Be a worker: read a Spec, then steps, until the input ends. Returns the exit code."""
-    # Whatever else prints must not get between the JSON lines: it goes to standard error.
+    """Run a worker: read a Spec, then steps, until the input ends. Returns the exit code."""
+    # Other output must not mix with the JSON lines: it goes to standard error.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     try:
         spec = Spec.from_json(sys.stdin.readline())
         contender = build(spec)
-        _say(answers, {"ready": contender.describe()})
+        _send(answers, {"ready": contender.describe()})
         _answer_steps(contender, np.load(spec.data, mmap_mode="r"), answers)
     except TinyllamaError as error:
-        _say(answers, {"error": str(error)})
+        _send(answers, {"error": str(error)})
         return 2
     except Exception as error:
-        # The boundary of the process: the runner turns this into one line for the user.
-        _say(answers, {"error": f"{type(error).__name__}: {error}"})
+        # The process ends here: the runner turns this into one line for the user.
+        _send(answers, {"error": f"{type(error).__name__}: {error}"})
         raise
     return 0
 
@@ -96,9 +96,9 @@ def _answer_steps(contender: Contender, batches: NDArray[np.int32], answers: Tex
         seconds = time.perf_counter() - start
         answer = step._asdict()
         peak = answer.pop("device_bytes") or resident_bytes(peak=True)
-        _say(answers, {**answer, "seconds": seconds, "memory_peak_bytes": peak})
+        _send(answers, {**answer, "seconds": seconds, "memory_peak_bytes": peak})
 
 
-def _say(answers: TextIO, message: dict[str, Any]) -> None:
+def _send(answers: TextIO, message: dict[str, Any]) -> None:
     answers.write(json.dumps(message) + "\n")
     answers.flush()

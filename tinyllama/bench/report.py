@@ -9,15 +9,15 @@ MEGA, GIGA = 1e6, 1e9
 
 
 def text(result: dict[str, Any]) -> str:
-    """The machine, what was run, and a column for each contender."""
+    """The machine, the run, and a column for each contender."""
     run = result["run"]
     head = [
         machine.line(result["machine"]),
         f"device: {result['device']}, {result['device_name']}",
         f"{run['config']}: {result['parameters'] / MEGA:.1f} M parameters, "
-        f"{run['batch']} x {run['context']} tokens a step, {run['dtype']}",
+        f"{run['batch']} x {run['context']} tokens per step, {run['dtype']}",
         f"data: {result['data']}",
-        f"medians of {run['steps']} steps after {run['warm_up_steps']} to warm up, taken in turn",
+        f"medians of {run['steps']} steps after {run['warm_up_steps']} to warm up, in turn",
         "",
     ]
     columns = [result] + ([result["peer"]] if "peer" in result else [])
@@ -39,7 +39,7 @@ def _rows(columns: Sequence[dict[str, Any]]) -> list[list[str]]:
     return [
         ["device", *(c["device"] for c in columns)],
         row("tokens per second", "tokens_per_second", ",.1f"),
-        row("seconds a step", "step_seconds", ".4f"),
+        row("seconds per step", "step_seconds", ".4f"),
         row("  fastest", "step_seconds_min", ".4f"),
         row("  slowest", "step_seconds_max", ".4f"),
         row("seconds to the first loss", "first_loss_seconds", ".1f"),
@@ -47,7 +47,7 @@ def _rows(columns: Sequence[dict[str, Any]]) -> list[list[str]]:
         row("peak memory, GB", "peak_memory_bytes", ".3f", GIGA),
         row("GFLOPS by the model's formula", "flops_per_second", ".1f", GIGA),
         row("FLOPs executed / model's", "flops_ratio", ".3f"),
-        row("kernels a step", "kernels_per_step", ",.0f"),
+        row("kernels per step", "kernels_per_step", ",.0f"),
         row("first loss", "first_loss", ".4f"),
         row("last loss", "last_loss", ".4f"),
     ]

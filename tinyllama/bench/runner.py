@@ -1,7 +1,7 @@
-"""Steps the contenders A B A B … in one run and takes medians.
+"""Runs the contenders' steps in turn (A B A B ...) and takes medians.
 
-Interleaved, because a machine that others share drifts: each pair of steps saw the same weather,
-so the ratio is the median over pairs and not the ratio of medians.
+In turn, because the speed of a shared machine drifts: both steps of a pair ran under the same
+conditions, so the ratio is the median over pairs and not the ratio of medians.
 """
 
 import dataclasses
@@ -20,8 +20,8 @@ from tinyllama.bench.protocol import Spec
 from tinyllama.errors import TrainingError
 
 WARM_UP_STEPS = 2  # the first builds and compiles, the second captures the step's graph
-# The package's own __init__ is passed over, since an interpreter that has PyTorch may lack what it
-# imports; and our path goes last, so that such an interpreter keeps its own packages before ours.
+# The package's own __init__ is skipped, since an interpreter that has PyTorch may lack what it
+# imports. Our path goes last, so that such an interpreter prefers its own packages.
 BOOTSTRAP = """
 import runpy, sys, types
 package = types.ModuleType("tinyllama")
@@ -33,7 +33,7 @@ runpy.run_module({module!r}, None, "__main__")
 
 
 def worker_command(python: str, module: str) -> list[str]:
-    """The command that runs `module` of this very package in the interpreter `python`."""
+    """The command that runs `module` of this package in the interpreter `python`."""
     root = str(Path(__file__).resolve().parents[2])
     return [python, "-c", BOOTSTRAP.format(root=root, module=module)]
 
@@ -50,7 +50,7 @@ class Answer:
 
 
 class Worker:
-    """A contender in a process of its own. Raises TrainingError with its last words."""
+    """A contender in a process of its own. Raises TrainingError with the last line it printed."""
 
     def __init__(self, name: str, command: Sequence[str], spec: Spec) -> None:
         self.name = name
@@ -69,18 +69,18 @@ class Worker:
         except OSError as error:
             self.errors.close()
             raise TrainingError(f"{name}: cannot start {command[0]}: {error.strerror}") from error
-        self.ready: dict[str, Any] = self._ask(spec.to_json())["ready"]
+        self.ready: dict[str, Any] = self._request(spec.to_json())["ready"]
 
     def step(self, index: int) -> Answer:
         """Train on batch `index`."""
-        answer = Answer(**self._ask(json.dumps({"step": index})))
+        answer = Answer(**self._request(json.dumps({"step": index})))
         if not self.answers:
             self.first_loss_seconds = time.perf_counter() - self.started
         self.answers.append(answer)
         return answer
 
     def close(self) -> None:
-        """End the process: it stops when its input does."""
+        """End the process, which stops at the end of its input."""
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:
                 pipe.close()
@@ -102,7 +102,7 @@ class Worker:
     ) -> None:
         self.close()
 
-    def _ask(self, line: str) -> dict[str, Any]:
+    def _request(self, line: str) -> dict[str, Any]:
         assert self.process.stdin is not None and self.process.stdout is not None
         try:
             self.process.stdin.write(line + "\n")
@@ -111,18 +111,18 @@ class Worker:
         except BrokenPipeError:
             reply = ""
         if not reply:
-            raise self._failed(self._last_words())
+            raise self._failed(self._last_line())
         answer: dict[str, Any] = json.loads(reply)
         if "error" in answer:
             raise self._failed(answer["error"])
         return answer
 
-    def _failed(self, why: str) -> TrainingError:
+    def _failed(self, cause: str) -> TrainingError:
         self.process.kill()
         self.close()
-        return TrainingError(f"benchmark worker {self.name!r}: {why}")
+        return TrainingError(f"benchmark worker {self.name!r}: {cause}")
 
-    def _last_words(self) -> str:
+    def _last_line(self) -> str:
         code = self.process.wait()
         self.errors.seek(0)
         lines = self.errors.read().strip().splitlines()
@@ -179,7 +179,7 @@ def summarise(worker: Worker, spec: Spec, model_flops: int) -> dict[str, Any]:
 
 
 def speed_ratio(ours: Worker, peer: Worker) -> float:
-    """How many times faster ours is: the median over the pairs of neighbouring steps."""
+    """How many times as fast ours is: the median over pairs of neighbouring steps."""
     pairs = zip(ours.answers[WARM_UP_STEPS:], peer.answers[WARM_UP_STEPS:], strict=True)
     return statistics.median(theirs.seconds / own.seconds for own, theirs in pairs)
 

@@ -1,7 +1,7 @@
 """Real text for a benchmark: token rows that every contender trains on.
 
-The configured text and tokenizer if both are there; otherwise the source of Python's standard
-library, one id a byte, which needs neither a download nor a tokenizer.
+The configured text and tokenizer if both exist; otherwise the source of Python's standard
+library, one id per byte, which needs neither a download nor a tokenizer.
 """
 
 import sysconfig
@@ -18,22 +18,22 @@ Rows = NDArray[np.int32]
 
 
 def batches(config: Config, steps: int, batch: int, context: int) -> tuple[Rows, str]:
-    """Rows (steps, batch, context + 1) int32, and what they are, in words.
+    """Rows (steps, batch, context + 1) int32, and a description of them.
 
-    Raises DataError or TokenizerError if text or tokenizer were set and cannot be read.
+    Raises DataError or TokenizerError if a configured text or tokenizer cannot be read.
     """
     needed = steps * batch * (context + 1)
     if config.tokenizer_source != "train" and _has_text(config):
         tokens, name = _configured(config, needed)
     else:
         tokens = _library_bytes(needed) % config.model.vocab_size
-        name = "source of Python's standard library, one id a byte"
+        name = "source of Python's standard library, one id per byte"
     # A text shorter than the run is read again from its start.
     return np.resize(tokens, (steps, batch, context + 1)).astype(np.int32), name
 
 
 def _has_text(config: Config) -> bool:
-    """Whether to use data.train_path: it was set to something else than files that are not here."""
+    """Whether data.train_path names files that exist."""
     patterns = config.data.train_path
     paths = [patterns] if isinstance(patterns, str) else list(patterns)
     return any(Path(path).exists() for path in paths)

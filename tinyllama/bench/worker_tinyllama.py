@@ -1,7 +1,7 @@
-"""Our worker process: the trainer's own step, one a request.
+"""Our worker process: the trainer's own step, one per request.
 
-Weights are random, also those of a frozen base and, packed into 4 bits, of a QLoRA run's: their
-values do not change what a step costs.
+Weights are random, also those of a frozen base (packed into 4 bits for QLoRA): their values do
+not change what a step costs.
 """
 
 import sys
@@ -61,11 +61,11 @@ class OurContender:
         GlobalCounters.reset()
         self.done += 1
         result = self.train([batch], self.done, self.config.training.learning_rate)
-        held = None if self.choice.device == "CPU" else memory_in_use_bytes()
-        return Step(result.loss, self.kernels(), GlobalCounters.global_ops, held)
+        in_use = None if self.choice.device == "CPU" else memory_in_use_bytes()
+        return Step(result.loss, self.kernels(), GlobalCounters.global_ops, in_use)
 
     def kernels(self) -> int:
-        """Kernels one step launches; tinygrad's own counter takes a graph of many for one."""
+        """Kernels launched per step; tinygrad's own counter counts a graph of many as one."""
         from tinyllama.runtime.capture import kernel_count
 
         return kernel_count(self.train._whole)

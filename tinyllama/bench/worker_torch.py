@@ -1,8 +1,8 @@
-"""The peer's worker process: PyTorch trains the model on our device, one step a request.
+"""The peer's worker process: PyTorch trains the model on our device, one step per request.
 
 A whole model is trained in plain PyTorch (peer_torch.py). Adapters are trained by transformers and
 peft (peer_peft.py), or where these are not installed by the same formula in plain PyTorch, which is
-faster; `library` says which it was.
+faster; `library` names which.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from tinyllama.bench.peer_peft import PeftLlama
     from tinyllama.bench.peer_torch import PeerLlama
 
-# PyTorch's name of our device. It has no OpenCL, so there its processor's figures are compared.
+# PyTorch's name of our device. PyTorch has no OpenCL: its processor's figures are compared then.
 TORCH_DEVICE = {"CUDA": "cuda", "NV": "cuda", "AMD": "cuda", "METAL": "mps"}
 MISSING = "PyTorch is not installed here: pip install 'tinyllama-trainer[bench]', or --peer-python"
 
@@ -41,7 +41,7 @@ class TorchContender:
         self.torch, self.spec = torch, spec
         self.device = TORCH_DEVICE.get(spec.device, "cpu")
         self.peer = _model(spec).to(self.device)
-        torch.set_default_device(self.device)  # of the tables that the model makes on its way
+        torch.set_default_device(self.device)  # for the tables that the model computes
         self.loss = torch.compile(self.peer.loss) if spec.compile else self.peer.loss
         options = spec.training
         # As in our optimizer, norms do not decay.
@@ -53,7 +53,7 @@ class TorchContender:
             betas=(options["beta1"], options["beta2"]),
             eps=options["epsilon"],
             weight_decay=options["weight_decay"],
-            fused=True,  # of the three implementations the fastest
+            fused=True,  # the fastest of its three implementations
         )
         self.scaler = torch.amp.GradScaler(self.device, enabled=spec.dtype == "float16")
 

@@ -74,7 +74,7 @@ def exit_code(run: Callable[[], int | None], name: str) -> int:
         code, message = 2, str(error)
     except BrokenPipeError:
         _discard(sys.stdout)
-        return 128 + signal.SIGPIPE
+        return 141  # 128 + SIGPIPE, which Windows has not
     except OSError as error:
         code, message = 2, f"{error.filename or name}: {reason(error)}"
     except MemoryError as error:

@@ -2,14 +2,13 @@
 
     W' = W + sum over adapters of weight * scale * B A        (with unmerge: W - ...)
 
-Adapters of a QLoRA run belong to what the base is in 4 bits, so there W is that, dequantized
-(embedding and head rounded to bfloat16, as the run held them), and the merged model computes what
-the run saw; what the base loses by it is measured tensor by tensor. The original W, which the
-adapters were not trained on, can be asked for.
+Adapters of a QLoRA run were trained on the base in 4 bits. For them W is the dequantized weight
+(embedding and head rounded to bfloat16, as in the run), so that the merged model computes what the
+run computed; the difference to the base is measured per tensor. The original W can be chosen too.
 
-The copy has the base's files: the same shards, types (unless others are asked for), configuration
-and tokenizer. It appears whole or not at all, and never in the base's place. Arithmetic is float32;
-what is stored narrower is rounded once, to nearest.
+The copy has the base's shards, types (unless others are chosen), configuration and tokenizer. It
+appears complete or not at all, and never replaces the base. Arithmetic is float32; narrower types
+are rounded once, to nearest.
 """
 
 import json
@@ -56,7 +55,7 @@ from tinyllama.tokenizers.sentencepiece import MODEL_FILE, load_tokenizer
 Stored = Literal["keep", "fp32", "bf16", "fp16"]
 AS_TRAINED: Literal["as trained"] = "as trained"
 Packing = int | Literal["as trained"] | None
-# safetensors' and transformers' names of the types that can be asked for.
+# The names that transformers uses for the types that can be chosen.
 _TYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 # What is copied beside the weights: configuration, tokenizer, templates, licences.
 _COPIED = (".json", ".jinja", ".model", ".txt", ".md")
@@ -66,7 +65,7 @@ _LEFT = ("training_state.json", "manifest.json", INDEX)
 
 @dataclass(frozen=True)
 class Lost:
-    """How far a tensor of the base, or several, are from what they are in 4 bits: w - held."""
+    """The difference w - held between tensors of the base and their form in 4 bits."""
 
     name: str
     count: int
@@ -86,7 +85,7 @@ class Lost:
 
 
 def total_lost(parts: Sequence[Lost]) -> Lost:
-    """All of them together."""
+    """The sum of several."""
     return Lost(
         "total",
         sum(part.count for part in parts),
@@ -98,9 +97,10 @@ def total_lost(parts: Sequence[Lost]) -> Lost:
 
 @dataclass(frozen=True)
 class Merged:
-    """What a merge did: `changed` of `total` tensors, to `bytes` of weights.
+    """The result of a merge: `changed` of `total` tensors, `bytes` of weights.
 
-    block_size is that of the 4 bits the base was put through, or None; `lost` what that cost.
+    block_size is that of the 4 bits into which the base was packed, or None; `lost` is the
+    difference which that made, per tensor.
     """
 
     changed: int
@@ -112,7 +112,7 @@ class Merged:
 
 @dataclass(frozen=True)
 class _Part:
-    """One adapter on the base, and what its B A are multiplied by besides their scale."""
+    """One adapter, and the factor of its B A besides the scale."""
 
     folder: AdapterFolder
     config: AdapterConfig
@@ -130,11 +130,11 @@ def merge(
 ) -> Merged:
     """Write `base` with `adapters` (folder, weight) as the folder `out`, which must not exist.
 
-    `packing` is the block size of the 4 bits that the base is put through first: the one that the
+    `packing` is the block size with which the base is packed into 4 bits first: the one that the
     adapters were trained on, a number, or None for the base as it is.
-    `unmerge` takes them out of a base that they were merged into, and packs nothing; then only
-    shapes can say whether it is the right one. Raises ConfigError and WeightsError, and then leaves
-    no `out`.
+    `unmerge` subtracts adapters from a base that they were merged into; nothing is packed, and only
+    shapes can show whether it is the right base. Raises ConfigError and WeightsError, and then
+    leaves no `out`.
     """
     base, out = Path(base), Path(out)
     _refuse_place(base, out)
@@ -201,7 +201,7 @@ def _check_tokenizer(base: Path, parts: Sequence[_Part]) -> None:
 
 
 def _block_size(parts: Sequence[_Part], packing: Packing) -> int | None:
-    """The block size asked for, or the one that all adapters were trained on."""
+    """The chosen block size, or the one that all adapters were trained on."""
     if packing != AS_TRAINED:
         return packing
     found = {part.config.block_size for part in parts}
@@ -240,16 +240,16 @@ def _write_weights(reader: "_Reader", parts: Sequence[_Part], out: Path, dtype: 
 
 
 class _Reader:
-    """Reads the base, and lets the system have the pages of a tensor when the next is read."""
+    """Reads the base's tensors; the memory of one is released when the next is read."""
 
     def __init__(self, base: HfFolder, block_size: int | None) -> None:
-        """With a block_size, as a QLoRA run holds the base; `lost` grows with what is read."""
+        """With a block_size, tensors are as a QLoRA run holds them, and `lost` is noted."""
         self.base, self.block_size = base, block_size
         self.lost: list[Lost] = []
         self._held: str | None = None
 
     def load(self, name: str, parts: Sequence[_Part]) -> Array:
-        """A tensor, as it is stored or, where adapters change it, merged in float32."""
+        """A tensor: as it is stored, or merged in float32 where adapters change it."""
         if self._held is not None:
             self.base.forget(self._held)
         self._held = name
@@ -270,7 +270,7 @@ class _Reader:
         return merged
 
     def _in_4_bits(self, name: str, found: Weights) -> Weights:
-        """A matrix as a QLoRA run holds it, in float32; notes what it loses."""
+        """A matrix as a QLoRA run holds it, in float32; the difference is added to `lost`."""
         assert self.block_size is not None
         if name in (EMBEDDING, HEAD):
             held = np.empty_like(found)
@@ -290,7 +290,7 @@ class _Reader:
 
 
 def _copy_files(base: Path, out: Path, dtype: str | None) -> None:
-    """Everything that is neither weights nor the state of a run; config.json tells the type."""
+    """Copy all but weights and the state of a run; with `dtype`, config.json names it."""
     for path in sorted(base.iterdir()):
         copied = path.suffix in _COPIED or path.name.startswith(("LICENSE", "NOTICE"))
         if path.is_file() and copied and path.name not in _LEFT:

@@ -1,7 +1,7 @@
 """Tokens -> packed, masked, resumable batches.
 
     prepare      texts -> TokenDataset, see corpus.py
-    Batches      windows of it, shuffled anew each epoch, from a position that can be saved
+    Batches      windows of it, shuffled anew each epoch, with a position that can be saved
     sequential   the same windows in order, once, for evaluation
 
 Window w of T tokens holds tokens w*T to w*T+T-1; the target of each is the token behind it. The
@@ -23,7 +23,7 @@ Int32 = npt.NDArray[np.int32]
 
 
 class Batch(NamedTuple):
-    """`targets` is -1 where nothing is to be learnt: at a document's end, and in padding.
+    """`targets` is -1 where nothing is trained: at a document's end, and in padding.
     `starts` is the index in the row where the token's document begins: token t may attend to s
     with starts[t] <= s <= t."""
 
@@ -60,8 +60,8 @@ class Batches:
         self._shuffle = shuffle
         self.n_windows = dataset.window_count(context_length)
         self._order: npt.NDArray[np.int64] | None = None
-        self._window = 0  # how many windows of this epoch are done
-        self.epoch = 0  # of the next batch, from 0: how many epochs are done
+        self._window = 0  # windows of this epoch that are done
+        self.epoch = 0  # of the next batch, from 0: the epochs that are done
         self.steps_per_epoch = -(-self.n_windows // batch_size)
 
     def next(self) -> Batch:
@@ -80,18 +80,18 @@ class Batches:
         return {**self._identity(), "epoch": self.epoch, "window": self._window}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken; the batch size may differ, since windows are counted.
+        """Continue where `state` was taken; the batch size may differ, since windows are counted.
 
         Raises DataError, naming what differs, if the text, the tokenizer, the context length or
-        the shuffle is another one.
+        the shuffling differs.
         """
         for key, ours in self._identity().items():
             if key not in state or state[key] != ours:
-                was = f"{key} is {state.get(key)!r}, here it is {ours!r}"
-                if key == "data":  # a digest tells nobody anything
-                    was = "text or its tokenizer is another one"
+                difference = f"its {key} is {state.get(key)!r}, here it is {ours!r}"
+                if key == "data":  # a digest would not help the user
+                    difference = "it was trained on a different text or with a different tokenizer"
                 raise DataError(
-                    f"{self._dataset.name}: cannot go on from the checkpoint: its {was}"
+                    f"{self._dataset.name}: cannot continue from the checkpoint: {difference}"
                 )
         epoch, window = state.get("epoch"), state.get("window")
         if not isinstance(epoch, int) or not isinstance(window, int):
@@ -109,7 +109,7 @@ class Batches:
         }
 
     def _make_order(self) -> npt.NDArray[np.int64]:
-        """Windows in this epoch's order; 16 bytes a window. Sorted by the generator's raw bits:
+        """Windows in this epoch's order; 16 bytes per window. Sorted by the generator's raw bits:
         numpy promises those for all its versions, but not what permutation() makes of them."""
         if not self._shuffle:
             return np.arange(self.n_windows)
@@ -143,8 +143,8 @@ def _make_batch(
     itself alone."""
     rows = np.full((batch_size, context_length + 1), -1, np.int32)
     for row, begin in zip(rows, begins, strict=False):
-        found = dataset.tokens[begin : begin + context_length + 1]
-        row[: len(found)] = found
+        window = dataset.tokens[begin : begin + context_length + 1]
+        row[: len(window)] = window
     tokens, targets = rows[:, :-1].copy(), rows[:, 1:].copy()  # (B, T)
     is_padding = tokens < 0
     targets[is_padding | (tokens == dataset.eos_id)] = -1

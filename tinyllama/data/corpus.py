@@ -33,7 +33,6 @@ from tinyllama.system.files import atomic_directory, remove_partials
 from tinyllama.system.processes import ordered_map
 from tinyllama.tokenizers.sentencepiece import Tokenizer
 
-_FORMAT = 1  # of the folder, and of how texts become tokens: part of the key
 _TOKENS_FILE = "tokens.bin"
 _META_FILE = "meta.json"
 _SMALL_BYTES = 4 << 20  # tokenized sooner than processes start
@@ -77,7 +76,7 @@ def prepare(
 
     They are tokenized once: the folder's name is a digest of the texts and of the tokenizer, and
     it appears only when it is whole. The tokens do not depend on the number of `workers` (None:
-    one a processor, or none for a few MB), the memory does not depend on the size of the texts.
+    one per processor, or none for a few MB), the memory does not depend on the size of the texts.
     `progress` shows a bar. Raises DataError for texts that cannot be read, or a folder that
     cannot be written.
     """
@@ -161,7 +160,7 @@ def _make_key(digests: Sequence[str], sources: Sequence[Source], tokenizer: Toke
         (read_as.get(source.format, source.format), digest)
         for source, digest in zip(sources, digests, strict=True)
     ]
-    made_of = msgspec.json.encode([_FORMAT, tokenizer.fingerprint, files])
+    made_of = msgspec.json.encode([tokenizer.ids_version, tokenizer.fingerprint, files])
     return hashlib.sha256(made_of).hexdigest()[:32]
 
 

@@ -1,4 +1,4 @@
-"""Which format a file of text has, by what it holds, and by its suffix where that says too little.
+"""The format of a file of text: by its content, and by its suffix where that is not enough.
 
     text    one document, taken as it is
     jsonl   JSON Lines, a document per line (.jsonl, .ndjson, or lines that are JSON objects)
@@ -60,7 +60,7 @@ def detect(path: Path, head: bytes) -> Format:
         return "json"
     if suffix in (".json", ".jsonl", ".ndjson"):
         return "json" if _ARRAY.match(head) else "jsonl"
-    # A name that says nothing, such as rows.jsonl.txt.
+    # The suffix is of no help, as in rows.jsonl.txt.
     if _ARRAY_OF_OBJECTS.match(head):
         return "json"
     return "jsonl" if _has_rows(head) else "text"

@@ -32,7 +32,7 @@ from tinyllama.system.files import atomic_write, sha256_file
 CHUNK_BYTES = 1 << 20
 MAX_ROW_BYTES = 64 << 20  # a row is parsed whole, so it bounds the memory
 
-_VALIDATION = {"val.jsonl", "valid.jsonl", "validation.jsonl", "test.jsonl"}
+_VALIDATION = {"val", "valid", "validation", "test"}  # names without their suffix
 _DIGESTS_FILE = "digests.json"
 _SETTLED_SECONDS = 2.0
 
@@ -82,22 +82,22 @@ def find_sources(patterns: str | Sequence[str]) -> list[Source]:
     problems at once: nothing found, a file that is named and empty, only empty files, a format
     that is not read.
     """
-    found: dict[Path, Source] = {}
+    sources: dict[Path, Source] = {}
     problems = []
     names = [patterns] if isinstance(patterns, str) else patterns
     for pattern in names:
         try:
             for path in _expand(pattern):
-                found.setdefault(Path(os.path.realpath(path)), _look_at(path))
+                sources.setdefault(Path(os.path.realpath(path)), _look_at(path))
         except DataError as error:
             problems.append(str(error))
     if problems:
         raise DataError("\n".join(problems))
-    if not found:
+    if not sources:
         raise DataError("no files of text are named")
-    if not any(source.size_bytes for source in found.values()):
-        raise DataError(f"{', '.join(names)}: every file found is empty")
-    return list(found.values())
+    if not any(source.size_bytes for source in sources.values()):
+        raise DataError(f"{', '.join(names)}: all of its files are empty")
+    return list(sources.values())
 
 
 def cut(source: Source) -> Iterator[Chunk]:
@@ -234,9 +234,10 @@ def _walk(folder: Path) -> list[Path]:
     if not files:
         listed = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
         raise DataError(f"{folder}: the folder holds no {listed} file")
-    names = {path.name for path in files if path.parent == folder}
-    if "train.jsonl" in names and (held_out := sorted(names & _VALIDATION)):
-        raise DataError(f"{folder}: holds train.jsonl and {held_out[0]}: name the one to read")
+    names = {path.stem: path.name for path in files if path.parent == folder}
+    if "train" in names and (held_out := sorted(names.keys() & _VALIDATION)):
+        both = f"{names['train']} and {names[held_out[0]]}"
+        raise DataError(f"{folder}: holds {both}: name the one to read")
     return files
 
 

@@ -14,7 +14,7 @@ _STRING = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)  # the rest of on
 
 
 class ArrayError(ValueError):
-    """Not one JSON array; the message says why."""
+    """Not one JSON array; the message is the reason."""
 
 
 class _Scanner:

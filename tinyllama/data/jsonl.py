@@ -24,7 +24,7 @@ _DECODER = msgspec.json.Decoder(_Row)
 
 
 def parse_row(data: bytes) -> str:
-    """The row's "text". Raises DataError, which says what is wrong but not where."""
+    """The row's "text". Raises DataError, whose message has no place yet."""
     try:
         return _DECODER.decode(data).text
     except (msgspec.DecodeError, RecursionError):
@@ -32,8 +32,8 @@ def parse_row(data: bytes) -> str:
 
 
 def _parse_refused(data: bytes) -> str:
-    """A row that the quick decoder refused: to say why, or because Python's own writer puts NaN
-    into other fields, which JSON does not have."""
+    """A row that the fast decoder refused, for the message; or one that is read all the same, since
+    Python's own writer puts NaN into other fields, which JSON does not have."""
     try:
         row = json.loads(data)
     except json.JSONDecodeError as error:

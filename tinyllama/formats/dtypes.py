@@ -114,7 +114,7 @@ def convert(label: str, array: Array, target: str) -> NumpyArray:
         stored: NumpyArray = to_bfloat16(values)
         infinite = (stored & 0x7FFF) == 0x7F80
     else:
-        with np.errstate(over="ignore"):  # told below, with the value
+        with np.errstate(over="ignore"):  # raised below, with the value
             stored = values.astype(NUMPY[target])
         infinite = np.isinf(stored)
     if infinite.any() and (lost := infinite & np.isfinite(values)).any():

@@ -45,7 +45,7 @@ Shape = tuple[int, ...]
 
 
 def llama_shapes(config: LlamaConfig) -> dict[str, Shape]:
-    """Every parameter's name and shape, in the order of the data's way; weights are [out, in]."""
+    """Every parameter's name and shape, in the order of the forward pass; weights are [out, in]."""
     hidden = config.hidden_size
     shapes: dict[str, Shape] = {EMBEDDING: (config.vocab_size, hidden)}
     layer = _layer_shapes(config)
@@ -97,16 +97,16 @@ def weights_bytes(config: LlamaConfig, dtype: str) -> int:
 
 
 def check_names(
-    expected: Mapping[str, Shape], found: Mapping[str, tuple[str, Shape]], source: str
+    expected: Mapping[str, Shape], stored: Mapping[str, tuple[str, Shape]], source: str
 ) -> None:
     """Compare parameters with what a file holds, name by (type, shape).
 
     Raises WeightsError that names every tensor that is missing, extra, misshapen or not floating.
     """
-    problems = [f"{name}: missing" for name in expected if name not in found]
-    problems += [f"{name}: extra, no such parameter" for name in found if name not in expected]
-    for name in expected.keys() & found.keys():
-        dtype, shape = found[name]
+    problems = [f"{name}: missing" for name in expected if name not in stored]
+    problems += [f"{name}: extra, no such parameter" for name in stored if name not in expected]
+    for name in expected.keys() & stored.keys():
+        dtype, shape = stored[name]
         if shape != expected[name]:
             problems.append(f"{name}: shape {shape}, must be {expected[name]}")
         if dtype not in FLOATS:
@@ -129,7 +129,7 @@ _OPTIONAL = {
     "rms_norm_eps": ("rms_norm_eps", 1e-6),
     "tie_word_embeddings": ("tie_word_embeddings", False),
 }
-# Fields with one value that this package computes; an absent one has that value.
+# Fields of which this package supports one value; an absent one has that value.
 _ONLY = {
     "hidden_act": "silu",
     "attention_bias": False,
@@ -143,7 +143,7 @@ Ids = int | Sequence[int] | None
 
 
 def config_to_hf(config: LlamaConfig, bos_id: Ids, eos_id: Ids, dtype: str) -> dict[str, Any]:
-    """What config.json says of a model whose weights are stored as `dtype` ("float32", ...)."""
+    """The config.json of a model whose weights are stored as `dtype` ("float32", ...)."""
     ours = {key: getattr(config, field) for key, field in _REQUIRED.items()}
     ours |= {key: getattr(config, field) for key, (field, _) in _OPTIONAL.items()}
     return {
@@ -170,35 +170,35 @@ def config_to_hf(config: LlamaConfig, bos_id: Ids, eos_id: Ids, dtype: str) -> d
     }
 
 
-def config_from_hf(found: Mapping[str, Any], source: str) -> LlamaConfig:
+def config_from_hf(values: Mapping[str, Any], source: str) -> LlamaConfig:
     """The model that a parsed config.json describes; `source` is the file's name for messages.
 
-    Raises ConfigError with every problem, one a line.
+    Raises ConfigError with every problem, one per line.
     """
-    theta, problems = _rope_theta(found)
-    problems = [*_unsupported(found), *problems]
-    problems += [f"{key}: missing" for key in _REQUIRED if found.get(key) is None]
+    theta, problems = _rope_theta(values)
+    problems = [*_unsupported(values), *problems]
+    problems += [f"{key}: missing" for key in _REQUIRED if values.get(key) is None]
     if problems:
         raise ConfigError("\n".join(f"{source}: {problem}" for problem in problems))
-    fields = {field: found[key] for key, field in _REQUIRED.items()}
+    fields = {field: values[key] for key, field in _REQUIRED.items()}
     for key, (field, default) in _OPTIONAL.items():
-        fields[field] = default if found.get(key) is None else found[key]
+        fields[field] = default if values.get(key) is None else values[key]
     try:
         config = LlamaConfig(**fields, rope_theta=theta)
     except ConfigError as error:
         raise ConfigError(
             "\n".join(f"{source}: {line}" for line in str(error).split("\n"))
         ) from None
-    if found.get("head_dim") not in (None, config.head_dim):
+    if values.get("head_dim") not in (None, config.head_dim):
         raise ConfigError(
-            f"{source}: head_dim: got {found['head_dim']}, must be hidden_size / "
+            f"{source}: head_dim: got {values['head_dim']}, must be hidden_size / "
             f"num_attention_heads = {config.head_dim}"
         )
     return config
 
 
 def generation_config(bos_id: Ids, eos_id: Ids) -> dict[str, Any]:
-    """What generation_config.json says: where `generate` of transformers starts and stops."""
+    """generation_config.json: where `generate` of transformers starts and stops."""
     ids = {"bos_token_id": bos_id, "eos_token_id": eos_id}
     return {key: value for key, value in ids.items() if value is not None}
 
@@ -218,12 +218,12 @@ def tokenizer_config(max_seq_len: int) -> dict[str, Any]:
     }
 
 
-def special_ids(folder: Path, found: Mapping[str, Any]) -> tuple[int | None, tuple[int, ...]]:
+def special_ids(folder: Path, values: Mapping[str, Any]) -> tuple[int | None, tuple[int, ...]]:
     """(BOS id, stop ids) of a folder: generation_config.json's, else those of config.json."""
     path = folder / "generation_config.json"
     generation = read_json(path) if path.exists() else {}
     bos, eos = (
-        found.get(key) if generation.get(key) is None else generation[key]
+        values.get(key) if generation.get(key) is None else generation[key]
         for key in ("bos_token_id", "eos_token_id")
     )
     stops = eos if isinstance(eos, list) else [] if eos is None else [eos]
@@ -247,22 +247,22 @@ def read_json(path: Path, wrong: type[TinyllamaError] = ConfigError) -> dict[str
     return value
 
 
-def _unsupported(found: Mapping[str, Any]) -> Iterator[str]:
-    if found.get("model_type") != "llama":
-        yield f"model_type: got {found.get('model_type')!r}, must be 'llama'"
+def _unsupported(values: Mapping[str, Any]) -> Iterator[str]:
+    if values.get("model_type") != "llama":
+        yield f"model_type: got {values.get('model_type')!r}, must be 'llama'"
     for key, only in _ONLY.items():
-        value = found.get(key)
+        value = values.get(key)
         if value is not None and value != only:
             allowed = "absent" if only is None else repr(only)
             yield f"{key}: got {value!r}, must be {allowed}: nothing else can be computed here"
 
 
-def _rope_theta(found: Mapping[str, Any]) -> tuple[Any, list[str]]:
+def _rope_theta(values: Mapping[str, Any]) -> tuple[Any, list[str]]:
     """(base of the rotary frequencies, problems), from either form of the file."""
     problems: list[str] = []
-    thetas = {"rope_theta": found.get("rope_theta")}
+    thetas = {"rope_theta": values.get("rope_theta")}
     for key in ("rope_parameters", "rope_scaling"):
-        form = found.get(key) or {}
+        form = values.get(key) or {}
         kind = (
             form.get("rope_type", form.get("type", "default")) if isinstance(form, dict) else form
         )
@@ -290,15 +290,15 @@ _COMPUTED = ".rotary_emb.inv_freq"  # a table that old folders carry; it follows
 
 
 class HfFolder:
-    """A folder's model: its configuration and special tokens, and tensors read when asked for."""
+    """A folder's model: configuration, special tokens, and tensors that are read when used."""
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.path = Path(folder)
         if not self.path.is_dir():
             raise WeightsError(f"{self.path}: not a folder")
-        found = read_json(self.path / "config.json")
-        self.config = config_from_hf(found, str(self.path / "config.json"))
-        self.bos_id, self.eos_ids = special_ids(self.path, found)
+        values = read_json(self.path / "config.json")
+        self.config = config_from_hf(values, str(self.path / "config.json"))
+        self.bos_id, self.eos_ids = special_ids(self.path, values)
         self._files: dict[str, SafetensorsFile] = {}
         self._file_of = self._locate()
 
@@ -337,13 +337,13 @@ class HfFolder:
         self._open(name).forget(name)
 
     def check(self) -> None:
-        """Compare names, shapes and types with what the configuration asks for (WeightsError)."""
+        """Compare names, shapes and types with those of the configuration. Raises WeightsError."""
         # Some writers store the tied head a second time; it may go only if it is the same matrix.
         if self.config.tie_word_embeddings and {HEAD, EMBEDDING} <= self._file_of.keys():
             if np.array_equal(self.array(HEAD), self.array(EMBEDDING)):
                 del self._file_of[HEAD]
-        found = {name: (self.dtype(name), self.shape(name)) for name in self._file_of}
-        check_names(llama_shapes(self.config), found, str(self.path))
+        stored = {name: (self.dtype(name), self.shape(name)) for name in self._file_of}
+        check_names(llama_shapes(self.config), stored, str(self.path))
 
     def _locate(self) -> dict[str, str]:
         """Name of the file that holds each tensor."""
@@ -368,7 +368,7 @@ class HfFolder:
                 problems.append(f"{name}: not in {file}")
         if problems:
             raise WeightsError("\n".join(f"{path}: {problem}" for problem in problems))
-        # A shard may hold what the index forgot: kept, so that `check` can say it is extra.
+        # A shard may hold what the index forgot: kept, so that `check` reports it as extra.
         return {name: file for file, names in held.items() for name in names or ()} | index
 
     def _open(self, name: str) -> SafetensorsFile:
@@ -381,7 +381,7 @@ class HfFolder:
 
 
 def open_folder(folder: str | os.PathLike[str]) -> HfFolder:
-    """Open a folder whose tensors are exactly those that its config.json asks for.
+    """Open a folder whose tensors are exactly those that its config.json implies.
 
     Only headers are read. Raises ConfigError (config.json) and WeightsError.
     """
@@ -423,7 +423,7 @@ def save_folder(
     """Fill a folder that transformers loads; returns the digests of the files, for a manifest.
 
     `dtype` ("float32", "bfloat16", "float16") is what is stored, whatever floats the sources
-    give; each source is asked once, when its turn comes. `files` are the tokenizer's, by name; a
+    give; each source is loaded once, when its turn comes. `files` are the tokenizer's, by name; a
     tokenizer.model without tokenizer_config.json gets one. Not atomic by itself: hand it the
     folder of `save_checkpoint` or `atomic_directory`. Raises WeightsError, also where the folder
     holds weights already (stale shards would be loaded with the new ones), and OSError.
@@ -449,15 +449,15 @@ def _stored_as(
     stored: str, expected: Mapping[str, Shape], tensors: Mapping[str, Source], label: str
 ) -> dict[str, LazyArray]:
     """Sources with the type to store and the shape to find, in the order of the model."""
-    found: dict[str, tuple[str, Shape]] = {}
+    given: dict[str, tuple[str, Shape]] = {}
     for name, source in tensors.items():
         if isinstance(source, np.ndarray | RawArray):
-            found[name] = (dtype_name(name, source), tuple(source.shape))
+            given[name] = (dtype_name(name, source), tuple(source.shape))
         elif isinstance(source, LazyArray):
-            found[name] = (source.dtype, source.shape)
-        else:  # a callable is not asked yet: what it gives is checked when it is written
-            found[name] = (stored, expected.get(name, ()))
-    check_names(expected, found, label)
+            given[name] = (source.dtype, source.shape)
+        else:  # a callable is not called yet: its result is checked when it is written
+            given[name] = (stored, expected.get(name, ()))
+    check_names(expected, given, label)
     return {name: LazyArray(stored, expected[name], _loader(tensors[name])) for name in expected}
 
 

@@ -15,7 +15,7 @@ from tinyllama.errors import ConfigError, WeightsError
 from tinyllama.formats.huggingface import llama_shapes
 
 LARGEST_Q = 7
-# What a thread works on at once: its float64 copy stays in the processor's cache.
+# Elements that a thread handles at once: their float64 copy stays in the processor's cache.
 PART_ELEMENTS = 1 << 16
 
 Weights = npt.NDArray[np.float32]
@@ -34,19 +34,19 @@ def quantize_rows(weight: Weights, block_size: int) -> Packed:
 
 
 def as_packed(label: str, weight: Weights, block_size: int) -> Weights:
-    """What multiplying by a packed weight (rows, in) multiplies by: q scale, float32, exactly.
+    """The values of a weight (rows, in) after packing: q scale, float32, exact.
 
     Raises WeightsError, beginning with `label`, for a value that 4 bits cannot hold.
     """
-    held = np.empty(weight.shape, np.float32)
+    dequantized = np.empty(weight.shape, np.float32)
     for rows in row_parts(weight.shape):
         try:
             q, scales = _divided(weight[rows], block_size)
         except ValueError as error:
             raise WeightsError(f"{label}: {error}") from error
         values = q.astype(np.float32) * scales.astype(np.float32)[..., None]
-        held[rows] = values.reshape(-1, weight.shape[1])
-    return held
+        dequantized[rows] = values.reshape(-1, weight.shape[1])
+    return dequantized
 
 
 def check_block_size(config: LlamaConfig, block_size: int) -> None:

@@ -3,10 +3,9 @@
     base_model.model.PATH.lora_A.weight [r, in],  base_model.model.PATH.lora_B.weight [out, r]
     W + scale B A,  scale = alpha / r, or alpha / sqrt(r) with use_rslora
 
-What the first file may say is in peft_config.py. A folder written here also carries, in the second
-file's metadata, a fingerprint of its base, so that another base of the same sizes is told apart,
-and the block size of a base that was packed in 4 bits (QLoRA): the adapters belong to what that
-base is in 4 bits.
+A folder written here also carries, in the metadata of the second file: a fingerprint of its base,
+which distinguishes bases of equal sizes; a digest of the vocabulary it was trained with; and the
+block size of a base that was packed in 4 bits (QLoRA), since its adapters belong to that form.
 """
 
 import hashlib
@@ -16,7 +15,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,20 +41,20 @@ from tinyllama.formats.safetensors import (
 
 ADAPTER_CONFIG = "adapter_config.json"
 
-# Keys that are read here, or say nothing about what the adapter computes.
+# Keys that are read here, or do not change what the adapter computes.
 _KNOWN = {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "rank_pattern"}
 _KNOWN |= {"alpha_pattern", "layers_to_transform", "layers_pattern", "base_model_name_or_path"}
 _KNOWN |= {"task_type", "auto_mapping", "peft_version", "revision", "inference_mode"}
 _KNOWN |= {"megatron_core", "qalora_group_size", "loftq_config", "eva_config", "runtime_config"}
-# The one value of a key that can be computed; of every other key, an empty value.
+# The values of a key that are supported; of all other keys, only empty values are.
 _ONLY: dict[str, tuple[Any, ...]] = {"peft_type": ("LORA",), "bias": ("none", None)}
-# Ways to begin that leave the base as it is; pissa, olora, corda and loftq change it.
+# Initializations that leave the base as it is; pissa, olora, corda and loftq change it.
 _ONLY["init_lora_weights"] = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
 class Placement:
-    """What one layer gets: the rank of A and B, and the numerator of their scale."""
+    """The adapter of one layer: the rank of A and B, and the numerator of their scale."""
 
     rank: int
     alpha: float
@@ -79,7 +78,7 @@ class AdapterConfig:
     tokenizer_digest: str | None = None
 
     def scale(self, path: str) -> float:
-        """What B A of a layer is multiplied by."""
+        """The factor of B A in a layer."""
         place = self.placed[path]
         return place.alpha / (math.sqrt(place.rank) if self.use_rslora else place.rank)
 
@@ -92,7 +91,7 @@ class AdapterConfig:
 
 
 def placement(found: Mapping[str, Any], path: str) -> Placement:
-    """What a layer gets by the parsed file."""
+    """The adapter that the parsed file gives a layer."""
     rank = _of_pattern(found.get("rank_pattern"), path, found.get("r", 8))
     alpha = _of_pattern(found.get("alpha_pattern"), path, found.get("lora_alpha", 8))
     return Placement(int(rank), float(alpha))
@@ -111,7 +110,7 @@ def targets(found: Mapping[str, Any], path: str) -> bool:
 
 
 def to_peft(config: AdapterConfig, layers: Collection[str]) -> dict[str, Any]:
-    """adapter_config.json: the commonest rank and alpha, and patterns for other layers."""
+    """adapter_config.json: the most common rank and alpha, and patterns for other layers."""
     rank = Counter(place.rank for place in config.placed.values()).most_common(1)[0][0]
     alpha = Counter(place.alpha for place in config.placed.values()).most_common(1)[0][0]
     names = {path.rpartition(".")[2] for path in config.placed}
@@ -139,7 +138,7 @@ def to_peft(config: AdapterConfig, layers: Collection[str]) -> dict[str, Any]:
 
 
 def unsupported(found: Mapping[str, Any]) -> Iterator[str]:
-    """What the parsed file asks for that cannot be computed here, one problem each."""
+    """One problem for each thing in the parsed file that is not supported here."""
     for key, value in found.items():
         if key in _ONLY:
             if value not in _ONLY[key]:
@@ -159,7 +158,7 @@ def unsupported(found: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _wrong_numbers(found: Mapping[str, Any]) -> Iterator[str]:
-    """Ranks and numerators, and the patterns of layers that have others, that cannot be used."""
+    """Problems with ranks and alphas, and with the patterns of layers that have others."""
     for key, pattern, kind in (
         ("r", "rank_pattern", int),
         ("lora_alpha", "alpha_pattern", (int, float)),
@@ -214,7 +213,7 @@ _SAMPLE_ELEMENTS = 1024
 
 
 class AdapterFolder:
-    """An adapter's folder, opened: its configuration checked, its matrices read when asked for."""
+    """An adapter's folder: its configuration is checked at once, its matrices are read later."""
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         """Raises ConfigError (adapter_config.json) and WeightsError (no safetensors file)."""
@@ -228,7 +227,8 @@ class AdapterFolder:
         self._file = SafetensorsFile(self.path / ADAPTER_WEIGHTS)
 
     def base_folder(self) -> Path:
-        """The base that base_model_name_or_path names, from here or from the adapter's folder."""
+        """The base that base_model_name_or_path names: where that is relative, from the adapter's
+        folder, or else from the current one. Raises WeightsError if it is no folder."""
         if path := self._named_folder():
             return path
         raise WeightsError(
@@ -237,8 +237,10 @@ class AdapterFolder:
         )
 
     def _named_folder(self) -> Path | None:
-        named = self._found.get("base_model_name_or_path")
-        paths = (Path(str(named)), self.path / str(named)) if named else ()
+        named = Path(str(self._found.get("base_model_name_or_path") or ""))
+        if named.is_absolute():
+            return named if named.is_dir() else None
+        paths = ((self.path / named).resolve(), named) if named.parts else ()
         return next((path for path in paths if path.is_dir()), None)
 
     def config(self, model: LlamaConfig) -> AdapterConfig:
@@ -284,19 +286,19 @@ class AdapterFolder:
         return None if text is None else int(text)
 
     def check_base(self, base: HfFolder) -> None:
-        """Refuse a base that the adapter was not made for (WeightsError).
+        """Raise WeightsError if the adapter was not made for this base.
 
-        A folder written here carries its base's fingerprint; of others, the base that they name
-        is looked at if it is a folder here, and else only shapes can be compared.
+        Folders written here carry their base's fingerprint. For others it is computed from the base
+        that they name, if that is a folder; if not, only shapes can be compared.
         """
         made_for = self._file.metadata.get(_FINGERPRINT)
         named = self._named_folder()
         if made_for is None and named and (named / "config.json").is_file():
             made_for = fingerprint(open_folder(named))  # without a tied head, as `base` is
         if made_for is not None and made_for != (found := fingerprint(base)):
+            there = named or self._found.get("base_model_name_or_path")
             raise WeightsError(
-                f"{self.path}: was made for another base"
-                f" ({self._found.get('base_model_name_or_path')}, fingerprint {made_for[:12]}) "
+                f"{self.path}: was made for another base ({there}, fingerprint {made_for[:12]}) "
                 f"than {base.path} (fingerprint {found[:12]})"
             )
 
@@ -312,7 +314,7 @@ class AdapterFolder:
         return values
 
     def forget(self, path: str) -> None:
-        """Let the system have the memory of a layer's matrices."""
+        """Release the memory of a layer's matrices."""
         for part in PARTS:
             self._file.forget(f"{_PREFIX}{path}.{part}.weight")
 
@@ -365,8 +367,11 @@ def save_adapter(
     """Fill a folder that PEFT loads; returns the digests of the two files.
 
     `tensors` are A and B by PATH.lora_A.weight; `layers` the paths of all linear layers of the
-    model, which decide whether target_modules can be short. Not atomic by itself.
+    model, which decide whether target_modules can be short. The base's path is written relative to
+    the folder where both have a common parent, so that they can be moved together. Not atomic by
+    itself; a folder of another name beside this one may become the adapter's.
     """
+    config = replace(config, base=_path_from(folder, config.base))
     text = json.dumps(to_peft(config, layers), indent=2, sort_keys=True, ensure_ascii=False)
     data = f"{text}\n".encode()
     (folder / ADAPTER_CONFIG).write_bytes(data)
@@ -384,10 +389,20 @@ def save_adapter(
     }
 
 
+def _path_from(folder: Path, base: str | None) -> str | None:
+    """A base's path from an adapter's folder; absolute where only the root is common to both."""
+    if base is None or not Path(base).is_absolute():
+        return base
+    here, there = folder.resolve(), Path(base).resolve()
+    if os.path.commonpath((here, there)) == here.anchor:
+        return base
+    return Path(os.path.relpath(there, here)).as_posix()
+
+
 def fingerprint(folder: HfFolder) -> str:
     """SHA-256 over the name, type, shape and three samples of every tensor of a model.
 
-    It tells bases apart without reading them whole, however they are split into shards.
+    It distinguishes bases without reading all of them, and does not depend on their shards.
     """
     digest = hashlib.sha256()
     for name in sorted(folder.names):

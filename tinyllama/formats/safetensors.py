@@ -1,8 +1,8 @@
 """The safetensors format, written as a stream and read through a memory map.
 
 Tensors are laid out widest type first, then by name, which keeps every one of them aligned to its
-own type; that is the official library's order, so equal tensors give equal bytes. The header is
-described in header.py. Nothing here can run code from a file.
+own type; that is the official library's order, so equal tensors give equal bytes. Nothing
+here can run code from a file.
 """
 
 import hashlib
@@ -102,14 +102,14 @@ def _read_header(file: BinaryIO, path: str, file_bytes: int) -> Header:
     order = sorted(tensors, key=lambda name: tensors[name][2:])
     end = start
     for name in order:
-        found = tensors[name].offset
-        if found != end:
-            wrong = "a gap before it" if found > end else "an overlap with the one before"
-            raise WeightsError(f"{path}: {name}: begins at byte {found}, must be {end} ({wrong})")
+        offset = tensors[name].offset
+        if offset != end:
+            wrong = "a gap before it" if offset > end else "an overlap with the one before"
+            raise WeightsError(f"{path}: {name}: begins at byte {offset}, must be {end} ({wrong})")
         end += tensors[name].size_bytes
     if end != file_bytes:
         wrong = "truncated" if file_bytes < end else "bytes after the last tensor"
-        raise WeightsError(f"{path}: {file_bytes} bytes, its header says {end} ({wrong})")
+        raise WeightsError(f"{path}: {file_bytes} bytes, its header describes {end} ({wrong})")
     return Header({name: tensors[name] for name in order}, metadata)
 
 
@@ -135,8 +135,8 @@ def _parse_json(path: str, text: bytes) -> dict[str, Any]:
     return entries
 
 
-def _check_metadata(path: str, found: Any) -> dict[str, str]:
-    metadata = {} if found is None else found
+def _check_metadata(path: str, value: Any) -> dict[str, str]:
+    metadata = {} if value is None else value
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise WeightsError(f"{path}: {_METADATA}: must map strings to strings")
     return metadata
@@ -232,7 +232,7 @@ def write_safetensors(
 
 
 class SafetensorsFile:
-    """One file behind a memory map: a tensor is read when it is asked for, and not before."""
+    """One file behind a memory map: a tensor is read when it is used, not before."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
@@ -280,7 +280,7 @@ class SafetensorsFile:
         """Let the system drop the tensor's pages from this process; they return when read."""
         info = self._info(name)
         start = info.offset - info.offset % mmap.PAGESIZE
-        if info.size_bytes:
+        if info.size_bytes and hasattr(mmap, "MADV_DONTNEED"):  # Windows has no madvise
             self._map.madvise(mmap.MADV_DONTNEED, start, info.offset + info.size_bytes - start)
 
     def _info(self, name: str) -> TensorInfo:

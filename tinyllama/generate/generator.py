@@ -1,8 +1,7 @@
-"""Text from a model, a token at a time, with a cache of keys and values.
+"""Text from a model, one token at a time, with a cache of keys and values.
 
-The prompt is read in chunks of PROMPT_CHUNK tokens and continued one token at a time: two
-compiled graphs in all, whatever the lengths, and each of one layer, scheduled once and run for
-every layer (runtime/stage.py).
+The prompt is read in chunks of PROMPT_CHUNK tokens and continued one token at a time. That takes
+two compiled graphs for all lengths; a layer is scheduled once per graph (runtime/stage.py).
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -1,10 +1,10 @@
-"""Parameters, bytes and floating-point operations of a model, by formula and by walking it.
+"""Parameters, bytes and floating-point operations of a model, by formula and by its tensors.
 
     embedding v h, head v h (none where it is the embedding), norms (2 L + 1) h
     attention L (2 h^2 + 2 h kv D), feed-forward L 3 h i
     adapters  r (in + out) for each linear layer that has one
 
-Integers throughout, so that counts are exact for models nobody can build. tinygrad is not needed.
+All counts are Python integers, exact for models of any size. tinygrad is not needed.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -17,11 +17,11 @@ from tinyllama.config import LlamaConfig, LoraConfig
 from tinyllama.formats.huggingface import linear_shapes, open_folder
 from tinyllama.formats.peft import is_adapter, open_adapter
 
-# Widths that weights are held in, in bits.
+# Bits per weight that are supported.
 WIDTHS = (32, 16, 8, 4, 2)
-SCALE_BITS = 16  # one float16 a group of packed weights
+SCALE_BITS = 16  # one float16 per group of packed weights
 
-# What a tensor's name says about the part it belongs to; the first that is in it decides.
+# The first of these that is in a tensor's name decides to which part the tensor belongs.
 _PART_WORDS = {
     "lora_": "adapters",
     "embed_tokens": "embedding",
@@ -59,7 +59,7 @@ class Parameters:
         return self.adapters or self.total
 
     def table(self) -> dict[str, int]:
-        """Count by part, in the order of the data's way."""
+        """Count by part, in the order in which the data meets them."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
@@ -86,7 +86,7 @@ def adapter_parameters(config: LlamaConfig, lora: LoraConfig) -> int:
 
 
 def parameters(config: LlamaConfig, lora: LoraConfig | None = None) -> Parameters:
-    """The counts by formula; `parameters_of` counts what is really there."""
+    """The counts by formula; `parameters_of` counts given tensors."""
     table = config.vocab_size * config.hidden_size
     return Parameters(
         embedding=table,
@@ -133,7 +133,7 @@ def folder_parameters(folder: str | Path) -> Parameters:
 
 
 def bytes_of(count: int, bits: int) -> int:
-    """Bytes of `count` numbers of `bits` each, packed, the last byte filled up."""
+    """Bytes of `count` numbers of `bits` each, packed and rounded up to whole bytes."""
     return -(-count * bits // 8)
 
 
@@ -153,7 +153,7 @@ def packed_linear_bytes(config: LlamaConfig, bits: int, block_size: int) -> tupl
 
 
 def training_bytes(count: int) -> int:
-    """Weights, gradients and AdamW's two moments in float32: 16 bytes a parameter."""
+    """Weights, gradients and AdamW's two moments in float32: 16 bytes per parameter."""
     return 4 * bytes_of(count, 32)
 
 
@@ -161,7 +161,7 @@ def training_bytes(count: int) -> int:
 
 
 def product_parameters(config: LlamaConfig) -> int:
-    """Weights that are multiplied: the layers' and the head (tied or not), no others."""
+    """Weights in matrix products: those of the layers and the head (tied or not)."""
     layer = attention_parameters(config) + feed_forward_parameters(config)
     return config.num_layers * layer + config.vocab_size * config.hidden_size
 
@@ -169,7 +169,7 @@ def product_parameters(config: LlamaConfig) -> int:
 def attention_flops(config: LlamaConfig, tokens: int, context: int) -> int:
     """Forward and backward of causal attention over rows of `context` tokens.
 
-    q k^T and p v are 4 T h a token forward, 12 T h with the backward pass, halved because a
+    q k^T and p v are 4 T h per token forward, 12 T h with the backward pass, halved because a
     causal model needs only half of them.
     """
     return 6 * config.num_layers * config.hidden_size * context * tokens
@@ -180,9 +180,9 @@ def model_flops(
 ) -> int:
     """Floating-point operations of one training step over `tokens` in rows of `context`.
 
-    6 a weight and token: 2 for a multiply-add, once forward and twice backward (Kaplan et al.
+    6 per weight and token: 2 for a multiply-add, once forward and twice backward (Kaplan et al.
     2020, arXiv:2001.08361). A frozen product has no weight gradient, so 4; its adapter has all
-    three. Norms, RoPE, softmax and the optimizer are left out, as everybody does.
+    three. Norms, RoPE, softmax and the optimizer are left out, as is usual.
     """
     products = 6 * product_parameters(config)
     if lora is not None:
@@ -227,7 +227,7 @@ def published_claims() -> list[Claim]:
             "124m, FP32 weights",
             "500 MB",
             megabytes(bytes_of(small, 32)),
-            "124 million is GPT-2 small's count: a tied head, two matrices a feed-forward layer",
+            "124 million is GPT-2 small's count: a tied head, two matrices per feed-forward layer",
         ),
         Claim(
             "7b, FP32 weights", "28 GB", gigabytes(bytes_of(large.base, 32)), "7b is 6.74 billion"
@@ -236,13 +236,13 @@ def published_claims() -> list[Claim]:
             "7b, full FP32 fine-tuning with AdamW, before activations",
             "28 GB",
             gigabytes(training_bytes(large.base)),
-            "16 bytes a parameter: weights, gradients and two moments",
+            "16 bytes per parameter: weights, gradients and two moments",
         ),
         Claim(
             "7b, linear layers int4 in groups of 64, the rest bf16",
             "7.5 GB",
             gigabytes(packed),
-            "4.25 bits a packed weight; embeddings and head are 524 MB",
+            "4.25 bits per packed weight; embeddings and head are 524 MB",
         ),
         Claim(
             "7b, rank-64 adapters, FP32",
@@ -264,7 +264,7 @@ def gigabytes(count: int) -> str:
 
 
 def aligned(rows: Iterable[Mapping[str, str]], left: Collection[str] = ()) -> str:
-    """Rows of equal keys as a text table; the first column and `left` stand to the left."""
+    """Rows of equal keys as a text table; the first column and `left` are left-aligned."""
     lines = [dict(row) for row in rows]
     table = [{key: key for key in lines[0]}, *lines]
     widths = {key: max(len(line[key]) for line in table) for key in lines[0]}

@@ -2,9 +2,9 @@
 
 Normal with standard deviation 0.02, the two projections that write into the residual stream
 0.02 / sqrt(2 L) (GPT-2, Radford et al. 2019), norms 1. Numbers come from numpy, from the seed and
-the parameter's name alone, so that every backend and every number of threads starts equal. Each
-is one of 65,536 quantiles of the normal distribution, drawn by 16 random bits: a sixth of the time
-of numpy's normals, and no start-up should wait for 162 million of those.
+the parameter's name alone, so that runs on every backend and with any number of threads start with
+the same weights. Each number is one of 65,536 quantiles of the normal distribution, chosen by 16
+random bits, which takes a sixth of the time of numpy's normal numbers.
 """
 
 import functools
@@ -22,7 +22,7 @@ from tinyllama.runtime import storage
 
 STANDARD_DEVIATION = 0.02
 RESIDUAL_PROJECTIONS = ("o_proj.weight", "down_proj.weight")
-# Numbers one generator makes: parts of this size are made side by side.
+# Numbers per generator: parts of this size are made in parallel.
 PART_ELEMENTS = 1 << 20
 
 
@@ -68,14 +68,14 @@ def _fill_part(
     part = values[start : start + PART_ELEMENTS]
     bits = np.random.SFC64(np.random.SeedSequence([seed, zlib.crc32(name.encode()), start]))
     words = bits.random_raw(-(-part.size // 4)).astype("<u8", copy=False)
-    # What an index may be is known: "clip" saves numpy from looking.
+    # All indices are valid: with "clip" numpy does not check them.
     np.take(table, words.view("<u2")[: part.size], out=part, mode="clip")
 
 
 @functools.cache
 def quantiles() -> npt.NDArray[np.float32]:
-    """Of the standard normal distribution, at (i + 1/2) / 65536: its standard deviation is
-    0.99999, its largest number 4.3."""
+    """Quantiles of the standard normal distribution at (i + 1/2) / 65536; their standard
+    deviation is 0.99999, the largest is 4.3."""
     half = 1 << 15
     normal = statistics.NormalDist()
     upper = [normal.inv_cdf((half + i + 0.5) / (2 * half)) for i in range(half)]

@@ -1,8 +1,8 @@
-"""A frozen base in 4 bits (QLoRA, Dettmers et al. 2023, arXiv:2305.14314), packed as it is read.
+"""A frozen base in 4 bits (QLoRA, Dettmers et al. 2023, arXiv:2305.14314), packed while read.
 
 Groups of `block_size` neighbours of a row share a scale (formats/int4.py). Every linear layer of
 the blocks is packed. The embedding and the head are held in bfloat16 and the norms in float32. A
-checkpoint is read a tensor at a time, a few rows of it at once, so that loading holds little more
+checkpoint is read one tensor at a time, in groups of rows, so that loading needs little more memory
 than the result.
 """
 
@@ -68,7 +68,7 @@ def is_packed(model: Llama) -> bool:
 def packed_linears(model: Llama, block_size: int) -> Llama:
     """Make every linear layer of the blocks an Int4Linear, and embedding and head bfloat16.
 
-    In place; nothing gets memory or values yet. Raises ConfigError.
+    In place; no tensor has memory or values yet. Raises ConfigError.
     """
     check_block_size(model.config, block_size)
     for _, owner, name in list(block_linears(model.model.layers)):
@@ -96,10 +96,11 @@ def fill_packed(
     read: Callable[[str], Rows],
     done: Callable[[str], None] = lambda name: None,
 ) -> None:
-    """Give a model of `packed_linears` its values, a tensor at a time, in the order of their names.
+    """Give a model of `packed_linears` its values, one tensor at a time.
 
-    read(name) is asked once for each tensor, and what it returns for its rows, some at a time on
-    every thread; done(name) is called when it is packed. `source` begins errors (WeightsError).
+    read(name) is called once per tensor; the function it returns gives slices of rows and is called
+    on several threads. done(name) is called when the tensor is packed. Errors (WeightsError) begin
+    with `source`.
     """
     tensors = model.state_dict()
     linears = {path: getattr(owner, n) for path, owner, n in block_linears(model.model.layers)}
@@ -117,7 +118,7 @@ def fill_packed(
 
 @contextmanager
 def _quantize(label: str, layer: Int4Linear, read: Rows) -> Iterator[Callable[[slice], None]]:
-    """What packs some rows of a tensor into a layer."""
+    """Yield a function that packs some rows of a tensor into a layer."""
     with filling(layer.packed) as packed, filling(layer.scales) as scales:
 
         def part(rows: slice) -> None:
@@ -133,7 +134,7 @@ def _quantize(label: str, layer: Int4Linear, read: Rows) -> Iterator[Callable[[s
 
 @contextmanager
 def _store(label: str, tensor: Tensor, read: Rows) -> Iterator[Callable[[slice], None]]:
-    """What copies some rows, rounded to the type of `tensor`."""
+    """Yield a function that copies some rows, rounded to the type of `tensor`."""
     stored = "BF16" if tensor.dtype == dtypes.bfloat16 else "F32"
     with filling(tensor) as values:
 

@@ -1,7 +1,7 @@
 """The building blocks of the model, and walking and replacing them by path.
 
-Every linear layer, plain or wrapped, meets one contract: `in_features`, `out_features`,
-`__call__(x)` and `dense_weight()`; model.py knows no more than that.
+Every linear layer, plain or wrapped, has `in_features`, `out_features`, `__call__(x)` and
+`dense_weight()`; llama.py uses nothing else of it.
 """
 
 from collections.abc import Iterable, Iterator
@@ -15,12 +15,12 @@ from tinyllama.ops.embedding import embedding
 from tinyllama.ops.matmul import linear
 from tinyllama.ops.rms_norm import rms_norm
 
-# Attribute in which a layer that wraps another holds it; the inner one's tensors keep their names.
+# The attribute in which a wrapping layer holds the inner one, whose tensors keep their names.
 WRAPPED = "base"
 
 
 class LinearLike(Protocol):
-    """What the model asks of a linear layer."""
+    """What the model needs of a linear layer."""
 
     in_features: int
     out_features: int
@@ -83,7 +83,7 @@ def named_tensors(module: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]
 
 
 def structure(module: Any) -> tuple[tuple[str, object], ...]:
-    """The paths of a module's tensors and the numbers beside them, such as an adapter's scale.
+    """The paths of a module's tensors and its other attributes, such as an adapter's scale.
 
     Modules of equal structure compute the same function of their tensors.
     """

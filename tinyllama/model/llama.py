@@ -1,4 +1,4 @@
-"""LLaMA, as Hugging Face's LlamaForCausalLM computes it, and nothing else.
+"""LLaMA, as Hugging Face's LlamaForCausalLM computes it.
 
     x = embed(tokens)
     for each layer:  x = x + attention(norm(x));  x = x + mlp(norm(x))
@@ -153,7 +153,7 @@ class LlamaModel:
 
 
 class Llama:
-    """A LLaMA language model: `Llama(config)` with new weights, `from_pretrained` with others'."""
+    """A LLaMA language model: `Llama(config)` has new weights, `from_pretrained` a folder's."""
 
     def __init__(
         self,
@@ -197,7 +197,8 @@ class Llama:
     def walk(
         self, tokens: Tensor, through: Callable[[Block, Tensor], Tensor], run: Run = _directly
     ) -> Tensor:
-        """The data's way for forward, loss and generation: tokens (B, T) -> (B, T, hidden).
+        """Embedding, layers, last norm, for forward, loss and generation: tokens (B, T) -> (B, T,
+        hidden).
 
         `through(block, x)` computes a layer; `run(function, module, *inputs)` computes the
         embedding and the last norm.
@@ -228,8 +229,8 @@ class Llama:
         """cos and sin of the rotary angles of positions 0 .. length - 1, each (length, D/2)."""
         if length not in self._rotations:
             pair = tables(self.config.head_dim, self.config.rope_theta, length)
-            # Written at once: a step that is being captured would take a copy for one of its own
-            # kernels, and keep the table in memory that only the step may read.
+            # Written immediately: a step that is being captured would record a copy as one of its
+            # own kernels, and keep the table in memory that only the step may read.
             cos, sin = (Tensor.empty(*table.shape) for table in pair)
             write_new(cos, pair[0])
             write_new(sin, pair[1])
@@ -264,7 +265,8 @@ class Llama:
     def save_pretrained(
         self, path: str | Path, tokenizer: Tokenizer | None = None, *, dtype: str = "float32"
     ) -> Path:
-        """Write a folder that transformers, and `from_pretrained`, load; whole or not at all."""
+        """Write a folder that transformers and `from_pretrained` load. It appears complete or not
+        at all."""
         final = Path(path)
         with atomic_directory(final) as folder:
             self.write_folder(folder, tokenizer, dtype=dtype)

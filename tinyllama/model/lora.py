@@ -3,8 +3,8 @@
     y = x W^T + scale (x A^T) B^T,  A [r, in] Kaiming-uniform, B [out, r] zero
 
 `attach` wraps layers. With B = 0 the model computes what its base computes,
-bit for bit. Dropout zeroes inputs of A in training; its mask is a function of the layer's key,
-which is rewritten before every micro-batch, so that a resumed run sees the same masks.
+bit for bit. In training, dropout sets inputs of A to zero. Its mask is a function of the layer's
+key, which is written before every micro-batch, so that a resumed run has the same masks.
 """
 
 import math
@@ -48,13 +48,13 @@ class LoRALinear:
         return self.base.dense_weight() + delta * self.scale
 
     def _thinned(self, x: Tensor) -> Tensor:
-        """x with a share `dropout` of it zero, and the rest scaled up to keep its mean."""
+        """x with a fraction `dropout` set to zero, and the rest scaled up to keep the mean."""
         kept = random_bits(self.dropout_key, x.numel()) >= int(self.dropout * 2**32)
         return kept.reshape(x.shape).where(x * (1 / (1 - self.dropout)), 0).cast(x.dtype)
 
 
 def random_bits(key: Tensor, count: int) -> Tensor:
-    """`count` uint32 that are a hash of their index and the key (2,) uint32.
+    """`count` uint32, each a hash of its index and the key (2,) uint32.
 
     Two rounds of the finalizer of MurmurHash3 (Appleby, public domain), a key word before each.
     """
@@ -85,7 +85,7 @@ def attach(model: Llama, config: AdapterConfig, seed: int | None) -> None:
 
 
 def read_adapters(model: Llama, adapter: AdapterFolder) -> None:
-    """Overwrite every adapter of a model by that of a folder."""
+    """Overwrite every adapter of a model with that of a folder."""
     for path, layer in lora_layers(model).items():
         storage.write(layer.lora_A.weight, adapter.matrix(path, "lora_A"))
         storage.write(layer.lora_B.weight, adapter.matrix(path, "lora_B"))
@@ -137,7 +137,7 @@ def dropping(model: Llama, seed: int) -> Dropping:
 
 @contextmanager
 def dropout_on(model: Llama) -> Iterator[None]:
-    """Adapters that have a dropout apply it within this block, as they do in training alone."""
+    """Adapters apply their dropout within this block: in training, not in validation."""
     layers = [layer for layer in lora_layers(model).values() if layer.dropout]
     for layer in layers:
         layer.drops = True

@@ -70,7 +70,7 @@ def _added(uop: UOp, place: UOp, readers: Counter[UOp]) -> UOp:
         call = _call(kernel.written(Tensor(place.src[term])).uop)
         adding = _adding.get(call.src[0])
         if adding is not None:
-            inputs = [Tensor(source) for source in call.src[1 + len(call.src[0].arg.outs) :]]
+            inputs = [Tensor(source) for source in kernel.buffers_of(call)[1]]
             return adding(*inputs, Tensor(place.src[other])).reshape(uop.shape).uop
     return place
 

@@ -1,1 +1,1 @@
-"""How operations run inside tinygrad: kernels, launches, stages, captured steps, memory."""
+"""How operations run on tinygrad: kernels, launches, stages, captured steps, memory, patches."""

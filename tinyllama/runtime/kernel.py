@@ -121,19 +121,22 @@ def _kernel_gradient(
 ) -> Callable[..., tuple[UOp | None, ...]]:
     """`gradient` as tinygrad calls that of a kernel: with UOps of flat or other shapes."""
     # Not the tensors themselves, which would then live as long as the graph.
-    shapes, count = [t.shape for t in (*outputs, *inputs)], len(outputs)
+    output_shapes, input_shapes = [t.shape for t in outputs], [t.shape for t in inputs]
 
     def run_gradient(grad: UOp, call: UOp) -> tuple[UOp | None, ...]:
-        buffers = call.src[1:]
+        wrote, read = buffers_of(call)
         # An output is read after the call wrote it, not before.
-        readable = [*(u.after(call) for u in buffers[:count]), *buffers[count:]]
-        tensors = [Tensor(u).reshape(shape) for u, shape in zip(readable, shapes, strict=True)]
-        grads = gradient(Tensor(grad), Call(tensors[:count], tensors[count:]))
-        pairs = zip(grads, buffers[count:], strict=True)
+        outputs = _shaped([u.after(call) for u in wrote], output_shapes)
+        grads = gradient(Tensor(grad), Call(outputs, _shaped(read, input_shapes)))
+        pairs = zip(grads, read, strict=True)
         flat = [None if g is None else g.uop.reshape(buffer.shape) for g, buffer in pairs]
-        return (*[None] * count, *flat)
+        return (*[None] * len(wrote), *flat)
 
     return run_gradient
+
+
+def _shaped(uops: Iterable[UOp], shapes: Iterable[tuple[int, ...]]) -> list[Tensor]:
+    return [Tensor(uop).reshape(shape) for uop, shape in zip(uops, shapes, strict=True)]
 
 
 def with_gradient(
@@ -184,6 +187,12 @@ def _program(
     linear = UOp(Ops.LINEAR, src=(*sink.src, sink))
     parts = (sink, UOp(Ops.DEVICE, arg="CPU"), linear, UOp(Ops.SOURCE, arg=code))
     return UOp(Ops.PROGRAM, src=parts, arg=launch)
+
+
+def buffers_of(call: UOp) -> tuple[tuple[UOp, ...], tuple[UOp, ...]]:
+    """The outputs and the inputs of a kernel's call, in the order in which they were passed."""
+    outputs = len(call.src[0].arg.outs)  # after the kernel itself
+    return call.src[1 : 1 + outputs], call.src[1 + outputs :]
 
 
 def written(tensor: Tensor) -> Tensor:

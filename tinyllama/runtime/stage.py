@@ -16,6 +16,7 @@ from tinygrad.uop.ops import Ops, UOp
 
 from tinyllama.runtime import precompile
 from tinyllama.runtime.fills import finish_background_writes
+from tinyllama.runtime.kernel import buffers_of
 from tinyllama.runtime.patches import install
 
 Build = Callable[[], Sequence[Tensor]]
@@ -102,7 +103,7 @@ def saved_for_backward(
         varying.add(uop)
         if uop.op is Ops.AFTER and uop.src[1].op is Ops.CALL:
             call = uop.src[1]  # everything the kernel wrote, also what only a gradient reads
-            found |= {call.src[1 + i].after(call): None for i in call.src[0].arg.outs}
+            found |= {output.after(call): None for output in buffers_of(call)[0]}
         elif uop.op is Ops.CONTIGUOUS and uop not in _recomputed and not _is_blank(uop):
             found[uop] = None
     return [Tensor(uop) for uop in found if uop is not out.uop and uop not in known]

@@ -1,4 +1,4 @@
-"""Which device a run uses, decided once, before tinygrad is imported, and said out loud.
+"""Which device a run uses, selected once, before tinygrad is imported, and printed.
 
 tinygrad 0.13 reads `DEV=CPU`, `DEV=CL`, ...; it ignores `GPU=1` and refuses `CPU=1`. Here all of
 `DEV=...`, `GPU=1`, `CPU=1`, `METAL=1`, `CUDA=1`, `CL=1` work. A requested device that is absent is
@@ -65,7 +65,7 @@ class DeviceChoice:
         )
 
 
-def wanted(environ: Mapping[str, str]) -> tuple[tuple[str, ...], str]:
+def requested(environ: Mapping[str, str]) -> tuple[tuple[str, ...], str]:
     """Candidates in order of preference, and the reason for them, from the environment.
 
     Raises DeviceError when two variables contradict each other.
@@ -96,7 +96,7 @@ def select(
     DeviceError, naming what is available and what to install.
     """
     check_tinygrad()
-    candidates, reason = wanted(environ)
+    candidates, reason = requested(environ)
     if threads is not None:
         set_thread_variable(environ, threads)
     for name in (*FLAGS, "GPU"):
@@ -226,16 +226,16 @@ def threads() -> int:
     """
     from tinygrad.helpers import CPU_COUNT
 
-    asked = threads_asked()
-    return int(CPU_COUNT.value) if asked is None else set_threads(asked)
+    count = threads_asked()
+    return int(CPU_COUNT.value) if count is None else set_threads(count)
 
 
 def threads_asked(environ: Mapping[str, str] = os.environ) -> int | None:
     """NUM_CPU_THREADS, if it is set. Raises DeviceError if it is not a number of threads."""
-    asked = environ.get("NUM_CPU_THREADS", "")
-    if asked and (not asked.isdecimal() or int(asked) < 1):
-        raise DeviceError(f"NUM_CPU_THREADS: got {asked!r}, must be an integer of 1 or more")
-    return int(asked) if asked else None
+    value = environ.get("NUM_CPU_THREADS", "")
+    if value and (not value.isdecimal() or int(value) < 1):
+        raise DeviceError(f"NUM_CPU_THREADS: got {value!r}, must be an integer of 1 or more")
+    return int(value) if value else None
 
 
 def set_thread_variable(environ: MutableMapping[str, str], count: int) -> None:
@@ -273,17 +273,20 @@ def kernels_enabled() -> bool:
 
 @functools.cache
 def check_tinygrad() -> None:
-    """Raise DeviceError for a tinygrad that is not TINYGRAD, unless TINYLLAMA_ANY_TINYGRAD=1."""
+    """Raise DeviceError unless tinygrad is TINYGRAD or TINYLLAMA_ANY_TINYGRAD=1 is set."""
     from importlib.metadata import PackageNotFoundError, version
 
     try:
-        found = version("tinygrad")
+        installed = f"tinygrad {version('tinygrad')} is installed"
     except PackageNotFoundError:
-        found = "of an unknown version"
-    if found != TINYGRAD and os.environ.get("TINYLLAMA_ANY_TINYGRAD", "") != "1":
+        installed = "no tinygrad is installed"
+    if (
+        installed != f"tinygrad {TINYGRAD} is installed"
+        and os.environ.get("TINYLLAMA_ANY_TINYGRAD", "") != "1"
+    ):
         raise DeviceError(
-            f"tinygrad {found} is installed, must be {TINYGRAD}, which our patches of it are "
-            f"written for: `pip install tinygrad=={TINYGRAD}`"
+            f"{installed}, must be {TINYGRAD}, which our patches of it are written for: "
+            f"`pip install tinygrad=={TINYGRAD}`"
         )
 
 

@@ -21,6 +21,7 @@ __all__ = [
     "atomic_directory",
     "atomic_write",
     "discard",
+    "fsync_path",
     "held",
     "naming_file",
     "remove_partials",
@@ -105,7 +106,7 @@ def atomic_directory(final: str | os.PathLike[str]) -> Iterator[Path]:
 def held(folder: Path) -> Iterator[None]:
     """Hold a folder for this process alone, by a lock on `.lock` in it.
 
-    Raises InUseError if another process does. Where the file system has no locks nobody holds it.
+    Raises InUseError if another process does. Without locks in the file system, it is not held.
     """
     (folder / ".lock").touch()
     try:
@@ -135,7 +136,9 @@ def _fsync_tree(root: Path) -> None:
 
 
 def fsync_path(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on disk."""
+    """Wait until a file, or the names in a folder, are on disk; Windows cannot wait for that."""
+    if os.name == "nt":  # it opens no folder, and syncs only what is open for writing
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""How much memory the process holds, and how much its device can give."""
+"""How much memory the process holds, and how much its device has left."""
 
 import gc
 import os
@@ -7,26 +7,37 @@ from pathlib import Path
 
 from tinyllama.system import gpu_driver
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
+STATUS = Path("/proc/self/status")
+
 
 def resident_bytes(peak: bool = False) -> int:
-    """Resident memory of this process in bytes, now or at its highest."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        key = "VmHWM:" if peak else "VmRSS:"
-        for line in status.read_text().splitlines():
-            if line.startswith(key):
-                return int(line.split()[1]) * 1024
-    import resource
-
+    """Resident memory of this process in bytes, now or at its highest; on macOS always at its
+    highest; 0 on a system that does not report it."""
+    key = "VmHWM:" if peak else "VmRSS:"
+    for line in _lines(STATUS):
+        if line.startswith(key):
+            return int(line.split()[1]) * 1024
+    if resource is None:
+        return 0
     highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return highest if sys.platform == "darwin" else highest * 1024
 
 
-def collect_seldom() -> None:
-    """Have Python look for garbage in cycles a hundred times less often than it does by default.
+def can_measure() -> bool:
+    """Whether the system reports a process's memory."""
+    return resource is not None or STATUS.exists()
 
-    It walks every object it knows, and a step's graph is made of hundreds of thousands that stay: a
-    tenth of the time to the first loss.
+
+def collect_seldom() -> None:
+    """Let Python collect cyclic garbage a hundred times less often than it does by default.
+
+    A collection walks every object, and a step's graph is made of hundreds of thousands that stay:
+    that was a tenth of the time to the first loss.
     """
     gc.set_threshold(100_000, 20, 50)
 
@@ -42,10 +53,10 @@ def memory_in_use_bytes() -> int:
 
 
 def free_bytes(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Bytes a run may take on its device: what the system can give, or a container's limit leaves;
-    of an OpenCL device, all it has; what CUDA's driver has free.
+    """Free memory of a run's device in bytes: on the CPU, what the system or the container's limit
+    leaves; of a CUDA device, what its driver reports; of an OpenCL device, all of its memory.
 
-    None where it is not known, which is so of other devices.
+    None where it is not known, as of every other device.
     """
     from tinygrad.device import Device
 
@@ -60,17 +71,18 @@ def free_bytes(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")
 
 
 def _system_bytes(proc: Path) -> int | None:
-    """MemAvailable where Linux says so, or else all of the machine's memory."""
+    """MemAvailable on Linux, elsewhere all of the machine's memory; None where it is not known."""
     meminfo = _lines(proc / "meminfo")
     for line in meminfo:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
-    pages = os.sysconf("SC_PHYS_PAGES") if "SC_PHYS_PAGES" in os.sysconf_names else -1
+    names = getattr(os, "sysconf_names", {})  # Windows has no sysconf
+    pages = os.sysconf("SC_PHYS_PAGES") if "SC_PHYS_PAGES" in names else -1
     return pages * os.sysconf("SC_PAGE_SIZE") if pages > 0 else None
 
 
 def _container_bytes(cgroup: Path) -> int | None:
-    """What a control group's limit (version 2 or 1) leaves; its file cache can be taken back."""
+    """What a control group's limit (version 2 or 1) leaves; its file cache counts as free."""
     v2 = ("memory.max", "memory.current", "memory.stat", "file")
     v1 = ("limit_in_bytes", "usage_in_bytes", "stat", "total_cache")
     for limit, used, stat, cache in (v2, tuple(f"memory/memory.{name}" for name in v1)):
@@ -83,7 +95,7 @@ def _container_bytes(cgroup: Path) -> int | None:
 
 
 def _lines(file: Path) -> list[str]:
-    """Lines of a file of the system, none where it is not there: no Linux, or no container."""
+    """Lines of a system file; none if it does not exist (no Linux, or no container)."""
     try:
         return file.read_text().splitlines()
     except OSError:

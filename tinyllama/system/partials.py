@@ -4,7 +4,7 @@
 
 PID is the process that writes it, BOOT a digest of the system's boot id (of the host name where
 there is none), NAMESPACE the container's process numbers, as the kernel calls them. The process
-holds a lock (flock) on it for as long as it is incomplete. Whoever cleans up removes it
+holds a lock (flock) on it for as long as it is incomplete. A cleaning process removes it
 
     same boot                     if its lock can be taken: the kernel releases it with the process,
                                   in whatever container
@@ -34,7 +34,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-# How a file system says that it has no locks; NFS says EBADF of folders, which cannot be written.
+# Errors of a file system without locks; NFS gives EBADF for folders, which cannot be written.
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL, errno.EBADF)
 ABANDONED_SECONDS = 24 * 3600
 _NAME = re.compile(r"\..*\.partial-(\d+)(?:-([0-9a-f]{8})-(\d+)-[0-9a-f]{8})?", re.DOTALL)
@@ -50,7 +50,7 @@ def unfinished(final: Path, create: Callable[[Path], object]) -> Iterator[Path]:
     while True:
         partial = _new_name(final)
         create(partial)
-        # Whoever cleans up may have found it before it was locked: then again, by another name.
+        # A cleaning process may remove it before it is locked: then again, with another name.
         with suppress(FileNotFoundError, BlockingIOError):
             handle = lock(partial)
             if os.path.lexists(partial):
@@ -74,6 +74,11 @@ def discard(path: Path) -> None:
 def remove_partials(parent: str | os.PathLike[str]) -> list[Path]:
     """Remove what killed processes left half-written directly in `parent`; returns the paths."""
     return [path for path in sorted(Path(parent).glob(".*.partial-*")) if _remove_abandoned(path)]
+
+
+def has_locks() -> bool:
+    """Whether this system has locks; a file system may have none all the same."""
+    return fcntl is not None
 
 
 def lock(path: Path) -> int | None:
@@ -110,7 +115,7 @@ def _owner(path: Path) -> _Owner | None:
 def _remove_abandoned(path: Path) -> bool:
     """Remove a partial whose process is gone; whether it was removed."""
     owner = _owner(path)
-    if owner is None:  # somebody else's hidden file
+    if owner is None:  # a hidden file of another program
         return False
     try:
         handle = lock(path)

@@ -1,5 +1,4 @@
-"""A map over processes that keeps the order, reads no further ahead than it must, and leaves no
-process behind."""
+"""A map over processes that keeps the order, reads little ahead, and leaves no process behind."""
 
 import multiprocessing
 import os
@@ -23,11 +22,11 @@ _function: Callable[[Any], Any] | None = None
 def ordered_map(
     build: Callable[[], Callable[[Item], Result]], items: Iterable[Item], workers: int
 ) -> Iterator[Result]:
-    """build()(item) for each item, in their order, whatever the number of `workers`.
+    """build()(item) for each item, in their order, for any number of `workers`.
 
     One worker is this process itself. `build` and the items must pickle: processes are spawned,
     not forked, since a fork of one that runs threads or an accelerator may hang. At most
-    2 * workers + 1 items are under way. An error in a worker is raised here; DataError if a
+    2 * workers + 1 items are in progress. An error in a worker is raised here; DataError if a
     worker dies.
     """
     if workers == 1:
@@ -54,13 +53,13 @@ def ordered_map(
 
 def _start_worker(build: Callable[[], Callable[[Any], Any]]) -> None:
     global _function
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _function = build()
 
 
 def _end_with_parent() -> None:
-    """A parent that is killed cannot end its workers, which would wait for work for ever."""
+    """End this worker with its parent: one that is killed cannot end its workers itself."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -1,4 +1,4 @@
-"""What the processor calls itself, and which of its vector instructions our kernels use."""
+"""The processor's name, and which of its vector instructions our kernels use."""
 
 import ctypes
 import functools
@@ -12,14 +12,14 @@ ARCH_PRCTL, REQUEST_PERMISSION, TILE_DATA = 158, 0x1023, 18
 
 @functools.cache
 def described() -> dict[str, str]:
-    """What Linux says of the first processor, by its own names; nothing on other systems."""
+    """Linux's description of the first processor (/proc/cpuinfo); empty on other systems."""
     cpuinfo = Path("/proc/cpuinfo")
-    found: dict[str, str] = {}
+    values: dict[str, str] = {}
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():
             key, _, value = line.partition(":")
-            found.setdefault(key.strip(), value.strip())
-    return found
+            values.setdefault(key.strip(), value.strip())
+    return values
 
 
 @functools.cache
@@ -30,9 +30,9 @@ def processor_name() -> str:
 
 @functools.cache
 def instruction_set(amx: bool = True) -> str:
-    """The widest vector instructions our kernels have a tile for, by the processor's own flags.
+    """The widest vector instructions that our kernels have a tile for, by the processor's flags.
 
-    AMX counts where the system permits it; `amx=False` leaves it out in any case.
+    AMX counts if the system permits it; `amx=False` leaves it out.
     """
     if platform.machine().lower() in ("arm64", "aarch64"):
         return "NEON"

@@ -13,11 +13,13 @@ breaks that for one character: it writes a space as U+2581, so a real U+2581 cam
 import codecs
 import hashlib
 import io
+import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import sentencepiece
 
@@ -31,7 +33,7 @@ _SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
 # SentencePiece slows down and takes some 60 bytes a character on long texts: feed it less at once.
 _LINES_CHARS = 4096
 _LONGEST_CHARS = 1 << 20
-# Appended protobuf fields are merged: this one says normalizer_spec.add_dummy_prefix = false.
+# Appended protobuf fields are merged: this one sets normalizer_spec.add_dummy_prefix = false.
 _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 # The codec marks an invalid byte by a lone surrogate; like SentencePiece we show it as U+FFFD.
 _REPLACE_INVALID = dict.fromkeys(range(0xDC80, 0xDD00), "\ufffd")
@@ -40,6 +42,28 @@ _REPLACE_INVALID = dict.fromkeys(range(0xDC80, 0xDD00), "\ufffd")
 _TRAIN_CHARS = 32 << 20
 _BLOCK_CHARS = 4096
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: its multiples fill 0..2^64 evenly
+
+
+class _Joint(NamedTuple):
+    """Where a long text is cut, and what follows."""
+
+    pattern: re.Pattern[str]  # the cut is behind it
+    own_space: bool  # what follows gets a space before its first word, as a text does
+
+
+_JOINTS = (
+    _Joint(re.compile("\n"), False),  # LLaMA's: a line end is a piece of its own
+    _Joint(re.compile("\n"), True),  # a line end becomes a space, spaces are merged (spm_train)
+    _Joint(re.compile(r"[^\s](?=\n)"), False),  # only one of the two
+)
+# Indents, blank lines and both kinds of line ends, between words that the model has a piece for.
+_TRIED = (
+    "{0} {1}\n{0}\n\n\n{1}\n{1}",
+    "{0}\n    {1}\n\t{0} \n {1}  \n  \n {0}",
+    "{1}\r\n{0}\r\n\r\n{0}",
+    "\n\n{0}",
+    "  {1}\n",
+)
 
 
 class Tokenizer:
@@ -62,11 +86,11 @@ class Tokenizer:
         pieces: list[str] = self._processor.id_to_piece(list(range(self.vocab_size)))
         self._pieces = pieces
         self._surfaces = self._make_surfaces(pieces)
-        # Where a piece can reach over a line end, cutting there would change the ids.
-        reaches_over = any("\n" in piece and piece != "\n" for piece in pieces)
-        self._cut_chars = _LONGEST_CHARS if reaches_over else _LINES_CHARS
         first: list[str] = self._processor.encode("a", out_type=str)
         self._has_dummy_prefix = first[:1] != [] and first[0].startswith(_SPACE)
+        # Where a piece can contain a line end, cutting there would change the ids.
+        self._cuts_lines = not any("\n" in piece and piece != "\n" for piece in pieces)
+        self._cut_chars = _LINES_CHARS
 
     @cached_property
     def vocabulary_digest(self) -> str:
@@ -80,16 +104,23 @@ class Tokenizer:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            found = f"U+{ord(text[error.start]):04X} at character {error.start}"
-            raise TokenizerError(f"the text holds {found}, which UTF-8 cannot encode") from None
+            place = f"U+{ord(text[error.start]):04X} at character {error.start}"
+            raise TokenizerError(f"the text holds {place}, which UTF-8 cannot encode") from None
         ids: list[int] = []
+        is_long = continued or len(text) > self._cut_chars
+        joint = self._joint if is_long and self._cuts_lines else None
+        chars = _LONGEST_CHARS if joint is None else self._cut_chars
         parts = text.split(_SPACE) if self._space_ids else [text]
         for number, part in enumerate(parts):
             if number:
                 ids += self._space_ids
-            for piece in _cut(part, self._cut_chars):
-                inside = continued or number > 0 or bool(ids)
+            before = "\n" if continued and number == 0 else "."[: len(ids)]  # the character
+            for piece in _cut(part, chars, joint):
+                at_line_end = "\n" in (before, piece[:1])
+                own_space = at_line_end and joint is not None and joint.own_space
+                inside = before and not own_space
                 ids += (self._continuing if inside else self._processor).encode(piece)
+                before = piece[-1:]
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -108,6 +139,30 @@ class Tokenizer:
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(path, self.model)
         return path
+
+    @cached_property
+    def ids_version(self) -> int:
+        """Another number where long texts now have other ids than an earlier version gave them."""
+        return 1 if not self._cuts_lines or self._joint == _JOINTS[0] else 2
+
+    @cached_property
+    def _joint(self) -> _Joint | None:
+        """Where this model's texts can be cut without changing the ids, by trying; None if nowhere.
+        Its normalizer may turn line ends into spaces, merge spaces, strip them from both ends."""
+        pieces = (surface for surface in self._surfaces if isinstance(surface, str))
+        named = (piece.strip() for piece in pieces if " " in piece and piece.strip().isalpha())
+        words = [*itertools.islice(named, 2), "at", "e"]
+        texts = [text.format(*words) for text in _TRIED]
+        holding = (joint for joint in _JOINTS if all(self._holds(joint, text) for text in texts))
+        return next(holding, None)
+
+    def _holds(self, joint: _Joint, text: str) -> bool:
+        """Whether a text has the ids of the whole wherever it is cut at this joint."""
+        first = self._processor
+        follows = first if joint.own_space else self._continuing
+        whole = first.encode(text)
+        cuts = [match.end() for match in joint.pattern.finditer(text)]
+        return all(first.encode(text[:at]) + follows.encode(text[at:]) == whole for at in cuts)
 
     @cached_property
     def _continuing(self) -> sentencepiece.SentencePieceProcessor:
@@ -242,16 +297,17 @@ def _load_processor(model: bytes, source: str) -> sentencepiece.SentencePiecePro
     return processor
 
 
-def _cut(text: str, chars: int) -> Iterator[str]:
-    """`text` in pieces of about `chars`, cut after line ends, or anywhere past _LONGEST_CHARS."""
+def _cut(text: str, chars: int, joint: _Joint | None = None) -> Iterator[str]:
+    """`text` in pieces of about `chars`, cut at a joint (by default after line ends), or anywhere
+    past _LONGEST_CHARS."""
+    pattern = (joint or _JOINTS[0]).pattern
     start = 0
     while len(text) - start > chars:
         limit = start + _LONGEST_CHARS
-        end = text.find("\n", start + chars - 1, limit) + 1
-        if not end:
-            if limit >= len(text):
-                break
-            end = limit
+        match = pattern.search(text, start + chars - 1, limit)
+        if match is None and limit >= len(text):
+            break
+        end = limit if match is None else match.end()
         yield text[start:end]
         start = end
     if start < len(text):
@@ -288,14 +344,14 @@ def _training_lines(block: str) -> Iterator[str]:
 
 
 def _explain_training(error: str, vocab_size: int) -> str:
-    """SentencePiece's complaint in our words."""
+    """SentencePiece's error in our words."""
     size = f"vocab_size {vocab_size}: "
     if most := re.search(r"set it to a value <= (\d+)", error):
-        found = f"the texts give at most {most[1]} pieces"
-        return f"{size}{found}: set {most[1]} or less, or train on more text"
+        limit = f"the texts give at most {most[1]} pieces"
+        return f"{size}{limit}: set {most[1]} or less, or train on more text"
     if least := re.search(r"smaller than required_chars\. \d+ vs (\d+)", error):
-        found = f"the characters in the texts alone need {least[1]} pieces"
-        return f"{size}{found}: set {least[1]} or more"
+        need = f"the characters in the texts alone need {least[1]} pieces"
+        return f"{size}{need}: set {least[1]} or more"
     if "sentences_.empty()" in error:
         return "cannot train a tokenizer: the texts are empty"
     return f"cannot train a tokenizer with vocab_size {vocab_size}: {error}"

@@ -1,11 +1,11 @@
-"""Checkpoints that are whole or absent: save, list, verify, fall back.
+"""Checkpoints that are complete or absent: save, list, verify, fall back.
 
 A checkpoint is a folder (`step-00001000`, `final`) with a manifest.json that holds the SHA-256 and
-size of every other file, and the SHA-256 of itself. What it contains is the caller's affair.
+size of every other file, and its own SHA-256. The other files are the caller's.
 
-Saving: the folder is filled under a partial name, fsynced, and renamed; only then do older ones
-go, and they go by way of a partial name too. A kill at any moment leaves, beside whole
-checkpoints, nothing but hidden names, which `recover` (called by every save) settles:
+Saving: the folder is filled under a partial name, fsynced and renamed; only then older ones
+are deleted, under a partial name as well. A kill at any moment leaves, besides complete
+checkpoints, only hidden names, which `recover` (called by every save) completes or removes:
 
     .NAME.partial-...   half written or half deleted: removed, if its process is gone (partials.py)
     .NAME.next          whole, was about to replace NAME: takes the name if NAME is absent
@@ -22,6 +22,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -101,15 +102,14 @@ def save_checkpoint(
 
 
 def recover(root: str | os.PathLike[str]) -> list[Path]:
-    """Settle what killed saves left in `root` (see above); returns the paths that went.
+    """Complete or remove what killed saves left in `root` (see above); returns removed paths.
 
-    For the process that saves there, before it begins: a reader must not, since a save may be
-    going on.
+    Only the process that saves there may call it: for a reader, a save may be in progress.
     """
     gone = remove_partials(root)
     for role in ("next", "old"):
         for path in sorted(Path(root).glob(f".*.{role}")):
-            if not (path / MANIFEST).is_file():  # somebody else's hidden file
+            if not (path / MANIFEST).is_file():  # a hidden file that is not ours
                 continue
             final = path.with_name(path.name[1 : -len(role) - 1])
             if final.exists():
@@ -151,8 +151,8 @@ def later_than(root: str | os.PathLike[str], step: int) -> list[Path]:
 
 
 def set_aside(root: str | os.PathLike[str], step: int) -> list[tuple[Path, Path]]:
-    """Give checkpoints of more than `step` steps another name (`NAME.aside-1`), so that a run that
-    goes on from there is not mixed with what came after it before; old and new names."""
+    """Rename checkpoints of more than `step` steps (`NAME.aside-1`), so that a run that is resumed
+    there is not mixed with what followed before; returns old and new names."""
     found = [(path, name_aside(path)) for path in later_than(root, step)]
     for names in found:
         os.rename(*names)
@@ -187,7 +187,7 @@ def _fill(
 
 
 def _age(folder: Path) -> float | None:
-    """Steps that a checkpoint has seen; None for a folder that is none by its name."""
+    """Steps that a checkpoint was trained for; None if the folder's name is not a checkpoint's."""
     if match := _STEP.fullmatch(folder.name):
         return int(match[1])
     if folder.name != "final":
@@ -196,7 +196,7 @@ def _age(folder: Path) -> float | None:
         step = read_state(folder).get("step")
     except CheckpointError:
         step = None
-    # Not known: the newest, and `verify` says what is wrong with it.
+    # Unknown: taken for the newest, so that `verify` reports what is wrong with it.
     return step if type(step) is int else float("inf")
 
 
@@ -204,12 +204,12 @@ def _prune(saved: Path, keep_last_n: int | None) -> None:
     steps = [path for path in list_checkpoints(saved.parent) if _STEP.fullmatch(path.name)]
     whole = [path for path in steps if looks_whole(path)]
     for path in whole[: -keep_last_n if keep_last_n else 0]:
-        if path != saved:  # a run that was set back saves below steps of its former future
+        if path != saved:  # after going back, older steps are saved than those there
             discard(path)
 
 
 def _replace(final: Path, new: Path) -> None:
-    """Give `new` the name `final`, then remove what had it, if we wrote that."""
+    """Give `new` the name `final`, and delete the folder that had that name, if it is ours."""
     ours = (final / MANIFEST).is_file()
     old = new
     if not ours or not _exchange(new, final):
@@ -223,8 +223,10 @@ def _replace(final: Path, new: Path) -> None:
 
 def _exchange(first: Path, second: Path) -> bool:
     """Swap two names in one step; False where the system or the file system cannot."""
+    if sys.platform != "linux":
+        return False
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if renameat2 is None:
+    if renameat2 is None:  # an old libc
         return False
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of linux/fs.h
     if renameat2(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0:
@@ -236,7 +238,7 @@ def _exchange(first: Path, second: Path) -> bool:
 
 
 def name_aside(final: Path) -> Path:
-    """A free name for what is in the way and is not to be deleted: `NAME.aside-1`."""
+    """A free name for something that must not be deleted: `NAME.aside-1`."""
     names = (final.with_name(f"{final.name}.aside-{number}") for number in itertools.count(1))
     return next(path for path in names if not os.path.lexists(path))
 

@@ -4,7 +4,7 @@
     perplexity = exp(loss);  bits per byte = summed loss / (ln 2 * UTF-8 bytes of the text)
 
 Bits per byte counts the bits for the ends of documents too, and does not depend on the
-tokenizer, so it can be laid beside a compressor's.
+tokenizer, so it can be compared with a compressor's.
 """
 
 import math
@@ -21,7 +21,7 @@ from tinyllama.train.gradients import StagedLoss
 
 
 class Evaluation(NamedTuple):
-    """loss in nats a token; bits_per_byte of text; tokens predicted."""
+    """loss in nats per token; bits per byte of text; tokens predicted."""
 
     loss: float
     perplexity: float
@@ -30,7 +30,7 @@ class Evaluation(NamedTuple):
 
 
 class Evaluator:
-    """Evaluates a model on one text, as often as asked, with one compiled graph."""
+    """Evaluates a model on one text, any number of times, with one compiled graph."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class Evaluator:
     ) -> Evaluation | None:
         """Every token of the text once, in windows of context_length, `stride` tokens apart.
 
-        None if `stopping` came to be true before all were seen.
+        Returns None if `stopping` became true before the end.
         """
         total, tokens = 0.0, 0
         shape = self.context_length, self.batch_size, self.stride

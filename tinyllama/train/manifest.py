@@ -1,9 +1,8 @@
-"""manifest.json: what every file of a folder must be, so that damage has a name.
+"""manifest.json: the digest and size of every file of a folder, so that damage is found.
 
     {"files": {NAME: {"sha256": ..., "size": ...}}, "format": ..., "sha256": of the rest}
 
-The sum in it and its exact spelling make an edited or truncated manifest as visible as any other
-damage.
+The manifest's own digest and fixed spelling make changes to the manifest visible too.
 """
 
 import hashlib

@@ -1,7 +1,7 @@
 """How much memory a run will need, before it starts.
 
     weights + scales + adapters + gradients + optimizer state + activations + workspace
-      - what is used again within a step + the interpreter and its libraries = total
+      - what is reused within a step + the interpreter and its libraries = total
 
 The model, the optimizer and the step are the run's own, with tensors that hold no memory yet;
 the step is captured without being run and its memory planned (runtime/plan.py), so that every
@@ -32,8 +32,8 @@ from tinyllama.train.gradients import StagedLoss
 from tinyllama.train.optimizer import AdamW
 from tinyllama.train.step import TrainStep
 
-# What a process takes for the graphs of a run, beside what it has before and its tensors: 17 to 29
-# MB were measured with 4 and 6 layers, 62 MB with 32 (Linux, Python 3.11, tinygrad 0.13).
+# What the graphs of a run add to the memory of a process, besides tensors: 17 to 29 MB were
+# measured with 4 and 6 layers, 62 MB with 32 (Linux, Python 3.11, tinygrad 0.13).
 GRAPH_BYTES = 17_000_000
 GRAPH_BYTES_PER_LAYER = 1_400_000
 
@@ -45,17 +45,17 @@ _LABELS = {
     "optimizer_state": "optimizer state",
     "activations": "activations",
     "workspace": "workspace",
-    "reused": "used again within a step",
+    "reused": "reused within a step",
     "runtime": "interpreter, libraries, graphs",
 }
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes that training holds at its peak, by purpose; `reused` is below zero.
+    """Bytes that training holds at its peak, by purpose; `reused` is negative.
 
-    Activations, gradients and work space are each at their highest, which is at different times:
-    activations are let go as gradients appear, and `reused` is what that saves.
+    Activations, gradients and workspace are each given at their own peak. These peaks are at
+    different times: activations are freed while gradients appear, and `reused` is what that saves.
     """
 
     weights: int
@@ -72,12 +72,12 @@ class MemoryEstimate:
 
     @property
     def tensors(self) -> int:
-        """Bytes of tensors: what tinygrad's own counter reaches."""
+        """Bytes of tensors: the peak of tinygrad's own counter."""
         return self.total - self.runtime
 
     @property
     def total(self) -> int:
-        """Bytes that the device must have: on a CPU, the resident memory of the process."""
+        """Bytes that the device must have; on a CPU, the resident memory of the process."""
         return sum(getattr(self, name) for name in _LABELS)
 
     def table(self) -> str:
@@ -88,7 +88,7 @@ class MemoryEstimate:
         return aligned(lines)
 
     def as_dict(self) -> dict[str, int]:
-        """Every number by name, with the two sums."""
+        """Every number by name, and the two sums."""
         return asdict(self) | {"tensors": self.tensors, "total": self.total}
 
 
@@ -103,7 +103,7 @@ def model_parameters(config: Config) -> Parameters:
 
 
 def blank_step(config: Config) -> TrainStep:
-    """The step that a configuration trains with, its model and optimizer holding no memory yet."""
+    """The training step of a configuration; model and optimizer hold no memory yet."""
     model, trained, _ = build_blank(config)
     optimizer = AdamW(trained, config.training, blank=True)
     return TrainStep(model, optimizer, config.training.accumulation_steps)
@@ -120,11 +120,11 @@ def estimate_memory(config: Config, step: TrainStep | None = None) -> MemoryEsti
     model, optimizer = step.staged.model, step.optimizer
     batch = [Tensor.empty(t.micro_batch, context, dtype=dtypes.int32) for _ in range(3)]
     hyperparameters = Tensor.empty(len(SCALARS))
-    with dropout_on(model):
+    with dropout_on(model):  # as in training, and not in validation
         plans = step.plans(*batch, hyperparameters=hyperparameters)
-        first = plans[0]
-        if config.data.val_path is not None:
-            plans.append(plan(StagedLoss(model).loss, batch))
+    first = plans[0]
+    if config.data.val_path is not None:
+        plans.append(plan(StagedLoss(model).loss, batch))
     gradients = first.gradients + _bytes(step.sums())
     given = _bytes([*batch, hyperparameters, *model.rotations(context)])
     workspace = given + sum(p.work for p in plans)
@@ -142,7 +142,7 @@ def estimate_memory(config: Config, step: TrainStep | None = None) -> MemoryEsti
 
 
 def lasting_bytes(config: Config) -> dict[str, int]:
-    """Bytes of the tensors that live through a run: weights, scales, adapters, optimizer_state."""
+    """Bytes of the tensors that last for a whole run, by purpose, as in MemoryEstimate."""
     model, trained, _ = build_blank(config)
     return _lasting(model, AdamW(trained, config.training, blank=True))
 
@@ -155,7 +155,7 @@ def _lasting(model: Llama, optimizer: AdamW) -> dict[str, int]:
 
 
 def _purpose(name: str) -> str:
-    """What a tensor of the model is counted as."""
+    """The purpose under which a tensor of the model is counted."""
     if "lora_" in name:
         return "adapters"
     return "scales" if name.endswith("scales") else "weights"
@@ -166,10 +166,10 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def _runtime_bytes(config: Config) -> int:
-    """Resident memory beside the tensors: what this process has now, and a run's graphs.
+    """Resident memory besides tensors: what this process has now, and the graphs of a run.
 
-    Drivers that were looked for make a difference of 50 MB, so what is there is measured. On other
-    devices than the CPU none of it is theirs.
+    It is measured, since drivers that were loaded while looking for devices make a difference of
+    50 MB. On devices other than the CPU it is not in the device's memory, so it is 0.
     """
     if Device.DEFAULT != "CPU":
         return 0

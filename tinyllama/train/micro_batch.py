@@ -1,4 +1,4 @@
-"""Whether a run fits its device, and the largest parts of its batch that do."""
+"""Whether a run fits its device's memory, and the largest micro-batch that does."""
 
 import bisect
 import math
@@ -16,7 +16,7 @@ from tinyllama.train.step import TrainStep
 
 
 def largest_micro_batch(config: Config, limit_bytes: int) -> int | None:
-    """The largest micro_batch_size whose estimate is within the limit; None where none is.
+    """The largest micro_batch_size whose estimate is within the limit, or None.
 
     Only divisors of batch_size are tried, as only they can be set.
     """
@@ -26,7 +26,7 @@ def largest_micro_batch(config: Config, limit_bytes: int) -> int | None:
 
 
 def _largest_part(config: Config, limit_bytes: int) -> int | None:
-    """The largest micro_batch_size below batch_size that is within the limit; None for none."""
+    """The largest micro_batch_size below batch_size that is within the limit, or None."""
     size = config.training.batch_size
     divisors = _divisors(size)[:-1]
     count = bisect.bisect_left(divisors, True, key=lambda n: not _fits(config, n, limit_bytes))
@@ -39,12 +39,12 @@ def _fits(config: Config, size: int, limit_bytes: int) -> bool:
 
 
 def _least_bytes(config: Config) -> int:
-    """What a micro-batch takes at least: its rows of one layer, in 16 bits."""
+    """A lower bound of what a micro-batch takes: its hidden states of one layer, in 16 bits."""
     return 2 * config.training.micro_batch * config.context_length * config.model.hidden_size
 
 
 def _plannable(config: Config, limit_bytes: int) -> Config:
-    """The configuration, its micro-batch small enough that planning it does not take for ever.
+    """The configuration with a micro-batch small enough to be planned in a short time.
 
     Raises ConfigError where weights packed in 4 bits, the tokens of a batch or, if it is set, a
     micro-batch are larger than the memory.
@@ -74,7 +74,7 @@ def _in_parts(config: Config, size: int) -> Config:
 
 
 def verdict(config: Config, estimate: MemoryEstimate, limit_bytes: int | None) -> str:
-    """The line that says whether a run fits, and the largest micro-batch that does."""
+    """One line: whether a run fits, and the largest micro-batch that does."""
     if limit_bytes is None:
         return f"the memory of {Device.DEFAULT} is not known"
     largest = largest_micro_batch(config, limit_bytes)
@@ -89,7 +89,7 @@ def verdict(config: Config, estimate: MemoryEstimate, limit_bytes: int | None) -
 
 
 class Fit(NamedTuple):
-    """A run that fits its device: its configuration, the step it was planned with, and in words."""
+    """A run that fits its device: its configuration, the planned step, and a report in words."""
 
     config: Config
     step: TrainStep

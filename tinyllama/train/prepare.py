@@ -11,7 +11,7 @@ from tinygrad import Device
 
 from tinyllama.config import Config
 from tinyllama.config.options import got, shown
-from tinyllama.data.files import content_digests, find_sources, read_texts
+from tinyllama.data.files import Source, content_digests, find_sources, read_texts
 from tinyllama.errors import (
     CheckpointError,
     ConfigError,
@@ -34,14 +34,14 @@ from tinyllama.train.checkpoint import latest_valid, list_checkpoints, verify
 
 
 def check_fresh(config: Config) -> None:
-    """A new run gets a folder of its own: CheckpointError if it holds checkpoints or a run."""
+    """Raise CheckpointError if a new run's folder holds checkpoints or another run is in it."""
     folder = Path(config.checkpointing.checkpoint_dir)
-    run_folder.settle(folder)
+    run_folder.clean_up(folder)
     run_folder.check_holds_none(folder)
 
 
 def check_files(config: Config) -> None:
-    """What a run reads is there, and its folder can be written: DataError or CheckpointError."""
+    """Raise DataError if a text is missing, CheckpointError if the run's folder is not writable."""
     with naming("data.train_path"):
         find_sources(config.data.train_path)
     if config.data.val_path is not None:
@@ -58,7 +58,7 @@ def check_files(config: Config) -> None:
 
 
 def find_validation(paths: str | Sequence[str]) -> None:
-    """DataError, with what to do, if there is no validation text."""
+    """Raise DataError, with what to do about it, if there is no validation text."""
     try:
         find_sources(paths)
     except DataError as error:
@@ -68,7 +68,7 @@ def find_validation(paths: str | Sequence[str]) -> None:
 
 
 def supported(config: Config) -> Config:
-    """The configuration, if all that it asks for can be done; ConfigError names what cannot."""
+    """The same configuration. Raises ConfigError naming options that are not supported yet."""
     if config.lora is not None and config.model.base is None:
         raise ConfigError(
             "[lora]: adapters are trained on a checkpoint: name its folder with model.base in the "
@@ -95,7 +95,7 @@ def supported(config: Config) -> Config:
 
 
 def without_effect(config: Config, sequences: int, steps: int) -> list[str]:
-    """Sizes that a run of so many `steps` over so many `sequences` of text does not reach."""
+    """One line for each size that a run of so many steps and sequences of text never reaches."""
     t, warmup, found = config.training, config.lr_schedule.warmup_steps, []
     if t.batch_size > sequences:
         found.append(
@@ -110,32 +110,63 @@ def without_effect(config: Config, sequences: int, steps: int) -> list[str]:
     return found
 
 
-# Options that change no loss of a step, or are compared elsewhere (the text by its digest).
-_FREE_OF_NUMBERS = ("checkpointing.", "data.", "model.base", "training.eval_")
+# Options that change no loss of a step, or are compared elsewhere (the text and its tokenizer by a
+# digest). The others count, those of [data] included: which tokens are trained, for one.
+_FREE_OF_NUMBERS = (
+    "checkpointing.",
+    "model.base",
+    "training.eval_",
+    "data.train_path",
+    "data.val_path",
+    "data.context_length",
+    "data.tokenizer",
+    "data.replace_tokenizer",
+    "data.cache_dir",
+)
 _MICRO_BATCH, _BATCH = "training.micro_batch_size", "training.batch_size"
 
 
-def resume_folder(config: Config, asked: str, warn: Callable[[str], None]) -> Path:
-    """The verified checkpoint that `--resume` means: a folder by name, or "latest" for the newest
-    of the run's folder, where what a killed run may have left is settled first.
+def trained_and_validated(config: Config) -> list[str]:
+    """One line for each validation file whose content is also that of a training file."""
+    if config.data.val_path is None:
+        return []
+    cache = Path(config.data.cache_dir)
+    train, val = (find_sources(paths) for paths in (config.data.train_path, config.data.val_path))
+    trained = dict(zip(content_digests(train, cache), train, strict=True))
+    return [
+        f"{config.where('data.val_path')}: {source.path} is also trained on"
+        f"{_as_another_file(source, trained[digest])}, so its validation loss says nothing about"
+        " new text"
+        for digest, source in zip(content_digests(val, cache), val, strict=True)
+        if digest in trained and source.size_bytes
+    ]
+
+
+def _as_another_file(validated: Source, trained: Source) -> str:
+    return "" if validated.path == trained.path else f" (as {trained.path})"
+
+
+def resume_folder(config: Config, wanted: str, warn: Callable[[str], None]) -> Path:
+    """The checkpoint that `--resume` names, verified: a folder, or "latest" for the newest one in
+    the run's folder. What a killed run left there is cleaned up first.
 
     Raises CheckpointError, also where the run's folder belongs to another run or process.
     """
     root = Path(config.checkpointing.checkpoint_dir)
-    run_folder.settle(root)
-    if asked == "latest":
+    run_folder.clean_up(root)
+    if wanted == "latest":
         folder = latest_valid(root, warn)
         if folder is None:
             raise CheckpointError(
                 f"{root}: holds no checkpoint to resume from; without --resume the run begins"
             )
         return folder
-    folder = Path(asked)
+    folder = Path(wanted)
     if not folder.is_dir():
-        raise CheckpointError(f"--resume {asked}: no such folder")
+        raise CheckpointError(f"--resume {wanted}: no such folder")
     if inside := list_checkpoints(folder):
         raise CheckpointError(
-            f"--resume {asked}: holds checkpoints and is none; its newest is {inside[-1]}"
+            f"--resume {wanted}: is no checkpoint but holds some; its newest is {inside[-1]}"
         )
     verify(folder)
     if folder.resolve() not in [path.resolve() for path in list_checkpoints(root)]:
@@ -160,9 +191,9 @@ def with_base(config: Config, notice: Callable[[str], None] = lambda line: None)
 
 
 def with_micro_batch_of(checkpoint: Path, config: Config) -> Config:
-    """The configuration with the micro-batch that `checkpoint` was trained with, if none is set.
+    """The configuration with the micro-batch of a checkpoint, if none is set.
 
-    What fits may differ from day to day, and sums of other parts round differently.
+    What fits into memory may have changed, and with another micro-batch sums round differently.
     """
     t, saved = config.training, run_folder.micro_batch_size(checkpoint)
     if t.micro_batch_size is not None or saved is None or t.batch_size % saved:
@@ -171,7 +202,7 @@ def with_micro_batch_of(checkpoint: Path, config: Config) -> Config:
 
 
 def made_with(config: Config) -> dict[str, Any]:
-    """What decides a run's numbers beside its text and weights: options, device, threads."""
+    """What decides the losses of a run besides text and weights: options, device, threads."""
     options = {k: v for k, v in config.values().items() if not k.startswith(_FREE_OF_NUMBERS)}
     options[_MICRO_BATCH] = config.training.micro_batch
     found = options | {"device": Device.DEFAULT, "threads": device.threads()}
@@ -195,14 +226,14 @@ def differences(config: Config, checkpoint: Path) -> str | None:
 
 
 def _defaults() -> dict[str, Any]:
-    """What checkpoints that are older than an option were trained with."""
+    """The defaults, which stand for options that did not exist when a checkpoint was saved."""
     return {k: v for k, v in made_with(Config()).items() if k not in ("device", "threads")}
 
 
 def find_tokenizer(config: Config, resume: Path | None, show: bool) -> Tokenizer:
     """The run's tokenizer: the checkpoint's, a file, or one trained on the training text.
 
-    Raises ConfigError if the model has no room for it, or its base another one.
+    Raises ConfigError if its vocabulary is larger than the model's, or differs from the base's.
     """
     tokenizer = _tokenizer_of(resume, config) if resume else _new_tokenizer(config, show)
     if resume is None or config.lora is not None:
@@ -243,22 +274,22 @@ def _new_tokenizer(config: Config, show: bool) -> Tokenizer:
     if file.exists():
         return load_tokenizer(file)
     what = f"data.tokenizer_vocab_size, for a tokenizer of {config.data.train_path}"
-    with naming(what, TokenizerError):  # what is wrong in the texts tells its own place
+    with naming(what, TokenizerError):  # an error in the texts names its own place
         texts = read_texts(sources, progress=show)
         return train_tokenizer(texts, config.tokenizer_vocab_size, file)
 
 
 def _tokenizer_of(checkpoint: Path, config: Config) -> Tokenizer:
-    """A checkpoint's tokenizer. Raises ConfigError if the configuration asks for another."""
-    found, asked = load_tokenizer(checkpoint), config.data
-    size = asked.tokenizer_vocab_size
-    if asked.tokenizer not in (None, "train"):
+    """A checkpoint's tokenizer. Raises ConfigError if the configuration names another one."""
+    found, data = load_tokenizer(checkpoint), config.data
+    size = data.tokenizer_vocab_size
+    if data.tokenizer not in (None, "train"):
         with naming("data.tokenizer"):
-            same = load_tokenizer(str(asked.tokenizer)).model == found.model
+            same = load_tokenizer(str(data.tokenizer)).model == found.model
         if not same:
             raise ConfigError(
-                f"data.tokenizer: {asked.tokenizer} is not the tokenizer of {checkpoint}, which a"
-                " resumed run must go on with"
+                f"data.tokenizer: {data.tokenizer} is not the tokenizer of {checkpoint}, which a"
+                " resumed run must keep"
             )
     elif config.tokenizer_source == "train" and size not in (None, found.vocab_size):
         raise ConfigError(

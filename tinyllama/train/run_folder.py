@@ -118,7 +118,7 @@ def batch_size(state: Mapping[str, Any]) -> int | None:
 
 
 def schedule_anchor(state: Mapping[str, Any]) -> Anchor | None:
-    """From where the learning rate of a checkpoint went down, if not from its warm-up."""
+    """Where the learning rate of a checkpoint began to fall, if not at the end of its warm-up."""
     found = state.get("schedule_anchor")
     return None if found is None else Anchor(int(found["step"]), float(found["share"]))
 
@@ -136,19 +136,20 @@ def held_alone(folder: Path) -> Iterator[None]:
         ) from None
 
 
-def settle(folder: Path) -> None:
-    """Settle what a killed run left in its folder. Raises CheckpointError if a run is in it."""
+def clean_up(folder: Path) -> None:
+    """Complete or remove what a killed run left in its folder. Raises CheckpointError while
+    another process trains there."""
     if folder.is_dir():
         with held_alone(folder):
             recover(folder)
 
 
 def go_back(folder: Path, resumed: Path, step: int) -> list[tuple[Path, Path]]:
-    """Make a run's folder that of a run which goes on from the checkpoint `resumed`.
+    """Prepare a run's folder for continuing from the checkpoint `resumed`.
 
-    Checkpoints of later steps get another name; old and new ones are returned. The metrics that go
-    with them are copied first, since the run writes them anew. Those of a folder that is not the
-    checkpoint's own are of another run altogether.
+    Checkpoints of later steps are renamed; the old and new paths are returned. Their metrics are
+    copied first, since the run overwrites them. If `resumed` lies in another folder, metrics found
+    here belong to another run and are renamed.
     """
     metrics, is_ours = folder / METRICS, resumed.resolve().parent == folder.resolve()
     if metrics.exists() and not is_ours:
@@ -165,7 +166,7 @@ def older_than(checkpoint: Path, step: int) -> Path | None:
 
 
 def check_holds_none(folder: Path) -> None:
-    """A new run must not mix with an old one: CheckpointError if its folder holds checkpoints."""
+    """Raise CheckpointError if the folder of a new run already holds checkpoints."""
     if found := list_checkpoints(folder):
         raise CheckpointError(
             f"{folder} already holds {found[-1].name}: continue it with --resume, or choose "
@@ -174,18 +175,18 @@ def check_holds_none(folder: Path) -> None:
 
 
 def write_config(folder: Path, config: Config) -> None:
-    """config.toml of the run: every option with the value it had."""
+    """Write config.toml: every option with the value that the run uses."""
     atomic_write(folder / "config.toml", config.to_toml().encode())
 
 
 def so_far(step: int, saved: Path | None) -> str:
-    """Where a run ended, and what there is of it."""
+    """At which step a run ended and which checkpoint is the last, for messages."""
     there = f"the last checkpoint is {saved}" if saved else "nothing was saved"
     return f"after step {step}, and {there}"
 
 
 def out_of_memory(error: MemoryError, step: int, saved: Path | None) -> TrainingError:
-    """What a run says whose device had no memory left."""
+    """The error of a run whose device has no memory left."""
     return TrainingError(
         f"out of memory {so_far(step, saved)}: {reason(error)}; lower training.micro_batch_size or "
         "data.context_length, or set training.checkpoint_activations = true"

@@ -3,9 +3,10 @@
     grads = sum over micro-batches of d(summed loss)/d(parameters)
     parameters, state = AdamW(grads / trained tokens, clipped)
 
-A batch that fits memory is one compiled graph; otherwise one graph adds a micro-batch's gradients
-into buffers and another updates. Each graph is captured at its first call, so nothing is compiled
-or scheduled twice, and one small tensor (loss, norm) is read back a step.
+A batch that fits into memory is one compiled graph. If it does not, one graph adds the gradients of
+a micro-batch to buffers, and another updates the parameters. Each graph is captured at its first
+call, so nothing is compiled or scheduled twice. One small tensor (loss, norm) is read back per
+step.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +26,7 @@ from tinyllama.train.optimizer import AdamW
 
 
 class StepResult(NamedTuple):
-    """What a step saw: mean loss in nats, norm of the mean gradient, trained tokens."""
+    """Of one step: mean loss in nats per token, norm of the mean gradient, trained tokens."""
 
     loss: float
     grad_norm: float
@@ -76,16 +77,16 @@ class TrainStep:
         return StepResult(summed_loss / max(tokens, 1), norm, tokens)
 
     def take_over(self, planned: "TrainStep") -> None:
-        """Use the pieces that a step of the same configuration has scheduled (`plans`) again."""
+        """Reuse what a step of the same configuration scheduled when it was planned (`plans`)."""
         self.staged.stages, self._add_stage = planned.staged.stages, planned._add_stage
         self.optimizer.stages = planned.optimizer.stages
 
     def sums(self) -> list[Tensor]:
-        """The sums of gradients that are kept between the micro-batches of a step."""
+        """The buffers in which gradients are summed over the micro-batches of a step."""
         return list(self._sums.values())
 
     def plans(self, *batch: Tensor, hyperparameters: Tensor) -> list[Plan]:
-        """Memory of the graphs that a step runs, for a micro-batch's three tensors; runs none."""
+        """The memory of each graph of a step, for a micro-batch's three tensors; nothing runs."""
         if self.micro_batches == 1:
             return [self._plan(self._whole_step, *batch, hyperparameters)]
         return [

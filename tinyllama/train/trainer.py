@@ -25,6 +25,7 @@ from tinyllama.model.counts import parameters
 from tinyllama.model.lora import dropping
 from tinyllama.observe.metrics import MetricsLog
 from tinyllama.observe.progress import Progress
+from tinyllama.system import lacking
 from tinyllama.system.memory import memory_in_use_bytes
 from tinyllama.system.signals import stopping_on_signals
 from tinyllama.train import run_folder
@@ -36,6 +37,7 @@ from tinyllama.train.prepare import (
     find_tokenizer,
     made_with,
     supported,
+    trained_and_validated,
     without_effect,
 )
 from tinyllama.train.schedule import Place, learning_rate
@@ -44,7 +46,7 @@ from tinyllama.train.step import TrainStep
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: its last checkpoint, the step, whether the schedule was completed.
+    """How a run ended: its last checkpoint, its step, whether the schedule was completed.
 
     `exit_code` is 130 or 143 after a signal. The losses, in nats per token, are those of the last
     step; None where this process made no step, and where nothing was validated after it.
@@ -59,7 +61,8 @@ class Outcome:
 
 
 class Trainer:
-    """A run: everything it needs, made or restored; `run` trains to the end or to a signal."""
+    """A training run. Making it builds or restores everything; `run` trains until the schedule
+    ends or a signal arrives."""
 
     def __init__(
         self,
@@ -75,7 +78,7 @@ class Trainer:
         self.config = supported(config)
         self.show, self.budget_seconds = show, budget_seconds
         self.folder = Path(config.checkpointing.checkpoint_dir)
-        check_files(config)  # before a tokenizer is made for nothing
+        check_files(config)  # before a tokenizer is trained in vain
         self.tokenizer = find_tokenizer(config, resume, show)
         t, context = config.training, config.context_length
         cache = config.data.cache_dir
@@ -101,17 +104,17 @@ class Trainer:
         self.anchor = run_folder.schedule_anchor(state)
         if (was := run_folder.batch_size(state)) not in (None, t.batch_size):
             self.anchor = place.anchor(was, config.lr_schedule, self.anchor)
-        # The line of metrics of a step whose validation a signal cut short.
+        # The metrics of a step whose validation was interrupted by a signal.
         self._unvalidated: dict[str, Any] | None = state.get("unvalidated")
         self._last_line: dict[str, Any] = {}  # of metrics
         if state.get("was_last") and budget_seconds is not None:
-            self.total_steps = self.step  # the budget that ended there is not given once more
+            self.total_steps = self.step  # the budget was used up there
         self._resumed = self.saved = resume
         self._saved_step = self.step
-        self._followed: Path | None = None  # the newest checkpoint that a finite step came after
+        self._followed: Path | None = None  # the newest checkpoint whose next step was finite
 
     def run(self) -> Outcome:
-        """Train until the schedule ends, or a signal asks to stop after the current step."""
+        """Train until the schedule ends; a signal stops the run after the current step."""
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             with run_folder.held_alone(self.folder):
@@ -145,8 +148,8 @@ class Trainer:
         return run_folder.so_far(self.step, self.saved)
 
     def _take_folder(self) -> None:
-        """Make the run's folder ours: what a run that is continued here had after this step is
-        set aside. Raises CheckpointError where a new run finds another one's checkpoints."""
+        """Prepare the run's folder: checkpoints after the step that is resumed get another name.
+        Raises CheckpointError where a new run finds the checkpoints of another run."""
         if self._resumed is None:
             run_folder.check_holds_none(self.folder)
         else:
@@ -156,8 +159,8 @@ class Trainer:
 
     @contextmanager
     def _open_metrics(self, stopping: Callable[[], int]) -> Iterator[MetricsLog]:
-        """metrics.jsonl, after the validation that is still to be made up for, if there is one:
-        its step's line is then written once more."""
+        """metrics.jsonl, open for the next step. A validation that was interrupted is run first,
+        and the line of its step is written again."""
         line, first = self._unvalidated, self.step + 1
         if line is not None:
             line, first = self._validate(line, stopping), self.step
@@ -200,10 +203,12 @@ class Trainer:
         )
 
     def notices(self) -> list[str]:
-        """What may not be meant, a line each: another run than before, sizes without effect."""
+        """One line for each thing that may be a mistake: options that differ from the resumed
+        run's, sizes without effect, text that is both trained and validated on."""
         other = differences(self.config, self._resumed) if self._resumed else None
         found = without_effect(self.config, self.batches.n_windows, self.total_steps)
-        return [other, *found] if other else found
+        found += trained_and_validated(self.config)
+        return [line for line in (other, lacking.notice(), *found) if line]
 
     def _one_step(
         self,
@@ -238,15 +243,15 @@ class Trainer:
             self.save(run_folder.step_name(step))
 
     def _validation_is_due(self, step: int, epoch: int) -> bool:
-        """Whether a validation loss is asked for after `step`, which was of `epoch`."""
+        """Whether the model is validated after `step`, which belonged to `epoch`."""
         every = self.config.training.eval_every
         due = self.batches.epoch + 1 != epoch if every is None else step % every == 0
         return due or step == self.total_steps
 
     def _validate(self, line: dict[str, Any], stopping: Callable[[], int]) -> dict[str, Any]:
-        """A step's line of metrics with its validation loss, if there is text for one.
+        """The metrics of a step with its validation loss, if there is validation text.
 
-        Where a signal cuts it short, the run that goes on from here makes up for it.
+        If a signal interrupts it, the resumed run validates before its first step.
         """
         if self.evaluator is None:
             self._unvalidated = None
@@ -261,14 +266,14 @@ class Trainer:
         return line | {"val_loss": found.loss}
 
     def _check_finite(self, step: int, seen: dict[str, float]) -> None:
-        """Raise TrainingError, which tells what was seen, if a number in it is NaN or infinite."""
+        """Raise TrainingError, with the numbers in it, if one of them is NaN or infinite."""
         if all(map(math.isfinite, seen.values())):
             return
         numbers = ", ".join(f"{name} {value:.6g}" for name, value in seen.items())
         raise self._broken(step, f"{numbers}: the numbers are no longer finite")
 
     def _broken(self, step: int, what: str) -> TrainingError:
-        """The error that ends a run at a step: what was seen, and what can be done."""
+        """The error that ends a run at a step: what went wrong, and what to try."""
         advice = "A lower training.learning_rate or a longer lr_schedule.warmup_steps may help"
         if self.step == 0:
             advice = "No weight was trained before: look at model.base, the text and training.dtype"
@@ -277,22 +282,22 @@ class Trainer:
         )
 
     def _last_good(self) -> str:
-        """The checkpoint to go back to: weights that are followed by such a step are none."""
+        """Which checkpoint to go back to: not one whose next step was not finite."""
         if self.saved is None:
             return "nothing was saved"
         good = self._followed
         if good is None or not good.is_dir():
             good = run_folder.older_than(self.saved, self._saved_step)
         if good is None:
-            return f"{self.saved} holds the weights that led to them, and none is before it"
+            return f"{self.saved} holds the weights that led to them, and there is no earlier one"
         way = f"--resume {shlex.quote(str(good))}"
         if good.resolve().parent != self.folder.resolve():
             way += " with another checkpointing.checkpoint_dir"
         return f"the last good checkpoint is {good} ({way} goes back to it)"
 
     def _shorten(self, first: int, started: float) -> None:
-        """With a time budget, end the schedule at the step that the budget reaches: as many steps
-        fit the time that is left as took the time since `started`, when `first` was done."""
+        """With a time budget, end the schedule at the step that the budget reaches, at the speed
+        of the steps since `first`, which ended at `started`."""
         done = self.step - first
         if self.budget_seconds is None or done < 2:
             return
@@ -310,7 +315,7 @@ class Trainer:
                 folder, self.model, self.optimizer, self.tokenizer,
                 self._state(), keep, self.adapter,
             )  # fmt: skip
-        except KeyboardInterrupt:  # it may be there, and older ones were being removed
+        except KeyboardInterrupt:  # the checkpoint may be complete already
             if (
                 run_folder.looks_whole(folder)
                 and run_folder.read_state(folder)["step"] == self.step
@@ -321,7 +326,7 @@ class Trainer:
         return folder
 
     def _state(self) -> dict[str, Any]:
-        """What a checkpoint keeps beside tensors."""
+        """What training_state.json holds."""
         parts = self.config.training.micro_batch
         state = {"step": self.step, "data": self.batches.state(), "micro_batch_size": parts}
         state |= {"made_with": made_with(self.config)}

@@ -6,6 +6,7 @@ MADV_HUGEPAGE takes a tenth of that, and buffers side by side leave no small pag
 On other systems than Linux nothing changes.
 """
 
+import math
 import mmap
 import threading
 
@@ -68,13 +69,12 @@ class _Piece:
 
 def apply() -> None:
     """From here on, CPU buffers of at least a huge page lie in huge pages where Linux has them."""
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
-        return
     allocate, regions = CPUAllocator._alloc, _Regions()
+    least = HUGE_PAGE_BYTES if hasattr(mmap, "MADV_HUGEPAGE") else math.inf
 
     def allocate_huge(allocator: CPUAllocator, size: int, options: BufferSpec) -> HCQBuffer:
         try:
-            if options.external_ptr is not None or size < HUGE_PAGE_BYTES:
+            if options.external_ptr is not None or size < least:
                 return allocate(allocator, size, options)
             piece = regions.take(size)
         except OSError as error:  # of which tinygrad expects a MemoryError
