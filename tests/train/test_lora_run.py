@@ -168,7 +168,7 @@ def test_an_adapter_whose_base_has_moved_takes_its_place_by_option(run, capsys, 
     (tmp_path / "held.txt").write_text(LINE * 20)
     words = ["evaluate", "--model", here, "--data", tmp_path / "held.txt", "--context", 32]
     words += ["--cache-dir", tmp_path / "cache"]
-    assert cli(*words) == 0
+    assert cli("evaluate", "--model", run.final, *words[3:]) == 0
     expected = capsys.readouterr().out
     run.base.rename(moved)
     try:
