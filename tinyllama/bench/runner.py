@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from tinyllama.bench.protocol import Spec
-from tinyllama.errors import TrainingError
+from tinyllama.errors import TrainingError, reason
 
 WARM_UP_STEPS = 2  # the first builds and compiles, the second captures the step's graph
 # The package's own __init__ is skipped, since an interpreter that has PyTorch may lack what it
@@ -68,7 +68,7 @@ class Worker:
             )
         except OSError as error:
             self.errors.close()
-            raise TrainingError(f"{name}: cannot start {command[0]}: {error.strerror}") from error
+            raise TrainingError(f"{name}: cannot start {command[0]}: {reason(error)}") from error
         self.ready: dict[str, Any] = self._request(spec.to_json())["ready"]
 
     def step(self, index: int) -> Answer:

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from tinyllama.data import json_array, table
 from tinyllama.data.detect import BOM, HEAD_BYTES, SUFFIXES, Format, detect
 from tinyllama.data.jsonl import parse_row
-from tinyllama.errors import DataError
+from tinyllama.errors import DataError, reason
 from tinyllama.system.files import atomic_write, sha256_file
 
 CHUNK_BYTES = 1 << 20
@@ -195,7 +195,7 @@ def _hash_source(source: Source) -> str:
     try:
         digest = sha256_file(source.path)
     except OSError as error:
-        raise DataError(f"{source.path}: cannot be read: {error.strerror}") from error
+        raise DataError(f"{source.path}: cannot be read: {reason(error)}") from error
     source.check_unchanged()
     return digest
 
@@ -247,7 +247,7 @@ def _look_at(path: Path) -> Source:
         with open(path, "rb") as file:
             head = file.read(HEAD_BYTES)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+        raise DataError(f"{path}: cannot be read: {reason(error)}") from error
     signature = (stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns)
     return Source(path, stat.st_size, signature, detect(path, head))
 
@@ -256,7 +256,7 @@ def _open(path: Path) -> BinaryIO:
     try:
         return open(path, "rb")
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+        raise DataError(f"{path}: cannot be read: {reason(error)}") from error
 
 
 def _possible_ends(file: BinaryIO, source: Source) -> Iterator[int]:

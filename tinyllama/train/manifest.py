@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tinyllama.errors import CheckpointError
+from tinyllama.errors import CheckpointError, reason
 from tinyllama.formats.huggingface import read_json
 from tinyllama.system.files import sha256_file
 
@@ -97,5 +97,5 @@ def _damage(path: Path, sha256: str, size_bytes: int, *, deep: bool) -> str | No
         if deep and (digest := sha256_file(path)) != sha256:
             return f"{path}: changed: SHA-256 is {digest}, the manifest says {sha256}"
     except OSError as error:
-        return f"{path}: cannot be read: {error.strerror}"
+        return f"{path}: cannot be read: {reason(error)}"
     return None
