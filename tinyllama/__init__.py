@@ -21,7 +21,7 @@ def __getattr__(name: str) -> Any:
         from tinyllama.config import LlamaConfig
 
         return LlamaConfig
-    # The device is chosen when the model is first asked for, so that GPU=1, CPU=1, ... are
+    # The device is chosen when the model is first used, so that GPU=1, CPU=1, ... are
     # understood in scripts as they are on the command line, and importing us stays instant.
     if name == "Llama":
         from tinyllama.system import device

@@ -181,8 +181,8 @@ def test_a_signal_during_imports_ends_with_one_line(tmp_path, command, number, n
     path = os.pathsep.join([str(tmp_path), environment()["PYTHONPATH"]])
     words = {"train": [config_file(tmp_path / "run")], "generate": ["--model", tmp_path]}
     words["bench"] = words["train"]
-    asked = words.get(command, ["--model", tmp_path, "--data", tmp_path])
-    code, out, err = run_command(command, *asked, PYTHONPATH=path)
+    args = words.get(command, ["--model", tmp_path, "--data", tmp_path])
+    code, out, err = run_command(command, *args, PYTHONPATH=path)
     word = {"SIGINT": "interrupted", "SIGTERM": "terminated"}[number]
     assert (code, out, err) == (128 + signal.Signals[number], "", f"{word}\n")
 

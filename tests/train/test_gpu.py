@@ -159,20 +159,20 @@ Llama.from_pretrained({str(source)!r}).save_pretrained({str(tmp_path / "copy")!r
 
 
 def test_the_commands_do_there_what_they_do_on_the_processor(gpu, tmp_path):
-    asked, run = {gpu: "1"}, tmp_path / "run"
+    on_gpu, run = {gpu: "1"}, tmp_path / "run"
     words = ("train", config_file(run), "--set", "training.max_steps=6")
-    out = said(*words, "--set", "checkpointing.save_every=3", **asked)
+    out = said(*words, "--set", "checkpointing.save_every=3", **on_gpu)
     assert out.startswith(f"backend {gpu}, ") and "finished: step 6" in out
     never_stopped = numbers(run)
     total = re.search(r"^total +([\d,]+) ", out, re.MULTILINE)
     assert total is not None
     estimated, used = int(total[1].replace(",", "")), metrics(run)[6]["memory_bytes"]
     assert used == pytest.approx(estimated, rel=0.01)
-    said(*words, "--resume", run / "step-00000003", **asked)
+    said(*words, "--resume", run / "step-00000003", **on_gpu)
     assert numbers(run) == never_stopped  # bit for bit
     measure = ("evaluate", "--model", run / "final", "--data", VAL_FILES[0])
-    there, here = (json.loads(said(*measure, **on)) for on in (asked, {"CPU": "1"}))
+    there, here = (json.loads(said(*measure, **on)) for on in (on_gpu, {"CPU": "1"}))
     assert there == pytest.approx(here, rel=1e-5)
     write = ("generate", "--model", run / "final", "--prompt", "def ", "--temperature", "0")
     write = (*write, "--max-new-tokens", "8")
-    assert said(*write, **asked) == said(*write, CPU="1") != "def \n"
+    assert said(*write, **on_gpu) == said(*write, CPU="1") != "def \n"

@@ -50,14 +50,6 @@ class DeviceChoice:
     reason: str
     is_opencl_processor: bool = False  # OpenCL that computes on the processor, as pocl does
 
-    @property
-    def asked(self) -> tuple[str, ...]:
-        """The variables that select it and its kernels, as a shell takes them: `GPU=1`."""
-        first = self.reason.partition(" ")[0].rstrip(":")
-        switches = {"TINYLLAMA_KERNELS=0": kernels_enabled(), "TINYLLAMA_AMX=0": amx_enabled()}
-        off = tuple(switch for switch, enabled in switches.items() if not enabled)
-        return (first, *off) if "=" in first else off
-
     def line(self) -> str:
         """The first line a run prints."""
         return (
@@ -102,7 +94,7 @@ def select(
     for name in (*FLAGS, "GPU"):
         environ.pop(name, None)
     environ.pop("DEV", None)
-    threads_asked(environ)
+    requested_threads(environ)
     failures: dict[str, str] = {}
     for target in candidates:
         try:
@@ -226,11 +218,11 @@ def threads() -> int:
     """
     from tinygrad.helpers import CPU_COUNT
 
-    count = threads_asked()
+    count = requested_threads()
     return int(CPU_COUNT.value) if count is None else set_threads(count)
 
 
-def threads_asked(environ: Mapping[str, str] = os.environ) -> int | None:
+def requested_threads(environ: Mapping[str, str] = os.environ) -> int | None:
     """NUM_CPU_THREADS, if it is set. Raises DeviceError if it is not a number of threads."""
     value = environ.get("NUM_CPU_THREADS", "")
     if value and (not value.isdecimal() or int(value) < 1):
