@@ -143,8 +143,11 @@ def memory_rows() -> list[tuple[str, list[str], float]]:
 # Planning takes seconds, so one row in four is computed again.
 @pytest.mark.parametrize(("name", "overrides", "expected"), memory_rows()[3::4])
 def test_the_memory_that_the_docs_name_is_what_is_planned(
-    name: str, overrides: list[str], expected: float
+    name: str, overrides: list[str], expected: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # What this process holds depends on the tests before; a fresh one holds about as much.
+    runtime_bytes = "tinyllama.train.memory_estimate._runtime_bytes"
+    monkeypatch.setattr(runtime_bytes, lambda config: 170_000_000)
     config = load_config(f"configs/{name}.toml", overrides)
     assert estimate_memory(config).total == pytest.approx(expected, rel=0.1)
 

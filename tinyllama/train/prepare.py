@@ -257,8 +257,8 @@ def _check_against_base(config: Config, tokenizer: Tokenizer) -> None:
         raise ConfigError(
             f"{config.where('data.tokenizer')}: got a tokenizer ({config.tokenizer_source}) whose "
             f"pieces or ids differ from those of model.base ({base}), must be the base's own, "
-            "which its embeddings were trained with: remove data.tokenizer; to train the whole "
-            "model on another tokenizer, set data.replace_tokenizer = true"
+            "which its embeddings were trained with: --set data.tokenizer=none uses that; to train "
+            "the whole model on another tokenizer, set data.replace_tokenizer = true"
         )
 
 
