@@ -119,4 +119,4 @@ static inline float exchanged(float x, int mask, float *, int) {
 }
 #define EXP2(x) emulator::exp2(x)
 #define LOG2(x) emulator::log2(x)
-#define MAXF(a, b) ((a) > (b) ? (a) : (b))
+static inline float MAXF(float a, float b) { return a > b ? a : b; }

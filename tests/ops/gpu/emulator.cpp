@@ -20,6 +20,7 @@ struct Fiber {
   std::vector<char> stack;
   State state;
   void *mine;
+  void (*work)(void **);
   std::vector<Copy> open;
   std::deque<std::vector<Copy>> groups;
 };
@@ -33,6 +34,10 @@ void **arguments;
 std::mt19937 generator;
 long bank_reads, bank_cycles;
 
+void stop(const char *reason) {
+  fprintf(stderr, "emulator: %s\n", reason);
+  abort();
+}
 void enter() {
   body(arguments);
   fibers[current].state = DONE;
@@ -81,10 +86,7 @@ void run_block(int threads) {
     int alive = 0, waiting = 0;
     for (auto &f : fibers) alive += f.state != DONE, waiting += f.state == AT_BARRIER;
     if (!alive) return;
-    if (waiting != alive) {
-      fprintf(stderr, "deadlock: the lanes of a group, or the threads of a block, do not meet\n");
-      abort();
-    }
+    if (waiting != alive) stop("the lanes of a group, or the threads of a block, do not meet");
     for (auto &f : fibers)
       if (f.state == AT_BARRIER) f.state = RUNNABLE;
     std::shuffle(order.begin(), order.end(), generator);
@@ -114,11 +116,15 @@ void barrier() { leave(AT_BARRIER); }
 void meet(void *mine, void (*work)(void **)) {
   const int first = current / 32 * 32;
   fibers[current].mine = mine;
+  fibers[current].work = work;
   int here = 0;
   for (int l = 0; l < 32; l++) here += fibers[first + l].state == AT_MEETING;
   if (here < 31) return leave(AT_MEETING);
   void *lanes[32];
-  for (int l = 0; l < 32; l++) lanes[l] = fibers[first + l].mine;
+  for (int l = 0; l < 32; l++) {
+    lanes[l] = fibers[first + l].mine;
+    if (fibers[first + l].work != work) stop("lanes of a group meet at different instructions");
+  }
   work(lanes);
   for (int l = 0; l < 32; l++) fibers[first + l].state = RUNNABLE;
 }
