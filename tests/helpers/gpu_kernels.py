@@ -250,6 +250,14 @@ def attention_errors(
     return {n: error(x, wanted[n]) for n, x in zip(wanted, (out, lse, dq, dk, dv), strict=True)}
 
 
+def start_pass(run: Runner, launch: Launch, B: int, T: int, H: int, KV: int, D: int, dtype: str) -> None:
+    """Run the forward pass on zeros, for what is counted meanwhile."""
+    q, k = np.zeros((B, T, H, D)), np.zeros((B, T, KV, D))
+    arrays = [stored(x, dtype) for x in (q, k, k)]
+    starts, lse = np.zeros((B, T), np.int32), np.zeros((B, H, T), np.float32)
+    run(launch, [stored(q, dtype), lse, *arrays, starts])
+
+
 def attention_formula(
     q: np.ndarray, k: np.ndarray, v: np.ndarray, dout: np.ndarray, starts: np.ndarray
 ) -> dict[str, np.ndarray]:
@@ -278,3 +286,79 @@ def attention_formula(
         "dk": shared(np.einsum("bhts,bthd->bshd", ds, q)),
         "dv": shared(np.einsum("bhts,bthd->bshd", p, dout)),
     }
+
+
+# ---- what is run in every dialect ----
+
+# Arguments of product_error. M, N, K are sizes that no tile divides, in more steps than there are
+# places for tiles.
+PRODUCTS: dict[str, dict[str, Any]] = {
+    "NT bfloat16": {"layout": "NT", "dtype": "bfloat16"},
+    "NN float16": {"layout": "NN", "dtype": "float16"},
+    "TN bfloat16, split": {"layout": "TN", "dtype": "bfloat16", "split": 4},
+    "NT float32": {"layout": "NT"},
+    "NN float32, accumulate": {"layout": "NN", "accumulate": True},
+    "TN float32, addend": {"layout": "TN", "addend": True},
+    "NT bfloat16, addend, narrow": {
+        "layout": "NT", "dtype": "bfloat16", "out": "bfloat16", "addend": True,
+    },
+    "TN float16, accumulate, addend, narrow": {
+        "layout": "TN", "dtype": "float16", "out": "float16", "accumulate": True, "addend": True,
+    },
+    "NT bfloat16, tiles divide": {
+        "layout": "NT", "M": 128, "N": 256, "K": 96, "dtype": "bfloat16",
+    },
+    "NT bfloat16, 4 bits by 64": {"layout": "NT", "dtype": "bfloat16", "packed": Packed(4, 64)},
+    "NN float16, 4 bits by 32, minimum": {
+        "layout": "NN", "dtype": "float16", "packed": Packed(4, 32, True),
+    },
+    "NT float32, 8 bits by 32": {"layout": "NT", "packed": Packed(8, 32)},
+    "NN bfloat16, 8 bits by 64, minimum": {
+        "layout": "NN", "dtype": "bfloat16", "packed": Packed(8, 64, True),
+    },
+}  # fmt: skip
+# (M, N, K) by layout: what rows of 16 bytes leave free is odd.
+SIZES = {"NT": (133, 150, 168), "NN": (133, 152, 168), "TN": (136, 152, 171)}
+PACKED_SIZES = {"NT": (37, 150, 192), "NN": (37, 192, 184)}
+# Sums in float32 of exact products, 3xTF32, and results rounded to 8 and to 11 bits.
+PRODUCT_ERROR = {"float32": 5e-7, "bfloat16": 4e-3, "float16": 5e-4}
+
+
+def run_product(run: Runner, dialect: str, name: str, **more: Any) -> float:
+    """The error of one of PRODUCTS."""
+    case = PRODUCTS[name] | more
+    layout = case.pop("layout")
+    sizes = (PACKED_SIZES if case.get("packed") else SIZES)[layout]
+    M, N, K = (case.pop(size, default) for size, default in zip("MNK", sizes, strict=True))
+    return product_error(run, dialect, layout, M, N, K, **case)
+
+
+def allowed_product_error(name: str) -> float:
+    return PRODUCT_ERROR[PRODUCTS[name].get("out", "float32")]
+
+
+# Arguments of attention_errors. T is a multiple of no tile.
+ATTENTION: dict[str, dict[str, Any]] = {
+    "float32, D 32, documents": {
+        "B": 2, "T": 150, "H": 2, "KV": 1, "D": 32, "documents": (16, 70, 75),
+    },
+    "bfloat16, D 64, three queries per key": {
+        "B": 1, "T": 77, "H": 6, "KV": 2, "D": 64, "dtype": "bfloat16", "documents": (33,),
+    },
+    "float16, D 128": {
+        "B": 1, "T": 141, "H": 1, "KV": 1, "D": 128, "dtype": "float16", "documents": (130,),
+    },
+    "bfloat16, D 80, tiles divide T": {
+        "B": 1, "T": 128, "H": 1, "KV": 1, "D": 80, "dtype": "bfloat16",
+    },
+}  # fmt: skip
+ATTENTION_ERROR = {"float32": 1e-6, "bfloat16": 6e-3, "float16": 8e-4}
+
+
+def wrong_attention(run: Runner, dialect: str, name: str, **more: Any) -> dict[str, float]:
+    """Those results of one of ATTENTION that differ from the formula by more than rounding."""
+    case = ATTENTION[name] | more
+    allowed = dict.fromkeys(("out", "dq", "dk", "dv"), ATTENTION_ERROR[case.get("dtype", "float32")])
+    allowed["lse"] = 1e-6  # float32 in every case
+    found = attention_errors(run, dialect, **case)
+    return {name: value for name, value in found.items() if not value <= allowed[name]}
