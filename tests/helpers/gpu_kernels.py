@@ -21,7 +21,13 @@ import numpy as np
 from tinyllama.runtime.blocks import Launch, Packed, attention, product
 
 EMULATOR = Path(__file__).resolve().parents[1] / "ops" / "gpu"
-GUARD = 256  # bytes around an array that a kernel must not touch
+GUARD = 1 << 17  # bytes around an array that a kernel must not touch
+
+
+class Wrong(Exception):
+    """The emulator saw what no kernel may do."""
+
+
 Runner = Callable[[Launch, Sequence[np.ndarray]], None]
 
 
@@ -49,7 +55,8 @@ def unwritten(shape: tuple[int, ...], dtype: str) -> np.ndarray:
 
 def error(found: np.ndarray, wanted: np.ndarray) -> float:
     """The largest difference, in units of the largest wanted number; infinite for a NaN."""
-    worst = np.abs(loaded(found) - wanted).max() / np.abs(wanted).max()
+    with np.errstate(invalid="ignore"):
+        worst = np.abs(loaded(found) - wanted).max() / np.abs(wanted).max()
     return float(worst) if math.isfinite(worst) else math.inf
 
 
@@ -64,7 +71,7 @@ def folder() -> Path:
 
 
 def clang(*words: object) -> None:
-    command = ["clang++", "-std=c++17", "-w", *map(str, words)]
+    command = ["clang", "--driver-mode=g++", "-std=c++17", "-w", *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr[:4000]}"
 
@@ -74,6 +81,7 @@ def emulator() -> Any:
     library = folder() / "libemulator.so"
     clang("-O2", "-fPIC", "-shared", EMULATOR / "emulator.cpp", "-o", library)
     loaded_library = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+    loaded_library.emulate.restype = ctypes.c_char_p
     loaded_library.cycles_per_bank_read.restype = ctypes.c_double
     return loaded_library
 
@@ -102,15 +110,20 @@ def emulate(launch: Launch, arrays: Sequence[np.ndarray]) -> None:
     guarded = []
     for array in arrays:
         memory = np.full(array.nbytes + 3 * GUARD, 0xA5, np.uint8)
-        start = -memory.ctypes.data % GUARD + GUARD
+        start = -memory.ctypes.data % 256 + GUARD
         memory[start : start + array.nbytes] = array.reshape(-1).view(np.uint8)
         guarded.append((memory, start))
     addresses = (ctypes.c_void_p * len(arrays))(*(m.ctypes.data + at for m, at in guarded))
     function = ctypes.cast(kernel.run, ctypes.c_void_p)
-    emulator().emulate(launch.threads, launch.grid[0], launch.grid[2], function, addresses)
+    blocks = (launch.grid[0], launch.grid[2])
+    failure = emulator().emulate(launch.threads, *blocks, function, addresses)
+    if failure:
+        raise Wrong(failure.decode())
     for array, (memory, start) in zip(arrays, guarded, strict=True):
         end = start + array.nbytes
-        assert (memory[:start] == 0xA5).all() and (memory[end:] == 0xA5).all(), "out of bounds"
+        untouched = (memory[:start] == 0xA5).all() and (memory[end:] == 0xA5).all()
+        if not untouched:
+            raise Wrong("a kernel wrote out of bounds")
         array.reshape(-1).view(np.uint8)[:] = memory[start:end]
 
 
@@ -242,7 +255,8 @@ def attention_errors(
         run(replaced(launch, change), arrays)
 
     start("forward", out, lse, q, k, v, starts)
-    delta = (loaded(dout) * loaded(out)).sum(-1).swapaxes(1, 2)
+    with np.errstate(invalid="ignore"):  # a wrong kernel's results may be infinite
+        delta = (loaded(dout) * loaded(out)).sum(-1).swapaxes(1, 2)
     delta = np.ascontiguousarray(delta, np.float32)
     start("gradient_q", dq, q, k, v, dout, lse, delta, starts)
     start("gradient_kv", dk, dv, q, k, v, dout, lse, delta, starts)
@@ -250,12 +264,11 @@ def attention_errors(
     return {n: error(x, wanted[n]) for n, x in zip(wanted, (out, lse, dq, dk, dv), strict=True)}
 
 
-def start_pass(run: Runner, launch: Launch, B: int, T: int, H: int, KV: int, D: int, dtype: str) -> None:
-    """Run the forward pass on zeros, for what is counted meanwhile."""
-    q, k = np.zeros((B, T, H, D)), np.zeros((B, T, KV, D))
-    arrays = [stored(x, dtype) for x in (q, k, k)]
-    starts, lse = np.zeros((B, T), np.int32), np.zeros((B, H, T), np.float32)
-    run(launch, [stored(q, dtype), lse, *arrays, starts])
+def run_forward_on_zeros(run: Runner, dialect: str, T: int, D: int, dtype: str) -> None:
+    """Attention's forward pass with one head, for what is counted meanwhile."""
+    out, q, k, v = (stored(np.zeros((1, T, 1, D)), dtype) for _ in range(4))
+    lse, starts = np.zeros((1, 1, T), np.float32), np.zeros((1, T), np.int32)
+    run(attention(dialect, "forward", 1, T, 1, 1, D, dtype), [out, lse, q, k, v, starts])
 
 
 def attention_formula(
@@ -320,8 +333,9 @@ PRODUCTS: dict[str, dict[str, Any]] = {
 # (M, N, K) by layout: what rows of 16 bytes leave free is odd.
 SIZES = {"NT": (133, 150, 168), "NN": (133, 152, 168), "TN": (136, 152, 171)}
 PACKED_SIZES = {"NT": (37, 150, 192), "NN": (37, 192, 184)}
-# Sums in float32 of exact products, 3xTF32, and results rounded to 8 and to 11 bits.
-PRODUCT_ERROR = {"float32": 5e-7, "bfloat16": 4e-3, "float16": 5e-4}
+# Sums in float32 (of products of TF32's halves, of FMA one after another), and results rounded to 8
+# and to 11 bits.
+PRODUCT_ERROR = {"float32": 1e-6, "bfloat16": 4e-3, "float16": 5e-4}
 
 
 def run_product(run: Runner, dialect: str, name: str, **more: Any) -> float:
@@ -346,7 +360,7 @@ ATTENTION: dict[str, dict[str, Any]] = {
         "B": 1, "T": 77, "H": 6, "KV": 2, "D": 64, "dtype": "bfloat16", "documents": (33,),
     },
     "float16, D 128": {
-        "B": 1, "T": 141, "H": 1, "KV": 1, "D": 128, "dtype": "float16", "documents": (130,),
+        "B": 1, "T": 93, "H": 1, "KV": 1, "D": 128, "dtype": "float16", "documents": (80,),
     },
     "bfloat16, D 80, tiles divide T": {
         "B": 1, "T": 128, "H": 1, "KV": 1, "D": 80, "dtype": "bfloat16",
@@ -358,7 +372,9 @@ ATTENTION_ERROR = {"float32": 1e-6, "bfloat16": 6e-3, "float16": 8e-4}
 def wrong_attention(run: Runner, dialect: str, name: str, **more: Any) -> dict[str, float]:
     """Those results of one of ATTENTION that differ from the formula by more than rounding."""
     case = ATTENTION[name] | more
-    allowed = dict.fromkeys(("out", "dq", "dk", "dv"), ATTENTION_ERROR[case.get("dtype", "float32")])
+    allowed = dict.fromkeys(
+        ("out", "dq", "dk", "dv"), ATTENTION_ERROR[case.get("dtype", "float32")]
+    )
     allowed["lse"] = 1e-6  # float32 in every case
     found = attention_errors(run, dialect, **case)
     return {name: value for name, value in found.items() if not value <= allowed[name]}

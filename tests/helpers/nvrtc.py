@@ -1,4 +1,4 @@
-"""Compiles CUDA texts with NVRTC, where the package nvidia-cuda-nvrtc is installed; no card needed."""
+"""Compiles CUDA texts where the package nvidia-cuda-nvrtc is installed; a card is not needed."""
 
 import ctypes
 import functools

@@ -44,7 +44,6 @@ Pass = Literal["forward", "gradient_q", "gradient_kv"]
 
 # As in runtime/kernel.py and ops/cpu/common.h.
 TYPE_CODE: Mapping[DType, int] = {"float32": 0, "bfloat16": 1, "float16": 2}
-SIMDGROUP_KSTEP = 8  # Metal's matrices are 8 x 8
 FMA, TF32X3, MMA16, SIMDGROUP = 0, 1, 2, 3  # FRAGMENT of common.h
 KSTEP: Mapping[int, int] = {FMA: 1, TF32X3: 8, MMA16: 16, SIMDGROUP: 8}
 
@@ -362,7 +361,9 @@ def _check_product(
 def _check_packed(packed: Packed, layout: Layout, row: int, tile: Tile) -> None:
     """row: elements of a row of B, along which groups lie."""
     if row % packed.group:
-        raise UnsupportedSize(f"groups of {packed.group} do not divide rows of {row} packed numbers")
+        raise UnsupportedSize(
+            f"groups of {packed.group} do not divide rows of {row} packed numbers"
+        )
     assert layout != "TN", "packed weights have no gradient"
     assert not tile.pipelined, "packed numbers are widened by the plain loop"
     held = tile.bn * tile.bk // tile.threads  # numbers that a thread widens per tile
@@ -415,7 +416,9 @@ def _launch(
 
 def complete(kernel: str, dialect: Dialect, macros: Mapping[str, int | str]) -> str:
     """The whole text of a kernel: its macros, then the files in their order."""
-    first = ["#include <metal_stdlib>"] if dialect == "metal" else []  # before names such as D and T
+    first = (
+        ["#include <metal_stdlib>"] if dialect == "metal" else []
+    )  # before names such as D and T
     lines = [*first, *(f"#define {name} {value}" for name, value in macros.items())]
     files = ("common.h", f"{dialect}.h", "tile.h", f"{kernel}.c")
     return "\n".join(lines) + "\n" + "".join(source(file) for file in files)

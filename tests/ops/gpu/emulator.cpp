@@ -5,8 +5,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <random>
@@ -36,10 +34,11 @@ void (*body)(void **);
 void **arguments;
 std::mt19937 generator;
 long bank_reads, bank_cycles;
+const char *failure;
 
-void stop(const char *reason) {
-  fprintf(stderr, "emulator: %s\n", reason);
-  abort();
+void stop(const char *reason) {  // from within a thread
+  failure = reason;
+  _longjmp(home, 1);
 }
 void enter() {
   body(arguments);
@@ -94,12 +93,16 @@ void run_block(int threads) {
       }
       ran = true;
       resume(thread);
+      if (failure) return;
     }
     if (ran || slept) continue;
     int alive = 0, waiting = 0;
     for (auto &f : fibers) alive += f.state != DONE, waiting += f.state == AT_BARRIER;
     if (!alive) return;
-    if (waiting != alive) stop("the lanes of a group, or the threads of a block, do not meet");
+    if (waiting != alive) {
+      failure = "the lanes of a group, or the threads of a block, do not meet";
+      return;
+    }
     for (auto &f : fibers)
       if (f.state == AT_BARRIER) f.state = RUNNABLE;
     std::shuffle(order.begin(), order.end(), generator);
@@ -107,17 +110,19 @@ void run_block(int threads) {
 }
 }  // namespace
 
-extern "C" void emulate(int threads, int blocks_x, int blocks_z, void (*kernel)(void **),
-                        void **given) {
+extern "C" const char *emulate(int threads, int blocks_x, int blocks_z, void (*kernel)(void **),
+                               void **given) {
   body = kernel;
   arguments = given;
   generator.seed(1);
   bank_reads = bank_cycles = 0;
-  for (int z = 0; z < blocks_z; z++)
-    for (int x = 0; x < blocks_x; x++) {
+  failure = nullptr;
+  for (int z = 0; z < blocks_z && !failure; z++)
+    for (int x = 0; x < blocks_x && !failure; x++) {
       block = {x, 0, z};
       run_block(threads);
     }
+  return failure;
 }
 extern "C" double cycles_per_bank_read() {
   return bank_reads ? (double)bank_cycles / bank_reads : 0;

@@ -5,9 +5,10 @@
 typedef unsigned int u32;
 namespace emulator {
 struct Index { int x, y, z; };
-// A kernel as a function of addresses, run for every block of the grid.
-extern "C" void emulate(int threads, int blocks_x, int blocks_z, void (*kernel)(void **),
-                        void **arguments);
+// A kernel as a function of addresses, run for every block of the grid. Returns what went wrong, or
+// null.
+extern "C" const char *emulate(int threads, int blocks_x, int blocks_z, void (*kernel)(void **),
+                               void **arguments);
 Index thread_index();
 Index block_index();
 void barrier();
