@@ -321,6 +321,8 @@ PRODUCTS: dict[str, dict[str, Any]] = {
     "NT bfloat16, tiles divide": {
         "layout": "NT", "M": 128, "N": 256, "K": 96, "dtype": "bfloat16",
     },
+    "NT bfloat16, few columns": {"layout": "NT", "N": 18, "dtype": "bfloat16"},
+    "TN float32, few rows": {"layout": "TN", "M": 16, "split": 2},
     "NT bfloat16, 4 bits by 64": {"layout": "NT", "dtype": "bfloat16", "packed": Packed(4, 64)},
     "NN float16, 4 bits by 32, minimum": {
         "layout": "NN", "dtype": "float16", "packed": Packed(4, 32, True),

@@ -158,7 +158,7 @@ def product(
     itemsize = _itemsize(dtype)
     out = "float32" if split > 1 else out or dtype
     fragment = fragments(dialect, dtype) if fragment is None else fragment
-    tile = tile or default_tile(dialect, dtype, fragment)
+    tile = tile or default_tile(dialect, M, N, dtype, fragment)
     limits = limits or LIMITS[dialect]
     _check_product(layout, (M, N, K), itemsize, tile, split, addend or accumulate, fragment)
     if packed:
@@ -187,6 +187,7 @@ def product(
         "gemm",
         dialect,
         macros,
+        name=f"gemm_{layout.lower()}_{M}_{N}_{K}",
         dtype=dtype,
         fragment=fragment,
         blocks=tile.blocks,
@@ -251,6 +252,7 @@ def attention(
         "attention",
         dialect,
         macros,
+        name=f"attention_{which}_{B}_{T}_{H}_{KV}_{D}",
         dtype=dtype,
         fragment=fragment,
         blocks=cut.blocks,
@@ -270,13 +272,24 @@ def fragments(dialect: Dialect, dtype: DType) -> int:
     return SIMDGROUP if dialect == "metal" else FMA
 
 
-def default_tile(dialect: Dialect, dtype: DType, fragment: int) -> Tile:
-    """The tile of a product that fits the dialect's limits; to be chosen by shape once measured."""
+def default_tile(dialect: Dialect, M: int, N: int, dtype: DType, fragment: int) -> Tile:
+    """The tile of a product that fits the dialect's limits.
+
+    Products of which one side is at most 32, as LoRA's are, get blocks that are as thin.
+    """
     if dialect != "cuda":
-        return Tile(bm=64, bn=64, wm=32, wn=32, stages=2)
-    if fragment == FMA:
-        return Tile(bk=16, wn=32)
-    return Tile(bk=16, unroll=1) if dtype == "float32" else Tile()
+        tile = Tile(bm=64, bn=64, wm=32, wn=32, stages=2)
+        thin = (16, 32)
+    elif fragment == FMA:
+        tile, thin = Tile(bk=16, wn=32), (16, 32)
+    else:
+        tile = Tile(bk=16, unroll=1) if dtype == "float32" else Tile()
+        thin = (32, 32)
+    if N <= 32:
+        return dataclasses.replace(tile, bn=32, wm=thin[1], wn=thin[0])
+    if M <= 32:
+        return dataclasses.replace(tile, bm=32, wm=thin[0], wn=thin[1])
+    return tile
 
 
 # Cuts in the order in which they are tried: (own_rows, tile, buffers).
@@ -376,6 +389,7 @@ def _launch(
     dialect: Dialect,
     macros: Mapping[str, int | str],
     *,
+    name: str,
     dtype: DType,
     fragment: int,
     blocks: int,
@@ -387,7 +401,6 @@ def _launch(
     limits: Limits,
 ) -> Launch:
     """Put the text together, and hold it to the limits."""
-    dynamic = shared_bytes if shared_bytes > LIMITS[dialect].shared_bytes else 0
     if shared_bytes > limits.shared_bytes:
         raise UnsupportedSize(
             f"{kernel}: {shared_bytes} bytes of shared memory per block; {dialect} allows "
@@ -401,25 +414,24 @@ def _launch(
         raise UnsupportedSize(
             f"{kernel}: {len(arguments)} buffers; {dialect} allows {limits.buffers}"
         )
-    dynamic = dynamic if dialect == "cuda" else 0
+    dynamic = dialect == "cuda" and shared_bytes > LIMITS["cuda"].shared_bytes
     more: dict[str, int | str] = {
-        "NAME": kernel, "TYPE": TYPE_CODE[dtype], "FRAGMENT": fragment, "THREADS": threads,
+        "NAME": name, "TYPE": TYPE_CODE[dtype], "FRAGMENT": fragment, "THREADS": threads,
         "MIN_BLOCKS": blocks,
     }  # fmt: skip
     if dynamic:
         more["DYNAMIC"] = 1
     text = complete(kernel, dialect, {**more, **macros})
     return Launch(
-        kernel, text, grid, threads, shared_bytes, tuple(arguments), flops, dynamic_bytes=dynamic
+        name, text, grid, threads, shared_bytes, tuple(arguments), flops, shared_bytes * dynamic
     )
 
 
 def complete(kernel: str, dialect: Dialect, macros: Mapping[str, int | str]) -> str:
     """The whole text of a kernel: its macros, then the files in their order."""
-    first = (
-        ["#include <metal_stdlib>"] if dialect == "metal" else []
-    )  # before names such as D and T
-    lines = [*first, *(f"#define {name} {value}" for name, value in macros.items())]
+    lines = [f"#define {name} {value}" for name, value in macros.items()]
+    if dialect == "metal":  # whose library has names such as D and T
+        lines.insert(0, "#include <metal_stdlib>")
     files = ("common.h", f"{dialect}.h", "tile.h", f"{kernel}.c")
     return "\n".join(lines) + "\n" + "".join(source(file) for file in files)
 

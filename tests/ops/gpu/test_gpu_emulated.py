@@ -39,6 +39,12 @@ def test_other_tilings_of_tensor_cores(more: dict) -> None:
     assert gpu_kernels.run_product(emulate, "cuda", "NT bfloat16", **more) <= 1e-6
 
 
+@pytest.mark.parametrize("T", [2, 40])
+def test_attention_of_few_tokens(T: int) -> None:
+    case = {"T": T, "documents": ()}
+    assert gpu_kernels.wrong_attention(emulate, "cuda", "float32, D 32, documents", **case) == {}
+
+
 def test_float32_without_tensor_cores() -> None:
     assert gpu_kernels.run_product(emulate, "cuda", "NT float32", fragment=FMA) <= 1e-6
 

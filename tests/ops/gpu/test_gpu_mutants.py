@@ -69,7 +69,7 @@ ATTENTION_MUTANTS = {
     "no barrier after the wait": (GROUPED, "WAIT(0);\n    BARRIER;", "WAIT(0);"),
     "queries of another head": (GROUPED, "const int head = kv * (H / KV)", "const int head = kv"),
     "queries of a document are left out": (DOCUMENTS, "< k0 + OWN_ROWS) count++", "< k0) count++"),
-    "rows past the end are written": (GROUPED, "T % OWN_ROWS == 0 || row0 + ROW(e) < T", "1"),
+    "rows past the end are written": (GROUPED, "INSIDE(row0 + ROW(e))", "1"),
     "results in the wrong order": (DOCUMENTS, "s->v[e % 2 * 2 + e / 2]", "s->v[e]"),
     "a gradient without its scale": (GROUPED, "gk, k0 + row, SCALE, SCALE", "gk, k0 + row, 1, 1"),
 }
@@ -83,7 +83,7 @@ def change(old: str, new: str):
 
 
 def some_kernel_has(old: str) -> bool:
-    return any(old in source(file) for file in ("gemm.c", "attention.c", "tile.h"))
+    return any(old in source(file) for file in ("gemm.c", "attention.c", "tile.h", "metal.h"))
 
 
 @pytest.mark.parametrize("fault", PRODUCT_MUTANTS)
@@ -106,6 +106,32 @@ def test_a_fault_in_attention_is_found(fault: str) -> None:
     except Wrong:
         found = {"all": math.inf}
     assert found != {}
+
+
+METAL_MUTANTS = {
+    "A's rows for its columns": (
+        "AT8(cols, m + 8 * h, i, k + j)",
+        "AT8(cols, m + 8 * h, j, k + i)",
+    ),
+    "B's second matrix is the first": (
+        "EACH(f[h].m, AT8(cols, n + 8 * h, j",
+        "EACH(f[h].m, AT8(cols, n, j",
+    ),
+    "no barrier": ("BARRIER; /* the tile is there for all", "; /*"),
+    "another lane layout": ("lane / 8 % 2 * 4 + lane % 2 * 2", "lane / 8 % 2 * 2 + lane % 2 * 4"),
+    "zeros past the edge are not": (
+        "valid ? *(GLOBAL const uint4 *)from : uint4(0)",
+        "*(GLOBAL const uint4 *)from",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", METAL_MUTANTS)
+def test_a_fault_in_the_metal_form_is_found(fault: str) -> None:
+    old, new = METAL_MUTANTS[fault]
+    assert some_kernel_has(old)
+    found = gpu_kernels.run_product(emulate, "metal", NT, change=change(old, new))
+    assert found > 1e-3
 
 
 @pytest.mark.parametrize(

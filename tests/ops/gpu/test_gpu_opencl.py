@@ -11,11 +11,28 @@ import pytest
 from gpu_kernels import ATTENTION, PRODUCTS
 from runs_helpers import ROOT, environment
 
+from tinyllama.runtime.blocks import PASSES, TYPE_CODE, Packed, attention, product
+
 # tests/train/test_gpu.py holds that OpenCL answers where its library is.
 pytestmark = pytest.mark.skipif(
     ctypes.util.find_library("OpenCL") is None, reason="OpenCL is missing: tools/system.sh opencl"
 )
 HELPERS = Path(gpu_kernels.__file__).parent
+
+
+@pytest.mark.parametrize("dtype", TYPE_CODE)
+def test_the_texts_compile_without_a_warning(dtype: str, tmp_path: Path) -> None:
+    """pocl prints the number of warnings to whoever trains."""
+    launches = [attention("opencl", which, 1, 77, 2, 1, 64, dtype) for which in PASSES]
+    launches += [product("opencl", layout, 64, 72, 80, dtype) for layout in ("NT", "NN", "TN")]
+    launches += [product("opencl", "NT", 8, 8, 64, dtype, packed=Packed(minimum=True), addend=True)]
+    command = ["clang", "-x", "cl", "-cl-std=CL1.2", "-Xclang", "-finclude-default-header"]
+    for launch in launches:
+        path = tmp_path / f"{launch.name}.cl"
+        path.write_text(launch.text)
+        words = [*command, "-fsyntax-only", "-Wall", "-Wno-unused-function", "-Werror", str(path)]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[:2000]
 
 
 def on_opencl(*words: str) -> dict:

@@ -20,7 +20,8 @@
    before a row has seen any key. */
 #define LEAST -1e30f
 #define MASKED -1e36f
-#define ENDS(row) ((row) < T ? (row) : T - 1) /* where to read what belongs to a row */
+#define INSIDE(row) (T % OWN_ROWS == 0 && T % TILE == 0 ? 1 : (row) < T)
+#define CLAMPED(row) (INSIDE(row) ? (row) : T - 1) /* where to read what belongs to a row */
 #ifdef DYNAMIC
 #define TILES(n) SHARED_BY_LAUNCH(mem)
 #else
@@ -86,7 +87,7 @@ INLINE void store_rows(GLOBAL Element *to, int ld, PRIVATE Acc *o, int row0, flo
                        float lower, int lane) {
   UNROLL
   for (int e = 0; e < 4; e += 2)
-    if (T % OWN_ROWS == 0 || row0 + ROW(e) < T)
+    if (INSIDE(row0 + ROW(e)))
       UNROLL
       for (int j = 0; j < FD; j++)
         STORE2(TYPE, to + (long)(row0 + ROW(e)) * ld + 8 * j + COL(0),
@@ -158,18 +159,18 @@ KERNEL_BEGIN(GLOBAL Element *dk, GLOBAL Element *dv, GLOBAL const Element *q,
     COMMIT();
     Acc s[TILE / 8], dp[TILE / 8];
     products(s, mem, row, qt, lane);
-    UNLESS(k0 + row + 15 <= q0 && q0 + TILE <= T && k0 + row >= starts[q0 + TILE - 1]) {
+    UNLESS(k0 + row + 15 <= q0 && INSIDE(q0 + TILE - 1) && k0 + row >= starts[q0 + TILE - 1]) {
       EACH_SCORE {
         const int query = q0 + 8 * j + COL(e), key = e < 2 ? upper : lower;
-        const int seen = query < T && key <= query && key >= starts[ENDS(query)];
+        const int seen = INSIDE(query) && key <= query && key >= starts[CLAMPED(query)];
         GET(s[j], e) = seen ? GET(s[j], e) : MASKED;
       }
     }
     EACH_SCORE GET(s[j], e) =
-        EXP2(GET(s[j], e) * (SCALE * LOG2E) - lse_of[ENDS(q0 + 8 * j + COL(e))]);
+        EXP2(GET(s[j], e) * (SCALE * LOG2E) - lse_of[CLAMPED(q0 + 8 * j + COL(e))]);
     add_products(gv, s, qt + TILE * D, scratch, row, lane);
     products(dp, mem + OWN_ROWS * D, row, qt + TILE * D, lane);
-    EACH_SCORE GET(s[j], e) *= GET(dp[j], e) - delta_of[ENDS(q0 + 8 * j + COL(e))];
+    EACH_SCORE GET(s[j], e) *= GET(dp[j], e) - delta_of[CLAMPED(q0 + 8 * j + COL(e))];
     add_products(gk, s, qt, scratch, row, lane);
   }
   store_rows(dk, KV * D, gk, k0 + row, SCALE, SCALE, lane);
@@ -199,16 +200,16 @@ KERNEL_BEGIN(GLOBAL Element *out, GLOBAL const Element *q, GLOBAL const Element 
   starts += b * T;
   lse += ((long)b * H + h) * T;
   const int upper = q0 + row + ROW(0), lower = upper + 8;
-  const int upper_start = starts[ENDS(upper)], lower_start = starts[ENDS(lower)];
-  const int newest = starts[ENDS(q0 + row + 15)];
-  const int first = starts[q0] / TILE, last = ENDS(q0 + OWN_ROWS - 1) / TILE;
+  const int upper_start = starts[CLAMPED(upper)], lower_start = starts[CLAMPED(lower)];
+  const int newest = starts[CLAMPED(q0 + row + 15)];
+  const int first = starts[q0] / TILE, last = CLAMPED(q0 + OWN_ROWS - 1) / TILE;
   OWN_TILE(mem, q, q0, H * D);
 #if PASS == GRADIENT_Q
   dout += (long)b * T * H * D + h * D;
   delta += ((long)b * H + h) * T;
   OWN_TILE(mem + OWN_ROWS * D, dout, q0, H * D);
-  const float upper_lse = lse[ENDS(upper)], lower_lse = lse[ENDS(lower)];
-  const float upper_delta = delta[ENDS(upper)], lower_delta = delta[ENDS(lower)];
+  const float upper_lse = lse[CLAMPED(upper)], lower_lse = lse[CLAMPED(lower)];
+  const float upper_delta = delta[CLAMPED(upper)], lower_delta = delta[CLAMPED(lower)];
 #else
   float upper_max = LEAST, lower_max = LEAST, upper_sum = 0, lower_sum = 0;
 #endif
@@ -291,8 +292,8 @@ KERNEL_BEGIN(GLOBAL Element *out, GLOBAL const Element *q, GLOBAL const Element 
   ACROSS(upper_sum, ADD)
   ACROSS(lower_sum, ADD)
   if (LANE_COL == 0) {
-    if (upper < T) lse[upper] = upper_max * (SCALE * LOG2E) + LOG2(upper_sum);
-    if (lower < T) lse[lower] = lower_max * (SCALE * LOG2E) + LOG2(lower_sum);
+    if (INSIDE(upper)) lse[upper] = upper_max * (SCALE * LOG2E) + LOG2(upper_sum);
+    if (INSIDE(lower)) lse[lower] = lower_max * (SCALE * LOG2E) + LOG2(lower_sum);
   }
   store_rows(out, H * D, o, q0 + row, 1 / upper_sum, 1 / lower_sum, lane);
 #endif
