@@ -168,8 +168,8 @@ KERNEL_BEGIN(GLOBAL Element *dk, GLOBAL Element *dv, GLOBAL const Element *q,
     }
     EACH_SCORE GET(s[j], e) =
         EXP2(GET(s[j], e) * (SCALE * LOG2E) - lse_of[CLAMPED(q0 + 8 * j + COL(e))]);
+    products(dp, mem + OWN_ROWS * D, row, qt + TILE * D, lane); /* here: fewer registers */
     add_products(gv, s, qt + TILE * D, scratch, row, lane);
-    products(dp, mem + OWN_ROWS * D, row, qt + TILE * D, lane);
     EACH_SCORE GET(s[j], e) *= GET(dp[j], e) - delta_of[CLAMPED(q0 + 8 * j + COL(e))];
     add_products(gk, s, qt, scratch, row, lane);
   }
@@ -202,6 +202,7 @@ KERNEL_BEGIN(GLOBAL Element *out, GLOBAL const Element *q, GLOBAL const Element 
   const int upper = q0 + row + ROW(0), lower = upper + 8;
   const int upper_start = starts[CLAMPED(upper)], lower_start = starts[CLAMPED(lower)];
   const int newest = starts[CLAMPED(q0 + row + 15)];
+  (void)newest; /* read with MASK_ONLY_EDGES alone */
   const int first = starts[q0] / TILE, last = CLAMPED(q0 + OWN_ROWS - 1) / TILE;
   OWN_TILE(mem, q, q0, H * D);
 #if PASS == GRADIENT_Q
