@@ -23,9 +23,15 @@ HELPERS = Path(gpu_kernels.__file__).parent
 @pytest.mark.parametrize("dtype", TYPE_CODE)
 def test_the_texts_compile_without_a_warning(dtype: str, tmp_path: Path) -> None:
     """pocl prints the number of warnings to whoever trains."""
-    launches = [attention("opencl", which, 1, 77, 2, 1, 64, dtype) for which in PASSES]
+    launches = [
+        attention("opencl", which, 1, T, 2, 1, 64, dtype) for which in PASSES for T in (77, 128)
+    ]
     launches += [product("opencl", layout, 64, 72, 80, dtype) for layout in ("NT", "NN", "TN")]
-    launches += [product("opencl", "NT", 8, 8, 64, dtype, packed=Packed(minimum=True), addend=True)]
+    for packed in (Packed(), Packed(8, 32, minimum=True)):
+        more = {"packed": packed, "addend": True}
+        launches += [
+            product("opencl", layout, 37, 64, 64, dtype, **more) for layout in ("NT", "NN")
+        ]
     command = ["clang", "-x", "cl", "-cl-std=CL1.2", "-Xclang", "-finclude-default-header"]
     for launch in launches:
         path = tmp_path / f"{launch.name}.cl"

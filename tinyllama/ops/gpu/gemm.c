@@ -206,7 +206,7 @@ KERNEL_BEGIN(GLOBAL Out *c, GLOBAL const Element *a, B_ARGUMENT ADDEND_ARGUMENT)
       for (int e = 0; e < 4; e += 2) {
         const int row = m0 + wm + 16 * i + ROW(e), col = n0 + wn + 8 * j + COL(e);
         const int row_inside = M % BM == 0 || row < M, col_inside = N % BN == 0 || col < N;
-        if (row_inside && col_inside) {
+        if (row_inside & col_inside) {
           const long at = (long)row * N + col;
           STORE2(OUT_TYPE, c + at, GET(acc[i][j], e) ADDED(at) HELD_BY_C(at),
                  GET(acc[i][j], e + 1) ADDED(at + 1) HELD_BY_C(at + 1));
