@@ -334,7 +334,7 @@ PRODUCTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 # (M, N, K) by layout: what rows of 16 bytes leave free is odd.
 SIZES = {"NT": (133, 150, 168), "NN": (133, 152, 168), "TN": (136, 152, 171)}
-PACKED_SIZES = {"NT": (37, 150, 192), "NN": (37, 192, 184)}
+PACKED_SIZES = {"NT": (37, 150, 192), "NN": (29, 192, 184)}
 # Sums in float32 (of products of TF32's halves, of FMA one after another), and results rounded to 8
 # and to 11 bits.
 PRODUCT_ERROR = {"float32": 1e-6, "bfloat16": 4e-3, "float16": 5e-4}
@@ -364,6 +364,7 @@ ATTENTION: dict[str, dict[str, Any]] = {
     "float16, D 128": {
         "B": 1, "T": 93, "H": 1, "KV": 1, "D": 128, "dtype": "float16", "documents": (80,),
     },
+    "float32, D 128": {"B": 1, "T": 40, "H": 1, "KV": 1, "D": 128},
     "bfloat16, D 80, tiles divide T": {
         "B": 1, "T": 128, "H": 1, "KV": 1, "D": 80, "dtype": "bfloat16",
     },

@@ -5,7 +5,7 @@ using namespace metal;
 #define LOCAL threadgroup
 #define PRIVATE thread
 #ifndef SHARED /* the tests run the text on a processor, where a block's memory is static */
-#define SHARED threadgroup
+#define SHARED alignas(16) threadgroup /* for copy16 */
 #endif
 #define INLINE static inline __attribute__((always_inline))
 #define PRAGMA(text) _Pragma(#text)

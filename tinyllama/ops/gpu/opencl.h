@@ -5,7 +5,7 @@
 #define GLOBAL __global
 #define LOCAL __local
 #define PRIVATE
-#define SHARED __local
+#define SHARED __local __attribute__((aligned(16))) /* for copy16 */
 #define INLINE static inline
 #define UNROLL_BY(count)
 #define UNROLL
