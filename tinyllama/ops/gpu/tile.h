@@ -48,11 +48,12 @@ INLINE void load_tile(LOCAL Element *tile, GLOBAL const Element *from, const int
              in_row && (whole_rows || row0 + row + i * step < row_end));
   } else {
     UNROLL
-    for (int n = tid; n < rows * across; n += THREADS) {
-      const int row = n / across, chunk = n % across;
+    for (int i = 0; i < (rows * across + THREADS - 1) / THREADS; i++) {
+      const int n = tid + i * THREADS, row = n / across, chunk = n % across;
       const int valid = row0 + row < row_end && col0 + chunk * CHUNK < col_end;
-      copy16(tile + PLACE(cols, row, chunk), from + (long)(row0 + row) * ld + col0 + chunk * CHUNK,
-             valid);
+      if (rows * across % THREADS == 0 || n < rows * across)
+        copy16(tile + PLACE(cols, row, chunk),
+               from + (long)(row0 + row) * ld + col0 + chunk * CHUNK, valid);
     }
   }
 }
