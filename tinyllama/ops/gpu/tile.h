@@ -47,7 +47,7 @@ INLINE void load_tile(LOCAL Element *tile, GLOBAL const Element *from, const int
       copy16((step % 8 && i % 2 ? odd : even) + i * step * cols, p + (long)(i * step) * ld,
              in_row && (whole_rows || row0 + row + i * step < row_end));
   } else {
-    UNROLL
+    UNROLL_BY(4) /* all would cost registers in float32 with a head of 128 */
     for (int i = 0; i < (rows * across + THREADS - 1) / THREADS; i++) {
       const int n = tid + i * THREADS, row = n / across, chunk = n % across;
       const int valid = row0 + row < row_end && col0 + chunk * CHUNK < col_end;
