@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Installs what pip cannot: a C compiler, an OpenCL driver, the sanitizers' runtime, Python's venv,
-# git, and an emulator of ARM processors.
+# git, an emulator of ARM processors, and one of OpenCL devices that reports data races.
 #
-#   tools/system.sh [--required] [clang] [opencl] [sanitizers] [emulator] [venv] [git]
+#   tools/system.sh [--required] [clang] [opencl] [sanitizers] [emulator] [oclgrind] [venv] [git]
 #
 # On Debian and its derivatives apt-get installs what is missing, if we are root or sudo needs no
 # password. Otherwise it prints one sentence per missing thing that says what to type, and exits with
@@ -19,7 +19,7 @@ main() {
   for word in "$@"; do
     case $word in
       --required) required=true ;;
-      clang | opencl | sanitizers | emulator | venv | git) "has_$word" || missing+=("$word") ;;
+      clang | opencl | sanitizers | emulator | oclgrind | venv | git) "has_$word" || missing+=("$word") ;;
       *) usage ;;
     esac
   done
@@ -30,7 +30,7 @@ main() {
 
 usage() {
   echo "usage: tools/system.sh [--required]" \
-    "[clang] [opencl] [sanitizers] [emulator] [venv] [git]" >&2
+    "[clang] [opencl] [sanitizers] [emulator] [oclgrind] [venv] [git]" >&2
   exit 2
 }
 
@@ -102,6 +102,8 @@ has_emulator() {
     [ -d /usr/aarch64-linux-gnu/include ] && [ -d /usr/lib/gcc-cross/aarch64-linux-gnu ]
 }
 
+has_oclgrind() { [ -f "${OCLGRIND:-/usr/lib/oclgrind/liboclgrind-rt-icd.so}" ]; }
+
 has_venv() {
   "$PYTHON" -c 'import ensurepip, venv' 2>/dev/null
 }
@@ -112,6 +114,7 @@ package_clang() { echo clang; }
 package_git() { echo git; }
 package_opencl() { echo pocl-opencl-icd ocl-icd-libopencl1; }
 package_emulator() { echo qemu-user lld libc6-dev-arm64-cross libgcc-12-dev-arm64-cross; }
+package_oclgrind() { echo oclgrind ocl-icd-libopencl1; }
 package_venv() { "$PYTHON" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])'; }
 
 package_sanitizers() {
@@ -129,6 +132,7 @@ complain() {
     opencl) what="the OpenCL tests need an OpenCL driver" ;;
     sanitizers) what="the kernels' sanitizer tests need clang's runtime library" ;;
     emulator) what="running NEON code here needs an emulator and ARM's libraries" ;;
+    oclgrind) what="looking for data races needs oclgrind" ;;
     venv) what="$PYTHON cannot make virtual environments" ;;
     git) what="the test of README's commands needs git" ;;
   esac
