@@ -63,9 +63,9 @@ class Worker:
 
 def pinned_version() -> str:
     """The version that pyproject.toml pins."""
-    found = re.search(r'"tinygrad==([^"]+)"', PYPROJECT.read_text(encoding="utf-8"))
-    assert found is not None, "pyproject.toml pins tinygrad"
-    return found[1]
+    match = re.search(r'"tinygrad==([^"]+)"', PYPROJECT.read_text(encoding="utf-8"))
+    assert match is not None, "pyproject.toml pins tinygrad"
+    return match[1]
 
 
 def install(version: str, folder: Path) -> Path:
@@ -85,15 +85,15 @@ def compare(versions: Sequence[str]) -> None:
         workers = [Worker(python) for python in pythons]
         speeds: list[list[float]] = [[] for _ in workers]
         for _ in range(ROUNDS):
-            for worker, found in zip(workers, speeds, strict=True):
-                found.append(worker.tokens_per_second())
+            for worker, measured in zip(workers, speeds, strict=True):
+                measured.append(worker.tokens_per_second())
         for worker in workers:
             worker.close()
-    medians = [statistics.median(found) for found in speeds]
+    medians = [statistics.median(measured) for measured in speeds]
     print(f"{'tinygrad':<12}{'tokens/s':>10}{'ratio':>8}{'slowest':>10}{'fastest':>10}")
-    for worker, found, median in zip(workers, speeds, medians, strict=True):
+    for worker, measured, median in zip(workers, speeds, medians, strict=True):
         ratio = median / medians[0]
-        extremes = f"{min(found):>10.0f}{max(found):>10.0f}"
+        extremes = f"{min(measured):>10.0f}{max(measured):>10.0f}"
         print(f"{worker.version:<12}{median:>10.0f}{ratio:>8.2f}{extremes}")
 
 

@@ -48,9 +48,9 @@ def summary(path: Path) -> str:
 
 def packages() -> list[Path]:
     """The folders of the package, in the order of PACKAGES."""
-    found = {path.parent.name: path.parent for path in PACKAGE.glob("*/__init__.py")}
-    assert set(found) <= set(PACKAGES), f"tools/docs.py: PACKAGES lacks {set(found)}"
-    return [found[name] for name in PACKAGES if name in found]
+    folders = {path.parent.name: path.parent for path in PACKAGE.glob("*/__init__.py")}
+    assert set(folders) <= set(PACKAGES), f"tools/docs.py: PACKAGES lacks {set(folders)}"
+    return [folders[name] for name in PACKAGES if name in folders]
 
 
 def tree() -> str:

@@ -50,16 +50,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     code = mutmut(*run, *options.names).returncode
     if code != 0:
         return code
-    found = results(options.names)
-    late = [name for name, status in found if status == "timeout"]
+    outcomes = results(options.names)
+    late = [name for name, status in outcomes if status == "timeout"]
     if late:  # once more: the machine may have been busy
         mutmut(*run, *late)
-        found = results(options.names)
-    rows = table(found)
+        outcomes = results(options.names)
+    rows = table(outcomes)
     print(aligned(rows))
-    print("\n".join(f"{status}: {name}" for name, status in found if status != "killed"))
-    share = killed_share(status for _, status in found)
-    print(f"\n{share:.1%} of {len(found)} changes are noticed (required: {REQUIRED:.0%})")
+    print("\n".join(f"{status}: {name}" for name, status in outcomes if status != "killed"))
+    share = killed_share(status for _, status in outcomes)
+    print(f"\n{share:.1%} of {len(outcomes)} changes are noticed (required: {REQUIRED:.0%})")
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(options.out, report(rows, share).encode())
@@ -76,8 +76,8 @@ def mutmut(*words: str, capture: bool = False) -> subprocess.CompletedProcess[st
 
 def results(patterns: Sequence[str]) -> list[tuple[str, str]]:
     """(change, status) for every change, or for those that a pattern names."""
-    found = statuses(mutmut("results", "--all", "true", capture=True).stdout)
-    return [x for x in found if not patterns or any(fnmatch(x[0], p) for p in patterns)]
+    outcomes = statuses(mutmut("results", "--all", "true", capture=True).stdout)
+    return [x for x in outcomes if not patterns or any(fnmatch(x[0], p) for p in patterns)]
 
 
 def statuses(text: str) -> list[tuple[str, str]]:
@@ -86,10 +86,10 @@ def statuses(text: str) -> list[tuple[str, str]]:
     return [(name, status) for name, _, status in lines if "__mutmut_" in name]
 
 
-def table(found: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
+def table(outcomes: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
     """One row per file and one for all: the number of changes, in total and by status."""
     counts: dict[str, Counter[str]] = {}
-    for name, status in found:
+    for name, status in outcomes:
         file = name.partition(".x")[0].replace(".", "/") + ".py"
         for row in (file, "all"):
             counts.setdefault(row, Counter()).update(["changes", status])
@@ -102,9 +102,9 @@ def table(found: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
     ]
 
 
-def killed_share(found: Iterable[str]) -> float:
+def killed_share(outcomes: Iterable[str]) -> float:
     """The share of changes that a failing test noticed; timeouts and untested ones do not count."""
-    counts = Counter(found)
+    counts = Counter(outcomes)
     return counts["killed"] / max(1, counts.total())
 
 

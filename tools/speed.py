@@ -46,7 +46,7 @@ def cases(bf16_products: bool) -> dict[str, str]:
     big, one, four = "configs/124m.toml", "--batch 1 --context 512", "--batch 4 --context 256"
     few = f"{SMALL} --batch 4 --context 128 --steps 20"
     packed = "--set qlora.quantize_base=true"
-    found = {
+    commands = {
         "124m, 1 x 512, float32": f"{big} {one} --steps 5 --peer torch",
         "124m, 4 x 256, float32": f"{big} {four} --steps 5 --peer torch",
         "h 256, 4 x 128, float32": f"{few} --peer torch",
@@ -58,8 +58,10 @@ def cases(bf16_products: bool) -> dict[str, str]:
         " --peer lora",
     }
     for context in (512, 1024, 2048, 4096):
-        found[f"h 256, 1 x {context}, float32"] = f"{SMALL} --batch 1 --context {context} --steps 6"
-    return found
+        commands[f"h 256, 1 x {context}, float32"] = (
+            f"{SMALL} --batch 1 --context {context} --steps 6"
+        )
+    return commands
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -56,15 +56,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         measured(spec, steps, warm)  # fills the cache
         for caches in ("warm", "cold"):
             for taken in dict.fromkeys((options.gigabytes, 0)):
-                found = []
+                measurements = []
                 for number in range(options.runs):
                     cache = warm if caches == "warm" else Path(folder) / f"{taken} {number}.db"
-                    found.append(measured(spec, steps, cache, taken))
-                lines.append(row(caches, taken, found))
+                    measurements.append(measured(spec, steps, cache, taken))
+                lines.append(row(caches, taken, measurements))
                 print(lines[-1], flush=True)
     summary = (
-        f"Seconds beyond a steady step of {found[-1]['step_seconds']:.1f} s; median and range of"
-        f" {options.runs} runs.\n`{options.bench}`, by `tools/startup.py`,"
+        f"Seconds beyond a steady step of {measurements[-1]['step_seconds']:.1f} s; median and"
+        f" range of {options.runs} runs.\n`{options.bench}`, by `tools/startup.py`,"
         f" {time.strftime('%Y-%m-%d')}."
     )
     report = "\n".join([*lines, "", summary, f"{machine.line(machine.describe(spec.threads))}."])
@@ -93,10 +93,10 @@ def measured(spec: Spec, steps: int, cache: Path, taken: int = 0) -> dict[str, A
     return summarise(worker, spec, 1)
 
 
-def row(caches: str, taken: int, found: Sequence[dict[str, Any]]) -> str:
+def row(caches: str, taken: int, measurements: Sequence[dict[str, Any]]) -> str:
     """One row of the table: medians of the time beyond a steady step, and their range."""
-    first = [f["first_loss_seconds"] - f["step_seconds"] for f in found]
-    second = [f["second_step_seconds"] - f["step_seconds"] for f in found]
+    first = [f["first_loss_seconds"] - f["step_seconds"] for f in measurements]
+    second = [f["second_step_seconds"] - f["step_seconds"] for f in measurements]
     memory = f"{taken} GB allocated and freed before" if taken else "not prepared"
     shown = f"{statistics.median(first):.1f} ({min(first):.1f} to {max(first):.1f})"
     return f"| {caches} | {memory} | {shown} | {statistics.median(second):.1f} |"

@@ -28,7 +28,7 @@ def resolved(*words: str) -> Config:
 
 
 def small_spec(folder: Path) -> Spec:
-    """What the workers of a small benchmark are told; its data is written to `folder`."""
+    """What the workers of a small benchmark are to do; its data is written to `folder`."""
     options = command.parser().parse_args(["configs/124m.toml", *SMALL_OPTIONS])
     config = command.resolve(options)
     rows, _ = text.batches(config, 5, 2, 32)

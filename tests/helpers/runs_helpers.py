@@ -141,7 +141,7 @@ def cli(*words: object) -> int:
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """For a process of its own: this package, and the CPU unless told otherwise."""
+    """For a process of its own: this package, and the CPU unless `variables` say otherwise."""
     devices = {"DEV", "GPU", *device.FLAGS}
     kept = {name: value for name, value in os.environ.items() if name not in devices}
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -27,12 +27,12 @@ from tinyllama.model.lora import adapter_tensors, attach, lora_layers, write_ada
 from tinyllama.runtime.storage import read
 from tinyllama.tokenizers.sentencepiece import MODEL_FILE
 
-ASKED = LoraConfig(
+REQUESTED = LoraConfig(
     rank=4, alpha=10.0, dropout=0.25, target_modules=("q_proj", "up_proj"), use_rslora=True
 )
 
 
-def asking(base, seed=5, lora=ASKED, **training):
+def configured(base, seed=5, lora=REQUESTED, **training):
     """A configuration that trains adapters on a base."""
     return Config(
         model=replace(BASE, base=str(base)),
@@ -62,8 +62,8 @@ def base(tmp_path):
 
 @pytest.fixture
 def adapter(base, tmp_path):
-    """A saved checkpoint of the adapters that ASKED asks for, with numbers in them."""
-    model, _, config = build(asking(base))
+    """A saved checkpoint of the adapters that REQUESTED describes, with numbers in them."""
+    model, _, config = build(configured(base))
     randomize(model)
     folder = tmp_path / "adapter"
     folder.mkdir()
@@ -73,7 +73,7 @@ def adapter(base, tmp_path):
 
 def test_new_adapters_are_what_the_section_asks_for(base, monkeypatch):
     monkeypatch.chdir(base.parent)
-    model, trained, config = build(asking(base.relative_to(base.parent)))
+    model, trained, config = build(configured(base.relative_to(base.parent)))
     assert config == AdapterConfig(
         placed_on(model, ("q_proj", "up_proj"), 4, 10.0), True, 0.25, str(base),
         fingerprint(open_folder(base)),
@@ -87,7 +87,7 @@ def test_new_adapters_are_what_the_section_asks_for(base, monkeypatch):
 
 def test_new_adapters_come_from_the_seed(base):
     def begun(seed):
-        return copied(build(asking(base, seed)).trained)
+        return copied(build(configured(base, seed)).trained)
 
     reference = model_of(BASE)
     attach(reference, AdapterConfig(placed_on(reference, ("q_proj", "up_proj"), 4)), 5)
@@ -97,7 +97,7 @@ def test_new_adapters_come_from_the_seed(base):
 
 def test_resumed_adapters_are_those_of_the_checkpoint(base, adapter):
     folder, saved = adapter
-    assert same(copied(build(asking(base), folder).trained), saved)
+    assert same(copied(build(configured(base), folder).trained), saved)
 
 
 @pytest.mark.parametrize(
@@ -112,12 +112,12 @@ def test_resumed_adapters_are_those_of_the_checkpoint(base, adapter):
     ids=str,
 )
 def test_a_checkpoint_with_other_adapters_is_refused_by_what_it_has(base, adapter, options):
-    asked = LoraConfig(
+    other = LoraConfig(
         **{"rank": 4, "alpha": 10.0, "target_modules": ("q_proj", "up_proj"), "use_rslora": True}
         | options
     )
     with pytest.raises(ConfigError) as caught:
-        build(asking(base, lora=asked), adapter[0])
+        build(configured(base, lora=other), adapter[0])
     saved = "rank 4, alpha 10, use_rslora on q_proj, up_proj is saved there"
     assert str(caught.value) == f"[lora] differs from {adapter[0]}: {saved}"
 
@@ -125,7 +125,7 @@ def test_a_checkpoint_with_other_adapters_is_refused_by_what_it_has(base, adapte
 def test_a_checkpoint_of_another_base_is_refused(adapter, tmp_path):
     other = write_base(tmp_path / "other", seed=9)
     with pytest.raises(WeightsError, match="was made for another base"):
-        build(asking(other), adapter[0])
+        build(configured(other), adapter[0])
 
 
 @pytest.mark.parametrize("dtype", [dtypes.float32, dtypes.bfloat16], ids=str)
@@ -157,7 +157,7 @@ def test_an_adapter_is_put_on_the_base_that_is_named_instead(base, adapter, tmp_
 
 def test_a_packed_base_without_memory_or_at_random_has_the_tensors_of_a_run(base):
     """What the memory estimate counts and the benchmark runs is what training allocates."""
-    config = replace(asking(base, dtype="bfloat16"), qlora=QloraConfig(block_size=16))
+    config = replace(configured(base, dtype="bfloat16"), qlora=QloraConfig(block_size=16))
     run = build(config)
     assert isinstance(lora_layers(run.model)["model.layers.0.self_attn.q_proj"].base, Int4Linear)
     assert run.adapter.block_size == 16

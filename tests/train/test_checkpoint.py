@@ -190,11 +190,11 @@ def test_damage_is_named_and_the_checkpoint_before_is_used(tmp_path, case):
     damage(second)
     with pytest.raises(CheckpointError, match=f"step-00000002/{message}"):
         verify(second)
-    told = []
-    assert latest_valid(tmp_path, told.append) == first
-    assert len(told) == 1
-    assert re.search(rf"step-00000002/{message}", told[0])
-    assert "step-00000002: damaged, the checkpoint before it is tried" in told[0]
+    warnings = []
+    assert latest_valid(tmp_path, warnings.append) == first
+    assert len(warnings) == 1
+    assert re.search(rf"step-00000002/{message}", warnings[0])
+    assert "step-00000002: damaged, the checkpoint before it is tried" in warnings[0]
 
 
 def test_every_damaged_file_is_named(tmp_path):
@@ -238,9 +238,12 @@ def test_without_a_checkpoint_there_is_no_latest(tmp_path):
 def test_all_damaged_gives_none_and_names_each(tmp_path):
     for step in (1, 2):
         (save(tmp_path, step) / "model.safetensors").unlink()
-    told = []
-    assert latest_valid(tmp_path, told.append) is None
-    assert [re.search(r"step-\d+", text)[0] for text in told] == ["step-00000002", "step-00000001"]
+    warnings = []
+    assert latest_valid(tmp_path, warnings.append) is None
+    assert [re.search(r"step-\d+", text)[0] for text in warnings] == [
+        "step-00000002",
+        "step-00000001",
+    ]
 
 
 def test_order_is_by_steps_and_final_stands_after_the_step_it_was_saved_at(tmp_path):
@@ -254,9 +257,9 @@ def test_order_is_by_steps_and_final_stands_after_the_step_it_was_saved_at(tmp_p
     assert latest_valid(tmp_path, no_warning).name == "step-100000000"
     (tmp_path / "final/training_state.json").write_text("{")
     assert list_checkpoints(tmp_path)[-1].name == "final"  # unknown: tried first, and refused
-    told = []
-    assert latest_valid(tmp_path, told.append).name == "step-100000000"
-    assert "final/training_state.json: truncated" in told[0]
+    warnings = []
+    assert latest_valid(tmp_path, warnings.append).name == "step-100000000"
+    assert "final/training_state.json: truncated" in warnings[0]
 
 
 def test_pruning_keeps_the_newest_steps_and_never_final(tmp_path):

@@ -168,11 +168,11 @@ def test_going_back_sets_aside_what_came_later(tmp_path, capsys):
     stop = [f"training.max_steps={last}", "training.learning_rate=1e-3"]
     again = trainer(configuration(run, *stop), resume=run / step_name(4))
     again.planned_steps = again.total_steps = 5
-    outcome, told = again.run(), capsys.readouterr().err
+    outcome, warnings = again.run(), capsys.readouterr().err
     assert (outcome.step, outcome.finished) == (5, True)
     assert names(run) == [step_name(3), step_name(4), "final"]
     for old in (step_name(6), "final"):
-        assert f"{run / old} is of a later step: renamed to {old}.aside-1\n" in told
+        assert f"{run / old} is of a later step: renamed to {old}.aside-1\n" in warnings
         assert (run / f"{old}.aside-1" / "model.safetensors").read_bytes() == (
             whole / old / "model.safetensors"
         ).read_bytes()
@@ -318,9 +318,9 @@ def test_a_run_that_goes_on_otherwise_says_in_what(tmp_path, capsys, monkeypatch
     words = ["train", config_file(run), "--quiet", "--resume", "--set", "training.max_steps=5"]
     assert cli(*words, "--set", "training.batch_size=6", "--threads", "1") == 0
     shown = capsys.readouterr().out.splitlines()
-    (told,) = [line for line in shown if " was trained with other options" in line]
+    (notice,) = [line for line in shown if " was trained with other options" in line]
     threads = read_state(run / step_name(4))["made_with"]["threads"]
-    assert told == (
+    assert notice == (
         f"{run / step_name(4)} was trained with other options, so the losses are not those of a run"
         " that was never stopped: threads is 1, was "
         f"{threads}; training.batch_size is 6, was 12; training.max_steps is 5, was nothing"

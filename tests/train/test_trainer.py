@@ -219,8 +219,8 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, value):
         return result
 
     run.train_step = breaks
-    told = rf"step 2: {name}: the weights are no longer finite, .*nothing was saved"
-    with pytest.raises(TrainingError, match=told):
+    refusal = rf"step 2: {name}: the weights are no longer finite, .*nothing was saved"
+    with pytest.raises(TrainingError, match=refusal):
         run.run()
     assert names(tmp_path / "run") == []
 

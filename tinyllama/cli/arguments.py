@@ -143,9 +143,9 @@ def count(word: str) -> int:
 def seconds(word: str) -> float:
     """An argument that must be a time."""
     try:
-        found = float(word)
+        number = float(word)
     except ValueError:
-        found = math.nan
-    if not 0 < found < math.inf:
+        number = math.nan
+    if not 0 < number < math.inf:
         raise argparse.ArgumentTypeError(f"got {word!r}, must be a number of seconds above 0")
-    return found
+    return number

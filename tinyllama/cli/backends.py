@@ -11,9 +11,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(_: argparse.Namespace) -> None:
     """Print a line per backend."""
-    found = device.available()
-    for choice in found:
+    choices = device.available()
+    for choice in choices:
         print(f"{choice.device:<8}{choice.description} (renderer {choice.renderer})")
     for name in ("METAL", "CUDA", "AMD", "CL", "CPU"):
-        if name not in [choice.device for choice in found]:
+        if name not in [choice.device for choice in choices]:
             print(f"{name:<8}not available; needs {device.INSTALL[name]}")

@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> None:
         raise ConfigError(f"--stride: got {options.stride}, must be at most the context, {context}")
     dataset = prepare(options.data, tokenizer, options.cache_dir)
     result = Evaluator(model, dataset, context, options.batch, options.stride).run(progress=True)
-    assert result is not None  # nothing asked it to stop
+    assert result is not None  # it was given nothing to stop it
     if not math.isfinite(result.loss):
         raise TrainingError(
             f"{options.model}: the loss is {result.loss}, so its weights are of no use"

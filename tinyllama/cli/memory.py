@@ -45,10 +45,10 @@ def run(options: argparse.Namespace) -> None:
     if not options.json:
         print(f"{estimate.table()}\n{verdict(config, estimate, limit)}")
         return
-    found = {**estimate.as_dict(), "device": choice.device, "device_memory": limit}
-    found["fits"] = None if limit is None else estimate.total <= limit
-    found["largest_micro_batch"] = None if limit is None else largest_micro_batch(config, limit)
-    print(json.dumps(found))
+    report = {**estimate.as_dict(), "device": choice.device, "device_memory": limit}
+    report["fits"] = None if limit is None else estimate.total <= limit
+    report["largest_micro_batch"] = None if limit is None else largest_micro_batch(config, limit)
+    print(json.dumps(report))
 
 
 def _overrides(options: argparse.Namespace) -> list[str]:

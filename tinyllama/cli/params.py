@@ -43,8 +43,8 @@ def run(options: argparse.Namespace) -> None:
         claims = [claim._asdict() for claim in published_claims()]
         print(json.dumps(claims) if options.json else aligned(claims, left=["why"]))
         return
-    found = _count(options.source, options.set)
-    print(json.dumps(_as_json(found)) if options.json else _as_text(found))
+    counts = _count(options.source, options.set)
+    print(json.dumps(_as_json(counts)) if options.json else _as_text(counts))
 
 
 def _count(source: str, overrides: Sequence[str]) -> "Parameters":
@@ -62,27 +62,27 @@ def _count(source: str, overrides: Sequence[str]) -> "Parameters":
     return model_parameters(with_base(config))
 
 
-def _as_json(found: "Parameters") -> dict[str, Any]:
+def _as_json(counts: "Parameters") -> dict[str, Any]:
     """The object that --json prints."""
     from tinyllama.model.counts import WIDTHS, bytes_of
 
     return {
-        "total": found.total,
-        "base": found.base,
-        "trainable": found.trainable,
-        "parts": found.table(),
-        "bytes": {str(bits): bytes_of(found.total, bits) for bits in WIDTHS},
+        "total": counts.total,
+        "base": counts.base,
+        "trainable": counts.trainable,
+        "parts": counts.table(),
+        "bytes": {str(bits): bytes_of(counts.total, bits) for bits in WIDTHS},
     }
 
 
-def _as_text(found: "Parameters") -> str:
+def _as_text(counts: "Parameters") -> str:
     """A table by part, with the bytes at each width, and the three sums."""
     from tinyllama.model.counts import WIDTHS, aligned, bytes_of
 
-    rows = [*found.table().items(), ("total", found.total)]
+    rows = [*counts.table().items(), ("total", counts.total)]
     table = aligned(
         {"part": part.replace("_", "-"), "parameters": f"{n:,}"}
         | {f"{bits} bit, MB": f"{bytes_of(n, bits) / 1e6:,.1f}" for bits in WIDTHS}
         for part, n in rows
     )
-    return f"{table}\n\nbase {found.base:,}, trainable {found.trainable:,}"
+    return f"{table}\n\nbase {counts.base:,}, trainable {counts.trainable:,}"

@@ -65,17 +65,19 @@ def model_folder(folder: Path) -> Path:
     Raises ConfigError where there is no folder of that name.
     """
     if not folder.is_dir():
-        found = "is a file, must be the folder of a model" if folder.exists() else "no such folder"
-        raise ConfigError(f"{folder}: {found}")
+        problem = (
+            "is a file, must be the folder of a model" if folder.exists() else "no such folder"
+        )
+        raise ConfigError(f"{folder}: {problem}")
     if any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
         return folder
     from tinyllama.train.checkpoint import list_checkpoints, looks_whole
 
-    found_in = [inside for inside in list_checkpoints(folder) if looks_whole(inside)]
-    if not found_in:
+    checkpoints = [inside for inside in list_checkpoints(folder) if looks_whole(inside)]
+    if not checkpoints:
         raise ConfigError(f"{folder}: holds neither a model nor a checkpoint of a run")
     final = folder / "final"
-    chosen = final if final in found_in else found_in[-1]
+    chosen = final if final in checkpoints else checkpoints[-1]
     to_stderr(f"{folder} is a run: {chosen.name} is used")
     return chosen
 

@@ -92,13 +92,13 @@ class Config:
         sections = ((name, getattr(self, name)) for name in SECTIONS)
         return "\n".join(_section_text(name, s) for name, s in sections if s is not None)
 
-    def with_base(self, found: LlamaConfig, source: str) -> "Config":
-        """This configuration with the sizes `found` of its base checkpoint, read from `source`.
+    def with_base(self, base: LlamaConfig, source: str) -> "Config":
+        """This configuration with the sizes `base` of its base checkpoint, read from `source`.
 
         A size that was set must be the checkpoint's. max_seq_len, rope_theta and rms_norm_eps may
         be set to other values. Raises ConfigError.
         """
-        sizes = asdict(found) | {"num_kv_heads": found.kv_heads, "base": self.model.base}
+        sizes = asdict(base) | {"num_kv_heads": base.kv_heads, "base": self.model.base}
         problems = []
         for key, name, default, _, _ in options_of("model", LlamaConfig):
             mine = getattr(self.model, name)
@@ -115,13 +115,13 @@ class Config:
             raise ConfigError("\n".join(problems))
         return config
 
-    def overridden(self, found: LlamaConfig, source: str) -> list[str]:
+    def overridden(self, base: LlamaConfig, source: str) -> list[str]:
         """One line for each value of a base, as read from `source`, that this one overrides."""
         return [
             f"{self.where(f'model.{name}')}: {shown(getattr(self.model, name))} is used instead of "
-            f"{shown(getattr(found, name))}, which {source} has"
+            f"{shown(getattr(base, name))}, which {source} has"
             for name in OVERRIDABLE
-            if getattr(self.model, name) != getattr(found, name)
+            if getattr(self.model, name) != getattr(base, name)
         ]
 
     def values(self) -> dict[str, Any]:

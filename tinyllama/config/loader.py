@@ -148,8 +148,8 @@ class Settings:
 
     def section_label(self, name: str) -> str:
         """Where a section comes from: an override, else the file."""
-        found = [label for key, label in self._overrides.items() if key.startswith(f"{name}.")]
-        return found[0] if found else self._source
+        labels = [label for key, label in self._overrides.items() if key.startswith(f"{name}.")]
+        return labels[0] if labels else self._source
 
     def known_values(self) -> dict[str, Any]:
         """Every value, set or default, without the keys whose value is wrong."""

@@ -53,10 +53,10 @@ class Relation(NamedTuple):
         """The message if the condition does not hold; None if it does or if a value is missing."""
         if any(key not in values for key in self.keys):
             return None
-        found = [values[key] for key in self.keys]
-        if self.holds(*found):
+        given = [values[key] for key in self.keys]
+        if self.holds(*given):
             return None
-        return got(found[0], self.words.format(*map(shown, found)))
+        return got(given[0], self.words.format(*map(shown, given)))
 
 
 def problems_of(
@@ -65,8 +65,8 @@ def problems_of(
     label: Callable[[tuple[str, ...]], str] = lambda keys: keys[0],
 ) -> list[str]:
     """One line per relation that does not hold; `label` names the file or override."""
-    found = ((relation.keys, relation.problem(values)) for relation in relations)
-    return [f"{label(keys)}: {problem}" for keys, problem in found if problem]
+    checked = ((relation.keys, relation.problem(values)) for relation in relations)
+    return [f"{label(keys)}: {problem}" for keys, problem in checked if problem]
 
 
 def option(default: Any, help_text: str) -> Any:

@@ -204,8 +204,8 @@ def _block_size(parts: Sequence[_Part], packing: Packing) -> int | None:
     """The chosen block size, or the one that all adapters were trained on."""
     if packing != AS_TRAINED:
         return packing
-    found = {part.config.block_size for part in parts}
-    if len(found) > 1:
+    sizes = {part.config.block_size for part in parts}
+    if len(sizes) > 1:
         trained = ", ".join(
             f"{part.folder.path} on "
             + (f"4 bits in groups of {size}" if (size := part.config.block_size) else "the base")
@@ -215,7 +215,7 @@ def _block_size(parts: Sequence[_Part], packing: Packing) -> int | None:
             f"the adapters were trained on different forms of the base ({trained}): choose one "
             "with --quantized-base and --block-size, or with --full-base"
         )
-    return found.pop() if found else None
+    return sizes.pop() if sizes else None
 
 
 def _write_weights(reader: "_Reader", parts: Sequence[_Part], out: Path, dtype: Stored) -> Merged:
@@ -225,10 +225,10 @@ def _write_weights(reader: "_Reader", parts: Sequence[_Part], out: Path, dtype: 
     for file, names in files.items():
         tensors = {}
         for name in names:
-            found = [p for p in parts if name.removesuffix(".weight") in p.config.placed]
+            applied = [p for p in parts if name.removesuffix(".weight") in p.config.placed]
             stored = base.dtype(name) if dtype == "keep" else STORED[_TYPES[dtype]]
-            tensors[name] = LazyArray(stored, base.shape(name), partial(reader.load, name, found))
-            changed += bool(found)
+            tensors[name] = LazyArray(stored, base.shape(name), partial(reader.load, name, applied))
+            changed += bool(applied)
             total_bytes += math.prod(base.shape(name)) * BITS[stored] // 8
         write_safetensors(out / file, tensors)
     if set(files) != {WEIGHTS}:
@@ -256,11 +256,12 @@ class _Reader:
         packed = self.block_size is not None and len(self.base.shape(name)) == 2
         if not parts and not packed:
             return self.base.source(name).load()
-        found = self.base.float32(name)
+        original = self.base.float32(name)
         if packed:
-            merged = self._in_4_bits(name, found)
+            merged = self._in_4_bits(name, original)
         else:
-            merged = found if found.flags.writeable else found.copy()  # a view of the file is not
+            # A view of the file cannot be written to.
+            merged = original if original.flags.writeable else original.copy()
         path = name.removesuffix(".weight")
         for part in parts:
             scale = np.float32(part.weight * part.config.scale(path))
@@ -269,23 +270,23 @@ class _Reader:
             part.folder.forget(path)
         return merged
 
-    def _in_4_bits(self, name: str, found: Weights) -> Weights:
+    def _in_4_bits(self, name: str, original: Weights) -> Weights:
         """A matrix as a QLoRA run holds it, in float32; the difference is added to `lost`."""
         assert self.block_size is not None
         if name in (EMBEDDING, HEAD):
-            held = np.empty_like(found)
-            for rows in row_parts(found.shape):
-                bits = convert(name, found[rows], "BF16")
+            held = np.empty_like(original)
+            for rows in row_parts(original.shape):
+                bits = convert(name, original[rows], "BF16")
                 held[rows] = to_float32(name, RawArray("BF16", held[rows].shape, bits))
         else:
-            held = as_packed(f"{self.base.path}: {name}", found, self.block_size)
+            held = as_packed(f"{self.base.path}: {name}", original, self.block_size)
         largest = squares = own_squares = 0.0
-        for rows in row_parts(found.shape):
-            away = found[rows].astype(np.float64) - held[rows]
+        for rows in row_parts(original.shape):
+            away = original[rows].astype(np.float64) - held[rows]
             largest = max(largest, float(np.abs(away).max()))
             squares += float((away * away).sum())
-            own_squares += float(np.square(found[rows], dtype=np.float64).sum())
-        self.lost.append(Lost(name, found.size, largest, squares, own_squares))
+            own_squares += float(np.square(original[rows], dtype=np.float64).sum())
+        self.lost.append(Lost(name, original.size, largest, squares, own_squares))
         return held
 
 

@@ -90,19 +90,19 @@ class AdapterConfig:
         return f"{'; '.join(sorted(kinds))}{rslora} on {', '.join(sorted(names))}"
 
 
-def placement(found: Mapping[str, Any], path: str) -> Placement:
+def placement(entries: Mapping[str, Any], path: str) -> Placement:
     """The adapter that the parsed file gives a layer."""
-    rank = _of_pattern(found.get("rank_pattern"), path, found.get("r", 8))
-    alpha = _of_pattern(found.get("alpha_pattern"), path, found.get("lora_alpha", 8))
+    rank = _of_pattern(entries.get("rank_pattern"), path, entries.get("r", 8))
+    alpha = _of_pattern(entries.get("alpha_pattern"), path, entries.get("lora_alpha", 8))
     return Placement(int(rank), float(alpha))
 
 
-def targets(found: Mapping[str, Any], path: str) -> bool:
+def targets(entries: Mapping[str, Any], path: str) -> bool:
     """Whether target_modules and layers_to_transform choose a layer, as PEFT decides it."""
-    names = found.get("target_modules") or ()
+    names = entries.get("target_modules") or ()
     if isinstance(names, str):
         return names.lower() == "all-linear" or bool(re.fullmatch(names, path))
-    layers = found.get("layers_to_transform")
+    layers = entries.get("layers_to_transform")
     numbers = [layers] if isinstance(layers, int) else layers or ()
     if numbers and int(path.split(".")[2]) not in numbers:
         return False
@@ -137,35 +137,35 @@ def to_peft(config: AdapterConfig, layers: Collection[str]) -> dict[str, Any]:
     }
 
 
-def unsupported(found: Mapping[str, Any]) -> Iterator[str]:
+def unsupported(entries: Mapping[str, Any]) -> Iterator[str]:
     """One problem for each thing in the parsed file that is not supported here."""
-    for key, value in found.items():
+    for key, value in entries.items():
         if key in _ONLY:
             if value not in _ONLY[key]:
                 yield f"{key}: got {value!r}, must be {_ONLY[key][0]!r}: nothing else is supported"
         elif key not in _KNOWN and value not in (None, False, [], {}, ""):
             yield f"{key}: got {value!r}, must be absent or empty: it is not supported"
-    pattern = found.get("layers_pattern")
+    pattern = entries.get("layers_pattern")
     if pattern not in (None, [], "", "layers", ["layers"]):
         yield f"layers_pattern: got {pattern!r}, must be 'layers'"
-    if found.get("layers_to_transform") is not None and isinstance(
-        found.get("target_modules"), str
+    if entries.get("layers_to_transform") is not None and isinstance(
+        entries.get("target_modules"), str
     ):
         yield "layers_to_transform: must be absent where target_modules is one expression"
-    yield from _wrong_numbers(found)
-    if isinstance(names := found.get("target_modules"), str) and not _is_expression(names):
+    yield from _wrong_numbers(entries)
+    if isinstance(names := entries.get("target_modules"), str) and not _is_expression(names):
         yield f"target_modules: got {names!r}, must be a regular expression or a list of names"
 
 
-def _wrong_numbers(found: Mapping[str, Any]) -> Iterator[str]:
+def _wrong_numbers(entries: Mapping[str, Any]) -> Iterator[str]:
     """Problems with ranks and alphas, and with the patterns of layers that have others."""
     for key, pattern, kind in (
         ("r", "rank_pattern", int),
         ("lora_alpha", "alpha_pattern", (int, float)),
     ):
         word = "an integer" if kind is int else "a finite number"
-        values = {key: found.get(key, 8)}
-        for layers, value in (found.get(pattern) or {}).items():
+        values = {key: entries.get(key, 8)}
+        for layers, value in (entries.get(pattern) or {}).items():
             values[f"{pattern}.{layers}"] = value
             if not _is_expression(layers):
                 yield f"{pattern}: got {layers!r}, must be a regular expression"
@@ -218,8 +218,8 @@ class AdapterFolder:
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         """Raises ConfigError (adapter_config.json) and WeightsError (no safetensors file)."""
         self.path = Path(folder)
-        self._found = read_json(self.path / ADAPTER_CONFIG)
-        if problems := list(unsupported(self._found)):
+        self._entries = read_json(self.path / ADAPTER_CONFIG)
+        if problems := list(unsupported(self._entries)):
             source = self.path / ADAPTER_CONFIG
             raise ConfigError("\n".join(f"{source}: {problem}" for problem in problems))
         if not (self.path / ADAPTER_WEIGHTS).is_file():
@@ -233,11 +233,12 @@ class AdapterFolder:
             return path
         raise WeightsError(
             f"{self.path / ADAPTER_CONFIG}: base_model_name_or_path: got "
-            f"{self._found.get('base_model_name_or_path')!r}, must be the folder of the base model"
+            f"{self._entries.get('base_model_name_or_path')!r}, must be the folder of the base "
+            "model"
         )
 
     def _named_folder(self) -> Path | None:
-        named = Path(str(self._found.get("base_model_name_or_path") or ""))
+        named = Path(str(self._entries.get("base_model_name_or_path") or ""))
         if named.is_absolute():
             return named if named.is_dir() else None
         paths = ((self.path / named).resolve(), named) if named.parts else ()
@@ -250,17 +251,17 @@ class AdapterFolder:
         is not the configuration's) or not floating, and ConfigError.
         """
         shapes = linear_shapes_by_path(model)
-        chosen = (path for path in shapes if targets(self._found, path))
-        placed = {path: placement(self._found, path) for path in chosen}
+        chosen = (path for path in shapes if targets(self._entries, path))
+        placed = {path: placement(self._entries, path) for path in chosen}
         if not placed:
             raise ConfigError(
                 f"{self.path / ADAPTER_CONFIG}: target_modules: got "
-                f"{self._found.get('target_modules')!r}, must name linear layers of the model"
+                f"{self._entries.get('target_modules')!r}, must name linear layers of the model"
             )
         self._check_tensors(placed, shapes)
-        base = self._found.get("base_model_name_or_path")
-        dropout = float(self._found.get("lora_dropout") or 0.0)
-        rslora, made_for = bool(self._found.get("use_rslora")), self._file.metadata
+        base = self._entries.get("base_model_name_or_path")
+        dropout = float(self._entries.get("lora_dropout") or 0.0)
+        rslora, made_for = bool(self._entries.get("use_rslora")), self._file.metadata
         return AdapterConfig(
             placed,
             rslora,
@@ -295,11 +296,11 @@ class AdapterFolder:
         named = self._named_folder()
         if made_for is None and named and (named / "config.json").is_file():
             made_for = fingerprint(open_folder(named))  # without a tied head, as `base` is
-        if made_for is not None and made_for != (found := fingerprint(base)):
-            there = named or self._found.get("base_model_name_or_path")
+        if made_for is not None and made_for != (digest := fingerprint(base)):
+            there = named or self._entries.get("base_model_name_or_path")
             raise WeightsError(
                 f"{self.path}: was made for another base ({there}, fingerprint {made_for[:12]}) "
-                f"than {base.path} (fingerprint {found[:12]})"
+                f"than {base.path} (fingerprint {digest[:12]})"
             )
 
     def matrix(self, path: str, part: str) -> npt.NDArray[np.float32]:
@@ -324,16 +325,16 @@ class AdapterFolder:
             out, into = shapes[path]
             expected[f"{_PREFIX}{path}.lora_A.weight"] = (place.rank, into)
             expected[f"{_PREFIX}{path}.lora_B.weight"] = (out, place.rank)
-        found = self._file.tensors
-        problems = [f"{name}: missing" for name in expected if name not in found]
-        problems += [f"{name}: extra, no adapter goes there" for name in found.keys() - expected]
-        for name in expected.keys() & found.keys():
-            if (shape := found[name].shape) != expected[name]:
+        stored = self._file.tensors
+        problems = [f"{name}: missing" for name in expected if name not in stored]
+        problems += [f"{name}: extra, no adapter goes there" for name in stored.keys() - expected]
+        for name in expected.keys() & stored.keys():
+            if (shape := stored[name].shape) != expected[name]:
                 rank = placed[name.removeprefix(_PREFIX).rpartition(".lora_")[0]].rank
                 wanted = f"{expected[name]}, as the base and rank {rank} have it"
                 problems.append(f"{name}: shape {shape}, must be {wanted}")
-            if found[name].dtype not in FLOATS:
-                problems.append(f"{name}: type {found[name].dtype}, must be one of {FLOATS}")
+            if stored[name].dtype not in FLOATS:
+                problems.append(f"{name}: type {stored[name].dtype}, must be one of {FLOATS}")
         if problems:
             source = self.path / ADAPTER_WEIGHTS
             raise WeightsError("\n".join(f"{source}: {problem}" for problem in sorted(problems)))

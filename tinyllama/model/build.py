@@ -178,12 +178,12 @@ def _restore_adapters(
     """Read a checkpoint's adapters, which must be placed like `adapter` on the same base."""
     saved = AdapterFolder(checkpoint)
     saved.check_base(base)
-    found = saved.config(model.config)
-    if (found.placed, found.use_rslora) != (adapter.placed, adapter.use_rslora):
-        raise ConfigError(f"[lora] differs from {checkpoint}: {found.summary()} is saved there")
-    if found.block_size != adapter.block_size:
+    stored = saved.config(model.config)
+    if (stored.placed, stored.use_rslora) != (adapter.placed, adapter.use_rslora):
+        raise ConfigError(f"[lora] differs from {checkpoint}: {stored.summary()} is saved there")
+    if stored.block_size != adapter.block_size:
         raise ConfigError(
-            f"[qlora] differs from {checkpoint}: it was trained on {_base_form(found)}, and this "
+            f"[qlora] differs from {checkpoint}: it was trained on {_base_form(stored)}, and this "
             f"configuration has {_base_form(adapter)}"
         )
     lora.read_adapters(model, saved)

@@ -108,11 +108,11 @@ def part_of(name: str) -> str:
 
 def parameters_of(counts: Iterable[tuple[str, int]]) -> Parameters:
     """The counts of named tensors, given as (name, elements), by part."""
-    found: dict[str, int] = {}
+    totals: dict[str, int] = {}
     for name, count in counts:
         part = part_of(name)
-        found[part] = found.get(part, 0) + count
-    return Parameters(**found)
+        totals[part] = totals.get(part, 0) + count
+    return Parameters(**totals)
 
 
 def folder_parameters(folder: str | Path) -> Parameters:

@@ -87,16 +87,16 @@ def structure(module: Any) -> tuple[tuple[str, object], ...]:
 
     Modules of equal structure compute the same function of their tensors.
     """
-    found: list[tuple[str, object]] = []
+    entries: list[tuple[str, object]] = []
     children = enumerate(module) if isinstance(module, list) else vars(module).items()
     for name, child in children:
         if isinstance(child, Tensor):
-            found.append((str(name), None))
+            entries.append((str(name), None))
         elif isinstance(child, list) or hasattr(child, "__dict__"):
-            found.append((str(name), structure(child)))
+            entries.append((str(name), structure(child)))
         else:
-            found.append((str(name), child))
-    return tuple(found)
+            entries.append((str(name), child))
+    return tuple(entries)
 
 
 def block_linears(layers: Iterable[Any]) -> Iterator[tuple[str, Any, str]]:

@@ -109,11 +109,11 @@ def lora_layers(model: Llama) -> dict[str, LoRALinear]:
 
 def adapter_tensors(model: Llama) -> dict[str, Tensor]:
     """A and B of every wrapped layer, by PATH.lora_A.weight and PATH.lora_B.weight."""
-    found = {}
+    tensors = {}
     for path, layer in lora_layers(model).items():
         for part, linear in zip(PARTS, (layer.lora_A, layer.lora_B), strict=True):
-            found[f"{path}.{part}.weight"] = linear.weight
-    return found
+            tensors[f"{path}.{part}.weight"] = linear.weight
+    return tensors
 
 
 Dropping = Callable[[int, int], AbstractContextManager[None]]

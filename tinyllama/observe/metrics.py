@@ -40,13 +40,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
         whole = [line for line in lines[:-1] if line]
-        found = [json.loads(line) for line in whole]
-        for number, values in enumerate(found, 1):
+        records = [json.loads(line) for line in whole]
+        for number, values in enumerate(records, 1):
             if not isinstance(values, dict) or not isinstance(values.get("step"), int):
                 raise ValueError(f"line {number} has no step")
     except ValueError as error:
         raise CheckpointError(f"{path}: not a metrics file: {error}") from error
-    return found
+    return records
 
 
 def _drop_from(path: Path, first_step: int) -> None:

@@ -43,8 +43,8 @@ def scattered(grad: Tensor, ids: Tensor, vocab_size: int) -> Tensor:
     numbers = Tensor.arange(1, rows.shape[0] + 1, device=ids.device)
     # The last token of each id, counted from 1; 0 for an id that no token has.
     last = (entries == flat).where(numbers, 0).max(1).contiguous()  # (V,)
-    found = sums[(last - 1).maximum(0)]  # (V, H)
-    return (last > 0).reshape(-1, 1).where(found, 0).contiguous()
+    of_last = sums[(last - 1).maximum(0)]  # (V, H)
+    return (last > 0).reshape(-1, 1).where(of_last, 0).contiguous()
 
 
 def _cpu(ids: Tensor, weight: Tensor, dtype: DType) -> Tensor:

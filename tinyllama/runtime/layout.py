@@ -132,11 +132,11 @@ def _lanes(kernels: UOp, held: set[UOp]) -> Iterator[tuple[Any, dict[UOp, Life]]
     for moment, call in enumerate(kernels.src):
         # A buffer of which this kernel uses a slice was written by another one.
         written.update(used_buffers(call.src[1:], slices=False))
-        found = [*used_buffers(call.src[1:])]
-        first |= {buffer: moment for buffer in found if buffer not in first}
-        last |= dict.fromkeys(found, moment)
+        used = [*used_buffers(call.src[1:])]
+        first |= {buffer: moment for buffer in used if buffer not in first}
+        last |= dict.fromkeys(used, moment)
         if call.src[0].op is Ops.COPY:
-            copied.update(found)
+            copied.update(used)
     lanes: dict[tuple[Any, bool], dict[UOp, Life]] = {}
     for buffer, begin in first.items():
         if buffer in written and buffer not in held and _is_shareable(buffer.device):

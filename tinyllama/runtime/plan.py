@@ -68,11 +68,13 @@ def plan(
     held = {result.uop.base} if isinstance(result, Tensor) else set()
     every = {buffer for call in kernels.src for buffer in used_buffers(call.src[1:])}
     held |= {b for b in every if b.src[0].arg < before or b in buffers}
-    found = {tensor.uop.base for tensor in gradients()}
-    return Plan(laid_out_bytes(kernels, held), *_purposes(recorder.pieces, held, found))
+    gradient_buffers = {tensor.uop.base for tensor in gradients()}
+    return Plan(laid_out_bytes(kernels, held), *_purposes(recorder.pieces, held, gradient_buffers))
 
 
-def _purposes(pieces: list[UOp], held: set[UOp], found: set[UOp]) -> tuple[int, int, int]:
+def _purposes(
+    pieces: list[UOp], held: set[UOp], gradient_buffers: set[UOp]
+) -> tuple[int, int, int]:
     """Largest bytes at one moment of gradients, of what is kept between pieces, of the rest."""
     uses: dict[UOp, list[tuple[int, int]]] = {}  # (piece, kernel) numbers of every use
     clock = itertools.count()
@@ -86,7 +88,9 @@ def _purposes(pieces: list[UOp], held: set[UOp], found: set[UOp]) -> tuple[int, 
     work: list[Life] = []
     for buffer, places in uses.items():
         (first_piece, begin), (last_piece, end) = places[0], places[-1]
-        group = gradients if buffer in found else work if first_piece == last_piece else kept
+        group = (
+            gradients if buffer in gradient_buffers else work if first_piece == last_piece else kept
+        )
         group.append(Life(begin, end, nbytes(buffer)))
     return _highest(gradients), _highest(kept), _highest(work)
 

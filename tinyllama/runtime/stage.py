@@ -96,17 +96,17 @@ def saved_for_backward(
     """
     known = {t.uop for t in (*inputs, *weights)}
     varying = {t.uop for t in inputs}
-    found: dict[UOp, None] = {}
+    saved: dict[UOp, None] = {}
     for uop in out.uop.toposort(gate=lambda u: u not in known):
         if varying.isdisjoint(uop.src):
             continue
         varying.add(uop)
         if uop.op is Ops.AFTER and uop.src[1].op is Ops.CALL:
             call = uop.src[1]  # everything the kernel wrote, also what only a gradient reads
-            found |= {output.after(call): None for output in buffers_of(call)[0]}
+            saved |= {output.after(call): None for output in buffers_of(call)[0]}
         elif uop.op is Ops.CONTIGUOUS and uop not in _recomputed and not _is_blank(uop):
-            found[uop] = None
-    return [Tensor(uop) for uop in found if uop is not out.uop and uop not in known]
+            saved[uop] = None
+    return [Tensor(uop) for uop in saved if uop is not out.uop and uop not in known]
 
 
 def replaced(
@@ -131,6 +131,6 @@ def _buffer(tensor: Tensor) -> UOp:
 
 def _buffers(tensors: Sequence[Tensor]) -> list[UOp]:
     """The tensors' buffers, all different: what is updated in place must be no other input."""
-    found = [_buffer(t) for t in tensors]
-    assert len(set(found)) == len(found), "a stage got the same tensor twice"
-    return found
+    buffers = [_buffer(t) for t in tensors]
+    assert len(set(buffers)) == len(buffers), "a stage got the same tensor twice"
+    return buffers

@@ -126,8 +126,8 @@ def list_checkpoints(root: str | os.PathLike[str]) -> list[Path]:
 
     `final` stands after the step its training_state.json names, or last if it names none.
     """
-    found = [path for path in Path(root).glob("*") if path.is_dir() and _age(path) is not None]
-    return sorted(found, key=lambda path: (_age(path), path.name == "final"))
+    folders = [path for path in Path(root).glob("*") if path.is_dir() and _age(path) is not None]
+    return sorted(folders, key=lambda path: (_age(path), path.name == "final"))
 
 
 def latest_valid(root: str | os.PathLike[str], warn: Callable[[str], None]) -> Path | None:
@@ -153,12 +153,12 @@ def later_than(root: str | os.PathLike[str], step: int) -> list[Path]:
 def set_aside(root: str | os.PathLike[str], step: int) -> list[tuple[Path, Path]]:
     """Rename checkpoints of more than `step` steps (`NAME.aside-1`), so that a run that is resumed
     there is not mixed with what followed before; returns old and new names."""
-    found = [(path, name_aside(path)) for path in later_than(root, step)]
-    for names in found:
+    renames = [(path, name_aside(path)) for path in later_than(root, step)]
+    for names in renames:
         os.rename(*names)
-    if found:
+    if renames:
         fsync_path(Path(root))
-    return found
+    return renames
 
 
 def write_state(folder: Path, state: Mapping[str, Any]) -> None:

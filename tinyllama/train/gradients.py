@@ -128,15 +128,15 @@ class StagedLoss:
 
         def build() -> list[Tensor]:
             out = in_memory(part.function(part.module, *inputs))
-            found = out.gradient(*through, *trained, gradient=d_output)
+            gradients = out.gradient(*through, *trained, gradient=d_output)
             old = saved_for_backward(out, inputs, weights) if part.saved else []
-            return [in_memory(g) for g in into_products(replaced(found, old, part.saved))]
+            return [in_memory(g) for g in into_products(replaced(gradients, old, part.saved))]
 
         positions = tuple(i for i, t in enumerate(weights) if _key(t) in self.names)
         key = (part.function.__qualname__, structure(part.module), positions, further)
-        found = self.stages.backward([*inputs, *weights, *part.saved, d_output], build, key)
-        self._add(grads, trained, found[len(through) :])
-        return found[0] if through else d_output
+        gradients = self.stages.backward([*inputs, *weights, *part.saved, d_output], build, key)
+        self._add(grads, trained, gradients[len(through) :])
+        return gradients[0] if through else d_output
 
     def _head_gradients(
         self, hidden: Tensor, targets: Tensor, grads: dict[str, Tensor]
@@ -147,19 +147,19 @@ class StagedLoss:
         trained = _key(weight) in self.names
 
         def build() -> list[Tensor]:
-            found = self.criterion.gradients(hidden, weight, targets, trains_weight=trained)
-            d_weight = [] if found.weight is None else [found.weight]
-            return [found.loss.contiguous(), in_memory(found.hidden), *d_weight]
+            head = self.criterion.gradients(hidden, weight, targets, trains_weight=trained)
+            d_weight = [] if head.weight is None else [head.weight]
+            return [head.loss.contiguous(), in_memory(head.hidden), *d_weight]
 
         loss, d_hidden, *d_weight = self.stages.head([hidden, weight, targets], build, trained)
         self._add(grads, [weight] * len(d_weight), d_weight)
         return loss, d_hidden
 
     def _add(
-        self, grads: dict[str, Tensor], weights: Sequence[Tensor], found: Sequence[Tensor]
+        self, grads: dict[str, Tensor], weights: Sequence[Tensor], gradients: Sequence[Tensor]
     ) -> None:
         """Note gradients of weights; a tied weight is used twice, so its two are summed."""
-        for weight, gradient in zip(weights, found, strict=True):
+        for weight, gradient in zip(weights, gradients, strict=True):
             name = self.names[_key(weight)]
             grads[name] = self._sum(grads[name], gradient) if name in grads else gradient
 

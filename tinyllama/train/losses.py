@@ -48,8 +48,8 @@ class CrossEntropy:
         loss, d_rows, *d_weight = loss_and_gradients(
             rows, weight, targets.reshape(-1), trains_weight
         )
-        found = d_weight[0] if d_weight else None
-        return HeadGradients(loss.reshape(1), d_rows.reshape(hidden.shape), found)
+        trained = d_weight[0] if d_weight else None
+        return HeadGradients(loss.reshape(1), d_rows.reshape(hidden.shape), trained)
 
     def per_token(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         """See Loss."""

@@ -90,10 +90,10 @@ def _damage(path: Path, sha256: str, size_bytes: int, *, deep: bool) -> str | No
     try:
         if not path.is_file():
             return f"{path}: missing"
-        found = path.stat().st_size
-        if found != size_bytes:
-            wrong = "truncated" if found < size_bytes else "too long"
-            return f"{path}: {wrong}: {found} bytes, the manifest says {size_bytes}"
+        actual = path.stat().st_size
+        if actual != size_bytes:
+            wrong = "truncated" if actual < size_bytes else "too long"
+            return f"{path}: {wrong}: {actual} bytes, the manifest says {size_bytes}"
         if deep and (digest := sha256_file(path)) != sha256:
             return f"{path}: changed: SHA-256 is {digest}, the manifest says {sha256}"
     except OSError as error:

@@ -148,10 +148,10 @@ def lasting_bytes(config: Config) -> dict[str, int]:
 
 
 def _lasting(model: Llama, optimizer: AdamW) -> dict[str, int]:
-    found = {"weights": 0, "scales": 0, "adapters": 0}
+    sizes = {"weights": 0, "scales": 0, "adapters": 0}
     for name, tensor in named_tensors(model):
-        found[_purpose(name)] += tensor.nbytes()
-    return found | {"optimizer_state": _bytes(optimizer.state_dict().values())}
+        sizes[_purpose(name)] += tensor.nbytes()
+    return sizes | {"optimizer_state": _bytes(optimizer.state_dict().values())}
 
 
 def _purpose(name: str) -> str:

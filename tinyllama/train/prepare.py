@@ -96,18 +96,18 @@ def supported(config: Config) -> Config:
 
 def without_effect(config: Config, sequences: int, steps: int) -> list[str]:
     """One line for each size that a run of so many steps and sequences of text never reaches."""
-    t, warmup, found = config.training, config.lr_schedule.warmup_steps, []
+    t, warmup, lines = config.training, config.lr_schedule.warmup_steps, []
     if t.batch_size > sequences:
-        found.append(
+        lines.append(
             f"training.batch_size is {t.batch_size}, and the text fills {sequences} sequences: the"
             " rest of each batch is empty"
         )
     if warmup > steps:
-        found.append(
+        lines.append(
             f"lr_schedule.warmup_steps is {warmup}, and the run has {steps} steps: the learning"
             f" rate rises to {t.learning_rate * steps / warmup:.2g} only"
         )
-    return found
+    return lines
 
 
 # Options that change no loss of a step, or are compared elsewhere (the text and its tokenizer by a
@@ -205,8 +205,8 @@ def made_with(config: Config) -> dict[str, Any]:
     """What decides the losses of a run besides text and weights: options, device, threads."""
     options = {k: v for k, v in config.values().items() if not k.startswith(_FREE_OF_NUMBERS)}
     options[_MICRO_BATCH] = config.training.micro_batch
-    found = options | {"device": Device.DEFAULT, "threads": device.threads()}
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in found.items()}
+    values = options | {"device": Device.DEFAULT, "threads": device.threads()}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
 def differences(config: Config, checkpoint: Path) -> str | None:
@@ -220,9 +220,9 @@ def differences(config: Config, checkpoint: Path) -> str | None:
     differing = {key for key in was.keys() | now.keys() if was.get(key) != now.get(key)}
     if all(made[_MICRO_BATCH] == made[_BATCH] for made in (was, now)):
         differing.discard(_MICRO_BATCH)  # the whole batch, then and now
-    found = [f"{key} is {shown(now.get(key))}, was {shown(was.get(key))}" for key in differing]
+    changes = [f"{key} is {shown(now.get(key))}, was {shown(was.get(key))}" for key in differing]
     begin = f"{checkpoint} was trained with other options, so the losses are not those of a run"
-    return f"{begin} that was never stopped: {'; '.join(sorted(found))}" if found else None
+    return f"{begin} that was never stopped: {'; '.join(sorted(changes))}" if changes else None
 
 
 def _defaults() -> dict[str, Any]:
@@ -281,18 +281,19 @@ def _new_tokenizer(config: Config, show: bool) -> Tokenizer:
 
 def _tokenizer_of(checkpoint: Path, config: Config) -> Tokenizer:
     """A checkpoint's tokenizer. Raises ConfigError if the configuration names another one."""
-    found, data = load_tokenizer(checkpoint), config.data
+    tokenizer, data = load_tokenizer(checkpoint), config.data
     size = data.tokenizer_vocab_size
     if data.tokenizer not in (None, "train"):
         with naming("data.tokenizer"):
-            same = load_tokenizer(str(data.tokenizer)).model == found.model
+            same = load_tokenizer(str(data.tokenizer)).model == tokenizer.model
         if not same:
             raise ConfigError(
                 f"data.tokenizer: {data.tokenizer} is not the tokenizer of {checkpoint}, which a"
                 " resumed run must keep"
             )
-    elif config.tokenizer_source == "train" and size not in (None, found.vocab_size):
+    elif config.tokenizer_source == "train" and size not in (None, tokenizer.vocab_size):
         raise ConfigError(
-            f"data.tokenizer_vocab_size: got {size}, must be {found.vocab_size} as in {checkpoint}"
+            f"data.tokenizer_vocab_size: got {size}, must be {tokenizer.vocab_size} as in "
+            f"{checkpoint}"
         )
-    return found
+    return tokenizer

@@ -119,8 +119,8 @@ def batch_size(state: Mapping[str, Any]) -> int | None:
 
 def schedule_anchor(state: Mapping[str, Any]) -> Anchor | None:
     """Where the learning rate of a checkpoint began to fall, if not at the end of its warm-up."""
-    found = state.get("schedule_anchor")
-    return None if found is None else Anchor(int(found["step"]), float(found["share"]))
+    anchor = state.get("schedule_anchor")
+    return None if anchor is None else Anchor(int(anchor["step"]), float(anchor["share"]))
 
 
 @contextmanager
@@ -161,15 +161,15 @@ def go_back(folder: Path, resumed: Path, step: int) -> list[tuple[Path, Path]]:
 
 def older_than(checkpoint: Path, step: int) -> Path | None:
     """The newest whole checkpoint beside this one with fewer steps than `step`."""
-    found = [p for p in list_checkpoints(checkpoint.parent) if p != checkpoint and looks_whole(p)]
-    return next((p for p in reversed(found) if read_state(p)["step"] < step), None)
+    others = [p for p in list_checkpoints(checkpoint.parent) if p != checkpoint and looks_whole(p)]
+    return next((p for p in reversed(others) if read_state(p)["step"] < step), None)
 
 
 def check_holds_none(folder: Path) -> None:
     """Raise CheckpointError if the folder of a new run already holds checkpoints."""
-    if found := list_checkpoints(folder):
+    if checkpoints := list_checkpoints(folder):
         raise CheckpointError(
-            f"{folder} already holds {found[-1].name}: continue it with --resume, or choose "
+            f"{folder} already holds {checkpoints[-1].name}: continue it with --resume, or choose "
             "another folder with --set checkpointing.checkpoint_dir=..."
         )
 

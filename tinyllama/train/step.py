@@ -54,7 +54,7 @@ class TrainStep:
         self._add_stage = Stage()
         self._sums: dict[str, Tensor] = {}
         self._summed_loss = Tensor.empty(1)
-        self._found: list[Tensor] = []  # the captured graph's gradients, for `plans`
+        self._planned_gradients: list[Tensor] = []  # the captured graph's gradients, for `plans`
         if micro_batches > 1:
             self._sums = {name: Tensor.empty(*p.shape) for name, p in optimizer.parameters.items()}
 
@@ -95,15 +95,15 @@ class TrainStep:
         ]
 
     def _plan(self, function: Callable[..., Any], *inputs: Tensor) -> Plan:
-        self._found = []
-        return plan(function, inputs, lambda: self._found)
+        self._planned_gradients = []
+        return plan(function, inputs, lambda: self._planned_gradients)
 
     def _gradients(
         self, tokens: Tensor, targets: Tensor, starts: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Summed loss (1,) and its gradient by parameter name."""
         loss, grads = self.staged.gradients(tokens, targets, starts)
-        self._found = list(grads.values())
+        self._planned_gradients = list(grads.values())
         return loss, grads
 
     def _whole_step(

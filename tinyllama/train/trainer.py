@@ -179,11 +179,11 @@ class Trainer:
         """With training.eval_first, validate the weights that the run begins with, as step 0."""
         if self.step or self.evaluator is None or not self.config.training.eval_first:
             return
-        found = self.evaluator.run(stopping=stopping)
-        if found is not None:
-            self._check_finite(0, {"validation loss": found.loss})
-            metrics.write({"step": 0, "val_loss": found.loss})
-            progress.before_first_step(found.loss)
+        result = self.evaluator.run(stopping=stopping)
+        if result is not None:
+            self._check_finite(0, {"validation loss": result.loss})
+            metrics.write({"step": 0, "val_loss": result.loss})
+            progress.before_first_step(result.loss)
 
     def _place(self) -> Place:
         """Where the run stands in its data, before the next step."""
@@ -206,9 +206,9 @@ class Trainer:
         """One line for each thing that may be a mistake: options that differ from the resumed
         run's, sizes without effect, text that is both trained and validated on."""
         other = differences(self.config, self._resumed) if self._resumed else None
-        found = without_effect(self.config, self.batches.n_windows, self.total_steps)
-        found += trained_and_validated(self.config)
-        return [line for line in (other, lacking.notice(), *found) if line]
+        lines = without_effect(self.config, self.batches.n_windows, self.total_steps)
+        lines += trained_and_validated(self.config)
+        return [line for line in (other, lacking.notice(), *lines) if line]
 
     def _one_step(
         self,
@@ -256,14 +256,14 @@ class Trainer:
         if self.evaluator is None:
             self._unvalidated = None
             return line
-        found = self.evaluator.run(stopping=stopping)
-        self._unvalidated = line if found is None else None
-        if found is None:
+        result = self.evaluator.run(stopping=stopping)
+        self._unvalidated = line if result is None else None
+        if result is None:
             return line
         self._check_finite(
-            line["step"], {"validation loss": found.loss, "learning rate": line["lr"]}
+            line["step"], {"validation loss": result.loss, "learning rate": line["lr"]}
         )
-        return line | {"val_loss": found.loss}
+        return line | {"val_loss": result.loss}
 
     def _check_finite(self, step: int, seen: dict[str, float]) -> None:
         """Raise TrainingError, with the numbers in it, if one of them is NaN or infinite."""
