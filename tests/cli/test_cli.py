@@ -397,6 +397,14 @@ def test_an_unknown_option_names_the_nearest_before_anything_else_is_missed(caps
     )
 
 
+@pytest.mark.parametrize("option", ["--lr", "--bf16", "--report-to", "--optim"])
+def test_an_unknown_option_that_is_like_no_other_names_none(option, capsys):
+    assert cli("generate", option, "x") == 2
+    assert capsys.readouterr().err == (
+        f"tinyllama generate: no option {option} (see tinyllama generate --help)\n"
+    )
+
+
 def test_text_that_looks_like_an_option_may_be_a_prompt(capsys):
     assert cli("generate", "--model", "nowhere", "--prompt", "-- a list") == 2
     assert capsys.readouterr().err.startswith("nowhere")

@@ -61,6 +61,7 @@ def test_an_override_of_another_trainer_is_answered() -> None:
     ("text", "answer"),
     [
         ("[lora]\ntarget_modules = 'q_proj,v_proj'", ': write ["q_proj", "v_proj"]'),
+        ("[lora]\ntarget_modules = ['q_proj,v_proj']", ': write ["q_proj", "v_proj"]'),
         ("[lora]\ntarget_modules = 'q_proj'", ': write ["q_proj"]'),
         ("[lora]\ntarget_modules = 'all'", ': write "all-linear"'),
         ("[training]\ndtype = 'bf16'", ': write "bfloat16"'),
@@ -111,8 +112,8 @@ def test_every_answer_of_the_command_line_is_an_option_of_a_command_or_a_sentenc
         (["train", "124m", "--bf16"], '--bf16: write training.dtype = "bfloat16"'),
         (["train", "--config", "124m"], "the configuration is typed without an option"),
         (["memory", "--batch-size", "3"], "here it is called --batch"),
-        (["evaluate", "--lr", "3"], "no option --lr, the nearest is"),
-        (["plot", "--adapter", "3"], "no option --adapter, the nearest is"),
+        (["evaluate", "--lr", "3"], "no option --lr (see tinyllama evaluate"),
+        (["plot", "--adapter", "3"], "no option --adapter (see tinyllama plot"),
     ],
 )
 def test_an_option_of_another_program_is_answered(

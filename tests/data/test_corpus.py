@@ -125,7 +125,7 @@ def test_what_another_run_has_made_meanwhile_is_taken(
 def test_a_cache_that_cannot_be_written_is_named(tokenizer: Tokenizer) -> None:
     write("a.txt", LINE)
     write("cache", "a file")
-    with pytest.raises(DataError, match=r"^cache: cannot keep the tokens there: .*Not a directory"):
+    with pytest.raises(DataError, match=r"^cache: cannot keep the tokens there: Not a folder"):
         load(tokenizer, "a.txt")
 
 

@@ -143,7 +143,9 @@ def test_a_folder_with_a_model_or_an_adapter_loads_as_a_model(base, adapter, dty
 def test_an_adapter_is_put_on_the_base_that_is_named_instead(base, adapter, tmp_path):
     folder, saved = adapter
     moved = base.rename(tmp_path / "moved")
-    with pytest.raises(WeightsError, match="must be the folder of the base model"):
+    with pytest.raises(
+        WeightsError, match=r"must be the folder of the base model; if .* type --base FOLDER"
+    ):
         load_model(folder)
     model = load_model(folder, base=moved)
     assert same(copied(base_tensors(model)), random_weights(BASE, 0))

@@ -221,6 +221,15 @@ def test_params_prints_a_table(capsys):
     assert out.endswith("base 162,417,408, trainable 162,417,408\n")
 
 
+def test_params_of_a_folder_refuses_overrides(tmp_path, capsys):
+    code, out, err = tool("params", str(tmp_path), "--set", "model.hidden_size=9", capsys=capsys)
+    assert (code, out) == (2, "")
+    assert err == (
+        f"params: --set model.hidden_size=9: {tmp_path} is a folder, whose files are counted as they are: "
+        "leave --set out\n"
+    )
+
+
 def test_params_counts_a_folder(tmp_path, capsys):
     write_base(tmp_path / "base")
     _, out, _ = tool("params", str(tmp_path / "base"), "--json", capsys=capsys)

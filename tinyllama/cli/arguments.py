@@ -14,6 +14,9 @@ from typing import Any, NoReturn, TextIO
 from tinyllama.errors import TinyllamaError, reason
 from tinyllama.system.signals import Terminated, terminating
 
+# An option less similar than this to what was typed is not suggested.
+SIMILAR = 0.6
+
 
 class Parser(argparse.ArgumentParser):
     """argparse whose mistakes are one line, and whose --help keeps the lines of a description."""
@@ -49,7 +52,7 @@ class Parser(argparse.ArgumentParser):
         nearest option."""
         from tinyllama.cli import other_words
         from tinyllama.config import loader
-        from tinyllama.config.options import nearest
+        from tinyllama.config.options import nearest, similarity
 
         plain = name.replace("_", "-")
         known = other_words.WORDS.get(plain, plain)
@@ -60,7 +63,10 @@ class Parser(argparse.ArgumentParser):
             return f"no option {name}: {key if ' ' in key else f'write --set {key}=VALUE'}"
         if " " in known and set(re.findall(r"--[a-z-]+", known)) <= set(names):
             return f"no option {name}: {known}"
-        return f"no option {name}, the nearest is {nearest(name, names)}"
+        near = nearest(name, names)
+        if similarity(name.lstrip("-"), near.lstrip("-")) < SIMILAR:
+            return f"no option {name}"
+        return f"no option {name}, the nearest is {near}"
 
 
 def exit_code(run: Callable[[], int | None], name: str) -> int:

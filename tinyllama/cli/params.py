@@ -53,6 +53,11 @@ def _count(source: str, overrides: Sequence[str]) -> "Parameters":
     from tinyllama.model.counts import folder_parameters
 
     if Path(source).is_dir():
+        if overrides:
+            raise ConfigError(
+                f"--set {overrides[0]}: {source} is a folder, whose files are counted as they are: "
+                "leave --set out"
+            )
         return folder_parameters(model_folder(Path(source)))
     config = load_config(source, overrides)
     device.select()

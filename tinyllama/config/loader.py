@@ -255,3 +255,5 @@ def _meanings(value: object) -> Iterator[object]:
     if isinstance(value, str):
         yield other_words.VALUES.get(value.lower(), value.lower())
         yield [word.strip() for word in value.split(",")]
+    elif isinstance(value, list) and all(isinstance(item, str) for item in value):
+        yield [word.strip() for item in value for word in item.split(",")]

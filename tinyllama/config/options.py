@@ -167,12 +167,13 @@ def shown(value: object) -> str:
 
 def nearest(word: str, candidates: Iterable[str]) -> str:
     """The candidate most similar to `word`, by its letters or its initials: wd is weight_decay."""
+    return max(candidates, key=functools.partial(similarity, word))
 
-    def likeness(candidate: str) -> float:
-        initials = "".join(part[:1] for part in candidate.split("_"))
-        return max(difflib.SequenceMatcher(None, word, s).ratio() for s in (candidate, initials))
 
-    return max(candidates, key=likeness)
+def similarity(word: str, candidate: str) -> float:
+    """How similar two names are, 0 to 1, by the letters of both or the second one's initials."""
+    initials = "".join(part[:1] for part in candidate.split("_"))
+    return max(difflib.SequenceMatcher(None, word, s).ratio() for s in (candidate, initials))
 
 
 def to_toml(value: object) -> str:

@@ -28,7 +28,7 @@ from tinyllama.data.files import (
     progress_bar,
     read_chunk,
 )
-from tinyllama.errors import DataError
+from tinyllama.errors import DataError, reason
 from tinyllama.system.files import atomic_directory, remove_partials
 from tinyllama.system.processes import ordered_map
 from tinyllama.tokenizers.sentencepiece import Tokenizer
@@ -99,7 +99,7 @@ def prepare(
                     raise
             dataset = _open(folder)
     except OSError as error:
-        raise DataError(f"{cache}: cannot keep the tokens there: {error}") from error
+        raise DataError(f"{cache}: cannot keep the tokens there: {reason(error)}") from error
     if dataset is None:
         raise DataError(f"{folder}: damaged while it was being written")
     if dataset.n_documents == 0:

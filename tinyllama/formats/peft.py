@@ -231,10 +231,11 @@ class AdapterFolder:
         folder, or else from the current one. Raises WeightsError if it is no folder."""
         if path := self._named_folder():
             return path
+        named = self._entries.get("base_model_name_or_path")
+        place = f" ({(self.path / str(named)).resolve()})" if named else ""
         raise WeightsError(
-            f"{self.path / ADAPTER_CONFIG}: base_model_name_or_path: got "
-            f"{self._entries.get('base_model_name_or_path')!r}, must be the folder of the base "
-            "model"
+            f"{self.path / ADAPTER_CONFIG}: base_model_name_or_path: got {named!r}{place}, must be "
+            "the folder of the base model; if that has moved, type --base FOLDER"
         )
 
     def _named_folder(self) -> Path | None:
