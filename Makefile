@@ -56,7 +56,7 @@ tier1: lint ## format, lint, types, unit tests: 5 seconds
 tier2: lint ## tier1 and the integration tests: 30 seconds
 	$(PYTEST) -q $(PARALLEL) -m "not slow"
 
-tier3: lint test ## everything: 4 to 6 minutes on 2 cores
+tier3: lint test ## everything: 8 to 10 minutes on 2 cores
 
 ci: ## what CI runs: lint, tests, a minute of the demo
 	.ci/run

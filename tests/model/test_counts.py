@@ -225,8 +225,8 @@ def test_params_of_a_folder_refuses_overrides(tmp_path, capsys):
     code, out, err = tool("params", str(tmp_path), "--set", "model.hidden_size=9", capsys=capsys)
     assert (code, out) == (2, "")
     assert err == (
-        f"params: --set model.hidden_size=9: {tmp_path} is a folder, whose files are counted as they are: "
-        "leave --set out\n"
+        f"params: --set model.hidden_size=9: {tmp_path} is a folder, whose files are counted as"
+        " they are: leave --set out\n"
     )
 
 
