@@ -305,8 +305,9 @@ def save_folder(
     give; each source is loaded once, when its turn comes. `base` is the config.json of the model
     that this one began as: what it says and is still true is kept. `files` are the
     tokenizer's, by name; a tokenizer.model without tokenizer_config.json gets one. Not atomic by
-    itself: hand it the folder of `save_checkpoint` or `atomic_directory`. Raises WeightsError, also where the folder
-    holds weights already (stale shards would be loaded with the new ones), and OSError.
+    itself: hand it the folder of `save_checkpoint` or `atomic_directory`. Raises WeightsError, also
+    where the folder holds weights already (stale shards would be loaded with the new ones), and
+    OSError.
     """
     folder = Path(folder)
     if dtype not in STORED:

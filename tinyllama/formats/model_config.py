@@ -179,13 +179,12 @@ def _with_lengths(config: LlamaConfig) -> LlamaConfig:
     """With the length of the first training stated, and the longest row that dynamic scaling is
     for, which Hugging Face's files do not name."""
     scaling, longest = config.rope_scaling, config.max_seq_len
-    if scaling is None or scaling.rope_type == "linear":
+    if scaling is None:
         return config
-    trained = scaling.original_max_position_embeddings or longest
-    if scaling.rope_type == "dynamic":
-        trained = longest
+    if scaling.rope_type == "dynamic":  # transformers counts from max_position_embeddings
+        scaling = msgspec.structs.replace(scaling, original_max_position_embeddings=None)
         longest = min(int(longest * scaling.factor), 2**31 - 1)
-    stated = msgspec.structs.replace(scaling, original_max_position_embeddings=trained)
+    stated = scaling.trained_on(config.max_seq_len)
     return replace(config, rope_scaling=stated, max_seq_len=longest)
 
 
@@ -348,15 +347,12 @@ def _window_and_biases(config: LlamaConfig, kind: str) -> dict[str, Any]:
 
 def _rotary_to_hf(config: LlamaConfig) -> dict[str, Any]:
     """Base, scaling and longest row, in the spellings of transformers 4 and 5."""
-    theta, scaling = config.rope_theta, config.rope_scaling
+    theta, scaling = config.rope_theta, config.scaling
     written: dict[str, Any] = {"rope_theta": theta, "max_position_embeddings": config.max_seq_len}
     if scaling is None:
         plain = {"rope_type": "default", "rope_theta": theta}
         return {**written, "rope_scaling": None, "rope_parameters": plain}
     form = scaling.stated()
-    trained = form.setdefault("original_max_position_embeddings", config.max_seq_len)
-    if scaling.rope_type in ("dynamic", "linear"):
-        del form["original_max_position_embeddings"]
-    if scaling.rope_type == "dynamic":
-        written["max_position_embeddings"] = trained  # what dynamic scaling begins at
+    if scaling.rope_type == "dynamic":  # transformers counts from max_position_embeddings
+        written["max_position_embeddings"] = form.pop("original_max_position_embeddings")
     return {**written, "rope_scaling": form, "rope_parameters": {**form, "rope_theta": theta}}

@@ -251,8 +251,7 @@ class Llama:
         """
         c, key = self.config, (length, rows or length)
         if key not in self._rotations:
-            scaling = (c.rope_scaling, c.max_seq_len)
-            pair = tables(c.head_dim, c.rope_theta, length, *scaling, rows=rows)
+            pair = tables(c.head_dim, c.rope_theta, length, c.scaling, rows)
             # Written immediately: a step that is being captured would record a copy as one of its
             # own kernels, and keep the table in memory that only the step may read.
             cos, sin = (Tensor.empty(*table.shape) for table in pair)

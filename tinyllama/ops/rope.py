@@ -32,15 +32,15 @@ def frequencies(head_dim: int, theta: float) -> np.ndarray:
 
 
 def scaled_frequencies(
-    head_dim: int, theta: float, scaling: RopeScaling | None, trained: int, length: int
+    head_dim: int, theta: float, scaling: RopeScaling | None, length: int
 ) -> tuple[np.ndarray, float]:
     """The frequencies (D/2,) for rows of `length` positions, and the factor of cos and sin.
 
-    `trained` is the length of the first training where the scaling does not state it.
+    `scaling` states the length of the first training (`LlamaConfig.scaling`).
     """
     if scaling is None:
         return frequencies(head_dim, theta), 1.0
-    trained = scaling.original_max_position_embeddings or trained
+    trained = scaling.original_max_position_embeddings or length
     factor = scaling.factor
     if scaling.rope_type == "dynamic":
         stretch = factor * max(length, trained) / trained - (factor - 1)
@@ -92,14 +92,13 @@ def tables(
     theta: float,
     length: int,
     scaling: RopeScaling | None = None,
-    trained: int = 1,
     rows: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """cos and sin of position times frequency, each (length, D/2) float32.
 
     `rows` is the longest row in positions, which dynamic scaling depends on; by default `length`.
     """
-    scaled, factor = scaled_frequencies(head_dim, theta, scaling, trained, rows or length)
+    scaled, factor = scaled_frequencies(head_dim, theta, scaling, rows or length)
     angles = np.outer(np.arange(length, dtype=np.float64), scaled)
     cos, sin = factor * np.cos(angles), factor * np.sin(angles)
     return cos.astype(np.float32), sin.astype(np.float32)
