@@ -81,7 +81,7 @@ def _cpu_rows(
 ) -> Tensor:
     weight = [packed, scales] if minima is None else [packed, scales, minima]
     rows, width, defines = _form(weight)
-    defines |= {"LAYOUT": 0, "NR": 16, "A_T": 0, "COMPUTE_BF16": 0, "ACT": TYPE_CODE[dtype]}
+    defines |= {"LAYOUT": 0, "ROWS_ONLY": 1, "ACT": TYPE_CODE[dtype]}
     sizes = {"COUNT": ids.numel(), "N": rows, "K": width}
     lookup = Kernel("embedding_packed.c", defines, sizes, ("int4.h",))
     return run(lookup, [empty(*ids.shape, width, dtype=dtype)], [*weight, ids])[0]

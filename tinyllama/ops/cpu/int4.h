@@ -11,7 +11,8 @@
    minima  like scales
    LAYOUT 0: W is B[N,K], WIDTH is K.  LAYOUT 1: W is B[K,N], WIDTH is N.
    Macros: BLOCK (even, divides WIDTH), BITS (4 unless set), MINIMA (0 unless set) and those of
-   gemm.c, of which COMPUTE_BF16 must be set and B_T is unused. */
+   gemm.c, of which COMPUTE_BF16 must be set and B_T is unused. With ROWS_ONLY only what reads a row
+   is there, and of gemm.c's macros LAYOUT, N and K are needed. */
 
 #ifndef BITS
 #define BITS 4
@@ -105,6 +106,7 @@ INLINE void int4_run(float *restrict out, B_PARAMS, long row, int i, int count) 
   }
 }
 
+#ifndef ROWS_ONLY
 #if LAYOUT == 0
 INLINE void transpose_rows(float *restrict out, const float *const *row, int depth);
 
@@ -215,3 +217,4 @@ INLINE void int4_dots(vf *sum, int rows, const ELEM(A_T) *restrict A, B_PARAMS, 
 }
 #define DOT_B(sum, rows, A, row) int4_dots(sum, rows, A, B_ARGS, row)
 #endif
+#endif /* ROWS_ONLY */
