@@ -14,7 +14,8 @@ import math
 from tinygrad import Tensor, dtypes
 
 from tinyllama.ops import forms
-from tinyllama.runtime.kernel import TYPE_CODE, Call, Kernel, empty, run
+from tinyllama.runtime.c_kernel import Kernel, run
+from tinyllama.runtime.kernel import TYPE_CODE, Call, empty
 from tinyllama.runtime.stage import recomputed
 from tinyllama.system import device
 
@@ -59,14 +60,15 @@ def _cpu(q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> Tensor:
     def gradient(dout: Tensor, call: Call) -> list[Tensor | None]:
         out, lse, _ = call.outputs
         q, k, v, starts = call.inputs
-        grads = [empty(*t.shape, dtype=t.dtype) for t in (q, k, v)]
-        scratch = empty(_scratch_floats(T, D, 4, 5, 2))
+        grads = [empty(*t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v)]
+        scratch = empty(_scratch_floats(T, D, 4, 5, 2), device=q.device)
         inputs = [dout, out, lse, q, k, v, starts]
         dq, dk, dv, _ = run(backward, [*grads, scratch], inputs)
         return [dq, dk, dv, None]
 
-    scratch = empty(_scratch_floats(T, D, 2, 3, 1))
-    outputs = [empty(B, T, H, D, dtype=q.dtype), empty(B, H, T), scratch]
+    scratch = empty(_scratch_floats(T, D, 2, 3, 1), device=q.device)
+    out = empty(B, T, H, D, dtype=q.dtype, device=q.device)
+    outputs = [out, empty(B, H, T, device=q.device), scratch]
     return run(forward, outputs, [q, k, v, starts], gradient)[0]
 
 

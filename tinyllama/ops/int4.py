@@ -17,7 +17,8 @@ from tinyllama.ops.matmul import (
     gemm_headers,
     gemm_macros,
 )
-from tinyllama.runtime.kernel import Call, Gradient, Kernel, empty, per_thread, run
+from tinyllama.runtime.c_kernel import Kernel, per_thread, run
+from tinyllama.runtime.kernel import Call, Gradient, empty
 
 
 def int4_linear(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
@@ -70,7 +71,7 @@ def _product(
         defines["ADDEND"] = 1
     headers = gemm_headers(defines, "int4.h")
     product = Kernel("gemm.c", defines, sizes, headers, flops=2 * m * n * k)
-    written = [empty(m, n, dtype=dtype), per_thread(sizes["SCRATCH_FLOATS"])]
+    written = [empty(m, n, dtype=dtype, device=a.device), per_thread(sizes["SCRATCH_FLOATS"])]
     inputs = [a, packed, scales] if addend is None else [a, packed, scales, addend]
     result = run(product, written, inputs, gradient)[0]
     if gradient is not None or addend is not None:

@@ -11,8 +11,9 @@ from tinygrad import Tensor, dtypes
 from tinygrad.dtype import DType
 
 from tinyllama.ops import forms, sums
-from tinyllama.runtime import kernel
-from tinyllama.runtime.kernel import TYPE_CODE, Call, Gradient, Kernel, empty, per_thread, run
+from tinyllama.runtime import c_kernel
+from tinyllama.runtime.c_kernel import Kernel, per_thread, run
+from tinyllama.runtime.kernel import TYPE_CODE, Call, Gradient, empty
 
 # Layouts of cpu/gemm.c: C[M,N] = A[M,K] B[N,K]^T, A[M,K] B[K,N], A[K,M]^T B[K,N].
 NT, NN, TN = 0, 1, 2
@@ -67,7 +68,7 @@ def gemm(
     m, k = a.shape[::-1] if layout == TN else a.shape
     n = b.shape[0] if layout == NT else b.shape[1]
     given = over if onto is None else onto
-    out = empty(m, n, dtype=dtype) if given is None else given
+    out = empty(m, n, dtype=dtype, device=a.device) if given is None else given
     defines, sizes = gemm_macros(layout, m, n, k, a.dtype, b.dtype, out.dtype)
     defines["ACCUMULATE"] = int(onto is not None)
     if addend is not None:
@@ -92,9 +93,9 @@ def gemm_macros(
     few = layout == NT and m <= FEW_ROWS
     defines = {"LAYOUT": layout}
     defines |= {"A_T": TYPE_CODE[a], "B_T": TYPE_CODE[b], "C_T": TYPE_CODE[c]}
-    defines["COMPUTE_BF16"] = int(a == dtypes.bfloat16 and kernel.has_bf16_products())
+    defines["COMPUTE_BF16"] = int(a == dtypes.bfloat16 and c_kernel.has_bf16_products())
     defines |= {"M": m} if few else {"MANY_ROWS": 1}
-    amx = not few and bool(defines["COMPUTE_BF16"]) and kernel.has_amx()
+    amx = not few and bool(defines["COMPUTE_BF16"]) and c_kernel.has_amx()
     if amx:
         defines["TILE_AMX"] = 1
     sizes = {} if few else {"M": m}
