@@ -37,7 +37,7 @@ class _Template:
         assert not variables
         self.outputs = [(_buffer(t), t.shape) for t in outputs]
         used = {u for u in self.kernels.toposort() if u.op is Ops.BUFFER}
-        self.sources = {u.arg for u in self.kernels.toposort() if u.op is Ops.SOURCE}
+        self.sources = {u.src[3].arg for u in self.kernels.toposort() if _is_for_clang(u)}
         self.internal = used - set(self.inputs)
 
     def run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -116,6 +116,11 @@ def replaced(
     places = {a.uop: b.uop for a, b in zip(old, new, strict=True)}
     sink = UOp.sink(*(t.uop for t in tensors)).substitute(places, walk=True)
     return [Tensor(uop) for uop in sink.src]
+
+
+def _is_for_clang(uop: UOp) -> bool:
+    """Whether this is a kernel of ours for the CPU."""
+    return uop.op is Ops.PROGRAM and len(uop.src) > 3 and uop.src[1].arg == "CPU"
 
 
 def _is_blank(uop: UOp) -> bool:
