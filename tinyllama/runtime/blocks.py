@@ -91,6 +91,12 @@ def dialect_of(device: str) -> Dialect | None:
     return dialects.get(name)
 
 
+@functools.cache
+def is_processor(device: str) -> bool:
+    """Whether a device is the processor, driven by OpenCL."""
+    return device.startswith("CL") and gpu_driver.opencl_is_processor(_opened(device))
+
+
 def _opened(device: str) -> Any:
     # While tinygrad generates code it forbids this, although the device may long be open.
     with Context(ALLOW_DEVICE_USAGE=1):
