@@ -21,7 +21,6 @@ from tinygrad.helpers import Context
 from tinygrad.uop.ops import ProgramInfo
 
 from tinyllama.runtime import kernel as common
-from tinyllama.runtime.compile_cuda import compile_cuda
 from tinyllama.runtime.kernel import Gradient
 from tinyllama.system import gpu_driver
 
@@ -200,10 +199,7 @@ def run(
         ins=everything[0 if launch.updates else len(outputs) :],
         aux=_further_arguments(device, launch, tensors),
     )
-    binary = None
-    if dialect_of(device) == "cuda":
-        binary = compile_cuda(launch.text, _opened(device).renderer.target.arch)
-    return common.run(program, launch.text, launch.flops, outputs, inputs, gradient, binary)
+    return common.run(program, launch.text, launch.flops, outputs, inputs, gradient)
 
 
 def _further_arguments(device: str, launch: Launch, tensors: Sequence[Tensor]) -> tuple[Any, ...]:

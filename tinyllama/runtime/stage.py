@@ -37,16 +37,17 @@ class _Template:
         assert not variables
         self.outputs = [(_buffer(t), t.shape) for t in outputs]
         used = {u for u in self.kernels.toposort() if u.op is Ops.BUFFER}
-        self.sources = {u.src[3].arg for u in self.kernels.toposort() if _is_for_clang(u)}
+        self.is_compiling = False
         self.internal = used - set(self.inputs)
 
     def run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Run the piece on these tensors; outputs are new tensors, or inputs that it updates."""
         places = dict(zip(self.inputs, _buffers(tensors), strict=True))
         places |= {b: UOp.new_buffer(b.device, b.arg, b.dtype) for b in self.internal}
+        if precompile.is_capturing() and not self.is_compiling:
+            self.kernels, self.is_compiling = precompile.start(self.kernels), True
         kernels = self.kernels.substitute(places, walk=True)
         if capturing:
-            precompile.start(self.sources)
             capturing[0].add_linear(kernels, {})
         else:
             finish_background_writes()
@@ -116,11 +117,6 @@ def replaced(
     places = {a.uop: b.uop for a, b in zip(old, new, strict=True)}
     sink = UOp.sink(*(t.uop for t in tensors)).substitute(places, walk=True)
     return [Tensor(uop) for uop in sink.src]
-
-
-def _is_for_clang(uop: UOp) -> bool:
-    """Whether this is a kernel of ours for the CPU."""
-    return uop.op is Ops.PROGRAM and len(uop.src) > 3 and uop.src[1].arg == "CPU"
 
 
 def _is_blank(uop: UOp) -> bool:
