@@ -1,8 +1,8 @@
 """Compiling C kernels on every core while the graph that uses them is still being built.
 
 tinygrad compiles one kernel after another once a captured step is complete. Here clang starts as
-soon as a piece of the step is known, and the object is put into tinygrad's own compile cache, where
-tinygrad later finds it.
+soon as a piece of the step is known, and the object is put into the cache of compiled kernels
+(kernel_cache.py), where tinygrad later finds it.
 """
 
 import functools
@@ -14,9 +14,8 @@ from typing import Any
 
 from tinygrad import TinyJit
 from tinygrad.engine.realize import capturing
-from tinygrad.helpers import diskcache_get, diskcache_put
 
-from tinyllama.runtime import fills
+from tinyllama.runtime import fills, kernel_cache
 from tinyllama.runtime.cpu import cpu_device
 
 _started: dict[str, "Future[bytes] | None"] = {}
@@ -33,7 +32,7 @@ def start(sources: Iterable[str]) -> None:
 
 def _compiled_later(code: str) -> "Future[bytes] | None":
     compiler = cpu_device().compiler
-    if compiler.cachekey is None or diskcache_get(compiler.cachekey, code) is not None:
+    if kernel_cache.get(kernel_cache.key_of(compiler, code)) is not None:
         return None
     return _pool().submit(compiler.compile, code)
 
@@ -48,7 +47,7 @@ def waiting_for_compilers(function: Callable[..., Any]) -> Callable[..., Any]:
         fills.wait_for_fills()
         for code, future in _started.items():
             if future is not None:
-                diskcache_put(cpu_device().compiler.cachekey, code, future.result())
+                kernel_cache.put(kernel_cache.key_of(cpu_device().compiler, code), future.result())
                 _started[code] = None
         return result
 

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from tinyllama.errors import DeviceError
 from tinyllama.system import processor
@@ -192,9 +193,13 @@ def _find_compiler() -> None:
 def _compute(name: str) -> None:
     """Raise whatever a small computation raises, or RuntimeError if its result is wrong."""
     from tinygrad import Tensor
+    from tinygrad.helpers import Context
 
-    numbers = Tensor([float(i) for i in range(64)], device=name).realize()
-    if (result := (2 * numbers).contiguous().sum().item()) != 4032:
+    # Without tinygrad's cache, which must not be opened, and must not answer for the compiler.
+    with Context(CACHELEVEL=0):
+        numbers = Tensor([float(i) for i in range(64)], device=name).realize()
+        result = (2 * numbers).contiguous().sum().item()
+    if result != 4032:
         raise RuntimeError(f"computes wrong results: {result} instead of 4032")
 
 
@@ -280,6 +285,25 @@ def check_tinygrad() -> None:
             f"{installed}, must be {TINYGRAD}, which our patches of it are written for: "
             f"`pip install tinygrad=={TINYGRAD}`"
         )
+
+
+def compiler_identity() -> str:
+    """tinygrad's C compiler: its file, size and date, which an update changes; "" if absent."""
+    found = shutil.which(os.environ.get("CC", "clang"))
+    if found is None:
+        return ""
+    file = os.path.realpath(found)
+    status = os.stat(file)
+    return f"{file} {status.st_size} {status.st_mtime_ns}"
+
+
+def kernel_cache_folder() -> Path:
+    """Where compiled kernels are kept: TINYLLAMA_KERNEL_CACHE, or tinyllama/kernels in
+    XDG_CACHE_HOME (~/.cache)."""
+    if named := os.environ.get("TINYLLAMA_KERNEL_CACHE", ""):
+        return Path(named).absolute()
+    caches = os.environ.get("XDG_CACHE_HOME", "") or os.path.expanduser("~/.cache")
+    return Path(caches).absolute() / "tinyllama" / "kernels"
 
 
 def patches_off() -> tuple[str, ...]:

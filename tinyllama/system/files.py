@@ -9,8 +9,9 @@ import errno
 import hashlib
 import os
 import shutil
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tinyllama.system import partials
@@ -23,7 +24,10 @@ __all__ = [
     "discard",
     "fsync_path",
     "held",
+    "make_folder",
     "naming_file",
+    "private_folder",
+    "read_file",
     "remove_partials",
     "sha256_file",
 ]
@@ -43,6 +47,68 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
         while chunk := file.read(_READ_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def read_file(path: str | os.PathLike[str], most_bytes: int, *, links: bool = True) -> bytes:
+    """All bytes of a regular file. Raises OSError, also for anything else that a name may stand
+    for (a folder, a pipe, a device) and for a file of more than `most_bytes`; `links` says whether
+    a link is followed."""
+    # Without O_NONBLOCK, opening a pipe waits for its writer.
+    flags = os.O_RDONLY | _flag("O_NONBLOCK") | _flag("O_BINARY")
+    handle = os.open(path, flags if links else flags | _flag("O_NOFOLLOW"))
+    with open(handle, "rb") as file:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "Is not a regular file", os.fspath(path))
+        if status.st_size > most_bytes:
+            message = f"Has {status.st_size} bytes, at most {most_bytes} are read"
+            raise OSError(errno.EFBIG, message, os.fspath(path))
+        return file.read(most_bytes)  # no more, although it may grow
+
+
+def private_folder(folder: Path) -> None:
+    """Make a folder that only this user can enter, unless it is there.
+
+    Raises OSError, also where the folder is a link or others own it or may write to it: what they
+    put there would be believed.
+    """
+    make_folder(folder.parent)
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+        fsync_path(folder.parent)
+    if not hasattr(os, "geteuid"):  # Windows: the user's profile is private
+        return
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode):
+        raise NotADirectoryError(errno.ENOTDIR, "Is not a folder", str(folder))
+    if status.st_uid != os.geteuid():
+        raise PermissionError(errno.EPERM, "Belongs to another user", str(folder))
+    if status.st_mode & 0o022:
+        message = "Other users may write to it: `chmod go-w` it once you trust what it holds"
+        raise PermissionError(errno.EPERM, message, str(folder))
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it that are missing; their names are on disk then.
+
+    Raises OSError that says what failed: Path.mkdir says "no such folder" of a full disk.
+    """
+    missing = [folder]
+    while not missing[-1].exists() and missing[-1].parent != missing[-1]:
+        missing.append(missing[-1].parent)
+    for path in reversed(missing[:-1]):
+        try:
+            os.mkdir(path)
+        except FileExistsError:
+            continue  # another process made it
+        fsync_path(path.parent)
+    if not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+
+
+def _flag(name: str) -> int:
+    """A flag of open(2), 0 on a system without it."""
+    return int(getattr(os, name, 0))
 
 
 def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
