@@ -111,20 +111,21 @@ def _flag(name: str) -> int:
     return int(getattr(os, name, 0))
 
 
-def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
+def atomic_write(path: str | os.PathLike[str], data: bytes, *, links: bool = True) -> None:
     """Replace `path` by `data`: a reader, or a crash, sees the old bytes or the new ones.
 
-    The folder must exist. A link is followed, and the permissions of a file that is replaced
-    are kept. Raises OSError, and then leaves `path` as it was.
+    The folder must exist. The permissions of a file that is replaced are kept. A link is followed,
+    or itself replaced where `links` is false: what a stranger may have planted leads nowhere.
+    Raises OSError, and then leaves `path` as it was.
     """
-    final = Path(os.path.realpath(path))
+    final = Path(os.path.realpath(path) if links else path)
     # Created as any file is, so that it has the permissions of one.
-    with naming_file(final), partials.unfinished(final, lambda path: path.touch()) as partial:
+    with naming_file(final), partials.unfinished(final, partials.create_file) as partial:
         try:
-            with open(partial, "wb") as file:
+            with open(os.open(partial, os.O_WRONLY | partials.NO_LINKS), "wb") as file:
                 file.write(data)
                 file.flush()
-                if final.exists():
+                if final.exists() and not final.is_symlink():
                     os.chmod(partial, final.stat().st_mode & 0o7777)
                 os.fsync(file.fileno())
             os.replace(partial, final)
@@ -154,7 +155,7 @@ def atomic_directory(final: str | os.PathLike[str]) -> Iterator[Path]:
     """
     final = Path(final)
     _refuse_existing(final)
-    final.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(final.parent)
     with partials.unfinished(final, Path.mkdir) as partial:
         try:
             yield partial
@@ -172,18 +173,25 @@ def atomic_directory(final: str | os.PathLike[str]) -> Iterator[Path]:
 def held(folder: Path) -> Iterator[None]:
     """Hold a folder for this process alone, by a lock on `.lock` in it.
 
-    Raises InUseError if another process does. Without locks in the file system, it is not held.
+    Raises InUseError if another process does, and OSError where `.lock` is a link or no file.
+    Without locks in the file system, it is not held.
     """
-    (folder / ".lock").touch()
+    path = folder / ".lock"
+    with naming_file(path):
+        flags = os.O_RDWR | os.O_CREAT | _flag("O_NOFOLLOW") | _flag("O_NONBLOCK")
+        handle = os.open(path, flags, 0o666)
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            os.close(handle)
+            raise OSError(errno.EINVAL, "Is not a regular file: remove it", str(path))
     try:
-        handle = partials.lock(folder / ".lock")
+        kept = partials.locked(handle)
     except BlockingIOError:
         raise InUseError from None
     try:
         yield
     finally:
-        if handle is not None:
-            os.close(handle)
+        if kept is not None:
+            os.close(kept)
 
 
 def _refuse_existing(final: Path) -> None:

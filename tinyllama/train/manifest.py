@@ -9,12 +9,14 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any
+
+import msgspec
 
 from tinyllama.errors import CheckpointError, reason
-from tinyllama.formats.huggingface import read_json
 from tinyllama.system.files import sha256_file
+from tinyllama.system.json_files import read_json_file, short
 
 MANIFEST = "manifest.json"
 _FORMAT = "tinyllama-checkpoint-1"
@@ -62,15 +64,46 @@ def looks_whole(folder: Path) -> bool:
     return not any(_damage(folder / name, *files[name], deep=False) for name in files)
 
 
+class _File(msgspec.Struct, forbid_unknown_fields=True):
+    sha256: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+    size: Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
+
+
+class _Manifest(msgspec.Struct, forbid_unknown_fields=True):
+    """The contents of manifest.json."""
+
+    format: str
+    files: dict[str, _File]
+    sha256: str
+
+
+class _Format(msgspec.Struct):
+    format: str = ""
+
+
 def read_manifest(folder: Path) -> dict[str, tuple[str, int]]:
-    """Name -> (SHA-256, bytes); raises CheckpointError unless it is exactly as it was written."""
+    """Name -> (SHA-256, bytes); raises CheckpointError unless it is exactly as it was written, and
+    for names of files that are not in the folder."""
     path = folder / MANIFEST
-    manifest = read_json(path, CheckpointError)
-    if manifest.get("format") != _FORMAT:
-        raise CheckpointError(f"{path}: format: got {manifest.get('format')!r}, must be {_FORMAT}")
-    if path.read_bytes() != _spelled(manifest):
+    kind = read_json_file(path, _Format, CheckpointError).format
+    if kind != _FORMAT:
+        raise CheckpointError(f"{path}: format: got {short(repr(kind), 40)}, must be {_FORMAT}")
+    manifest = read_json_file(path, _Manifest, CheckpointError)
+    if path.read_bytes() != _spelled(msgspec.to_builtins(manifest)):
         raise CheckpointError(f"{path}: edited or damaged: its SHA-256 of itself does not hold")
-    return {name: (file["sha256"], file["size"]) for name, file in manifest["files"].items()}
+    for name in manifest.files:
+        if not _is_inside(name):
+            raise CheckpointError(
+                f"{path}: {short(repr(name), 80)} is not the name of a file in the folder"
+            )
+    return {name: (file.sha256, file.size) for name, file in manifest.files.items()}
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a name leads to a file in its own folder or one below: no `..`, nothing absolute."""
+    path = PurePosixPath(name)
+    is_plain = name.isprintable() and "\\" not in name and path.as_posix() == name
+    return is_plain and not path.is_absolute() and ".." not in path.parts and path.name != ""
 
 
 def files_below(folder: Path) -> Iterator[Path]:
