@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from lora_helpers import BASE, write_base
 from model_helpers import difference, random_batch
+from runs_helpers import left_behind
 from tinygrad import Tensor
 
 from tinyllama.config import ALL_LINEAR
@@ -249,7 +250,7 @@ def test_an_adapter_with_a_value_that_is_not_finite_is_refused_by_name(base, tmp
 
 def test_what_a_killed_merge_left_is_removed_by_the_next(base, tmp_path):
     adapter, *_ = write_adapter(tmp_path / "a", base)
-    left = tmp_path / ".out.partial-999999999"
+    left = left_behind(tmp_path, "out")
     left.mkdir()
     merge(base, [(adapter, 1.0)], tmp_path / "out")
     assert not left.exists()

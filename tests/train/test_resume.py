@@ -13,6 +13,7 @@ from runs_helpers import (
     config_file,
     configuration,
     finished_run,
+    left_behind,
     metrics,
     names,
     numbers,
@@ -134,7 +135,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path):
 
 def test_what_a_kill_left_half_done_is_settled_before_resuming(tmp_path):
     run = part_of(finished_run(), tmp_path / "run", step_name(3), step_name(4))
-    (run / step_name(3)).rename(run / f".{step_name(3)}.partial-999999999")
+    (run / step_name(3)).rename(left_behind(run, step_name(3)))
     (run / step_name(4)).rename(run / f".{step_name(4)}.next")
     assert resume_folder(configuration(run), "latest", print) == run / step_name(4)
     assert [path.name for path in run.iterdir() if path.is_dir()] == [step_name(4)]

@@ -297,13 +297,16 @@ def compiler_identity() -> str:
     return f"{file} {status.st_size} {status.st_mtime_ns}"
 
 
-def kernel_cache_folder() -> Path:
-    """Where compiled kernels are kept: TINYLLAMA_KERNEL_CACHE, or tinyllama/kernels in
-    XDG_CACHE_HOME (~/.cache)."""
-    if named := os.environ.get("TINYLLAMA_KERNEL_CACHE", ""):
-        return Path(named).absolute()
+def cache_folder() -> Path:
+    """What of ours is kept for all of a user's runs: tinyllama in XDG_CACHE_HOME (~/.cache)."""
     caches = os.environ.get("XDG_CACHE_HOME", "") or os.path.expanduser("~/.cache")
-    return Path(caches).absolute() / "tinyllama" / "kernels"
+    return Path(caches).absolute() / "tinyllama"
+
+
+def kernel_cache_folder() -> Path:
+    """Where compiled kernels are kept: TINYLLAMA_KERNEL_CACHE, or kernels in `cache_folder`."""
+    named = os.environ.get("TINYLLAMA_KERNEL_CACHE", "")
+    return Path(named).absolute() if named else cache_folder() / "kernels"
 
 
 def patches_off() -> tuple[str, ...]:

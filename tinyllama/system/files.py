@@ -10,8 +10,10 @@ import hashlib
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from io import RawIOBase
 from pathlib import Path
 
 from tinyllama.system import partials
@@ -26,6 +28,7 @@ __all__ = [
     "held",
     "make_folder",
     "naming_file",
+    "pieces_digest",
     "private_folder",
     "read_file",
     "remove_partials",
@@ -38,6 +41,7 @@ class InUseError(Exception):
 
 
 _READ_BYTES = 1 << 20
+_PIECE_BYTES, _BLOCK_BYTES = 8 << 20, 256 << 10
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:
@@ -47,6 +51,39 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
         while chunk := file.read(_READ_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def pieces_digest(
+    path: str | os.PathLike[str], look: Callable[[memoryview], None] = lambda data: None
+) -> str:
+    """Hex BLAKE2b-256 over the BLAKE2b-256 of each 8 MiB of a file, which several threads
+    take at once. `look` is called with each
+    256 KiB. Raises OSError."""
+    size = os.stat(path).st_size
+
+    def piece(start: int) -> bytes:
+        digest, block = hashlib.blake2b(digest_size=32), memoryview(bytearray(_BLOCK_BYTES))
+        with open(path, "rb", buffering=0) as file:
+            file.seek(start)
+            for _ in range(_PIECE_BYTES // _BLOCK_BYTES):
+                data = block[: _filled(file, block)]
+                digest.update(data)
+                look(data)
+        return digest.digest()
+
+    starts = range(0, size, _PIECE_BYTES)
+    if len(starts) < 2:
+        return hashlib.blake2b(b"".join(map(piece, starts)), digest_size=32).hexdigest()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return hashlib.blake2b(b"".join(pool.map(piece, starts)), digest_size=32).hexdigest()
+
+
+def _filled(file: RawIOBase, block: memoryview) -> int:
+    """Fill a block, but for the end of a file; returns its bytes. A read may give fewer."""
+    at = 0
+    while at < len(block) and (count := file.readinto(block[at:])):
+        at += count
+    return at
 
 
 def read_file(path: str | os.PathLike[str], most_bytes: int, *, links: bool = True) -> bytes:
@@ -88,8 +125,9 @@ def private_folder(folder: Path) -> None:
         raise PermissionError(errno.EPERM, message, str(folder))
 
 
-def make_folder(folder: Path) -> None:
-    """Make a folder and those above it that are missing; their names are on disk then.
+def make_folder(folder: Path, mode: int = 0o777) -> None:
+    """Make a folder, with this mode, and those above it that are missing; their names are on disk
+    then.
 
     Raises OSError that says what failed: Path.mkdir says "no such folder" of a full disk.
     """
@@ -98,7 +136,7 @@ def make_folder(folder: Path) -> None:
         missing.append(missing[-1].parent)
     for path in reversed(missing[:-1]):
         try:
-            os.mkdir(path)
+            os.mkdir(path, mode if path == folder else 0o777)
         except FileExistsError:
             continue  # another process made it
         fsync_path(path.parent)
