@@ -56,9 +56,8 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
 def pieces_digest(
     path: str | os.PathLike[str], look: Callable[[memoryview], None] = lambda data: None
 ) -> str:
-    """Hex BLAKE2b-256 over the BLAKE2b-256 of each 8 MiB of a file, which several threads
-    take at once. `look` is called with each
-    256 KiB. Raises OSError."""
+    """Hex BLAKE2b-256 over the BLAKE2b-256 of each 8 MiB of a file, which several threads take
+    at once. `look` is called with each 256 KiB. Raises OSError."""
     size = os.stat(path).st_size
 
     def piece(start: int) -> bytes:
