@@ -235,7 +235,8 @@ def _open(folder: Path, tokenizer: Tokenizer) -> TokenDataset:
     bound = tokenizer.vocab_size
     if max(meta.bos_id, meta.eos_id) >= bound:
         raise DataError(f"{folder / _META_FILE}: not of this tokenizer")
-    if not checked.holds(file, meta.digest, partial(_digest, dtype=meta.dtype, bound=bound)):
+    take = partial(_digest, file, meta.dtype, bound)
+    if checked.digest(f"tokens below {bound}", [file], take) != meta.digest:
         raise DataError(f"{file}: damaged: its sum does not hold")
     tokens: npt.NDArray[Any] = np.zeros(0, meta.dtype)
     if meta.n_tokens:

@@ -1,16 +1,16 @@
-"""Large files whose sums were found to hold, remembered for a day.
+"""Digests of large files, remembered for a day.
 
-    by path: device, inode, bytes, mtime, ctime, the sum, when it was taken
+    by kind and path: device, inode, bytes, mtime, ctime of each file, the digest, when it was taken
 
 Reading 13 GB before each command is slow, and a file that is written to changes its ctime, which
-cannot be set back. What time does to a disk changes none of these, so a check is believed for a day
-only. The file lies in a folder that is closed to others.
+cannot be set back. What time does to a disk changes none of these, so a digest is believed for a
+day only. They lie in a folder that is closed to others.
 """
 
 import hashlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
@@ -31,7 +31,7 @@ _Integer = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
 
 
 class _Entry(msgspec.Struct, forbid_unknown_fields=True, array_like=True):
-    identity: tuple[_Integer, _Integer, _Integer, _Integer, _Integer]
+    identity: list[_Integer]
     digest: str
     taken: float
 
@@ -46,27 +46,37 @@ class _Checked(msgspec.Struct, forbid_unknown_fields=True):
         return hashlib.blake2b(msgspec.json.encode(self.entries), digest_size=32).hexdigest()
 
 
-def holds(path: Path, digest: str, take: Callable[[Path], str]) -> bool:
-    """Whether a file has this digest, which `take` takes. Raises OSError."""
-    if path.stat().st_size < SMALL_BYTES:
-        return take(path) == digest
-    name, identity = os.path.realpath(path), _identity(path)
-    entry = _read().get(name)
-    if entry is not None and (entry.identity, entry.digest) == (identity, digest):
+def digest(kind: str, paths: Sequence[Path], take: Callable[[], str]) -> str:
+    """The digest that `take` takes of these files, or took within a day; `kind` names how.
+
+    Files that are small together are always read. Raises OSError.
+    """
+    if sum(path.stat().st_size for path in paths) < SMALL_BYTES:
+        return take()
+    name = "\n".join([kind, *map(os.path.realpath, paths)])
+    identity, entry = _identity(paths), _read().get(name)
+    if entry is not None and entry.identity == identity:
         if 0 <= time.time() - entry.taken < BELIEVED_SECONDS:
-            return True
-    if take(path) != digest:
-        return False
+            return entry.digest
+    found = take()
     # A file that was just written could be written again without any of its dates changing.
-    is_settled = time.time() - max(identity[3:]) / 1e9 > _SETTLED_SECONDS
-    if is_settled and _identity(path) == identity:
-        _add(name, _Entry(identity, digest, time.time()))
-    return True
+    newest = max(date for path in paths for date in _dates(path))
+    if time.time() - newest / 1e9 > _SETTLED_SECONDS and _identity(paths) == identity:
+        _add(name, _Entry(identity, found, time.time()))
+    return found
 
 
-def _identity(path: Path) -> tuple[int, int, int, int, int]:
+def _identity(paths: Sequence[Path]) -> list[int]:
+    numbers = []
+    for path in paths:
+        status = path.stat()
+        numbers += [status.st_dev, status.st_ino, status.st_size, *_dates(path)]
+    return numbers
+
+
+def _dates(path: Path) -> tuple[int, int]:
     status = path.stat()
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+    return status.st_mtime_ns, status.st_ctime_ns
 
 
 def _file() -> Path:

@@ -34,6 +34,7 @@ from tinyllama.tokenizers.sentencepiece import (
 )
 from tinyllama.train import run_folder
 from tinyllama.train.checkpoint import latest_valid, list_checkpoints, verify
+from tinyllama.train.manifest import verify_loaded
 
 _MOST_TOKENIZER_BYTES = 64 << 20
 
@@ -183,11 +184,13 @@ def with_base(config: Config, notice: Callable[[str], None] = lambda line: None)
     """The configuration with the sizes of `model.base`, if there is one.
 
     `notice` is called with a line for each value of the base that the configuration overrides.
+    Raises CheckpointError where the base is a checkpoint of ours whose sums do not hold.
     """
     if config.model.base is None:
         return config
     with naming("model.base"):
         folder = open_folder(config.model.base)
+        verify_loaded(folder.path)
     source = str(folder.path / "config.json")
     config = config.with_base(folder.config, source)
     for line in config.overridden(folder.config, source):
