@@ -154,13 +154,20 @@ def test_the_key_depends_on_source_compiler_flags_and_processor(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     compiler = cpu_device().compiler
-    keys = {kernel_cache.key_of(compiler, "x"), kernel_cache.key_of(compiler, "y")}
-    monkeypatch.setattr(kernel_cache.device, "compiler_identity", lambda: "another clang")
-    keys.add(kernel_cache.key_of(compiler, "x"))
-    monkeypatch.setattr(kernel_cache.processor, "processor_name", lambda: "another processor")
-    keys.add(kernel_cache.key_of(compiler, "x"))
-    monkeypatch.setattr(compiler, "cachekey", "other flags")
-    keys.add(kernel_cache.key_of(compiler, "x"))
+
+    def key(source: str) -> str:
+        kernel_cache._identity.cache_clear()
+        return kernel_cache.key_of(compiler, source)
+
+    keys = {key("x"), key("y")}
+    with monkeypatch.context() as patch:
+        patch.setattr(kernel_cache.device, "compiler_identity", lambda: "another clang")
+        keys.add(key("x"))
+        patch.setattr(kernel_cache.processor, "processor_name", lambda: "another processor")
+        keys.add(key("x"))
+        patch.setattr(compiler, "cachekey", "other flags")
+        keys.add(key("x"))
+    assert key("x") in keys  # and the identity is the right one again
     assert len(keys) == 5
 
 

@@ -38,7 +38,7 @@ _room_bytes: int | None = None  # that this process may still write before it co
 
 def key_of(compiler: Any, source: str) -> str:
     """The name of what one of tinygrad's compilers makes of a source."""
-    return digest(*_identity(compiler), source)
+    return digest(_identity(compiler), source)
 
 
 def digest(*parts: str) -> str:
@@ -164,19 +164,20 @@ def _pruned_bytes(folder: Path, size_bytes: int) -> int:
     return total
 
 
-def _identity(compiler: Any) -> tuple[str, ...]:
-    """What decides a compiler's result besides the source."""
+@functools.lru_cache(maxsize=16)
+def _identity(compiler: Any) -> str:
+    """A digest of what decides a compiler's result besides the source."""
     kind = f"{type(compiler).__module__}.{type(compiler).__qualname__}"
-    parts: tuple[str, ...] = (f"tinygrad {device.TINYGRAD}", kind, str(compiler.cachekey))
+    parts = [f"tinygrad {device.TINYGRAD}", kind, str(compiler.cachekey)]
     if "native" in str(compiler.cachekey):  # a home folder may be shared by several machines
         described = processor.described()
-        words = [described.get(name, "") for name in ("model name", "flags", "Features")]
-        parts += (processor.processor_name(), *words)
+        parts.append(processor.processor_name())
+        parts += [described.get(name, "") for name in ("model name", "flags", "Features")]
     if kind.endswith("ClangJITCompiler"):
-        parts += (device.compiler_identity(),)
+        parts.append(device.compiler_identity())
     elif kind.endswith("NVRTCCompiler"):
-        parts += (_nvrtc_version(), *map(str, compiler.compile_options))
-    return parts
+        parts += [_nvrtc_version(), *map(str, compiler.compile_options)]
+    return digest(*parts)
 
 
 @functools.cache
