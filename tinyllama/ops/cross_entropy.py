@@ -21,7 +21,8 @@ from tinyllama.ops.matmul import (
     gemm,
     linear,
 )
-from tinyllama.runtime.kernel import TYPE_CODE, Call, Kernel, after, empty, run, with_gradient
+from tinyllama.runtime.c_kernel import Kernel, run
+from tinyllama.runtime.kernel import TYPE_CODE, Call, after, empty, with_gradient
 
 # Largest chunk of logits, in elements: 64 MB of float32.
 CHUNK_ELEMENTS = 16 * 1024 * 1024
@@ -59,7 +60,7 @@ class _Form(NamedTuple):
 
 def token_losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """The loss of each token, for evaluation: shapes as above -> (N,) float32 nats."""
-    form = forms.choose(x, weight, portable=_PORTABLE, cpu=_CPU)
+    form = _FORMS[forms.chosen(x, weight)]
     parts, targets = [], targets.cast(dtypes.int32)
     for begin, end in _chunks(x.shape[0], weight.shape[0]):
         logits = form.logits(x[begin:end].contiguous(), weight, None)
@@ -72,7 +73,7 @@ def loss_and_gradients(
     x: Tensor, weight: Tensor, targets: Tensor, weight_gradient: bool
 ) -> tuple[Tensor, ...]:
     """Summed loss, its gradient of x and, with `weight_gradient`, of the weight: one pass."""
-    form = forms.choose(x, weight, portable=_PORTABLE, cpu=_CPU)
+    form = _FORMS[forms.chosen(x, weight)]
     losses, dxs, dw, free = [], [], None, None
     targets = targets.cast(dtypes.int32)
     for begin, end in _chunks(x.shape[0], weight.shape[0]):
@@ -138,7 +139,7 @@ def _softmax_loss_cpu(logits: Tensor, targets: Tensor, gradient: bool) -> tuple[
     N, V = logits.shape
     defines = {"N": N, "V": V, "ACT": TYPE_CODE[logits.dtype], "GRADIENT": int(gradient)}
     softmax_loss = Kernel("cross_entropy.c", defines, flops=6 * N * V, updates=True)
-    dlogits, loss = run(softmax_loss, [logits, empty(N)], [targets])
+    dlogits, loss = run(softmax_loss, [logits, empty(N, device=logits.device)], [targets])
     return loss, dlogits
 
 
@@ -154,3 +155,4 @@ _PORTABLE = _Form(
     _logits_portable, _softmax_loss_portable, _x_gradient_portable, _weight_gradient_portable
 )
 _CPU = _Form(_logits_cpu, _softmax_loss_cpu, _x_gradient_cpu, _weight_gradient_cpu)
+_FORMS: dict[forms.Form, _Form] = {"portable": _PORTABLE, "cpu": _CPU, "gpu": _PORTABLE}

@@ -9,7 +9,8 @@ from tinygrad import Tensor, dtypes
 from tinygrad.dtype import DType
 
 from tinyllama.ops import forms
-from tinyllama.runtime.kernel import TYPE_CODE, Call, Kernel, empty, run, with_gradient
+from tinyllama.runtime.c_kernel import Kernel, run
+from tinyllama.runtime.kernel import TYPE_CODE, Call, empty, with_gradient
 
 
 def embedding(ids: Tensor, weight: Tensor, dtype: DType) -> Tensor:
@@ -55,7 +56,8 @@ def _cpu(ids: Tensor, weight: Tensor, dtype: DType) -> Tensor:
 
     def gradient(dout: Tensor, call: Call) -> list[Tensor | None]:
         _, ids = call.inputs
-        dw = run(backward, [empty(vocab_size, width, dtype=dtypes.float32)], [dout, ids])[0]
-        return [dw, None]
+        outputs = [empty(vocab_size, width, device=dout.device)]
+        return [run(backward, outputs, [dout, ids])[0], None]
 
-    return run(forward, [empty(*ids.shape, width, dtype=dtype)], [weight, ids], gradient)[0]
+    outputs = [empty(*ids.shape, width, dtype=dtype, device=weight.device)]
+    return run(forward, outputs, [weight, ids], gradient)[0]

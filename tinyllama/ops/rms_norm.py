@@ -7,7 +7,8 @@ With r = 1/sqrt(mean(x^2) + eps) and n = x r, the gradient is
 from tinygrad import Tensor
 
 from tinyllama.ops import forms
-from tinyllama.runtime.kernel import TYPE_CODE, Call, Kernel, empty, per_thread, run
+from tinyllama.runtime.c_kernel import Kernel, per_thread, run
+from tinyllama.runtime.kernel import TYPE_CODE, Call, empty
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -31,9 +32,9 @@ def _cpu(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     def gradient(dy: Tensor, call: Call) -> list[Tensor | None]:
         _, rstd = call.outputs
         x, weight = call.inputs
-        outputs = [empty(*x.shape, dtype=x.dtype), per_thread(width)]
+        outputs = [empty(*x.shape, dtype=x.dtype, device=x.device), per_thread(width)]
         dx, partial = run(backward, outputs, [dy, x, rstd, weight])
         return [dx, partial.sum(0)]
 
-    outputs = [empty(*x.shape, dtype=x.dtype), empty(rows)]
+    outputs = [empty(*x.shape, dtype=x.dtype, device=x.device), empty(rows, device=x.device)]
     return run(forward, outputs, [x, weight.float()], gradient)[0]

@@ -8,7 +8,8 @@ import numpy as np
 from tinygrad import Tensor
 
 from tinyllama.ops import forms
-from tinyllama.runtime.kernel import TYPE_CODE, Call, Kernel, empty, run
+from tinyllama.runtime.c_kernel import Kernel, run
+from tinyllama.runtime.kernel import TYPE_CODE, Call, empty
 
 
 def frequencies(head_dim: int, theta: float) -> np.ndarray:
@@ -47,7 +48,8 @@ def _cpu(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     def gradient(dy: Tensor, call: Call) -> list[Tensor | None]:
         x, cos, sin = call.inputs
-        dx = run(backward, [empty(B, T, H, D, dtype=x.dtype)], [dy, cos, sin])[0]
-        return [dx, None, None]
+        outputs = [empty(B, T, H, D, dtype=x.dtype, device=x.device)]
+        return [run(backward, outputs, [dy, cos, sin])[0], None, None]
 
-    return run(forward, [empty(B, T, H, D, dtype=x.dtype)], [x, cos, sin], gradient)[0]
+    outputs = [empty(B, T, H, D, dtype=x.dtype, device=x.device)]
+    return run(forward, outputs, [x, cos, sin], gradient)[0]

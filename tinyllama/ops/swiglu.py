@@ -7,7 +7,8 @@ Backward, with s = 1 / (1 + exp(-gate)):
 from tinygrad import Tensor
 
 from tinyllama.ops import forms
-from tinyllama.runtime.kernel import TYPE_CODE, Call, Kernel, empty, run
+from tinyllama.runtime.c_kernel import Kernel, run
+from tinyllama.runtime.kernel import TYPE_CODE, Call, empty
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -28,8 +29,9 @@ def _cpu(gate: Tensor, up: Tensor) -> Tensor:
 
     def gradient(dy: Tensor, call: Call) -> list[Tensor | None]:
         gate, up = call.inputs
-        outputs = [empty(*gate.shape, dtype=gate.dtype) for _ in range(2)]
+        outputs = [empty(*gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(2)]
         dgate, dup = run(backward, outputs, [dy, gate, up])
         return [dgate, dup]
 
-    return run(forward, [empty(*gate.shape, dtype=gate.dtype)], [gate, up], gradient)[0]
+    outputs = [empty(*gate.shape, dtype=gate.dtype, device=gate.device)]
+    return run(forward, outputs, [gate, up], gradient)[0]

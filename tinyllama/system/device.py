@@ -176,6 +176,10 @@ def _open(target: str, reason: str) -> DeviceChoice:
 
     if name in TRIED or rest.upper().startswith("CUDA"):
         _name_nvrtc()
+    if name == "CL" and kernels_enabled_everywhere():
+        # pocl 3.1 runs kernels with large private arrays wrongly on two threads. Only pocl reads
+        # this, when it is loaded.
+        os.environ["POCL_MAX_PTHREAD_COUNT"] = "1"
     try:
         with Context(DEV=target):
             opened = Device[name]
@@ -295,6 +299,14 @@ def amx_enabled() -> bool:
 def kernels_enabled() -> bool:
     """False when TINYLLAMA_KERNELS=0 selects the portable form of every operation."""
     return os.environ.get("TINYLLAMA_KERNELS", "1") != "0"
+
+
+def kernels_enabled_everywhere() -> bool:
+    """True when TINYLLAMA_KERNELS=all uses kernels for a GPU also in OpenCL on the processor.
+
+    There the portable form is faster: this is for tests.
+    """
+    return os.environ.get("TINYLLAMA_KERNELS", "1") == "all"
 
 
 @functools.cache

@@ -21,6 +21,20 @@ def opencl_is_processor(opened: Any) -> bool:
     return bool(_opencl_number(opened, opencl.CL_DEVICE_TYPE) & opencl.CL_DEVICE_TYPE_CPU)
 
 
+def opencl_compute_units(opened: Any) -> int:
+    """Parts of an OpenCL device that run work-groups side by side."""
+    from tinygrad.runtime.autogen import opencl
+
+    return _opencl_number(opened, opencl.CL_DEVICE_MAX_COMPUTE_UNITS)
+
+
+def opencl_local_bytes(opened: Any) -> int:
+    """Local memory of an OpenCL device that a work-group may use, in bytes."""
+    from tinygrad.runtime.autogen import opencl
+
+    return _opencl_number(opened, opencl.CL_DEVICE_LOCAL_MEM_SIZE)
+
+
 def _opencl_number(opened: Any, key: int) -> int:
     from tinygrad.runtime.autogen import opencl
 
@@ -37,6 +51,16 @@ def cuda_bytes(opened: Any) -> int | None:
     failed = cuda.cuCtxSetCurrent(opened.context)
     failed = failed or cuda.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total))
     return None if failed else free.value
+
+
+def cuda_multiprocessors(opened: Any) -> int:
+    """Multiprocessors of a CUDA device."""
+    from tinygrad.runtime.autogen import cuda
+
+    count = ctypes.c_int(1)
+    key = cuda.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
+    cuda.cuDeviceGetAttribute(ctypes.byref(count), key, opened.cu_device)
+    return max(1, count.value)
 
 
 def cuda_name(opened: Any) -> str:

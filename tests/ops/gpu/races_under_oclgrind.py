@@ -17,7 +17,7 @@ DRIVER = os.environ.get("OCLGRIND", "/usr/lib/oclgrind/liboclgrind-rt-icd.so")
 SCRIPT = """
 import gpu_kernels
 from gpu_on_opencl import run
-from tinyllama.runtime.blocks import Packed
+from tinyllama.ops.gpu.gemm import Packed
 """
 RUN = 'print("largest error", '
 PRODUCTS = {

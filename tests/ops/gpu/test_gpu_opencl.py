@@ -11,7 +11,9 @@ import pytest
 from gpu_kernels import ATTENTION, PRODUCTS
 from runs_helpers import ROOT, environment
 
-from tinyllama.runtime.blocks import PASSES, TYPE_CODE, Packed, attention, product
+from tinyllama.ops.gpu.attention import PASSES, attention
+from tinyllama.ops.gpu.gemm import Packed, product
+from tinyllama.runtime.blocks import TYPE_CODE
 
 # tests/train/test_gpu.py holds that OpenCL answers where its library is.
 pytestmark = pytest.mark.skipif(

@@ -3,7 +3,9 @@
 import nvrtc
 import pytest
 
-from tinyllama.runtime.blocks import FMA, PASSES, Launch, Limits, Packed, Tile, attention, product
+from tinyllama.ops.gpu.attention import PASSES, attention
+from tinyllama.ops.gpu.gemm import Packed, Tile, product
+from tinyllama.runtime.blocks import FMA, Launch, Limits
 
 pytestmark = pytest.mark.skipif(
     nvrtc.library() is None, reason="NVRTC is missing: pip install nvidia-cuda-nvrtc"
