@@ -50,6 +50,7 @@ int cuDeviceGetCount(int *out) { return *out = 1, 0; }
 int cuDeviceGet(int *out, int i) { return *out = i, i != 0; }
 int cuDeviceGetName(char *out, int n, int i) { return snprintf(out, n, "Fake card"), 0; }
 int cuDeviceComputeCapability(int *major, int *minor, int i) { return *major = 9, *minor = 0, 0; }
+int cuDeviceGetAttribute(int *out, int key, int i) { return *out = 132, 0; } /* multiprocessors */
 int cuCtxCreate_v2(void **out, unsigned flags, int i) { return *out = malloc(1), 0; }
 int cuCtxSetCurrent(void *context) { return 0; }
 int cuCtxSynchronize(void) { return 0; }

@@ -45,7 +45,7 @@ def run(
     inputs: Sequence[Tensor],
     gradient: Gradient | None = None,
 ) -> list[Tensor]:
-    """Run a text as tinygrad's PROGRAM on the outputs' device.
+    """Run a text as tinygrad's PROGRAM on the outputs' device, whose compiler takes it.
 
     Its arguments are outputs, inputs and the variables of `launch`. Returns the written outputs.
     `flops` are the floating-point operations of one run, for tinygrad's statistics.

@@ -174,12 +174,12 @@ def _open(target: str, reason: str) -> DeviceChoice:
     from tinygrad.device import Device
     from tinygrad.helpers import Context
 
-    if name in TRIED or rest.upper().startswith("CUDA"):
-        _name_nvrtc()
     if name == "CL" and kernels_enabled_everywhere():
         # pocl 3.1 runs kernels with large private arrays wrongly on two threads. Only pocl reads
         # this, when it is loaded.
         os.environ["POCL_MAX_PTHREAD_COUNT"] = "1"
+    if name in TRIED or rest.upper().startswith("CUDA"):
+        _name_nvrtc()
     try:
         with Context(DEV=target):
             opened = Device[name]
