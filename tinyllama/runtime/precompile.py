@@ -86,29 +86,29 @@ def _with_text(call: UOp) -> UOp:
         return call
     if not _threads_may_compile(call.device) or call.device == "CPU":
         return call
-    return call.replace(src=(_program(call.device, sink), *call.src[1:]))
+    return call.replace(src=(program(call.device, sink), *call.src[1:]))
 
 
 _programs: dict[tuple[str, bytes], UOp] = {}
 
 
-def _program(device: str, sink: UOp) -> UOp:
-    """tinygrad's PROGRAM of a kernel, up to its text."""
+def program(device: str, sink: UOp) -> UOp:
+    """tinygrad's PROGRAM of a kernel that it writes itself (SINK), up to its text."""
     key = device, sink.key
     if key not in _programs:
         renderer = copy.copy(Device[device].renderer)
         renderer.compiler = Compiler()  # which returns the text
-        program = do_to_program(sink, renderer)
-        _programs[key] = program.replace(src=program.src[:4])
+        whole = do_to_program(sink, renderer)
+        _programs[key] = whole.replace(src=whole.src[:4])
     return _programs[key]
 
 
 def _texts(kernels: UOp) -> Iterable[tuple[str, str]]:
     """Device and text of each kernel that has a text and is not compiled."""
     for call in kernels.src:
-        program = call.src[0]
-        if program.op is Ops.PROGRAM and len(program.src) == 4:
-            device, text = program.src[1].arg, program.src[3].arg
+        kernel = call.src[0]
+        if kernel.op is Ops.PROGRAM and len(kernel.src) == 4:
+            device, text = kernel.src[1].arg, kernel.src[3].arg
             if _threads_may_compile(device):
                 yield device, text
 
@@ -126,10 +126,11 @@ def _compiled_later(device: str, text: str) -> "Future[bytes] | None":
     compiler = _compiler(device)
     if kernel_cache.get(kernel_cache.key_of(compiler, text)) is not None:
         return None
-    return _pool().submit(compiler.compile, text)
+    return pool().submit(compiler.compile, text)
 
 
 @functools.cache
-def _pool() -> ThreadPoolExecutor:
+def pool() -> ThreadPoolExecutor:
+    """The threads that compile."""
     # Compilers get a lower priority than Python, so that Python finds all the texts soon.
     return ThreadPoolExecutor(os.cpu_count(), "compiler", partial(fills.lower_priority, 5))

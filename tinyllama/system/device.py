@@ -114,6 +114,12 @@ def select(
     raise _refused(candidates, reason, failures)
 
 
+def environment_of(target: str) -> dict[str, str]:
+    """The environment for a process that selects `target` (DEV=), whatever is selected here."""
+    kept = {name: value for name, value in os.environ.items() if name not in (*FLAGS, "GPU")}
+    return kept | {"DEV": target}
+
+
 def available() -> list[DeviceChoice]:
     """Every backend that works on this machine, the fastest first."""
     choices = []

@@ -17,6 +17,7 @@ from tinyllama.runtime.patches import (
     kernel_sizes,
     layout,
     native_launch,
+    opencl_graph,
     parallel_compilers,
     wait_when_lowered,
 )
@@ -32,6 +33,7 @@ PATCHES: tuple[Patch, ...] = (
     native_launch.PATCH,
     cubin.PATCH,
     parallel_compilers.PATCH,
+    opencl_graph.PATCH,
     free_steps.PATCH,
     wait_when_lowered.PATCH,
 )
