@@ -11,6 +11,7 @@
    Macros: R, N, K, EACH, W_TYPE or BITS, GROUP and MINIMUM (defined or not), ADDEND (defined or
    not); VEC is 32 / BITS for packed integers. */
 #define GROUPS (THREADS / 32)
+#define ROW_OF_W(e) ((long)(n0 + (e) < N ? n0 + (e) : N - 1) * K)
 #ifdef ADDEND
 #define ADDEND_ARGUMENT , GLOBAL const Element *addend
 #define ADDED(at) +WIDEN(TYPE, addend[at])
@@ -18,9 +19,12 @@
 #define ADDEND_ARGUMENT
 #define ADDED(at)
 #endif
-#ifndef BITS
-#define W_ARGUMENT GLOBAL const ELEM(W_TYPE) *w
-#elif defined(MINIMUM)
+
+#ifdef BITS
+#define SHARE (128 / BITS) /* numbers of a row that a lane reads at once */
+#define POWER(i) (float)(1 << (i) % (16 / BITS) * BITS)
+#define UPPER_BITS 0x4b000000u /* of 2^23 */
+#ifdef MINIMUM
 #define W_ARGUMENT GLOBAL const uchar *w, GLOBAL const F16 *scales, GLOBAL const F16 *minima
 #define LEAST_NUMBER 0
 #define SIGNS 0
@@ -29,10 +33,10 @@
 #define LEAST_NUMBER (1 << (BITS - 1))
 #define SIGNS (BITS == 4 ? 0x88888888u : 0x80808080u)
 #endif
-#define AT_ONCE (128 / BITS) /* packed numbers in 16 bytes */
-#define POWER(i) (float)(1 << (i) % (16 / BITS) * BITS)
-#define UPPER_BITS 0x4b000000u /* of 2^23 */
-#define ROW_OF_W(e) ((long)(n0 + (e) < N ? n0 + (e) : N - 1) * K)
+#else
+#define SHARE VEC
+#define W_ARGUMENT GLOBAL const ELEM(W_TYPE) *w
+#endif
 
 KERNEL_BEGIN(GLOBAL Element *y, GLOBAL const Element *x, W_ARGUMENT ADDEND_ARGUMENT)
   SHARED float scratch[THREADS];
@@ -42,12 +46,20 @@ KERNEL_BEGIN(GLOBAL Element *y, GLOBAL const Element *x, W_ARGUMENT ADDEND_ARGUM
   for (int r = 0; r < R; r++)
     UNROLL
     for (int e = 0; e < EACH; e++) sum[r][e] = 0;
-#ifndef BITS
+  /* All lanes take part in every round, those past a row's end with zeros instead of x: pocl 3.1
+     forgets what is summed in a round that only some take part in. */
   UNROLL_BY(2)
-  for (int k = lane * VEC; k < K; k += 32 * VEC) {
+  for (int begin = 0; begin < K; begin += 32 * SHARE) {
+    const int inside = K % (32 * SHARE) == 0 || begin + lane * SHARE < K;
+    const int k = inside ? begin + lane * SHARE : 0;
     float in[R][VEC];
+#ifndef BITS
     UNROLL
-    for (int r = 0; r < R; r++) LOAD(TYPE, in[r], x + (long)r * K + k);
+    for (int r = 0; r < R; r++) {
+      LOAD(TYPE, in[r], x + (long)r * K + k);
+      UNROLL
+      for (int i = 0; i < VEC; i++) in[r][i] = inside ? in[r][i] : 0;
+    }
     UNROLL
     for (int e = 0; e < EACH; e++) {
       float weight[VEC];
@@ -57,9 +69,7 @@ KERNEL_BEGIN(GLOBAL Element *y, GLOBAL const Element *x, W_ARGUMENT ADDEND_ARGUM
         UNROLL
         for (int i = 0; i < VEC; i++) sum[r][e] += in[r][i] * weight[i];
     }
-  }
 #else
-  for (int k = lane * AT_ONCE; k < K; k += 32 * AT_ONCE) {
     u32 q[EACH][4];
     float part[R][EACH], total[R];
     UNROLL
@@ -72,12 +82,12 @@ KERNEL_BEGIN(GLOBAL Element *y, GLOBAL const Element *x, W_ARGUMENT ADDEND_ARGUM
     }
     UNROLL
     for (int j = 0; j < 4; j++) {
-      float in[R][VEC];
       UNROLL
       for (int r = 0; r < R; r++) {
         LOAD(TYPE, in[r], x + (long)r * K + k + j * VEC);
         UNROLL
         for (int i = 0; i < VEC; i++) {
+          in[r][i] = inside ? in[r][i] : 0;
           total[r] += in[r][i];
           in[r][i] *= 1 / POWER(i);
         }
@@ -86,8 +96,8 @@ KERNEL_BEGIN(GLOBAL Element *y, GLOBAL const Element *x, W_ARGUMENT ADDEND_ARGUM
       for (int e = 0; e < EACH; e++)
         UNROLL
         for (int i = 0; i < VEC; i++) {
-          const u32 half = (q[e][j] ^ SIGNS) >> i / (16 / BITS) * 16;
-          const u32 bits = half & ((1u << BITS) - 1) << i % (16 / BITS) * BITS;
+          const u32 lower = (q[e][j] ^ SIGNS) >> i / (16 / BITS) * 16;
+          const u32 bits = lower & ((1u << BITS) - 1) << i % (16 / BITS) * BITS;
           const float number = float_of(bits | UPPER_BITS) - (8388608 + LEAST_NUMBER * POWER(i));
           UNROLL
           for (int r = 0; r < R; r++) part[r][e] += in[r][i] * number;
@@ -104,15 +114,12 @@ KERNEL_BEGIN(GLOBAL Element *y, GLOBAL const Element *x, W_ARGUMENT ADDEND_ARGUM
 #endif
       }
     }
-  }
 #endif
+  }
   UNROLL
   for (int r = 0; r < R; r++)
     UNROLL
-    for (int e = 0; e < EACH; e++)
-      UNROLL
-      for (int mask = 1; mask < 32; mask *= 2)
-        sum[r][e] += exchanged(sum[r][e], mask, scratch, tid);
+    for (int e = 0; e < EACH; e++) sum[r][e] = lanes_sum(sum[r][e], scratch, tid);
   if (lane == 0)
     UNROLL
     for (int r = 0; r < R; r++)

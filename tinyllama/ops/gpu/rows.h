@@ -75,13 +75,18 @@ INLINE void store_2(GLOBAL uchar *p, PRIVATE const float *x) { store_one_2(p, x[
 #define INSIDE(col) (H / VEC % THREADS == 0 || (col) < H)
 #define CLAMPED(col) (INSIDE(col) ? (col) : 0)
 
-/* x summed, or its maximum, over all threads of a block, the same for each of them: over the lanes
-   of a group, then over the groups in their order. scratch has a number per thread. */
+/* x summed, or its maximum, over the 32 lanes of a group, and over all threads of a block: over the
+   lanes, then over the groups in their order. All get the same result. scratch has a number per
+   thread. */
 #define ADD(a, b) ((a) + (b))
-#define OVER_BLOCK(name, op)                                                              \
-  INLINE float name(float x, LOCAL float *scratch, int tid) {                             \
+#define OVER(name, op)                                                                    \
+  INLINE float lanes_##name(float x, LOCAL float *scratch, int tid) {                     \
     UNROLL                                                                                \
     for (int mask = 1; mask < 32; mask *= 2) x = op(x, exchanged(x, mask, scratch, tid)); \
+    return x;                                                                             \
+  }                                                                                       \
+  INLINE float block_##name(float x, LOCAL float *scratch, int tid) {                     \
+    x = lanes_##name(x, scratch, tid);                                                    \
     BARRIER; /* the numbers of the last time have been read */                            \
     scratch[tid] = x;                                                                     \
     BARRIER;                                                                              \
@@ -90,5 +95,5 @@ INLINE void store_2(GLOBAL uchar *p, PRIVATE const float *x) { store_one_2(p, x[
     for (int first = 32; first < THREADS; first += 32) x = op(x, scratch[first]);         \
     return x;                                                                             \
   }
-OVER_BLOCK(block_sum, ADD)
-OVER_BLOCK(block_max, MAXF)
+OVER(sum, ADD)
+OVER(max, MAXF)

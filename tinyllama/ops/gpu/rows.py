@@ -21,15 +21,12 @@ def row_threads(H: int, vec: int) -> int:
 
     Raises UnsupportedSize if a thread would have more than MOST_COLUMNS.
     """
-    vectors = H // vec
-    for most in (THREADS, 1024):
-        whole = [n for n in range(32, most + 1, 32) if vectors % n == 0]
-        threads = max(whole, default=min(most, _rounded(vectors, 32)))
-        if -(-vectors // threads) * vec <= MOST_COLUMNS:
-            return threads
-    raise UnsupportedSize(
-        f"rows of {H}: a block keeps a row of at most {1024 * MOST_COLUMNS} in registers"
-    )
+    vectors, fewest = H // vec, -(-H // MOST_COLUMNS)
+    whole = [n for n in range(32, THREADS + 1, 32) if vectors % n == 0 and n >= fewest]
+    threads = max(whole, default=threads_for(vectors))
+    if threads < fewest:
+        raise UnsupportedSize(f"rows of {H}: a block holds at most {THREADS * MOST_COLUMNS}")
+    return threads
 
 
 def threads_for(count: int) -> int:
