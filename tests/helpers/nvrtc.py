@@ -7,6 +7,10 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+ARCHITECTURES = ("sm_80", "sm_90")
+RESERVED = {"sm_80": 0, "sm_90": 1024}  # bytes of shared memory that the card takes per block
 REGISTERS, FRAME_BYTES = 0x2F, 0x11  # attributes of a cubin's .nv.info
 
 
@@ -26,6 +30,11 @@ def library() -> Any:
     for name in sorted(names, key=lambda name: "builtins" not in name.name):
         found = ctypes.CDLL(str(name))
     return found if names else None
+
+
+needed = pytest.mark.skipif(
+    library() is None, reason="NVRTC is missing: pip install nvidia-cuda-nvrtc"
+)
 
 
 def compile_cubin(text: str, arch: str) -> bytes:

@@ -9,7 +9,9 @@ from tinyllama.ops.gpu import rows
 from tinyllama.runtime.blocks import Dialect, DType, Launch
 
 ROUNDS = 4  # vectors per thread of a block, see adamw.c
-NORM_BLOCKS = 528  # partial sums of squares: 4 blocks for each of the 132 multiprocessors of an H100
+NORM_BLOCKS = (
+    528  # partial sums of squares: 4 blocks for each of the 132 multiprocessors of an H100
+)
 # Tensors per launch: Metal has 31 buffers, OpenCL at least 1024 bytes of arguments, CUDA 4096.
 MOST_TENSORS: Mapping[Dialect, int] = {"cuda": 64, "metal": 7, "opencl": 31}
 

@@ -18,7 +18,7 @@ def order(dialect: Dialect, N: int, V: int) -> Launch:
 
 
 def backward(dialect: Dialect, N: int, V: int, H: int, dtype: DType) -> Launch:
-    """dw (V, H) float32 = the rows of dout (N, H) summed by id, with order and sorted of `order`."""
+    """dw (V, H) float32 = the rows of dout (N, H) summed by id, with the results of `order`."""
     vec = rows.vector(itemsize(dtype), H)
     macros = {"N": N, "V": V, "H": H, "ENTRIES": ENTRIES}
     return rows.launch(

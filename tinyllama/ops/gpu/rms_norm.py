@@ -29,7 +29,7 @@ def partial_rows(N: int) -> int:
 
 
 def backward(dialect: Dialect, N: int, H: int, dtype: DType, *, addend: bool = False) -> Launch:
-    """dx (N, H) [+ addend] and partial (partial_rows(N), H) float32, from dy, x, rstd and weight."""
+    """dx (N, H) [+ addend] and partial (partial_rows(N), H) float32, from dy, x, rstd, w."""
     vec = rows.vector(itemsize(dtype), H)
     threads, blocks = rows.row_threads(H, vec), partial_rows(N)
     macros: dict[str, int | str] = {"N": N, "H": H, "BLOCKS": blocks}
