@@ -20,19 +20,22 @@ def modules():
     return {module.__name__.rpartition(".")[2]: module for module in found}
 
 
+SUFFIXES = ("portable", "cpu", "gpu", "kernel")  # `kernel`: for the CPU and for a GPU
+
+
 def pairs():
-    """(operation, one of its forms for a device, its portable form) of every file."""
+    """(operation's first form, another of its forms) of every file."""
     for file, module in modules().items():
-        for name, form in vars(module).items():
-            device = name[-4:]
-            if device in ("_cpu", "_gpu") and inspect.isfunction(form):
-                portable = getattr(module, f"{name.removesuffix(device)}_portable")
-                yield pytest.param(form, portable, id=f"{file}{name}")
+        there = {n: f for n, f in vars(module).items() if inspect.isfunction(f)}
+        for stem in {name.rpartition("_")[0] for name in there}:
+            names = [name for suffix in SUFFIXES if (name := f"{stem}_{suffix}") in there]
+            for name in names[1:]:
+                yield pytest.param(there[names[0]], there[name], id=f"{file}{name}")
 
 
-@pytest.mark.parametrize(("form", "portable"), [*pairs()])
-def test_all_forms_of_an_operation_have_one_signature(form, portable):
-    ours, theirs = (inspect.signature(form) for form in (form, portable))
+@pytest.mark.parametrize(("first", "other"), [*pairs()])
+def test_all_forms_of_an_operation_have_one_signature(first, other):
+    ours, theirs = (inspect.signature(form) for form in (first, other))
     names = [[p.lstrip("_") for p in s.parameters] for s in (ours, theirs)]
     assert names[0] == names[1]
     kinds = [
@@ -42,8 +45,9 @@ def test_all_forms_of_an_operation_have_one_signature(form, portable):
 
 
 def test_every_operation_is_there():
-    found = {param.id.split("_")[0] for param in pairs()}
-    assert found >= {"adamw", "attention", "embedding", "int4", "matmul", "rms", "rope", "swiglu"}
+    found = [param.id for param in pairs()]
+    for file in ("adamw", "attention", "embedding", "int4", "matmul", "rms_norm", "rope", "swiglu"):
+        assert any(name.startswith(f"{file}_") for name in found), file
 
 
 def forms_of_an_operation():

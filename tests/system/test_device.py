@@ -166,7 +166,7 @@ def test_a_gpu_that_is_absent_is_not_replaced_by_the_processor(monkeypatch):
         device.select({"GPU": "1"})
     assert str(refused.value) == (
         "GPU=1: no GPU works here (tried METAL, CUDA, NV, AMD, CL). Available: CPU. A GPU needs "
-        "an NVIDIA driver and the CUDA toolkit (libcuda, libnvrtc); an AMD card with the amdgpu "
+        f"{device.INSTALL['CUDA']}; an AMD card with the amdgpu "
         "driver (/dev/kfd); or its own OpenCL driver"
     )
     assert device.select({}).device == "CPU"

@@ -21,8 +21,8 @@ from tinygrad.helpers import Context
 from tinygrad.uop.ops import ProgramInfo
 
 from tinyllama.runtime import kernel as common
-from tinyllama.runtime.compile_cuda import compile_cuda
 from tinyllama.runtime.kernel import Gradient
+from tinyllama.system import gpu_driver
 
 Dialect = Literal["cuda", "metal", "opencl"]
 DType = Literal["float32", "bfloat16", "float16"]
@@ -35,6 +35,10 @@ TYPE_CODE: Mapping[DType, int] = {
 }
 FMA, TF32X3, MMA16, SIMDGROUP = 0, 1, 2, 3  # FRAGMENT of common.h
 KSTEP: Mapping[int, int] = {FMA: 1, TF32X3: 8, MMA16: 16, SIMDGROUP: 8}
+
+
+# Of devices that report none: the A100's and the H100's, compiled for without a card.
+MULTIPROCESSORS: Mapping[str, int] = {"sm_80": 108, "sm_90": 132}
 
 
 class UnsupportedSize(ValueError):
@@ -81,15 +85,21 @@ def dialect_of(device: str) -> Dialect | None:
     """
     name = device.partition(":")[0]
     if name == "NULL":
-        return "cuda" if type(_renderer(device)).__name__ == "CUDARenderer" else None
+        return "cuda" if type(_opened(device).renderer).__name__ == "CUDARenderer" else None
     dialects: dict[str, Dialect] = {"CUDA": "cuda", "METAL": "metal", "CL": "opencl"}
     return dialects.get(name)
 
 
-def _renderer(device: str) -> Any:
+@functools.cache
+def is_processor(device: str) -> bool:
+    """Whether a device is the processor, driven by OpenCL."""
+    return device.startswith("CL") and gpu_driver.opencl_is_processor(_opened(device))
+
+
+def _opened(device: str) -> Any:
     # While tinygrad generates code it forbids this, although the device may long be open.
     with Context(ALLOW_DEVICE_USAGE=1):
-        return Device[device].renderer
+        return Device[device]
 
 
 def fragments(dialect: Dialect, dtype: DType) -> int:
@@ -97,6 +107,18 @@ def fragments(dialect: Dialect, dtype: DType) -> int:
     if dialect == "cuda":
         return TF32X3 if dtype == "float32" else MMA16
     return SIMDGROUP if dialect == "metal" else FMA
+
+
+@functools.cache
+def multiprocessors(device: str) -> int:
+    """How many parts of a device run blocks side by side; of the device NULL, as on its model."""
+    opened = _opened(device)
+    dialect = dialect_of(device)
+    if dialect == "opencl":
+        return gpu_driver.opencl_compute_units(opened)
+    if dialect == "cuda" and not device.startswith("NULL"):
+        return gpu_driver.cuda_multiprocessors(opened)
+    return MULTIPROCESSORS.get(opened.renderer.target.arch, 16)
 
 
 def itemsize(dtype: DType) -> int:
@@ -177,10 +199,7 @@ def run(
         ins=everything[0 if launch.updates else len(outputs) :],
         aux=_further_arguments(device, launch, tensors),
     )
-    binary = None
-    if dialect_of(device) == "cuda":
-        binary = compile_cuda(launch.text, _renderer(device).target.arch)
-    return common.run(program, launch.text, launch.flops, outputs, inputs, gradient, binary)
+    return common.run(program, launch.text, launch.flops, outputs, inputs, gradient)
 
 
 def _further_arguments(device: str, launch: Launch, tensors: Sequence[Tensor]) -> tuple[Any, ...]:

@@ -44,9 +44,8 @@ def run(
     outputs: Sequence[Tensor],
     inputs: Sequence[Tensor],
     gradient: Gradient | None = None,
-    binary: bytes | None = None,
 ) -> list[Tensor]:
-    """Run a text, or what is already compiled of it, as tinygrad's PROGRAM on the outputs' device.
+    """Run a text as tinygrad's PROGRAM on the outputs' device, whose compiler takes it.
 
     Its arguments are outputs, inputs and the variables of `launch`. Returns the written outputs.
     `flops` are the floating-point operations of one run, for tinygrad's statistics.
@@ -60,10 +59,8 @@ def run(
     def program(*buffers: UOp) -> UOp:
         sink = UOp.sink(*buffers, *launch.vars, arg=info)
         linear = UOp(Ops.LINEAR, src=(*sink.src, sink))
-        parts = [sink, UOp(Ops.DEVICE, arg=device), linear, UOp(Ops.SOURCE, arg=code)]
-        if binary is not None:
-            parts.append(UOp(Ops.BINARY, arg=binary))
-        return UOp(Ops.PROGRAM, src=tuple(parts), arg=launch)
+        parts = (sink, UOp(Ops.DEVICE, arg=device), linear, UOp(Ops.SOURCE, arg=code))
+        return UOp(Ops.PROGRAM, src=parts, arg=launch)
 
     results = Tensor.custom_kernel(
         *(written(t) for t in (*outputs, *inputs)),

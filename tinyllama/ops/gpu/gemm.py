@@ -1,12 +1,16 @@
 """How a matrix product is launched on a GPU: see gemm.c."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Literal
 
 from tinyllama.runtime import blocks
 from tinyllama.runtime.blocks import (
     FMA,
     KSTEP,
+    MMA16,
+    SIMDGROUP,
+    TF32X3,
     TYPE_CODE,
     Dialect,
     DType,
@@ -18,6 +22,9 @@ from tinyllama.runtime.blocks import (
 )
 
 Layout = Literal["NT", "NN", "TN"]
+LAYOUTS: tuple[Layout, ...] = ("NT", "NN", "TN")
+# Per second, of a full device: estimates, which only weigh partial sums against idle blocks.
+FLOPS: Mapping[int, float] = {FMA: 5e12, TF32X3: 6e13, MMA16: 3.5e14, SIMDGROUP: 5e12}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +32,7 @@ class Packed:
     """B of a product as integers: q scale, or q scale + minimum, float16, per group of a row."""
 
     bits: Literal[4, 8] = 4
-    group: Literal[32, 64] = 64
+    group: int = 64  # 32 or 64
     minimum: bool = False  # then q is unsigned
 
 
@@ -122,11 +129,14 @@ def product(
     )
 
 
-def default_tile(dialect: Dialect, M: int, N: int, dtype: DType, fragment: int) -> Tile:
+def default_tile(
+    dialect: Dialect, M: int, N: int, dtype: DType, fragment: int | None = None
+) -> Tile:
     """The tile of a product that fits the dialect's limits.
 
     Products of which one side is at most 32, as LoRA's are, get blocks that are as thin.
     """
+    fragment = fragments(dialect, dtype) if fragment is None else fragment
     if dialect != "cuda":
         tile = Tile(bm=64, bn=64, wm=32, wn=32, stages=2)
         thin = (16, 32)
@@ -185,6 +195,8 @@ def _check_product(
 
 def _check_packed(packed: Packed, layout: Layout, row: int, tile: Tile) -> None:
     """row: elements of a row of B, along which groups lie."""
+    if packed.group not in (32, 64):
+        raise UnsupportedSize(f"groups of {packed.group} packed numbers, allowed are 32 and 64")
     if row % packed.group:
         raise UnsupportedSize(
             f"groups of {packed.group} do not divide rows of {row} packed numbers"
@@ -192,5 +204,7 @@ def _check_packed(packed: Packed, layout: Layout, row: int, tile: Tile) -> None:
     assert layout != "TN", "packed weights have no gradient"
     assert not tile.pipelined, "packed numbers are widened by the plain loop"
     held = tile.bn * tile.bk // tile.threads  # numbers that a thread widens per tile
+    if held < 8:  # float32 with at most 32 columns, on CUDA
+        raise UnsupportedSize(f"tiles of {tile.bn} x {tile.bk} packed numbers are too small")
     assert held in (8, 16, 32) and held * tile.threads == tile.bn * tile.bk
     assert (tile.bk if layout == "NT" else tile.bn) % held == 0

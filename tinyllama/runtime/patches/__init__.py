@@ -10,11 +10,13 @@ import functools
 from tinyllama.errors import DeviceError
 from tinyllama.runtime.patches import (
     bfloat16,
+    cubin,
     free_steps,
     huge_pages,
     kernel_sizes,
     layout,
     native_launch,
+    parallel_compilers,
     wait_when_lowered,
 )
 from tinyllama.runtime.patches.patch import Patch
@@ -26,6 +28,8 @@ PATCHES: tuple[Patch, ...] = (
     huge_pages.PATCH,
     layout.PATCH,
     native_launch.PATCH,
+    cubin.PATCH,
+    parallel_compilers.PATCH,
     free_steps.PATCH,
     wait_when_lowered.PATCH,
 )
