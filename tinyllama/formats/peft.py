@@ -27,18 +27,17 @@ from tinyllama.config import LlamaConfig
 from tinyllama.errors import ConfigError, WeightsError
 from tinyllama.formats.dtypes import FLOATS, NumpyArray
 from tinyllama.formats.huggingface import (
-    HfFolder,
     Shape,
     linear_shapes_by_path,
-    open_folder,
-    read_json,
 )
+from tinyllama.formats.models import ModelSource, open_model
 from tinyllama.formats.safetensors import (
     FileDigest,
     SafetensorsFile,
     Source,
     write_safetensors,
 )
+from tinyllama.formats.untrusted import read_json
 from tinyllama.system import checked
 from tinyllama.system.json_files import short
 
@@ -292,7 +291,7 @@ class AdapterFolder:
             )
         return None if text is None else int(text)
 
-    def check_base(self, base: HfFolder) -> None:
+    def check_base(self, base: ModelSource) -> None:
         """Raise WeightsError if the adapter was not made for this base.
 
         Folders written here carry their base's fingerprint. For others it is computed from the base
@@ -301,7 +300,7 @@ class AdapterFolder:
         made_for = self._file.metadata.get(_FINGERPRINT)
         named = self._named_folder()
         if made_for is None and named and (named / "config.json").is_file():
-            made_for = fingerprint(open_folder(named))  # without a tied head, as `base` is
+            made_for = fingerprint(open_model(named))  # without a tied head, as `base` is
         if made_for is not None and made_for != (digest := _as(made_for, base)):
             there = named or self._entries.get("base_model_name_or_path")
             raise WeightsError(
@@ -353,13 +352,13 @@ def is_adapter(folder: str | os.PathLike[str]) -> bool:
 
 def open_adapter(
     folder: str | os.PathLike[str], base: str | os.PathLike[str] | None = None
-) -> tuple[AdapterFolder, HfFolder]:
+) -> tuple[AdapterFolder, ModelSource]:
     """An adapter's folder, and its base: the folder `base`, or else the one that it names.
 
     Raises WeightsError where that is not the base that the adapter was made for.
     """
     adapter = AdapterFolder(folder)
-    opened = open_folder(adapter.base_folder() if base is None else base)
+    opened = open_model(adapter.base_folder() if base is None else base)
     adapter.check_base(opened)
     return adapter, opened
 
@@ -406,7 +405,7 @@ def _path_from(folder: Path, base: str | None) -> str | None:
     return Path(os.path.relpath(there, here)).as_posix()
 
 
-def fingerprint(folder: HfFolder) -> str:
+def fingerprint(folder: ModelSource) -> str:
     """BLAKE2b-256 over the name, type, shape and all bytes of every tensor of a model.
 
     It does not depend on their shards. Several threads take it; of large files it is remembered
@@ -417,7 +416,7 @@ def fingerprint(folder: HfFolder) -> str:
     return checked.digest("fingerprint", files, lambda: f"{_WHOLE}{_whole_fingerprint(folder)}")
 
 
-def _whole_fingerprint(folder: HfFolder) -> str:
+def _whole_fingerprint(folder: ModelSource) -> str:
     names = sorted(folder.names)
     arrays = [folder.array(name).reshape(-1) for name in names]  # maps of files: nothing is read
 
@@ -438,12 +437,12 @@ def _begin(digest: str) -> str:
     return short(digest.removeprefix(_WHOLE), 12)
 
 
-def _as(made_for: str, base: HfFolder) -> str:
+def _as(made_for: str, base: ModelSource) -> str:
     """A base's fingerprint, taken like the one that an adapter carries."""
     return fingerprint(base) if made_for.startswith(_WHOLE) else _sampled_fingerprint(base)
 
 
-def _sampled_fingerprint(folder: HfFolder) -> str:
+def _sampled_fingerprint(folder: ModelSource) -> str:
     """SHA-256 over the name, type, shape and three samples of every tensor, as adapters of earlier
     versions carry it."""
     digest = hashlib.sha256()

@@ -2,8 +2,8 @@
 
 tinygrad compiles one kernel after another once a captured step is complete. Here compilers start as
 soon as a piece of the step is known, and what they make is put into the cache of compiled kernels
-(kernel_cache.py), where tinygrad later finds it. On a GPU this includes the kernels that tinygrad writes itself: their
-texts are made first, which takes Python as long as it would later.
+(kernel_cache.py), where tinygrad later finds it. On a GPU this includes the kernels that tinygrad
+writes itself: their texts are made first, which takes Python as long as it would later.
 
 clang runs as a process, NVRTC lets other threads run. Other compilers are left to tinygrad.
 """
