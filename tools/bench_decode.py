@@ -5,9 +5,9 @@ python tools/bench_decode.py MODEL.gguf --types Q8_0 BF16 F32 ...           stor
 
 PEER is a Python with llama-cpp-python (CONTRIBUTING.md says how to build it). Both processes stay
 alive and take turns, run by run; the best run of each counts, since another program can only slow
-one down. A file of another type is written to a temporary folder by the `gguf` library. Run nothing
-else meanwhile; where that cannot be, `--threads 1 --cpu-seconds` counts the processor's time instead
-of the clock's (threads that wait for each other spend it too).
+one down. A file of another type is written to a temporary folder by the `gguf` library. Run
+nothing else meanwhile; where that cannot be, `--threads 1 --cpu-seconds` counts the processor's
+time instead of the clock's (threads that wait for each other spend it too).
 """
 
 import argparse
