@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from tinyllama.config import LlamaConfig
 from tinyllama.errors import ConfigError, WeightsError
-from tinyllama.formats.huggingface import llama_shapes
+from tinyllama.formats.huggingface import linear_shapes
 
 LARGEST_Q = 7
 # Elements that a thread handles at once: their float64 copy stays in the processor's cache.
@@ -51,7 +51,7 @@ def as_packed(label: str, weight: Weights, block_size: int) -> Weights:
 
 def check_block_size(config: LlamaConfig, block_size: int) -> None:
     """Raise ConfigError naming each kind of layer whose inputs `block_size` does not divide."""
-    inputs = {n.split(".")[-2]: s[1] for n, s in llama_shapes(config).items() if "_proj" in n}
+    inputs = {name: shape[1] for name, shape in linear_shapes(config).items()}
     wrong = [f"{name} has {count}" for name, count in inputs.items() if count % block_size]
     if wrong:
         raise ConfigError(
@@ -62,7 +62,7 @@ def check_block_size(config: LlamaConfig, block_size: int) -> None:
 
 def largest_block(config: LlamaConfig, limit: int) -> int:
     """The largest block size up to `limit` that divides the inputs of every linear layer."""
-    common = math.gcd(*(s[1] for n, s in llama_shapes(config).items() if "_proj" in n))
+    common = math.gcd(*(shape[1] for shape in linear_shapes(config).values()))
     return max(size for size in range(1, min(limit, common) + 1) if common % size == 0)
 
 

@@ -40,6 +40,7 @@ class Generator:
         self._slots = -(-self.length // PROMPT_CHUNK) * PROMPT_CHUNK
         shape = (2, 1, self._slots, config.kv_heads, config.head_dim)
         self.model, self.vocabulary, self._stage = model, vocabulary, Stage()
+        self._table = model.rotations(self._slots, self.length)
         self._caches = [
             Tensor.zeros(*shape, dtype=model.dtype).contiguous().realize()
             for _ in range(config.num_layers)
@@ -89,7 +90,7 @@ class Generator:
 
     def _forward(self, tokens: Tensor, position: Tensor) -> Tensor:
         """Logits (1, T, vocab) of tokens (1, T) at positions position, position + 1, ..."""
-        model, table, caches = self.model, self.model.rotations(self._slots), iter(self._caches)
+        model, table, caches = self.model, self._table, iter(self._caches)
 
         def turns() -> list[Tensor]:
             index = position + Tensor.arange(tokens.shape[1], device=tokens.device)

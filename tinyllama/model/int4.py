@@ -20,9 +20,10 @@ from tinyllama.formats.dtypes import (
     convert,
     to_float32,
 )
-from tinyllama.formats.huggingface import HfFolder, llama_shapes
+from tinyllama.formats.huggingface import llama_shapes
 from tinyllama.formats.int4 import check_block_size, quantize_rows, row_parts
-from tinyllama.model.layers import Embedding, Linear, block_linears
+from tinyllama.formats.models import ModelSource
+from tinyllama.model.layers import Embedding, Linear, block_linears, with_bias
 from tinyllama.model.llama import Llama
 from tinyllama.ops.int4 import dequantize, int4_linear
 from tinyllama.runtime.storage import filling
@@ -33,13 +34,16 @@ Rows = Callable[[slice], Array]
 
 
 class Int4Linear:
-    """y = x W^T with W in 4 bits, without bias and without a gradient of W.
+    """y = x W^T, or x W^T + b, with W in 4 bits and without a gradient of W and b.
 
     packed: (out_features, in_features / 2) uint8; scales: (out_features, in_features / block_size)
-    float16; both as ops/int4.py reads them. Raises ConfigError if block_size does not divide.
+    float16; both as ops/int4.py reads them; bias: (out_features,) float32. Raises ConfigError if
+    block_size does not divide.
     """
 
-    def __init__(self, in_features: int, out_features: int, block_size: int) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, block_size: int, *, bias: bool = False
+    ) -> None:
         if in_features % block_size or block_size % 2:
             raise ConfigError(
                 f"qlora.block_size: got {block_size}, must be an even divisor of {in_features}, "
@@ -49,10 +53,11 @@ class Int4Linear:
         self.block_size = block_size
         self.packed = Tensor.empty(out_features, in_features // 2, dtype=dtypes.uint8)
         self.scales = Tensor.empty(out_features, in_features // block_size, dtype=dtypes.float16)
+        self.bias = Tensor.empty(out_features) if bias else None
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (..., in_features) -> (..., out_features)."""
-        return int4_linear(x, self.packed, self.scales)
+        return with_bias(int4_linear(x, self.packed, self.scales), self.bias)
 
     def dense_weight(self) -> Tensor:
         """The weight (out_features, in_features) float32 that this layer multiplies by, exactly."""
@@ -73,7 +78,8 @@ def packed_linears(model: Llama, block_size: int) -> Llama:
     check_block_size(model.config, block_size)
     for _, owner, name in list(block_linears(model.model.layers)):
         layer = getattr(owner, name)
-        setattr(owner, name, Int4Linear(layer.in_features, layer.out_features, block_size))
+        sizes, bias = (layer.in_features, layer.out_features), layer.bias is not None
+        setattr(owner, name, Int4Linear(*sizes, block_size, bias=bias))
     tables: list[Embedding | Linear] = [model.model.embed_tokens]
     if not model.config.tie_word_embeddings:
         tables.append(model.lm_head)
@@ -82,11 +88,12 @@ def packed_linears(model: Llama, block_size: int) -> Llama:
     return model
 
 
-def read_packed(model: Llama, folder: HfFolder) -> None:
+def read_packed(model: Llama, folder: ModelSource) -> None:
     """Give a model of `packed_linears` the weights of a Hugging Face folder.
 
     Raises WeightsError (also for a value that 4 bits cannot hold).
     """
+    model.remember(folder)
     fill_packed(model, str(folder.path), lambda name: partial(_rows, folder, name), folder.forget)
 
 
@@ -144,6 +151,6 @@ def _store(label: str, tensor: Tensor, read: Rows) -> Iterator[Callable[[slice],
         yield part
 
 
-def _rows(folder: HfFolder, name: str, rows: slice) -> RawArray:
+def _rows(folder: ModelSource, name: str, rows: slice) -> RawArray:
     values = folder.array(name)[rows]
     return RawArray(folder.dtype(name), values.shape, values)

@@ -1,9 +1,9 @@
 """Compiling kernels on every core while the graph that uses them is still being built.
 
 tinygrad compiles one kernel after another once a captured step is complete. Here compilers start as
-soon as a piece of the step is known, and what they make is put into tinygrad's own compile cache,
-where tinygrad later finds it. On a GPU this includes the kernels that tinygrad writes itself: their
-texts are made first, which takes Python as long as it would later.
+soon as a piece of the step is known, and what they make is put into the cache of compiled kernels
+(kernel_cache.py), where tinygrad later finds it. On a GPU this includes the kernels that tinygrad
+writes itself: their texts are made first, which takes Python as long as it would later.
 
 clang runs as a process, NVRTC lets other threads run. Other compilers are left to tinygrad.
 """
@@ -20,10 +20,10 @@ from tinygrad import TinyJit
 from tinygrad.codegen import do_to_program
 from tinygrad.device import Compiler, Device
 from tinygrad.engine.realize import capturing
-from tinygrad.helpers import BEAM, diskcache_get, diskcache_put
+from tinygrad.helpers import BEAM
 from tinygrad.uop.ops import Ops, UOp
 
-from tinyllama.runtime import fills
+from tinyllama.runtime import fills, kernel_cache
 from tinyllama.runtime.cpu import cpu_device
 from tinyllama.runtime.patches.cubin import CubinCompiler
 
@@ -59,7 +59,7 @@ def wait() -> None:
     on_gpu = any(device != "CPU" for device, _ in pending.values())
     for done, future in enumerate(as_completed(pending), 1):
         device, text = pending[future]
-        diskcache_put(_compiler(device).cachekey, text, future.result())
+        kernel_cache.put(kernel_cache.key_of(_compiler(device), text), future.result())
         _started[device, text] = None
         for notice in _notices if on_gpu else ():
             notice(done, len(pending))
@@ -86,29 +86,29 @@ def _with_text(call: UOp) -> UOp:
         return call
     if not _threads_may_compile(call.device) or call.device == "CPU":
         return call
-    return call.replace(src=(_program(call.device, sink), *call.src[1:]))
+    return call.replace(src=(program(call.device, sink), *call.src[1:]))
 
 
 _programs: dict[tuple[str, bytes], UOp] = {}
 
 
-def _program(device: str, sink: UOp) -> UOp:
-    """tinygrad's PROGRAM of a kernel, up to its text."""
+def program(device: str, sink: UOp) -> UOp:
+    """tinygrad's PROGRAM of a kernel that it writes itself (SINK), up to its text."""
     key = device, sink.key
     if key not in _programs:
         renderer = copy.copy(Device[device].renderer)
         renderer.compiler = Compiler()  # which returns the text
-        program = do_to_program(sink, renderer)
-        _programs[key] = program.replace(src=program.src[:4])
+        whole = do_to_program(sink, renderer)
+        _programs[key] = whole.replace(src=whole.src[:4])
     return _programs[key]
 
 
 def _texts(kernels: UOp) -> Iterable[tuple[str, str]]:
     """Device and text of each kernel that has a text and is not compiled."""
     for call in kernels.src:
-        program = call.src[0]
-        if program.op is Ops.PROGRAM and len(program.src) == 4:
-            device, text = program.src[1].arg, program.src[3].arg
+        kernel = call.src[0]
+        if kernel.op is Ops.PROGRAM and len(kernel.src) == 4:
+            device, text = kernel.src[1].arg, kernel.src[3].arg
             if _threads_may_compile(device):
                 yield device, text
 
@@ -124,12 +124,13 @@ def _compiler(device: str) -> Any:
 
 def _compiled_later(device: str, text: str) -> "Future[bytes] | None":
     compiler = _compiler(device)
-    if compiler.cachekey is None or diskcache_get(compiler.cachekey, text) is not None:
+    if kernel_cache.get(kernel_cache.key_of(compiler, text)) is not None:
         return None
-    return _pool().submit(compiler.compile, text)
+    return pool().submit(compiler.compile, text)
 
 
 @functools.cache
-def _pool() -> ThreadPoolExecutor:
+def pool() -> ThreadPoolExecutor:
+    """The threads that compile."""
     # Compilers get a lower priority than Python, so that Python finds all the texts soon.
     return ThreadPoolExecutor(os.cpu_count(), "compiler", partial(fills.lower_priority, 5))

@@ -13,9 +13,11 @@ from tinyllama.runtime.patches import (
     cubin,
     free_steps,
     huge_pages,
+    kernel_cache,
     kernel_sizes,
     layout,
     native_launch,
+    opencl_graph,
     parallel_compilers,
     wait_when_lowered,
 )
@@ -25,11 +27,13 @@ from tinyllama.system import device
 PATCHES: tuple[Patch, ...] = (
     bfloat16.PATCH,
     kernel_sizes.PATCH,
+    kernel_cache.PATCH,
     huge_pages.PATCH,
     layout.PATCH,
     native_launch.PATCH,
     cubin.PATCH,
     parallel_compilers.PATCH,
+    opencl_graph.PATCH,
     free_steps.PATCH,
     wait_when_lowered.PATCH,
 )
