@@ -239,12 +239,13 @@ def cached_attention_case(
     D: int,
     dtype: str,
     positions: Sequence[int],
+    window: int | None = None,
 ) -> dict[str, float]:
     """What the cache holds past a position is not a number."""
     result: dict[str, float] = {}
     launches = [
-        form(dialect, S, H, KV, D, dtype)
-        for form in (cached_attention.parts, cached_attention.joined)
+        cached_attention.parts(dialect, S, H, KV, D, dtype, window),
+        cached_attention.joined(dialect, S, H, KV, D, dtype),
     ]
     for at in positions:
         cache = normal(0, 2, S, KV, D, dtype=dtype)
@@ -256,7 +257,8 @@ def cached_attention_case(
         wanted[:, at] = loaded(k), loaded(v)
         start(run, launches[0], change, cache, parts, q, k, v, position)
         start(run, launches[1], change, out, parts, position)
-        keys, values = (np.repeat(x[: at + 1], H // KV, 1) for x in wanted)
+        begin = max(0, at + 1 - (window or S))
+        keys, values = (np.repeat(x[begin : at + 1], H // KV, 1) for x in wanted)
         scores = np.einsum("hd,shd->hs", loaded(q), keys) / math.sqrt(D)
         p = np.exp(scores - scores.max(1, keepdims=True))
         p /= p.sum(1, keepdims=True)
@@ -326,6 +328,10 @@ CASES: dict[str, Case] = {
         },
         "cached attention: bfloat16": {
             "S": 140, "H": 12, "KV": 4, "D": 64, "dtype": "bfloat16", "positions": (130,),
+        },
+        "cached attention: a window": {
+            "S": 300, "H": 2, "KV": 1, "D": 16, "dtype": "float32", "positions": (3, 160, 299),
+            "window": 40,
         },
         "cached attention: float16, D 80": {
             "S": 64, "H": 8, "KV": 1, "D": 80, "dtype": "float16", "positions": (63,),

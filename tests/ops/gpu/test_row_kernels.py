@@ -257,6 +257,16 @@ MUTANTS = {
         "first + s == at ? v",
         "first + s > at ? v",
     ),
+    "cached attention: keys before the window": (
+        "cached attention: a window",
+        " && mine > at - WINDOW",
+        "",
+    ),
+    "cached attention: the window is one too short": (
+        "cached attention: a window",
+        "mine > at - WINDOW",
+        "mine > at - WINDOW + 1",
+    ),
     "cached attention: the key is not kept": (
         "cached attention: float32",
         "STORE(TYPE, keys + (long)at * KV * D + d, x);",
@@ -361,6 +371,7 @@ def test_what_a_kernel_does_not_take_is_said() -> None:
         lambda: rms_norm.forward("cuda", 1, 8224, "float32", 1e-5),
         lambda: few_rows.product("cuda", 9, 64, 64, "float32", "float32"),
         lambda: few_rows.product("cuda", 1, 64, 96, "float32", Packed(4, 64)),
+        lambda: few_rows.product("cuda", 1, 64, 96, "float32", Packed(4, 16)),
         lambda: cached_attention.parts("cuda", 8, 16, 1, 64, "float32"),
         lambda: cached_attention.parts("cuda", 8, 2, 2, 192, "float32"),
         lambda: adamw.step("metal", [4] * 8, [True] * 8),

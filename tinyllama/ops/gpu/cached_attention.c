@@ -1,14 +1,14 @@
 /* Attention of one new token over a cache of keys and values, and its own key and value into it.
 
    position[0] is the token's place. PASS PARTS: cache (2, S, KV, D) gets k and v (KV, D) there, and
-   block (bx, key/value head bz) takes the PART keys from bx PART on, those up to the position, for
-   the HEADS query heads of q (KV HEADS, D) that share them. parts (KV HEADS, BLOCKS, D + 2) float32
+   block (bx, key/value head bz) takes the PART keys from bx PART on, those up to the position, of which the
+   last WINDOW, for the HEADS query heads of q (KV HEADS, D) that share them. parts (KV HEADS, BLOCKS, D + 2) float32
    are sums of exp2(score - maximum) times value, then those of the exponentials, then the maximum.
    PASS JOINED: block bx is a query head; out (KV HEADS, D) from its parts.
 
    The cache is not read at the position: the token's key and value come from k and v, so that no
    block depends on what another one writes.
-   Macros: S, KV, HEADS, D, SCALE (1 / sqrt(D)), PASS, BLOCKS; THREADS is PART, not less than D. */
+   Macros: S, WINDOW, KV, HEADS, D, SCALE (1 / sqrt(D)), PASS, BLOCKS; THREADS is PART, not less than D. */
 #define PARTS 0
 #define JOINED 1
 #define PART THREADS
@@ -21,8 +21,10 @@ KERNEL_BEGIN(GLOBAL Element *cache, GLOBAL float *parts, GLOBAL const Element *q
              GLOBAL const Element *k, GLOBAL const Element *v, GLOBAL const int *position)
   SHARED float scratch[THREADS], query[HEADS * D], weight[HEADS * PART];
   SHARED float sums[(THREADS + ACROSS) * VEC]; /* the last row is for threads of no subset */
-  const int at = position[0], first = bx * PART, mine = first + tid, seen = mine <= at;
-  const int count = at + 1 - first < PART ? at + 1 - first : PART; /* negative past the position */
+  const int at = position[0], first = bx * PART, mine = first + tid, seen = mine <= at && mine > at - WINDOW;
+  /* Which of the keys are seen: from `begin` to `end`, none where the part has no such key. */
+  const int begin = at - WINDOW + 1 > first ? at - WINDOW + 1 - first : 0;
+  const int end = at + 1 - first < PART ? at + 1 - first : PART;
   GLOBAL Element *keys = cache + bz * D, *values = keys + (long)S * KV * D;
   k += bz * D;
   v += bz * D;
@@ -57,7 +59,7 @@ KERNEL_BEGIN(GLOBAL Element *cache, GLOBAL float *parts, GLOBAL const Element *q
     UNROLL
     for (int i = 0; i < VEC; i++) sum[h][i] = 0;
   UNROLL_BY(4)
-  for (int s = subset; s < count; s += SUBSETS) {
+  for (int s = begin + subset; s < end; s += SUBSETS) {
     LOAD(TYPE, x, (first + s == at ? v : values + (long)(first + s) * KV * D) + d);
     UNROLL
     for (int h = 0; h < HEADS; h++)
