@@ -31,7 +31,7 @@ from tinyllama.model.layers import (
     named_tensors,
 )
 from tinyllama.ops.attention import attention
-from tinyllama.ops.cached_attention import cached_attention
+from tinyllama.ops.cached_attention import Cache, cached_attention
 from tinyllama.ops.cross_entropy import linear_cross_entropy
 from tinyllama.ops.matmul import linear
 from tinyllama.ops.rope import rope, tables
@@ -75,16 +75,15 @@ class Attention:
         return self.o_proj(attention(q, k, v, starts).flatten(2))  # (B, T, H * D)
 
     def cached(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, position: Tensor
+        self, x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, position: Tensor
     ) -> Tensor:
         """Like a call for T tokens at positions position .. position + T - 1 of one sequence.
 
-        cache (2, 1, S, KV, D) holds the keys and values so far and is updated in place;
-        position is an int32 tensor (1,), so that one compiled step serves every position.
+        keys and values are those of a cache (ops/cached_attention.py), which is updated in place.
         """
         q, k, v = self.project(x, cos, sin)
-        out = cached_attention(q, k, v, cache, position, self.window)
-        return self.o_proj(out.flatten(2))
+        out = cached_attention(q, k, v, Cache(keys, values), position, self.window)
+        return self.o_proj(out.flatten(2))  # (1, T, H * D)
 
 
 class MLP:
@@ -116,10 +115,11 @@ class Block:
         return h + self.mlp(self.post_attention_layernorm(h))
 
     def cached(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, position: Tensor
+        self, x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, position: Tensor
     ) -> Tensor:
         """One sequence's next tokens, see Attention.cached."""
-        h = x + self.self_attn.cached(self.input_layernorm(x), cos, sin, cache, position)
+        cache = keys, values, position
+        h = x + self.self_attn.cached(self.input_layernorm(x), cos, sin, *cache)
         return h + self.mlp(self.post_attention_layernorm(h.contiguous()))
 
 

@@ -5,7 +5,7 @@ import math
 from tinyllama.ops.gpu import rows
 from tinyllama.runtime.blocks import Dialect, DType, Launch, UnsupportedSize, itemsize
 
-PART = 128  # keys per block
+PART = 128  # slots per block
 MOST_HEADS = 8  # query heads that share a key
 
 
@@ -18,8 +18,9 @@ def parts(
     dtype: DType,
     window: int | None = None,
 ) -> Launch:
-    """cache (2, S, KV, D), updated, and parts (H, blocks(S), D + 2) float32, from q (H, D), k and
-    v (KV, D) and position (1,) int32. A token sees `window` keys, its own the last of them.
+    """The cache of S slots (ops/cached_attention.py), updated, and parts (H, blocks(S), D + 2)
+    float32, from q (H, D), k and v (KV, D) and position (1,) int32. A token
+    sees `window` keys, its own the last of them.
 
     Raises UnsupportedSize for heads that the kernel does not take.
     """
@@ -33,7 +34,7 @@ def parts(
     sums = (PART + D // vec) * vec
     return rows.launch(
         "cached_attention", dialect, macros, vec=vec, grid=(blocks(S), KV),
-        dtype=dtype, threads=PART, arguments=("cache", "parts", "q", "k", "v", "position"),
+        dtype=dtype, threads=PART, arguments=("keys", "values", "parts", "q", "k", "v", "position"),
         flops=4 * S * H * D, shared=PART + shared * (D + PART) + sums, updates=True,
     )  # fmt: skip
 
@@ -48,7 +49,7 @@ def joined(dialect: Dialect, S: int, H: int, KV: int, D: int, dtype: DType) -> L
 
 
 def blocks(S: int) -> int:
-    """Parts into which a cache of S keys is cut."""
+    """Parts into which a cache of S slots is cut."""
     return -(-S // PART)
 
 
