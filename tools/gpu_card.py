@@ -126,6 +126,10 @@ class Results:
         self.dtypes = tuple(TILES)[: 1 if self.tiny else None]
         self.end = time.monotonic() + PATIENCE[mode] * STAGES[stage] - 10
 
+    def limit(self, seconds: float) -> float:
+        """How long a process of this stage may take."""
+        return PATIENCE[self.mode] * seconds
+
     def write(self, case: str, what: str, **values: Any) -> None:
         line = {"stage": self.stage, "case": case, "what": what} | values
         with self.file.open("a") as file:
@@ -637,7 +641,7 @@ def losses(results: Results) -> None:
         allowed = {"float32": 1e-5, "bfloat16": 2e-3}[dtype]
 
         def compare(dtype: str = dtype, allowed: float = allowed) -> dict[str, Any]:
-            here, there = (json.loads(child(TRAIN, dtype, seconds=PATIENCE[results.mode] * 50, DEV=target))
+            here, there = (json.loads(child(TRAIN, dtype, seconds=results.limit(50), DEV=target))
                            for target in ("CPU", "CUDA"))  # fmt: skip
             worst = max(abs(a - b) for a, b in zip(here, there, strict=True))
             return {"difference": worst, "allowed": allowed, "last": there[-1]}
@@ -663,9 +667,7 @@ def step(results: Results) -> None:
 
             def run(dtype: str = dtype, cache: Path = cache) -> dict[str, Any]:
                 words = ("--dtype", dtype, "--steps", "10")
-                return bench(
-                    results, *words, seconds=PATIENCE[results.mode] * 70, CACHEDB=str(cache)
-                )
+                return bench(results, *words, seconds=results.limit(70), CACHEDB=str(cache))
 
             results.measure("124m 8 x 1024", f"{dtype} {what}", run)
 
@@ -680,7 +682,7 @@ def profile(results: Results) -> None:
             overrides = (f"training.dtype={dtype}", f"training.batch_size={sizes[0]}",
                          f"data.context_length={sizes[1]}")  # fmt: skip
             kernels = json.loads(
-                child(PROFILE, config, *overrides, seconds=PATIENCE[results.mode] * 60, JIT="2")
+                child(PROFILE, config, *overrides, seconds=results.limit(60), JIT="2")
             )
             total = sum(seconds for _, _, seconds in kernels)
             return {"ms": 1e3 * total, "kernels": sum(n for _, n, _ in kernels),
