@@ -1,5 +1,7 @@
 """Compiles CUDA texts where the package nvidia-cuda-nvrtc is installed; a card is not needed."""
 
+import pytest
+
 from tinyllama.runtime.cubin import FRAME_BYTES, REGISTERS, attributes, shared_bytes
 from tinyllama.system.device import nvrtc_library as library
 from tinyllama.system.nvrtc import CompileFailed
@@ -10,8 +12,16 @@ __all__ = [
     "attributes",
     "compile_cubin",
     "library",
+    "needed",
     "shared_bytes",
 ]
+ARCHITECTURES = ("sm_80", "sm_90")
+RESERVED = {"sm_80": 0, "sm_90": 1024}  # bytes of shared memory that the card takes per block
+
+
+needed = pytest.mark.skipif(
+    library() is None, reason="NVRTC is missing: pip install nvidia-cuda-nvrtc"
+)
 
 
 def compile_cubin(text: str, arch: str) -> bytes:

@@ -102,6 +102,13 @@ def _opened(device: str) -> Any:
         return Device[device]
 
 
+def language(tensor: Tensor) -> tuple[Dialect, DType]:
+    """The dialect of the GPU that a tensor lies on, and the name of its type."""
+    dialect = dialect_of(tensor.device)
+    assert dialect is not None
+    return dialect, TYPE_NAME[tensor.dtype]
+
+
 def fragments(dialect: Dialect, dtype: DType) -> int:
     """FRAGMENT of common.h: which instructions multiply."""
     if dialect == "cuda":

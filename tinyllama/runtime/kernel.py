@@ -136,6 +136,11 @@ def in_memory(tensor: Tensor) -> Tensor:
     return tensor if written(tensor).uop.op is Ops.AFTER else tensor.contiguous()
 
 
+def empty_like(*tensors: Tensor) -> list[Tensor]:
+    """New buffers for a kernel to write, of the shapes, types and devices of tensors."""
+    return [empty(*t.shape, dtype=t.dtype, device=t.device) for t in tensors]
+
+
 def empty(*shape: int, device: str, dtype: DType = dtypes.float32) -> Tensor:
     """A new buffer for a kernel to write; the layout of the step gives it memory."""
     return Tensor.invalids(*shape, dtype=dtype, device=device)
