@@ -1,9 +1,9 @@
 """Compiling kernels on every core while the graph that uses them is still being built.
 
 tinygrad compiles one kernel after another once a captured step is complete. Here compilers start as
-soon as a piece of the step is known, and what they make is put into tinygrad's own compile cache,
-where tinygrad later finds it. On a GPU this includes the kernels that tinygrad writes itself: their
-texts are made first, which takes Python as long as it would later.
+soon as a piece of the step is known, and what they make is put into the cache of compiled kernels
+(kernel_cache.py), where tinygrad later finds it. On a GPU this includes the kernels that tinygrad
+writes itself: their texts are made first, which takes Python as long as it would later.
 
 clang runs as a process, NVRTC lets other threads run. Other compilers are left to tinygrad.
 """
@@ -20,10 +20,10 @@ from tinygrad import TinyJit
 from tinygrad.codegen import do_to_program
 from tinygrad.device import Compiler, Device
 from tinygrad.engine.realize import capturing
-from tinygrad.helpers import BEAM, diskcache_get, diskcache_put
+from tinygrad.helpers import BEAM
 from tinygrad.uop.ops import Ops, UOp
 
-from tinyllama.runtime import fills
+from tinyllama.runtime import fills, kernel_cache
 from tinyllama.runtime.cpu import cpu_device
 from tinyllama.runtime.patches.cubin import CubinCompiler
 
@@ -59,7 +59,7 @@ def wait() -> None:
     on_gpu = any(device != "CPU" for device, _ in pending.values())
     for done, future in enumerate(as_completed(pending), 1):
         device, text = pending[future]
-        diskcache_put(_compiler(device).cachekey, text, future.result())
+        kernel_cache.put(kernel_cache.key_of(_compiler(device), text), future.result())
         _started[device, text] = None
         for notice in _notices if on_gpu else ():
             notice(done, len(pending))
@@ -124,7 +124,7 @@ def _compiler(device: str) -> Any:
 
 def _compiled_later(device: str, text: str) -> "Future[bytes] | None":
     compiler = _compiler(device)
-    if compiler.cachekey is None or diskcache_get(compiler.cachekey, text) is not None:
+    if kernel_cache.get(kernel_cache.key_of(compiler, text)) is not None:
         return None
     return pool().submit(compiler.compile, text)
 

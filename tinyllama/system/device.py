@@ -225,13 +225,16 @@ def _compute(name: str) -> None:
     """Raise whatever a small computation raises, or RuntimeError if its result is wrong."""
     from tinygrad import Tensor
     from tinygrad.device import Device
-    from tinygrad.helpers import DEV
+    from tinygrad.helpers import DEV, Context
 
     if name == "CUDA" and not DEV.target(name).renderer:  # by NVRTC, as our kernels are
         try_cuda(Device[name], nvrtc_library())
         return
-    numbers = Tensor([float(i) for i in range(64)], device=name).realize()
-    if (result := (2 * numbers).contiguous().sum().item()) != 4032:
+    # Without tinygrad's cache, which must not be opened, and must not answer for the compiler.
+    with Context(CACHELEVEL=0):
+        numbers = Tensor([float(i) for i in range(64)], device=name).realize()
+        result = (2 * numbers).contiguous().sum().item()
+    if result != 4032:
         raise RuntimeError(f"computes wrong results: {result} instead of 4032")
 
 
@@ -326,6 +329,28 @@ def check_tinygrad() -> None:
             f"{installed}, must be {TINYGRAD}, which our patches of it are written for: "
             f"`pip install tinygrad=={TINYGRAD}`"
         )
+
+
+def compiler_identity() -> str:
+    """tinygrad's C compiler: its file, size and date, which an update changes; "" if absent."""
+    found = shutil.which(os.environ.get("CC", "clang"))
+    if found is None:
+        return ""
+    file = os.path.realpath(found)
+    status = os.stat(file)
+    return f"{file} {status.st_size} {status.st_mtime_ns}"
+
+
+def cache_folder() -> Path:
+    """What of ours is kept for all of a user's runs: tinyllama in XDG_CACHE_HOME (~/.cache)."""
+    caches = os.environ.get("XDG_CACHE_HOME", "") or os.path.expanduser("~/.cache")
+    return Path(caches).absolute() / "tinyllama"
+
+
+def kernel_cache_folder() -> Path:
+    """Where compiled kernels are kept: TINYLLAMA_KERNEL_CACHE, or kernels in `cache_folder`."""
+    named = os.environ.get("TINYLLAMA_KERNEL_CACHE", "")
+    return Path(named).absolute() if named else cache_folder() / "kernels"
 
 
 def patches_off() -> tuple[str, ...]:

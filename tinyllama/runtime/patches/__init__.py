@@ -13,6 +13,7 @@ from tinyllama.runtime.patches import (
     cubin,
     free_steps,
     huge_pages,
+    kernel_cache,
     kernel_sizes,
     layout,
     native_launch,
@@ -26,6 +27,7 @@ from tinyllama.system import device
 PATCHES: tuple[Patch, ...] = (
     bfloat16.PATCH,
     kernel_sizes.PATCH,
+    kernel_cache.PATCH,
     huge_pages.PATCH,
     layout.PATCH,
     native_launch.PATCH,
