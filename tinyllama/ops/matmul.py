@@ -75,11 +75,13 @@ def gemm(
     """
     compute = _gemm_cpu if blocks.dialect_of(a.device) is None else _gemm_gpu
     result = compute(layout, a, b, dtype, gradient, onto, over, addend)
-    if gradient is not None or onto is not None or over is not None or addend is not None:
+    # On the CPU a product that has a gradient adds nothing: results there stay as they are.
+    final = gradient is not None and compute is _gemm_cpu
+    if final or onto is not None or over is not None or addend is not None:
         return result
 
-    def adding(a: Tensor, b: Tensor, addend: Tensor) -> Tensor:
-        return gemm(layout, a, b, dtype=dtype, addend=addend)
+    def adding(a: Tensor, b: Tensor, addend: Tensor) -> list[Tensor]:
+        return [gemm(layout, a, b, dtype=dtype, addend=addend)]
 
     return sums.remember(result, [a, b], adding)
 
