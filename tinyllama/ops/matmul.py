@@ -11,7 +11,7 @@ from tinygrad import Tensor, dtypes
 from tinygrad.dtype import DType
 
 from tinyllama.ops import forms, sums
-from tinyllama.ops.gpu.gemm import FLOPS, LAYOUTS, Packed, best_split, default_tile, product
+from tinyllama.ops.gpu.gemm import LAYOUTS, Packed, best_cut, default_tile, product
 from tinyllama.runtime import blocks, c_kernel
 from tinyllama.runtime.blocks import UnsupportedSize
 from tinyllama.runtime.c_kernel import Kernel, per_thread, run
@@ -146,8 +146,8 @@ def gpu_product(
     tile = default_tile(dialect, m, n, type_name)
     split = 1
     if given is None and gradient is None and addend is None:
-        flops = FLOPS[blocks.fragments(dialect, type_name)]
-        split = best_split(m, n, k, tile, blocks.multiprocessors(a.device), flops)
+        multiprocessors = blocks.multiprocessors(a.device)
+        tile, split = best_cut(dialect, m, n, k, type_name, multiprocessors)
     launch = product(
         dialect, LAYOUTS[layout], m, n, k, type_name, blocks.TYPE_NAME[dtype], tile=tile,
         addend=addend is not None, accumulate=accumulate, packed=packed, split=split,
