@@ -60,10 +60,12 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def model_folder(folder: Path) -> Path:
-    """The folder of a model: `folder` itself, or the final or newest checkpoint of a run's folder.
+    """A model's folder or GGUF file: `folder` itself, or a run's final or newest checkpoint.
 
     Raises ConfigError where there is no folder of that name.
     """
+    if folder.is_file() and folder.suffix == ".gguf":
+        return folder
     if not folder.is_dir():
         problem = (
             "is a file, must be the folder of a model" if folder.exists() else "no such folder"
