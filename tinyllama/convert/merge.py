@@ -16,6 +16,7 @@ import math
 import os
 import shutil
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -50,6 +51,7 @@ from tinyllama.formats.safetensors import LazyArray, write_safetensors
 from tinyllama.formats.untrusted import read_json
 from tinyllama.system.files import atomic_directory, remove_partials
 from tinyllama.tokenizers.sentencepiece import MODEL_FILE, load_tokenizer
+from tinyllama.train.manifest import verify_loaded
 
 Stored = Literal["keep", "fp32", "bf16", "fp16"]
 AS_TRAINED: Literal["as trained"] = "as trained"
@@ -132,8 +134,9 @@ def merge(
     `packing` is the block size with which the base is packed into 4 bits first: the one that the
     adapters were trained on, a number, or None for the base as it is.
     `unmerge` subtracts adapters from a base that they were merged into; nothing is packed, and only
-    shapes can show whether it is the right base. Raises ConfigError and WeightsError, and then
-    leaves no `out`.
+    shapes can show whether it is the right base. Checkpoints of ours are always read in full and
+    compared with their sums. Raises ConfigError, WeightsError and CheckpointError, and then leaves
+    no `out`.
     """
     base, out = Path(base), Path(out)
     _refuse_place(base, out)
@@ -146,11 +149,19 @@ def merge(
         check_block_size(folder.config, block_size)
     try:
         remove_partials(out.parent)  # of merges that were killed
-        with atomic_directory(out) as unfinished:
+        with ThreadPoolExecutor(1) as pool, atomic_directory(out) as unfinished:
+            sums = pool.submit(_verify, [base, *(Path(path) for path, _ in adapters)])
             _copy_files(base, unfinished, None if dtype == "keep" else _TYPES[dtype])
-            return _write_weights(_Reader(folder, block_size), parts, unfinished, dtype)
+            merged = _write_weights(_Reader(folder, block_size), parts, unfinished, dtype)
+            sums.result()
+            return merged
     except OSError as error:
         raise WeightsError(f"{out}: cannot be written: {error}") from error
+
+
+def _verify(folders: Sequence[Path]) -> None:
+    for folder in folders:
+        verify_loaded(folder, remembered=False)
 
 
 def parse_adapter(text: str) -> tuple[Path, float]:

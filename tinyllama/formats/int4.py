@@ -76,11 +76,8 @@ def check_block_size(config: LlamaConfig, block_size: int, stored: Collection[st
 
     Layers of the paths `stored` are not packed in such blocks.
     """
-    inputs = {
-        path.rpartition(".")[2]: shape[1]
-        for path, shape in linear_shapes_by_path(config).items()
-        if path not in stored
-    }
+    shapes = linear_shapes_by_path(config)
+    inputs = {p.rpartition(".")[2]: shape[1] for p, shape in shapes.items() if p not in stored}
     wrong = [f"{name} has {count}" for name, count in inputs.items() if count % block_size]
     if wrong:
         raise ConfigError(

@@ -36,8 +36,8 @@ Rows = Callable[[slice], Array | PackedRows]
 class Int4Linear:
     """y = x W^T, or x W^T + b, with W in 4 or 8 bits and without a gradient of W and b.
 
-    packed, scales and minima (None without them) as ops/int4.py reads them; bias (out_features,)
-    float32. Raises ConfigError if the block size does not divide in_features.
+    packed, scales and minima (None without them) as ops/int4.py reads them; bias: (out_features,)
+    float32 or None. Raises ConfigError if the block size does not divide in_features.
     """
 
     def __init__(
@@ -50,12 +50,10 @@ class Int4Linear:
             )
         self.in_features, self.out_features, self.form = in_features, out_features, form
         width, q = in_features * form.bits // 8, dtypes.uint8 if form.bits == 4 else dtypes.int8
-        groups = in_features // form.block_size
+        groups = (out_features, in_features // form.block_size)
         self.packed = Tensor.empty(out_features, width, dtype=q)
-        self.scales = Tensor.empty(out_features, groups, dtype=dtypes.float16)
-        self.minima = (
-            Tensor.empty(out_features, groups, dtype=dtypes.float16) if form.minima else None
-        )
+        self.scales = Tensor.empty(*groups, dtype=dtypes.float16)
+        self.minima = Tensor.empty(*groups, dtype=dtypes.float16) if form.minima else None
         self.bias = Tensor.empty(out_features) if bias else None
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ from tinygrad.dtype import DType
 
 from tinyllama.ops import forms
 from tinyllama.ops.attention import masked_attention
-from tinyllama.runtime.kernel import TYPE_CODE, Kernel, empty, per_thread, run
+from tinyllama.runtime.c_kernel import Kernel, per_thread, run
+from tinyllama.runtime.kernel import TYPE_CODE, empty
 
 LANES = 16  # of cpu/cache.h: a number of slots is a multiple of this
 
@@ -80,5 +81,5 @@ def _cpu(
     defines |= {"H": H, "ROWS": rows, "WINDOW": window or 0, "SCALE": f"{1 / math.sqrt(D)!r}f"}
     sizes |= {"SCRATCH_FLOATS": rows * S}
     attending = Kernel("cached_attention.c", defines, sizes, ("cache.h",), 2 * T * H * D * S)
-    written = [empty(1, T, H, D, dtype=q.dtype), per_thread(rows * S)]
+    written = [empty(1, T, H, D, dtype=q.dtype, device=q.device), per_thread(rows * S)]
     return run(attending, written, [q, keys, values, position])[0]
