@@ -11,7 +11,7 @@ from typing import Any
 
 from tinygrad import Device
 
-from tinyllama.config import Config
+from tinyllama.config import Config, RopeScaling
 from tinyllama.config.options import got, shown
 from tinyllama.data.files import Source, content_digests, find_sources, read_texts
 from tinyllama.errors import (
@@ -22,7 +22,7 @@ from tinyllama.errors import (
     naming,
     reason,
 )
-from tinyllama.formats.huggingface import open_folder
+from tinyllama.formats.models import open_model
 from tinyllama.system import device
 from tinyllama.system.files import atomic_write, make_folder, read_file
 from tinyllama.tokenizers.sentencepiece import (
@@ -189,7 +189,7 @@ def with_base(config: Config, notice: Callable[[str], None] = lambda line: None)
     if config.model.base is None:
         return config
     with naming("model.base"):
-        folder = open_folder(config.model.base)
+        folder = open_model(config.model.base)
         verify_loaded(folder.path)
     source = str(folder.path / "config.json")
     config = config.with_base(folder.config, source)
@@ -214,7 +214,14 @@ def made_with(config: Config) -> dict[str, Any]:
     options = {k: v for k, v in config.values().items() if not k.startswith(_FREE_OF_NUMBERS)}
     options[_MICRO_BATCH] = config.training.micro_batch
     values = options | {"device": Device.DEFAULT, "threads": device.threads()}
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+    return {k: _as_json(v) for k, v in values.items()}
+
+
+def _as_json(value: Any) -> Any:
+    """The value of an option as the state's JSON gives it back."""
+    if isinstance(value, RopeScaling):
+        return value.stated()
+    return list(value) if isinstance(value, tuple) else value
 
 
 def differences(config: Config, checkpoint: Path) -> str | None:

@@ -26,6 +26,7 @@ from tinyllama.model.counts import parameters
 from tinyllama.model.lora import dropping
 from tinyllama.observe.metrics import MetricsLog
 from tinyllama.observe.progress import Progress
+from tinyllama.runtime import precompile
 from tinyllama.system import lacking
 from tinyllama.system.files import make_folder
 from tinyllama.system.memory import memory_in_use_bytes
@@ -138,6 +139,7 @@ class Trainer:
             Progress(self.step, self.show) as progress,
             self._open_metrics(stopping) as metrics,
         ):
+            precompile.show_waiting(progress.compiling)
             self._validate_first(metrics, progress, stopping)
             while self.step < self.total_steps and not stopping():
                 self._one_step(metrics, progress, begun, stopping)

@@ -10,12 +10,15 @@ import functools
 from tinyllama.errors import DeviceError
 from tinyllama.runtime.patches import (
     bfloat16,
+    cubin,
     free_steps,
     huge_pages,
     kernel_cache,
     kernel_sizes,
     layout,
     native_launch,
+    opencl_graph,
+    parallel_compilers,
     wait_when_lowered,
 )
 from tinyllama.runtime.patches.patch import Patch
@@ -28,6 +31,9 @@ PATCHES: tuple[Patch, ...] = (
     huge_pages.PATCH,
     layout.PATCH,
     native_launch.PATCH,
+    cubin.PATCH,
+    parallel_compilers.PATCH,
+    opencl_graph.PATCH,
     free_steps.PATCH,
     wait_when_lowered.PATCH,
 )
