@@ -112,12 +112,12 @@ def _product(
     """
     compute = _product_cpu if blocks.dialect_of(a.device) is None else _product_gpu
     result = compute(layout, a, weight, dtype, gradient, addend)
-    if gradient is not None or addend is not None:
+    if (gradient is not None and compute is _product_cpu) or addend is not None:
         return result
 
-    def adding(a: Tensor, *others: Tensor) -> Tensor:
+    def adding(a: Tensor, *others: Tensor) -> list[Tensor]:
         *weight, addend = others
-        return _product(layout, a, weight, dtype, addend=addend)
+        return [_product(layout, a, weight, dtype, addend=addend)]
 
     return sums.remember(result, [a, *weight], adding)
 
