@@ -1,4 +1,4 @@
-"""Operations' GPU forms on OpenCL against the portable ones: prints JSON, name -> kernels, wrong results.
+"""Operations' GPU forms on OpenCL against the portable ones: prints JSON, per name what was wrong.
 
 A process of its own: `DEV=CL POCL_MAX_PTHREAD_COUNT=1 python gpu_forms.py`.
 """
