@@ -50,6 +50,7 @@ def into_products(tensors: Sequence[Tensor]) -> list[Tensor]:
     order = sink.toposort()
     readers = Counter(source for uop in order for source in uop.src)
     places: dict[UOp, UOp] = {}
+    again: dict[UOp, UOp] = {}  # what else kernels wrote that were replaced, and its replacement
     for uop in order:
         sources = tuple(places[source] for source in uop.src)
         if sources == uop.src:
@@ -61,23 +62,30 @@ def into_products(tensors: Sequence[Tensor]) -> list[Tensor]:
         else:
             place = uop.replace(src=sources)
         if uop.op is Ops.ADD:
-            place = _apart(_added(uop, place, readers))
+            place = _apart(_added(uop, place, readers, again))
         elif uop.op is Ops.REDUCE:
             place = _reduced_apart(place)
         places[uop] = place
-    return [Tensor(uop) for uop in places[sink].src]
+    return [Tensor(uop) for uop in places[sink].substitute(again).src]
 
 
-def _added(uop: UOp, place: UOp, readers: Counter[UOp]) -> UOp:
-    """The sum `uop`, now `place`, computed by one of its terms if that is a product."""
+def _added(uop: UOp, place: UOp, readers: Counter[UOp], again: dict[UOp, UOp]) -> UOp:
+    """The sum `uop`, now `place`, computed by one of its terms if that is a product.
+
+    Notes in `again` what else the kernel wrote, which the new one writes too.
+    """
     for term, other in ((1, 0), (0, 1)):
         if not _only_summed(uop.src[term], readers):
             continue
         call = _call(kernel.written(Tensor(place.src[term])).uop)
         adding = _adding.get(call.src[0])
         if adding is not None:
-            inputs = [Tensor(source) for source in kernel.buffers_of(call)[1]]
-            return adding(*inputs, Tensor(place.src[other])).reshape(uop.shape).uop
+            outputs, inputs = kernel.buffers_of(call)
+            total = adding(*map(Tensor, inputs), Tensor(place.src[other]))
+            new = _call(kernel.written(total).uop)
+            for old, fresh in zip(outputs[1:], kernel.buffers_of(new)[0][1:], strict=True):
+                again[old.after(call)] = fresh.after(new)
+            return total.reshape(uop.shape).uop
     return place
 
 

@@ -54,6 +54,12 @@ def test_the_form_for_a_gpu_equals_the_portable_one(name: str) -> None:
     assert on_opencl()[name] == {"kernels": FORM_KERNELS[name]}
 
 
+@needs_opencl
+def test_the_residuals_gradient_is_added_by_the_norms_kernel() -> None:
+    """Forward, backward and the sum of its parts; the backward kernel runs once."""
+    assert on_opencl()["with a residual"] == {"sums": 0, "kernels": 3}
+
+
 STEP = """
 import json, sys
 from tinygrad import Tensor, dtypes
