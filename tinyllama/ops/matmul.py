@@ -12,7 +12,7 @@ from tinygrad.dtype import DType
 
 from tinyllama.ops import forms, sums
 from tinyllama.ops.gpu import few_rows
-from tinyllama.ops.gpu.gemm import FLOPS, LAYOUTS, Packed, best_split, default_tile, product
+from tinyllama.ops.gpu.gemm import LAYOUTS, Packed, best_cut, default_tile, product
 from tinyllama.runtime import blocks, c_kernel
 from tinyllama.runtime.blocks import UnsupportedSize
 from tinyllama.runtime.c_kernel import Kernel, per_thread, run
@@ -76,11 +76,13 @@ def gemm(
     """
     compute = _gemm_cpu if blocks.dialect_of(a.device) is None else _gemm_gpu
     result = compute(layout, a, b, dtype, gradient, onto, over, addend)
-    if gradient is not None or onto is not None or over is not None or addend is not None:
+    # On the CPU a product that has a gradient adds nothing: results there stay as they are.
+    final = gradient is not None and compute is _gemm_cpu
+    if final or onto is not None or over is not None or addend is not None:
         return result
 
-    def adding(a: Tensor, b: Tensor, addend: Tensor) -> Tensor:
-        return gemm(layout, a, b, dtype=dtype, addend=addend)
+    def adding(a: Tensor, b: Tensor, addend: Tensor) -> list[Tensor]:
+        return [gemm(layout, a, b, dtype=dtype, addend=addend)]
 
     return sums.remember(result, [a, b], adding)
 
@@ -150,8 +152,8 @@ def gpu_product(
     tile = default_tile(dialect, m, n, type_name)
     split = 1
     if given is None and gradient is None and addend is None:
-        flops = FLOPS[blocks.fragments(dialect, type_name)]
-        split = best_split(m, n, k, tile, blocks.multiprocessors(a.device), flops)
+        multiprocessors = blocks.multiprocessors(a.device)
+        tile, split = best_cut(dialect, m, n, k, type_name, multiprocessors)
     launch = product(
         dialect, LAYOUTS[layout], m, n, k, type_name, blocks.TYPE_NAME[dtype], tile=tile,
         addend=addend is not None, accumulate=accumulate, packed=packed, split=split,

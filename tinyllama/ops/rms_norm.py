@@ -48,19 +48,19 @@ def _gpu(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     forward = gpu.forward(dialect, rows, width, dtype, eps)
     partial_rows = gpu.partial_rows(rows)
 
-    def backward(*inputs: Tensor) -> list[Tensor]:
-        """dx and parts of dw from dy, x, rstd, weight and, if it is given, what dx is added to."""
-        _, x, _, _, *addend = inputs
+    def pull_back(
+        dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, *addend: Tensor
+    ) -> list[Tensor]:
+        """dx [+ addend], and sums of dw."""
         launch = gpu.backward(dialect, rows, width, dtype, addend=bool(addend))
         outputs = [*empty_like(x), empty(partial_rows, width, device=x.device)]
-        return blocks.run(launch, outputs, inputs)
+        return blocks.run(launch, outputs, [dy, x, rstd, weight, *addend])
 
     def gradient(dy: Tensor, call: Call) -> list[Tensor | None]:
         _, rstd = call.outputs
         x, weight = call.inputs
-        inputs = [dy, x, rstd, weight]
-        dx, partial = backward(*inputs)
-        sums.remember(dx, inputs, lambda *given: backward(*given)[0])
+        dx, partial = pull_back(dy, x, rstd, weight)
+        dx = sums.remember(dx, [dy, x, rstd, weight], pull_back)
         column_sum = gpu.column_sum(dialect, partial_rows, width)
         return [dx, blocks.run(column_sum, empty_like(weight), [partial])[0]]
 
