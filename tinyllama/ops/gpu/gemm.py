@@ -27,6 +27,7 @@ LAYOUTS: tuple[Layout, ...] = ("NT", "NN", "TN")
 FLOPS: Mapping[int, float] = {FMA: 5e12, TF32X3: 6e13, MMA16: 3.5e14, SIMDGROUP: 5e12}
 LAUNCH_SECONDS = 2e-6
 SMALLER_TILE = 0.88  # of them, in blocks of 96 x 96: an estimate too
+NEARLY = 1.1  # times the least: of what takes no longer, the fewest parts are taken
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,19 +172,21 @@ def best_cut(
         for cut, share in tiles.items()
         for split in range(1, min(12, -(-K // cut.bk)) + 1)
     ]
-    _, split, best = min(found, key=lambda way: way[:2])
+    least = min(time for time, _, _ in found)
+    nearly = [way for way in found if way[0] <= NEARLY * least]
+    _, split, best = min(nearly, key=lambda way: (way[1], way[0]))
     return best, split
 
 
 def best_split(M: int, N: int, K: int, tile: Tile, multiprocessors: int, flops: float) -> int:
-    """Into how many parts of K to split, so that no multiprocessor idles: 1 to 12.
+    """Into how many parts of K to split, so that few multiprocessors idle: 1 to 12.
 
-    flops: per second that a full device computes.
+    flops: per second that a full device computes. Of what takes nearly the least time, the fewest
+    parts.
     """
-    return min(
-        range(1, min(12, -(-K // tile.bk)) + 1),
-        key=lambda split: seconds(M, N, K, tile, split, multiprocessors, flops),
-    )
+    splits = range(1, min(12, -(-K // tile.bk)) + 1)
+    times = [seconds(M, N, K, tile, split, multiprocessors, flops) for split in splits]
+    return 1 + next(i for i, time in enumerate(times) if time <= NEARLY * min(times))
 
 
 def seconds(
