@@ -320,7 +320,8 @@ class _Reader:
             merged = original if original.flags.writeable else original.copy()
         path = name.removesuffix(".weight")
         for part in parts:
-            merged += part.folder.delta(path, part.weight * part.config.scale(path))
+            with np.errstate(over="ignore", invalid="ignore"):  # refused below
+                merged += part.folder.delta(path, part.weight * part.config.scale(path))
             part.folder.forget(path)
         self._check_finite(name, merged)
         return merged

@@ -284,11 +284,8 @@ class AdapterFolder:
         self.path = Path(folder)
         source = self.path / ADAPTER_CONFIG
         self._entries = read_json(source)
-        dropout = typed(self._entries, _Entries, source).lora_dropout
-        problems = list(unsupported(self._entries))
-        if dropout is not None and not math.isfinite(dropout):
-            problems.append(f"lora_dropout: got {dropout}, must be a finite number")
-        if problems:
+        typed(self._entries, _Entries, source)
+        if problems := list(unsupported(self._entries)):
             raise ConfigError(some_of(problems, source))
         if not os.path.lexists(self.path / ADAPTER_WEIGHTS):
             raise WeightsError(f"{self.path}: holds no {ADAPTER_WEIGHTS}")
@@ -304,7 +301,8 @@ class AdapterFolder:
         text = f"{named}@{revision}" if revision else str(named)
         if named and hub.parse(text):
             return local_path(text)
-        place = f" ({printable((self.path / str(named)).resolve(), 400)})" if named else ""
+        there = os.path.normpath(os.path.abspath(self.path / str(named)))
+        place = f" ({printable(there, 400)})" if named else ""
         raise WeightsError(
             f"{self.path / ADAPTER_CONFIG}: base_model_name_or_path: got "
             f"{printable(repr(named), 400)}{place}, must be the folder of the base model, or its "
@@ -405,7 +403,8 @@ class AdapterFolder:
         """scale B A of a layer, (out, in); of the embedding its transpose, (V, h)."""
         a, b = (self.matrix(path, part) for part in PARTS)
         factor = np.float32(scale)
-        product = (a.T * factor) @ b.T if path == _EMBEDDING_PATH else (b * factor) @ a
+        with np.errstate(over="ignore", invalid="ignore"):  # infinities are the caller's to refuse
+            product = (a.T * factor) @ b.T if path == _EMBEDDING_PATH else (b * factor) @ a
         return product.astype(np.float32, copy=False)
 
     def whole(self, name: str) -> npt.NDArray[np.float32]:
