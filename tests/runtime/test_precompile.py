@@ -43,7 +43,7 @@ print(json.dumps([threads, shown]))
 
 
 def captured(cache: Path, **variables: str) -> tuple[list[str], list[list[int]]]:
-    variables |= {"DEV": "NULL:CUDA:sm_90", "CACHEDB": str(cache)}
+    variables |= {"DEV": "NULL:CUDA:sm_90", "TINYLLAMA_KERNEL_CACHE": str(cache)}
     done = subprocess.run(
         [sys.executable, "-c", CAPTURE],
         capture_output=True,
@@ -56,15 +56,15 @@ def captured(cache: Path, **variables: str) -> tuple[list[str], list[list[int]]]
 
 
 def test_kernels_are_compiled_side_by_side(tmp_path: Path) -> None:
-    threads, shown = captured(tmp_path / "cache.db")
+    threads, shown = captured(tmp_path / "kernels")
     assert len(threads) > 30
     assert all(name.startswith("compiler") for name in threads)
     assert sum(total for done, total in shown if done == 1) == len(threads)
     assert [done for done, total in shown if done == total]
-    again, shown = captured(tmp_path / "cache.db")
+    again, shown = captured(tmp_path / "kernels")
     assert (again, shown) == ([], [])  # everything is in the cache
 
 
 def test_without_the_patch_tinygrad_compiles_the_last_kernels_itself(tmp_path: Path) -> None:
-    threads, _ = captured(tmp_path / "cache.db", TINYLLAMA_PATCHES_OFF="parallel_compilers")
+    threads, _ = captured(tmp_path / "kernels", TINYLLAMA_PATCHES_OFF="parallel_compilers")
     assert "MainThread" in threads

@@ -60,7 +60,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def model_folder(folder: Path) -> Path:
-    """The folder or file of a model: `folder` itself, the final or newest checkpoint of a run's
+    """A model's folder or GGUF file: `folder` itself, the final or newest checkpoint of a run's
     folder, or what a name on the hub stands for.
 
     Raises ConfigError where there is no folder of that name.

@@ -25,6 +25,7 @@ from typing import Any, Literal
 import numpy as np
 
 from tinyllama.errors import WeightsError
+from tinyllama.formats import int4
 from tinyllama.formats.adapted import replaced
 from tinyllama.formats.dtypes import (
     BITS,
@@ -42,9 +43,6 @@ from tinyllama.formats.huggingface import (
     STORED,
     WEIGHTS,
     generation_config,
-)
-from tinyllama.formats.int4 import (
-    Packing as Packed,
 )
 from tinyllama.formats.int4 import (
     Weights,
@@ -158,18 +156,19 @@ def merge(
     _check_whole(parts)
     whole = replaced(folder, ((part.folder, part.config) for part in parts))
     block_size = None if unmerge else _block_size(parts, packing)
-    as_stored: Collection[str] = ()
+    stored: Collection[str] = ()
     if block_size is not None:
         requantize = any(part.config.requantize for part in parts)
-        as_stored = Packed(block_size, requantize).stored(folder)
-        check_block_size(folder.config, block_size, as_stored)
+        stored = int4.Packing(block_size, requantize).stored(folder)
+        check_block_size(folder.config, block_size, stored)
     try:
         remove_partials(out.parent)  # of merges that were killed
         with ThreadPoolExecutor(1) as pool, atomic_directory(out) as unfinished:
             sums = pool.submit(_verify, [base, *(Path(path) for path, _ in adapters)])
             _copy_files(base, unfinished)
             _write_config(whole, unfinished, None if dtype == "keep" else _TYPES[dtype])
-            merged = _write_weights(_Reader(whole, block_size, as_stored), parts, unfinished, dtype)
+            reader = _Reader(whole, block_size, stored)
+            merged = _write_weights(reader, parts, unfinished, dtype)
             sums.result()
             return merged
     except OSError as error:
@@ -293,11 +292,11 @@ class _Reader:
     """Reads the base's tensors; the memory of one is released when the next is read."""
 
     def __init__(
-        self, base: ModelSource, block_size: int | None, as_stored: Collection[str] = ()
+        self, base: ModelSource, block_size: int | None, stored: Collection[str] = ()
     ) -> None:
-        """With a block_size, tensors are as a QLoRA run holds them, and `lost` is noted; layers of
-        the paths `as_stored` it holds in the blocks that a GGUF file has them in."""
-        self.base, self.block_size, self._as_stored = base, block_size, as_stored
+        """With a block_size, tensors are as a QLoRA run holds them, and `lost` is noted; it packs
+        no layer whose path is in `stored`."""
+        self.base, self.block_size, self.stored = base, block_size, stored
         self.lost: list[Lost] = []
         self._held: str | None = None
 
@@ -306,8 +305,9 @@ class _Reader:
         if self._held is not None:
             self.base.forget(self._held)
         self._held = name
+        path = name.removesuffix(".weight")
         packed = self.block_size is not None and len(self.base.shape(name)) == 2
-        packed = packed and name.removesuffix(".weight") not in self._as_stored
+        packed = packed and path not in self.stored
         if not parts and not packed:
             array = self.base.source(name).load()
             self._check_finite(name, array)
@@ -318,7 +318,6 @@ class _Reader:
         else:
             # A view of the file cannot be written to.
             merged = original if original.flags.writeable else original.copy()
-        path = name.removesuffix(".weight")
         for part in parts:
             with np.errstate(over="ignore", invalid="ignore"):  # refused below
                 merged += part.folder.delta(path, part.weight * part.config.scale(path))
