@@ -23,9 +23,10 @@ from tinygrad.dtype import DType
 from tinyllama.config import Config, LlamaConfig, LoraConfig
 from tinyllama.config.options import got, options_of, shown
 from tinyllama.errors import ConfigError
+from tinyllama.formats.adapted import adapted
 from tinyllama.formats.huggingface import llama_shapes
 from tinyllama.formats.int4 import Packing
-from tinyllama.formats.models import ModelSource, open_model
+from tinyllama.formats.models import ModelSource, local_path, open_model
 from tinyllama.formats.packed import random_rows
 from tinyllama.formats.peft import (
     AdapterConfig,
@@ -108,17 +109,20 @@ def load_model(
     An adapter names its base; `base` is another place where that base is. Raises ConfigError and
     WeightsError.
     """
+    folder = local_path(folder)
     if not is_adapter(folder):
         _refuse_base(folder, base)
         return _as_stored(open_model(folder), dtype)
     adapter, opened = open_adapter(folder, base)
+    placed = adapter.config(opened.config)
+    opened = adapted(opened, adapter, placed)
     packing = adapter.packing()
     if packing is None:
         model = _as_stored(opened, dtype)
     else:
         model = _layers(opened.config, dtype, packing, opened)
         int4.read_packed(model, opened)
-    lora.attach(model, adapter.config(model.config), None)
+    lora.attach(model, placed, None)
     lora.read_adapters(model, adapter)
     return model
 
@@ -126,7 +130,7 @@ def load_model(
 def tokenizer_folder(folder: Path, base: str | Path | None = None) -> Path:
     """The folder that holds a model's tokenizer: PEFT's adapters have none of their own."""
     if is_adapter(folder) and not (folder / MODEL_FILE).is_file():
-        return AdapterFolder(folder).base_folder() if base is None else Path(base)
+        return AdapterFolder(folder).base_folder() if base is None else local_path(base)
     return folder
 
 
