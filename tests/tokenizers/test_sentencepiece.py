@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinyllama.errors import TokenizerError
+from tinyllama.tokenizers import cutting
 from tinyllama.tokenizers import sentencepiece as module
 from tinyllama.tokenizers.opening import open_tokenizer
 from tinyllama.tokenizers.sentencepiece import SentencePieceTokenizer as Spm
@@ -90,10 +91,10 @@ def test_a_long_text_gives_the_ids_of_the_uncut_text(llama: Spm, llama_file: Pat
 def test_text_without_line_ends_is_cut_at_the_longest_piece(
     trained: Spm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_LONGEST_CHARS", 100)
+    monkeypatch.setattr(cutting, "LONGEST_CHARS", 100)
     monkeypatch.setattr(trained, "_cut_chars", 50)
     text = "word " * 200
-    assert max(map(len, module._cut(text, 50))) == 100
+    assert max(map(len, cutting.cut(text, 50))) == 100
     assert trained.decode(trained.encode(text)) == text
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from tinyllama.errors import TokenizerError
 from tinyllama.tokenizers.files import JSON_FILE, MODEL_FILE, read_file, read_files
+from tinyllama.tokenizers.huggingface import JsonTokenizer
 from tinyllama.tokenizers.sentencepiece import SentencePieceTokenizer
 from tinyllama.tokenizers.tokenizer import Tokenizer
 
@@ -18,8 +19,11 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
     path = Path(path)
     if path.is_dir():
         return from_files(read_files(path), str(path))
-    name = JSON_FILE if path.suffix == ".json" else MODEL_FILE
-    return from_files({name: read_file(path)}, str(path))
+    if path.suffix == ".json":
+        beside = read_files(path.parent) if path.name == JSON_FILE else {}
+        beside.pop(MODEL_FILE, None)
+        return JsonTokenizer({**beside, JSON_FILE: read_file(path)}, str(path))
+    return SentencePieceTokenizer(read_file(path), str(path))
 
 
 def holds_tokenizer(folder: str | Path) -> bool:
@@ -32,4 +36,6 @@ def from_files(files: Mapping[str, bytes], source: str) -> Tokenizer:
     """The tokenizer that consists of these files, by name. `source` names it in errors."""
     if MODEL_FILE in files:
         return SentencePieceTokenizer(files[MODEL_FILE], source, files)
-    raise TokenizerError(f"{source}: the folder holds no {MODEL_FILE}")
+    if JSON_FILE in files:
+        return JsonTokenizer(files, source)
+    raise TokenizerError(f"{source}: the folder holds neither {MODEL_FILE} nor {JSON_FILE}")

@@ -26,6 +26,7 @@ import sentencepiece
 from tinyllama.errors import TokenizerError
 from tinyllama.system.files import atomic_write
 from tinyllama.tokenizers import special
+from tinyllama.tokenizers.cutting import LINE_END, LONGEST_CHARS, cut, holds
 from tinyllama.tokenizers.files import (
     MODEL_FILE,
     read_settings,
@@ -38,7 +39,6 @@ TRAINING = 1  # version of train_tokenizer: changes when the same texts give a d
 _SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
 # SentencePiece slows down and takes 60 bytes per character on long texts: they are cut.
 _LINES_CHARS = 4096
-_LONGEST_CHARS = 1 << 20
 
 # A sample of this size already fixes the merges; SentencePiece holds several copies of it.
 _TRAIN_CHARS = 32 << 20
@@ -200,13 +200,13 @@ class SentencePieceTokenizer:
         ids: list[int] = []
         is_long = continued or len(text) > self._cut_chars
         joint = self._joint if is_long and self._cuts_lines else None
-        chars = _LONGEST_CHARS if joint is None else self._cut_chars
+        chars = LONGEST_CHARS if joint is None else self._cut_chars
         parts = text.split(_SPACE) if self._space_ids else [text]
         for number, part in enumerate(parts):
             if number:
                 ids += self._space_ids
             before = "\n" if continued and number == 0 else "."[: len(ids)]  # the character
-            for piece in _cut(part, chars, joint):
+            for piece in cut(part, chars, LINE_END if joint is None else joint.pattern):
                 at_line_end = "\n" in (before, piece[:1])
                 own_space = at_line_end and joint is not None and joint.own_space
                 inside = before and not own_space
@@ -255,16 +255,11 @@ class SentencePieceTokenizer:
         named = (piece.strip() for piece in pieces if " " in piece and piece.strip().isalpha())
         words = [*itertools.islice(named, 2), "at", "e"]
         texts = [text.format(*words) for text in _TRIED]
-        holding = (joint for joint in _JOINTS if all(self._holds(joint, text) for text in texts))
-        return next(holding, None)
-
-    def _holds(self, joint: _Joint, text: str) -> bool:
-        """Whether a text has the ids of the whole wherever it is cut at this joint."""
-        first = self._processor
-        follows = first if joint.own_space else self._continuing
-        whole = first.encode(text)
-        cuts = [match.end() for match in joint.pattern.finditer(text)]
-        return all(first.encode(text[:at]) + follows.encode(text[at:]) == whole for at in cuts)
+        for joint in _JOINTS:
+            follows = self._processor if joint.own_space else self._continuing
+            if holds(joint.pattern, texts, self._processor.encode, follows.encode):
+                return joint
+        return None
 
     @cached_property
     def _continuing(self) -> sentencepiece.SentencePieceProcessor:
@@ -359,23 +354,6 @@ def _load_processor(model: bytes, source: str) -> sentencepiece.SentencePiecePro
     return processor
 
 
-def _cut(text: str, chars: int, joint: _Joint | None = None) -> Iterator[str]:
-    """`text` in pieces of about `chars`, cut at a joint (by default after line ends), or anywhere
-    past _LONGEST_CHARS."""
-    pattern = (joint or _JOINTS[0]).pattern
-    start = 0
-    while len(text) - start > chars:
-        limit = start + _LONGEST_CHARS
-        match = pattern.search(text, start + chars - 1, limit)
-        if match is None and limit >= len(text):
-            break
-        end = limit if match is None else match.end()
-        yield text[start:end]
-        start = end
-    if start < len(text):
-        yield text[start:]
-
-
 def _sample(texts: Iterable[str]) -> list[str]:
     """Blocks of the texts, evenly spread over them, of at most _TRAIN_CHARS together.
 
@@ -384,7 +362,7 @@ def _sample(texts: Iterable[str]) -> list[str]:
     """
     kept: list[tuple[int, str]] = []
     limit, size = 1 << 64, 0
-    blocks = (block for text in texts for block in _cut(text, _BLOCK_CHARS))
+    blocks = (block for text in texts for block in cut(text, _BLOCK_CHARS))
     for number, block in enumerate(blocks):
         rank = number * _GOLDEN % (1 << 64)
         if rank < limit:
