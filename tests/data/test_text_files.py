@@ -207,7 +207,7 @@ def test_a_long_text_is_cut_without_loss_and_stays_one_document(
     ids = np.concatenate([part.tokens for part in parts]).tolist()
     assert ids[0] == tokenizer.bos_id and ids.index(tokenizer.eos_id) == len(ids) - 1
     assert tokenizer.decode(ids) == text
-    assert sum(part.n_documents for part in parts) == 1
+    assert sum(len(part.starts) for part in parts) == 1
     assert sum(part.text_bytes for part in parts) == path.stat().st_size
 
 

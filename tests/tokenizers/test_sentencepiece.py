@@ -232,14 +232,14 @@ def test_loading_says_what_is_wrong(tmp_path: Path) -> None:
     cases = {
         tmp_path / "none.model": "none.model: no such file",
         junk: "junk.model: not a SentencePiece model (11 bytes)",
-        folder: "folder: the folder holds no tokenizer.model",
+        folder: "folder: the folder holds neither tokenizer.model nor tokenizer.json",
     }
     for path, message in cases.items():
         with pytest.raises(TokenizerError) as error:
             open_tokenizer(path)
         assert str(error.value).endswith(message)
     (folder / "tokenizer.json").write_text("{}")
-    with pytest.raises(TokenizerError, match=r"its tokenizer\.json is of another kind"):
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json: holds no model with a vocabulary"):
         open_tokenizer(folder)
 
 

@@ -1,8 +1,8 @@
 """Long texts in parts, cut where that changes no id.
 
-The libraries slow down on long texts, or take a hundred bytes per character. Where a text may be cut
-depends on the vocabulary and on what is done to a text before it: a tokenizer proposes joints, and
-takes the first at which cut texts have the ids of whole ones.
+The libraries slow down on long texts, or take a hundred bytes per character. Where a text may be
+cut depends on the vocabulary and on what is done to a text before it: a tokenizer proposes joints,
+and takes the first at which cut texts have the ids of whole ones.
 """
 
 import re
@@ -31,8 +31,8 @@ def cut(text: str, chars: int, joint: re.Pattern[str] = LINE_END) -> Iterator[st
 
 
 def holds(joint: re.Pattern[str], texts: Iterable[str], first: Encode, follows: Encode) -> bool:
-    """Whether texts have the ids of the whole wherever they are cut at this joint. `follows` encodes
-    a text that comes after another."""
+    """Whether texts have the ids of the whole wherever they are cut at this joint. `follows`
+    encodes a text that comes after another."""
     return all(_same(joint, text, first, follows) for text in texts)
 
 

@@ -15,7 +15,7 @@ import json
 import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import astuple
+from dataclasses import asdict, astuple
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 _SPACE = "\u2581"
 _CUT_CHARS = 1 << 16
+_NO_TEXT = "\ufdd0\ufdd1\ufdd2"  # not characters: before a piece that no text shall give
 _BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")
 # Behind a word and before the space of the next; behind a line end between two words. Runs of
 # spaces and of line ends are not cut: a pre-tokenizer may look ahead in them.
@@ -62,12 +63,13 @@ class JsonTokenizer:
         named = _named(self.settings.special, vocabulary, added)
         self._added = {**named, **added}
         self._in_json = {token.get("id") for token in values.get("added_tokens") or []}
-        values["added_tokens"] = [_entry(token) for _, token in sorted(self._added.items())]
+        values["added_tokens"] = [asdict(token) for _, token in sorted(self._added.items())]
         self._values, self._lock = values, threading.Lock()
         self._library = _build(values, source)
+        self._libraries = {(False, True): (values, self._library)}  # by (continued, special)
         _check_ids(self._library, self._added.values(), source)
-        self._pieces = special.extended(_by_id(vocabulary), self._added)
-        self.vocab_size = len(self._pieces)
+        self.pieces = special.extended(_by_id(vocabulary), self._added)
+        self.vocab_size = len(self.pieces)
         self.special_tokens: Mapping[str, int] = {
             token.content: number for number, token in self._added.items() if token.special
         }
@@ -127,7 +129,7 @@ class JsonTokenizer:
     @cached_property
     def vocabulary_digest(self) -> str:
         """Hex SHA-256 of the pieces in the order of their ids: what embeddings belong to."""
-        return hashlib.sha256(json.dumps(self._pieces).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self.pieces).encode()).hexdigest()
 
     @cached_property
     def files(self) -> Mapping[str, bytes]:
@@ -135,7 +137,7 @@ class JsonTokenizer:
         if CONFIG_FILE in self.sources:
             return self.sources
         named = {"bos": self.bos_id, "eos": self.eos_id}
-        tokens = {f"{r}_token": self._pieces[n] for r, n in named.items() if n is not None}
+        tokens = {f"{r}_token": self.pieces[n] for r, n in named.items() if n is not None}
         config = {"tokenizer_class": "PreTrainedTokenizerFast", **tokens}
         return {**self.sources, CONFIG_FILE: to_json(config)}
 
@@ -156,11 +158,23 @@ class JsonTokenizer:
         return ids
 
     def _ids(self, text: str, continued: bool, special: bool) -> list[int]:
-        library = self._continuing if continued else self._library
+        library = self._library_for(continued, special)
         with self._lock:  # the flag is the library's own state
             library.encode_special_tokens = not special
             ids: list[int] = library.encode(text, add_special_tokens=False).ids
         return ids
+
+    def _library_for(self, continued: bool, special: bool) -> "tokenizers.Tokenizer":
+        """Built when first used; the same object where nothing differs."""
+        key = continued, special
+        if key not in self._libraries:
+            values = _without_space(self._values) if continued else self._values
+            values = values if special else _without_special(values)
+            same = (k for k, (made_of, _) in self._libraries.items() if made_of == values)
+            found = next(same, None)
+            library = _build(values, "tokenizer") if found is None else self._libraries[found][1]
+            self._libraries[key] = values, library
+        return self._libraries[key][1]
 
     def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
         """Text of `ids`; special tokens give none, or their own text with `special`; bytes that are
@@ -172,14 +186,8 @@ class JsonTokenizer:
         """A decoder for ids that arrive one at a time. `continued`: they follow other text, so a
         space before the first word is kept."""
         surfaces = self._surfaces_with_special if special else self._surfaces
-        adds_space = not self._is_byte_level and self._continuing is not self._library
+        adds_space = not self._is_byte_level and _without_space(self._values) != self._values
         return StreamDecoder(surfaces, strip=adds_space and not continued)
-
-    @cached_property
-    def _continuing(self) -> "tokenizers.Tokenizer":
-        """The same without the space that some put before a text."""
-        without = _without_space(self._values)
-        return self._library if without == self._values else _build(without, "tokenizer")
 
     @cached_property
     def _joint(self) -> re.Pattern[str] | None:
@@ -219,7 +227,7 @@ class JsonTokenizer:
     @cached_property
     def _surfaces_with_special(self) -> Sequence[str | bytes]:
         of_piece = _bytes_of if self._is_byte_level else _text_of
-        surfaces = [of_piece(piece) for piece in self._pieces]
+        surfaces = [of_piece(piece) for piece in self.pieces]
         for number, token in self._added.items():
             surfaces[number] = token.content.encode()
         return surfaces
@@ -276,19 +284,6 @@ def _named(
     return {n: SpecialToken(text, n) for n, text in found if n is not None and n not in added}
 
 
-def _entry(token: SpecialToken) -> dict[str, Any]:
-    """A token as tokenizer.json has it."""
-    return {
-        "id": token.id,
-        "content": token.content,
-        "single_word": token.single_word,
-        "lstrip": token.lstrip,
-        "rstrip": token.rstrip,
-        "normalized": token.normalized,
-        "special": token.special,
-    }
-
-
 def _build(values: Mapping[str, Any], source: str) -> "tokenizers.Tokenizer":
     """The library's object. Raises TokenizerError with its reason."""
     import tokenizers
@@ -338,6 +333,21 @@ def _without_space(values: Mapping[str, Any]) -> dict[str, Any]:
         if part.get("type") == "Metaspace":
             part["prepend_scheme"] = "never"
     return values
+
+
+def _without_special(values: dict[str, Any]) -> dict[str, Any]:
+    """The file without special tokens, where the model would take them for pieces of a text: the
+    most probable pieces of a text that holds "<s>" would be that token."""
+    if values["model"].get("type") != "Unigram":
+        return values  # byte pairs never make one
+    special = {token["content"] for token in values["added_tokens"] if token["special"]}
+    vocab = [
+        [_NO_TEXT + piece if piece in special else piece, score]
+        for piece, score, *_ in values["model"]["vocab"]
+    ]
+    added = [token for token in values["added_tokens"] if not token["special"]]
+    model = {**values["model"], "vocab": vocab}
+    return {**values, "model": model, "added_tokens": added, "post_processor": None}
 
 
 def _byte_characters() -> dict[str, int]:

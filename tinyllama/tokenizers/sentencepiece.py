@@ -28,10 +28,21 @@ from tinyllama.system.files import atomic_write
 from tinyllama.tokenizers import special
 from tinyllama.tokenizers.cutting import LINE_END, LONGEST_CHARS, cut, holds
 from tinyllama.tokenizers.files import (
+    CONFIG_FILE,
+    JSON_FILE,
     MODEL_FILE,
+    parse,
     read_settings,
+    to_compact_json,
+    to_json,
 )
-from tinyllama.tokenizers.sentencepiece_model import USER_DEFINED, read_model, with_space
+from tinyllama.tokenizers.sentencepiece_json import can_be_written, tokenizer_json
+from tinyllama.tokenizers.sentencepiece_model import (
+    USER_DEFINED,
+    Model,
+    read_model,
+    with_space,
+)
 from tinyllama.tokenizers.tokenizer import SpecialToken, StreamDecoder, check_encodable
 
 TRAINING = 1  # version of train_tokenizer: changes when the same texts give a different model
@@ -65,6 +76,7 @@ _TRIED = (
     "{1}\r\n{0}\r\n\r\n{0}",
     "\n\n{0}",
     "  {1}\n",
+    "{0}\ue000\n\ue000{1}",  # unknown characters side by side are one piece
 )
 
 
@@ -88,8 +100,8 @@ class SentencePieceTokenizer:
         added = special.check(self.settings.added, self._size, source)
         self._controls = [n for n in range(self._size) if own.is_control(n) or own.is_unknown(n)]
         self._beyond = self._not_the_models(added, pieces)
-        self._pieces = special.extended(pieces, added)
-        self.vocab_size = len(self._pieces)
+        self.pieces = special.extended(pieces, added)
+        self.vocab_size = len(self.pieces)
         self._special = {
             **{n: SpecialToken(pieces[n], n) for n in self._controls},
             **{n: token for n, token in added.items() if token.special},
@@ -109,14 +121,17 @@ class SentencePieceTokenizer:
         own = set(self._controls)
         beyond = {n: t for n, t in added.items() if n not in own or pieces[n] != t.content}
         if any(n < self._size for n in beyond):
-            kinds = [piece.kind for piece in read_model(self.model).pieces]
-            known = {n for n in beyond if n < self._size and kinds[n] == USER_DEFINED}
+            known = self._numbers_of_kind(read_model(self.model), USER_DEFINED)
             beyond = {n: t for n, t in beyond.items() if n not in known or pieces[n] != t.content}
         return beyond
 
+    @staticmethod
+    def _numbers_of_kind(model: Model, kind: int) -> set[int]:
+        return {number for number, piece in enumerate(model.pieces) if piece.kind == kind}
+
     def _set_ends(self, source: str) -> None:
         """Begin and end of a text: by the names in the files, else the model's own."""
-        numbers = {piece: number for number, piece in reversed([*enumerate(self._pieces)])}
+        numbers = {piece: number for number, piece in reversed([*enumerate(self.pieces)])}
         own = self._processor.bos_id(), self._processor.eos_id()
         bos, eos = (
             numbers.get(self.settings.roles.get(role, ""), number)
@@ -172,12 +187,43 @@ class SentencePieceTokenizer:
     @cached_property
     def vocabulary_digest(self) -> str:
         """Hex SHA-256 of the pieces in the order of their ids: what embeddings belong to."""
-        return hashlib.sha256(json.dumps(self._pieces).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self.pieces).encode()).hexdigest()
 
     @cached_property
     def files(self) -> Mapping[str, bytes]:
-        """The files beside the model and the model, byte for byte."""
-        return self.sources
+        """The files it was made from, and those that transformers needs to open them without
+        SentencePiece: a tokenizer.json and a tokenizer_config.json that leaves it as it is."""
+        model = read_model(self.model)
+        if JSON_FILE in self.sources or not can_be_written(model):
+            return self.sources
+        ends = (self.eos_id,) if self.settings.adds_eos else ()
+        made = tokenizer_json(
+            model,
+            self.pieces,
+            {**self._special, **self._beyond},
+            begin=self.begin,
+            end=ends,
+            adds_space=self._has_dummy_prefix,
+            always=self._prefix_always,
+        )
+        return {
+            **self.sources,
+            JSON_FILE: to_compact_json(made),
+            CONFIG_FILE: to_json(self._config()),
+        }
+
+    def _config(self) -> dict[str, object]:
+        """The tokenizer_config.json it came with, or a new one, for a tokenizer.json that is
+        complete: transformers' own class for LLaMA would replace parts of it."""
+        ids = {"bos": self.bos_id, "eos": self.eos_id, "unk": self._processor.unk_id()}
+        ids["pad"] = self._processor.pad_id()
+        config = parse(self.sources, CONFIG_FILE, CONFIG_FILE)
+        for role, number in ids.items():
+            text = self.settings.roles.get(role)
+            if number is not None and number >= 0 and text not in self.special_tokens:
+                config[f"{role}_token"] = self.pieces[number]
+        said = {"add_bos_token": bool(self.begin), "clean_up_tokenization_spaces": False}
+        return said | config | {"tokenizer_class": "PreTrainedTokenizerFast"}
 
     def encode(self, text: str, *, continued: bool = False, special: bool = False) -> list[int]:
         """Ids of `text`, without begin and end. `continued`: other text comes before this one,
@@ -236,11 +282,15 @@ class SentencePieceTokenizer:
         """The tokens that are found in a text with special tokens."""
         return special.Finder([*self._beyond.values(), *self._special.values()])
 
-    @property
+    @cached_property
     def _prefix_always(self) -> bool:
         """Whether each text between special tokens begins with a space, as in transformers' first
-        versions ("legacy"), or only a text that none precedes."""
-        return self.settings.legacy is True
+        versions ("legacy"), or only a text that none precedes. Where nothing says so, it does if
+        characters may be removed at its begin: tokenizer.json could not tell that begin."""
+        if self.settings.legacy is not None:
+            return self.settings.legacy
+        model = read_model(self.model)
+        return model.merges_spaces or bool(model.character_map)
 
     @cached_property
     def ids_version(self) -> int:
@@ -287,7 +337,7 @@ class SentencePieceTokenizer:
                 surfaces[piece] = ""
         unknown = self._processor.unk_id()  # as bytes: its space is not a word's, never stripped
         surfaces[unknown] = self._processor.decode([unknown]).encode()
-        surfaces += self._pieces[self._size :]
+        surfaces += self.pieces[self._size :]
         for token in self._beyond.values():  # as bytes, so that no space of theirs is stripped
             surfaces[token.id] = "" if token.special else token.content.encode()
         return surfaces
