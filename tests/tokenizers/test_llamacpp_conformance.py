@@ -78,8 +78,7 @@ TEXTS = [line for line in lines() if "\0" not in line and "\u2581" not in line]
 @pytest.mark.parametrize("rule", RULES)
 def test_ids_of_every_rule_are_llamas(rule, tmp_path):
     path = of_bytes(tmp_path / "a.gguf", rule)
-    texts = [text for text in TEXTS if open_tokenizer(path).decode(open_tokenizer(path).encode(text)) == text][:0] or TEXTS
-    assert differing(path, texts) == []
+    assert differing(path, TEXTS) == []
 
 
 def test_smollm2_has_llamas_ids():
