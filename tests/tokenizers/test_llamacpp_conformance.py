@@ -7,13 +7,12 @@ import pytest
 from texts_helpers import lines
 from tokenizers_helpers import byte_level, mistrals, smollm2, spm
 
-llama_cpp = pytest.importorskip("llama_cpp")
-gguf = pytest.importorskip("gguf")
-
 from tinyllama.tokenizers.gguf import RULES
 from tinyllama.tokenizers.opening import open_tokenizer
 from tinyllama.tokenizers.sentencepiece_model import read_model
 
+llama_cpp = pytest.importorskip("llama_cpp")
+gguf = pytest.importorskip("gguf")
 pytestmark = pytest.mark.filterwarnings("default")
 TURN = "<|im_start|>user\nhello there<|im_end|>\n<s>[INST] a [/INST]</s> b"
 

@@ -16,6 +16,7 @@ import math
 import os
 import shutil
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,7 +38,6 @@ from tinyllama.formats.huggingface import (
     INDEX,
     STORED,
     WEIGHTS,
-    read_json,
 )
 from tinyllama.formats.int4 import (
     Weights,
@@ -48,9 +48,11 @@ from tinyllama.formats.int4 import (
 from tinyllama.formats.models import ModelSource, open_model
 from tinyllama.formats.peft import PARTS, AdapterConfig, AdapterFolder
 from tinyllama.formats.safetensors import LazyArray, write_safetensors
+from tinyllama.formats.untrusted import read_json
 from tinyllama.system.files import atomic_directory, remove_partials
 from tinyllama.tokenizers.opening import holds_tokenizer, open_tokenizer
 from tinyllama.tokenizers.tokenizer import write_files
+from tinyllama.train.manifest import verify_loaded
 
 Stored = Literal["keep", "fp32", "bf16", "fp16"]
 AS_TRAINED: Literal["as trained"] = "as trained"
@@ -133,8 +135,9 @@ def merge(
     `packing` is the block size with which the base is packed into 4 bits first: the one that the
     adapters were trained on, a number, or None for the base as it is.
     `unmerge` subtracts adapters from a base that they were merged into; nothing is packed, and only
-    shapes can show whether it is the right base. Raises ConfigError and WeightsError, and then
-    leaves no `out`.
+    shapes can show whether it is the right base. Checkpoints of ours are always read in full and
+    compared with their sums. Raises ConfigError, WeightsError and CheckpointError, and then leaves
+    no `out`.
     """
     base, out = Path(base), Path(out)
     _refuse_place(base, out)
@@ -147,11 +150,19 @@ def merge(
         check_block_size(folder.config, block_size)
     try:
         remove_partials(out.parent)  # of merges that were killed
-        with atomic_directory(out) as unfinished:
+        with ThreadPoolExecutor(1) as pool, atomic_directory(out) as unfinished:
+            sums = pool.submit(_verify, [base, *(Path(path) for path, _ in adapters)])
             _copy_files(base, unfinished, None if dtype == "keep" else _TYPES[dtype])
-            return _write_weights(_Reader(folder, block_size), parts, unfinished, dtype)
+            merged = _write_weights(_Reader(folder, block_size), parts, unfinished, dtype)
+            sums.result()
+            return merged
     except OSError as error:
         raise WeightsError(f"{out}: cannot be written: {error}") from error
+
+
+def _verify(folders: Sequence[Path]) -> None:
+    for folder in folders:
+        verify_loaded(folder, remembered=False)
 
 
 def parse_adapter(text: str) -> tuple[Path, float]:

@@ -4,23 +4,24 @@
     W[o, i] = q[o, i] scale[o, i // block_size] + minimum[o, i // block_size]    q unsigned
 
 q of 8 bits are int8. Of 4 bits, two share a byte of uint8, the one with the even i in the low half.
-Scales and minima are float16. The CPU kernel widens W when it packs a panel of it (`cpu/int4.h`);
-the portable form widens W into a buffer of one layer.
+Scales and minima are float16. The CPU kernel widens W when it packs a panel of it (`cpu/int4.h`),
+the GPU's when it loads a tile (`gpu/gemm.c`); the portable form widens W into a buffer of one
+layer.
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 from tinygrad import Tensor, dtypes
 from tinygrad.dtype import DType
 
 from tinyllama.ops import forms, sums
-from tinyllama.ops.matmul import (
-    NN,
-    NT,
-    gemm_headers,
-    gemm_macros,
-)
-from tinyllama.runtime.kernel import Call, Gradient, Kernel, empty, per_thread, run
+from tinyllama.ops.gpu.gemm import Packed
+from tinyllama.ops.matmul import NN, NT, gemm, gemm_headers, gemm_macros, gpu_product
+from tinyllama.runtime import blocks
+from tinyllama.runtime.blocks import UnsupportedSize
+from tinyllama.runtime.c_kernel import Kernel, per_thread, run
+from tinyllama.runtime.kernel import Call, Gradient, empty
 
 
 def int4_linear(x: Tensor, packed: Tensor, scales: Tensor, minima: Tensor | None = None) -> Tensor:
@@ -28,7 +29,8 @@ def int4_linear(x: Tensor, packed: Tensor, scales: Tensor, minima: Tensor | None
 
     packed (out, in / 2) uint8 or (out, in) int8; scales and minima (out, in / block) float16.
     """
-    return forms.choose(x, scales, portable=_portable, cpu=_cpu)(x, packed, scales, minima)
+    form = forms.choose(x, scales, portable=_portable, cpu=_kernel, gpu=_kernel)
+    return form(x, packed, scales, minima)
 
 
 def _portable(x: Tensor, packed: Tensor, scales: Tensor, minima: Tensor | None) -> Tensor:
@@ -51,7 +53,7 @@ def dequantize(packed: Tensor, scales: Tensor, minima: Tensor | None = None) -> 
     return values.reshape(rows, -1)
 
 
-def _cpu(x: Tensor, packed: Tensor, scales: Tensor, minima: Tensor | None) -> Tensor:
+def _kernel(x: Tensor, packed: Tensor, scales: Tensor, minima: Tensor | None) -> Tensor:
     def gradient(dy: Tensor, call: Call) -> list[Tensor | None]:
         x, *weight = call.inputs
         return [_product(NN, dy, weight, x.dtype), *[None for _ in weight]]
@@ -74,20 +76,8 @@ def _product(
 
     weight: packed, scales and, where there are some, minima.
     """
-    packed, scales = weight[:2]
-    bits = 4 if packed.dtype == dtypes.uint8 else 8
-    rows, columns = packed.shape[0], packed.shape[1] * 8 // bits  # of W
-    m, k = a.shape
-    n = rows if layout == NT else columns
-    defines, sizes = gemm_macros(layout, m, n, k, a.dtype, dtypes.float32, dtype)
-    defines |= {"BLOCK": columns // scales.shape[1], "BITS": bits, "MINIMA": len(weight) - 2}
-    if addend is not None:
-        defines["ADDEND"] = 1
-    headers = gemm_headers(defines, "int4.h")
-    product = Kernel("gemm.c", defines, sizes, headers, flops=2 * m * n * k)
-    written = [empty(m, n, dtype=dtype), per_thread(sizes["SCRATCH_FLOATS"])]
-    inputs = [a, *weight] if addend is None else [a, *weight, addend]
-    result = run(product, written, inputs, gradient)[0]
+    compute = _product_cpu if blocks.dialect_of(a.device) is None else _product_gpu
+    result = compute(layout, a, weight, dtype, gradient, addend)
     if gradient is not None or addend is not None:
         return result
 
@@ -96,3 +86,55 @@ def _product(
         return _product(layout, a, weight, dtype, addend=addend)
 
     return sums.remember(result, [a, *weight], adding)
+
+
+def _sizes(packed: Tensor) -> tuple[Literal[4, 8], int, int]:
+    """Bits, and the rows and columns of W."""
+    bits: Literal[4, 8] = 4 if packed.dtype == dtypes.uint8 else 8
+    return bits, packed.shape[0], packed.shape[1] * 8 // bits
+
+
+def _product_gpu(
+    layout: int,
+    a: Tensor,
+    weight: Sequence[Tensor],
+    dtype: DType,
+    gradient: Gradient | None,
+    addend: Tensor | None,
+) -> Tensor:
+    bits, rows, columns = _sizes(weight[0])
+    form = Packed(bits, columns // weight[1].shape[1], minimum=len(weight) > 2)
+    n = rows if layout == NT else columns
+    try:
+        return gpu_product(
+            layout, a, [*weight], (a.shape[0], n, a.shape[1]), dtype,
+            packed=form, gradient=gradient, addend=addend,
+        )  # fmt: skip
+    except UnsupportedSize:
+        if gradient is not None:
+            raise
+    widened = dequantize(*weight).cast(a.dtype).contiguous()
+    return gemm(layout, a, widened, dtype=dtype, addend=addend)
+
+
+def _product_cpu(
+    layout: int,
+    a: Tensor,
+    weight: Sequence[Tensor],
+    dtype: DType,
+    gradient: Gradient | None,
+    addend: Tensor | None,
+) -> Tensor:
+    packed, scales = weight[:2]
+    bits, rows, columns = _sizes(packed)
+    m, k = a.shape
+    n = rows if layout == NT else columns
+    defines, sizes = gemm_macros(layout, m, n, k, a.dtype, dtypes.float32, dtype)
+    defines |= {"BLOCK": columns // scales.shape[1], "BITS": bits, "MINIMA": len(weight) - 2}
+    if addend is not None:
+        defines["ADDEND"] = 1
+    headers = gemm_headers(defines, "int4.h")
+    product = Kernel("gemm.c", defines, sizes, headers, flops=2 * m * n * k)
+    written = [empty(m, n, dtype=dtype, device=a.device), per_thread(sizes["SCRATCH_FLOATS"])]
+    inputs = [a, *weight] if addend is None else [a, *weight, addend]
+    return run(product, written, inputs, gradient)[0]
