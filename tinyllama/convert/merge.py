@@ -318,8 +318,7 @@ def _copy_files(source: ModelSource, out: Path, dtype: str | None) -> None:
     base = source.path
     if base.is_file():
         _describe(source, out, dtype or "float32")
-        return
-    for path in sorted(base.iterdir()):
+    for path in () if base.is_file() else sorted(base.iterdir()):
         copied = path.suffix in _COPIED or path.name.startswith(("LICENSE", "NOTICE"))
         if path.is_file() and copied and path.name not in _LEFT:
             shutil.copyfile(path, out / path.name)
