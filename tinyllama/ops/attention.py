@@ -78,10 +78,9 @@ def _cpu(q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> Tensor:
 
 def _gpu(q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> Tensor:
     B, T, H, D = q.shape
-    dialect = blocks.dialect_of(q.device)
-    assert dialect is not None
+    (dialect, dtype), limits = blocks.language(q), blocks.limits_of(q.device)
     forward, gradient_q, gradient_kv = (
-        gpu_attention(dialect, which, B, T, H, k.shape[2], D, blocks.TYPE_NAME[q.dtype])
+        gpu_attention(dialect, which, B, T, H, k.shape[2], D, dtype, limits=limits)
         for which in PASSES
     )
 
