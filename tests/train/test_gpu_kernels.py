@@ -35,9 +35,6 @@ ODD = (
     "model.hidden_size=54", "model.num_heads=3", "model.num_kv_heads=3", "model.num_layers=1",
     "model.intermediate_size=91",
 )  # fmt: skip
-# What the gradient's norm may differ by. The adapters' norm of a few batches grows eightfold within
-# a step; there the portable form on OpenCL differs from the processor by 1.5e-3 too.
-NORM = {"full": 1e-3, "lora": 1e-3, "qlora": 5e-3, "odd": 1e-3}
 CASES = {"full": (), "lora": LORA, "qlora": (*LORA, "qlora.block_size=32"), "odd": ODD}
 
 
@@ -76,7 +73,9 @@ def test_twenty_steps_have_the_same_losses_as_on_the_processor(gpu, case):
     assert len(there) == len(here) == STEPS
     for step in here:
         assert there[step]["loss"] == pytest.approx(here[step]["loss"], rel=0, abs=1e-4)
-        assert there[step]["grad_norm"] == pytest.approx(here[step]["grad_norm"], rel=NORM[case])
+        # AdamW takes steps of one size for gradients of any: an adapter's first ones are near zero.
+        assert there[step]["grad_norm"] == pytest.approx(here[step]["grad_norm"], rel=5e-3)
+    assert there[1]["grad_norm"] == pytest.approx(here[1]["grad_norm"], rel=1e-5)
     first, last = (np.mean([here[s]["loss"] for s in steps]) for steps in ((1, 2), (19, 20)))
     assert last < first  # it trains
 

@@ -77,9 +77,10 @@ def _cpu(q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> Tensor:
 
 def _gpu(q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> Tensor:
     B, T, H, D = q.shape
-    dialect, dtype = blocks.language(q)
+    (dialect, dtype), limits = blocks.language(q), blocks.limits_of(q.device)
     forward, gradient_q, gradient_kv = (
-        gpu.attention(dialect, which, B, T, H, k.shape[2], D, dtype) for which in gpu.PASSES
+        gpu.attention(dialect, which, B, T, H, k.shape[2], D, dtype, limits=limits)
+        for which in gpu.PASSES
     )
     gradient_delta = gpu.delta(dialect, B, T, H, D, dtype)
 
