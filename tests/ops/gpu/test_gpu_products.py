@@ -22,7 +22,7 @@ KERNELS = {
     "linear, float32, odd": 0,
     "4 bits, groups of 32": 2,
     "4 bits, groups of 16": 0,
-    "attention, bfloat16, D 32": 3,
+    "attention, bfloat16, D 32": 4,
     "attention, float32, D 24": 0,
 }
 

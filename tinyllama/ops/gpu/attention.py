@@ -3,7 +3,7 @@
 forward      out, lse, q, k, v, starts
 gradient_q   dq, q, k, v, dout, lse, delta, starts
 gradient_kv  dk, dv, q, k, v, dout, lse, delta, starts
-with delta = (dout * out).sum(-1) as (B, H, T) float32
+with delta = (dout * out).sum(-1) as (B, H, T) float32, see delta.c
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Literal
 
+from tinyllama.ops.gpu import rows
 from tinyllama.runtime import blocks
 from tinyllama.runtime.blocks import (
     FMA,
@@ -110,6 +111,17 @@ def attention(
 
 # Cuts in the order in which they are tried: (own_rows, tile, buffers).
 CUTS = ((64, 64, 2), (64, 32, 2), (64, 32, 1), (32, 32, 1), (32, 16, 1), (16, 16, 1))
+
+
+def delta(dialect: Dialect, B: int, T: int, H: int, D: int, dtype: DType) -> Launch:
+    """delta (B, H, T) float32 from dout and out (B, T, H, D), see delta.c."""
+    vec = rows.vector(itemsize(dtype), D)
+    per_block = rows.THREADS // (D // vec)
+    return rows.launch(
+        "delta", dialect, {"B": B, "T": T, "H": H, "D": D}, vec=vec,
+        grid=(-(-B * T * H // per_block), 1), dtype=dtype, threads=rows.THREADS,
+        arguments=("delta", "dout", "out"), flops=2 * B * T * H * D, shared=rows.THREADS,
+    )  # fmt: skip
 
 
 def default_cut(dialect: Dialect, which: Pass, D: int, dtype: DType, limits: Limits) -> Cut:
