@@ -9,12 +9,14 @@ Training, the memory estimate, the benchmark and loading differ only in where th
 from, so they call the functions below and nothing assembles a model by hand.
 """
 
+import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from tinygrad import Tensor, dtypes
 from tinygrad.dtype import DType
 
@@ -26,6 +28,7 @@ from tinyllama.formats.adapted import adapted
 from tinyllama.formats.huggingface import llama_shapes
 from tinyllama.formats.int4 import Packing
 from tinyllama.formats.models import ModelSource, local_path, open_model
+from tinyllama.formats.packed import random_rows
 from tinyllama.formats.peft import (
     AdapterConfig,
     AdapterFolder,
@@ -198,9 +201,13 @@ def _read(model: Llama, folder: ModelSource, packing: Packing | None) -> None:
 
 def _fill_packed_at_random(model: Llama, seed: int) -> None:
     sizes, shapes = model.config, llama_shapes(model.config)
+    packed = int4.packed_layers(model)
     with ThreadPoolExecutor(device.threads()) as pool:
 
         def read(name: str) -> int4.Rows:
+            if name in packed and not packed[name].form.is_ours:
+                rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+                return random_rows(packed[name].form, shapes[name], rng).part
             values = first_values(name, shapes[name], sizes.num_layers, seed, pool)
             return values.__getitem__
 
