@@ -50,12 +50,12 @@ _SCALARS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4"
 _SCALARS |= {10: "<u8", 11: "<i8", 12: "<f8"}
 _STRING, _ARRAY = 8, 9
 
-_TOP_NAMES = {
+TOP_NAMES = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
     "output": "lm_head",
 }
-_LAYER_NAMES = {
+LAYER_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -406,12 +406,12 @@ def _other_type(number: int) -> str:
 def _hf_name(name: str) -> str:
     """Hugging Face's name of a tensor; a name that no LLaMA has stays as it is."""
     stem, _, kind = name.rpartition(".")
-    if stem in _TOP_NAMES:
-        return f"{_TOP_NAMES[stem]}.{kind}"
+    if stem in TOP_NAMES:
+        return f"{TOP_NAMES[stem]}.{kind}"
     layer = re.fullmatch(r"blk\.(0|[1-9]\d{0,5})\.(\w+)", stem)
-    if layer is None or layer[2] not in _LAYER_NAMES:
+    if layer is None or layer[2] not in LAYER_NAMES:
         return name
-    return f"model.layers.{layer[1]}.{_LAYER_NAMES[layer[2]]}.{kind}"
+    return f"model.layers.{layer[1]}.{LAYER_NAMES[layer[2]]}.{kind}"
 
 
 def _permuted_heads(name: str, config: LlamaConfig) -> int | None:
