@@ -42,7 +42,7 @@ SECTIONS: dict[str, type] = {
 OPTIONAL_SECTIONS = ("lora", "qlora")
 # Keys of [model] that may differ from those of a base checkpoint; the others are shapes of its
 # weights.
-OVERRIDABLE = ("max_seq_len", "rope_theta", "rms_norm_eps")
+OVERRIDABLE = ("max_seq_len", "rope_theta", "rope_scaling", "sliding_window", "rms_norm_eps")
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,8 @@ class Config:
     def with_base(self, base: LlamaConfig, source: str) -> "Config":
         """This configuration with the sizes `base` of its base checkpoint, read from `source`.
 
-        A size that was set must be the checkpoint's. max_seq_len, rope_theta and rms_norm_eps may
-        be set to other values. Raises ConfigError.
+        A size that was set must be the checkpoint's. Those of OVERRIDABLE may be set to other
+        values. Raises ConfigError.
         """
         sizes = asdict(base) | {"num_kv_heads": base.kv_heads, "base": self.model.base}
         problems = []
@@ -174,6 +174,9 @@ def section_problems(values: dict[str, Any]) -> list[str]:
 
 
 def _section_text(name: str, section: Any) -> str:
-    pairs = ((o.name, getattr(section, o.name)) for o in options_of(name, SECTIONS[name]))
+    pairs = (
+        (o.key.rpartition(".")[2], getattr(section, o.name))
+        for o in options_of(name, SECTIONS[name])
+    )
     lines = [f"{key} = {to_toml(value)}\n" for key, value in pairs if value is not None]
     return "".join([f"[{name}]\n", *lines])

@@ -37,8 +37,6 @@ from tinyllama.formats.huggingface import (
     INDEX,
     STORED,
     WEIGHTS,
-    HfFolder,
-    open_folder,
     read_json,
 )
 from tinyllama.formats.int4 import (
@@ -47,6 +45,7 @@ from tinyllama.formats.int4 import (
     check_block_size,
     row_parts,
 )
+from tinyllama.formats.models import ModelSource, open_model
 from tinyllama.formats.peft import PARTS, AdapterConfig, AdapterFolder
 from tinyllama.formats.safetensors import LazyArray, write_safetensors
 from tinyllama.system.files import atomic_directory, remove_partials
@@ -138,7 +137,7 @@ def merge(
     """
     base, out = Path(base), Path(out)
     _refuse_place(base, out)
-    folder = open_folder(base)
+    folder = open_model(base)
     sign = -1.0 if unmerge else 1.0
     parts = [_part(folder, path, sign * weight, check=not unmerge) for path, weight in adapters]
     _check_tokenizer(base, parts)
@@ -175,7 +174,7 @@ def _refuse_place(base: Path, out: Path) -> None:
         raise WeightsError(f"{out}: exists already: name a new folder")
 
 
-def _part(base: HfFolder, path: str | Path, weight: float, *, check: bool) -> _Part:
+def _part(base: ModelSource, path: str | Path, weight: float, *, check: bool) -> _Part:
     adapter = AdapterFolder(path)
     if check:
         adapter.check_base(base)
@@ -242,7 +241,7 @@ def _write_weights(reader: "_Reader", parts: Sequence[_Part], out: Path, dtype: 
 class _Reader:
     """Reads the base's tensors; the memory of one is released when the next is read."""
 
-    def __init__(self, base: HfFolder, block_size: int | None) -> None:
+    def __init__(self, base: ModelSource, block_size: int | None) -> None:
         """With a block_size, tensors are as a QLoRA run holds them, and `lost` is noted."""
         self.base, self.block_size = base, block_size
         self.lost: list[Lost] = []

@@ -296,9 +296,9 @@ class HfFolder:
         self.path = Path(folder)
         if not self.path.is_dir():
             raise WeightsError(f"{self.path}: not a folder")
-        values = read_json(self.path / "config.json")
-        self.config = config_from_hf(values, str(self.path / "config.json"))
-        self.bos_id, self.eos_ids = special_ids(self.path, values)
+        self.entries: Mapping[str, Any] = read_json(self.path / "config.json")
+        self.config = config_from_hf(self.entries, str(self.path / "config.json"))
+        self.bos_id, self.eos_ids = special_ids(self.path, self.entries)
         self._files: dict[str, SafetensorsFile] = {}
         self._file_of = self._locate()
 

@@ -26,12 +26,11 @@ from tinyllama.config import LlamaConfig
 from tinyllama.errors import ConfigError, WeightsError
 from tinyllama.formats.dtypes import FLOATS
 from tinyllama.formats.huggingface import (
-    HfFolder,
     Shape,
     linear_shapes_by_path,
-    open_folder,
     read_json,
 )
+from tinyllama.formats.models import ModelSource, open_model
 from tinyllama.formats.safetensors import (
     FileDigest,
     SafetensorsFile,
@@ -287,7 +286,7 @@ class AdapterFolder:
             )
         return None if text is None else int(text)
 
-    def check_base(self, base: HfFolder) -> None:
+    def check_base(self, base: ModelSource) -> None:
         """Raise WeightsError if the adapter was not made for this base.
 
         Folders written here carry their base's fingerprint. For others it is computed from the base
@@ -296,7 +295,7 @@ class AdapterFolder:
         made_for = self._file.metadata.get(_FINGERPRINT)
         named = self._named_folder()
         if made_for is None and named and (named / "config.json").is_file():
-            made_for = fingerprint(open_folder(named))  # without a tied head, as `base` is
+            made_for = fingerprint(open_model(named))  # without a tied head, as `base` is
         if made_for is not None and made_for != (digest := fingerprint(base)):
             there = named or self._entries.get("base_model_name_or_path")
             raise WeightsError(
@@ -348,13 +347,13 @@ def is_adapter(folder: str | os.PathLike[str]) -> bool:
 
 def open_adapter(
     folder: str | os.PathLike[str], base: str | os.PathLike[str] | None = None
-) -> tuple[AdapterFolder, HfFolder]:
+) -> tuple[AdapterFolder, ModelSource]:
     """An adapter's folder, and its base: the folder `base`, or else the one that it names.
 
     Raises WeightsError where that is not the base that the adapter was made for.
     """
     adapter = AdapterFolder(folder)
-    opened = open_folder(adapter.base_folder() if base is None else base)
+    opened = open_model(adapter.base_folder() if base is None else base)
     adapter.check_base(opened)
     return adapter, opened
 
@@ -401,7 +400,7 @@ def _path_from(folder: Path, base: str | None) -> str | None:
     return Path(os.path.relpath(there, here)).as_posix()
 
 
-def fingerprint(folder: HfFolder) -> str:
+def fingerprint(folder: ModelSource) -> str:
     """SHA-256 over the name, type, shape and three samples of every tensor of a model.
 
     It distinguishes bases without reading all of them, and does not depend on their shards.

@@ -21,7 +21,8 @@ from tinygrad.dtype import DType
 from tinyllama.config import Config, LlamaConfig, LoraConfig
 from tinyllama.config.options import got, shown
 from tinyllama.errors import ConfigError
-from tinyllama.formats.huggingface import HfFolder, llama_shapes, open_folder
+from tinyllama.formats.huggingface import llama_shapes
+from tinyllama.formats.models import ModelSource, open_model
 from tinyllama.formats.peft import (
     AdapterConfig,
     AdapterFolder,
@@ -57,7 +58,7 @@ def build(config: Config, resume: Path | None = None) -> Built:
     source = config.model.base if config.lora else resume or config.model.base
     if source is None:
         return _assemble(config, lambda model: model.initialize_later(seed), seed)
-    folder = open_folder(source)
+    folder = open_model(source)
     # An adapter's folder holds no sizes: its base's must be the ones it was trained with.
     if resume is not None or config.lora is not None:
         _check_sizes(config, folder.config, source)
@@ -146,7 +147,7 @@ def _layers(sizes: LlamaConfig, dtype: DType, block_size: int | None) -> Llama:
     return model if block_size is None else int4.packed_linears(model, block_size)
 
 
-def _read(model: Llama, folder: HfFolder) -> None:
+def _read(model: Llama, folder: ModelSource) -> None:
     """Give a model without adapters the weights of a folder, packing what the model packs."""
     if int4.is_packed(model):
         int4.read_packed(model, folder)
@@ -173,7 +174,7 @@ def _placed(section: LoraConfig, model: Llama) -> AdapterConfig:
 
 
 def _restore_adapters(
-    model: Llama, adapter: AdapterConfig, checkpoint: Path, base: HfFolder
+    model: Llama, adapter: AdapterConfig, checkpoint: Path, base: ModelSource
 ) -> None:
     """Read a checkpoint's adapters, which must be placed like `adapter` on the same base."""
     saved = AdapterFolder(checkpoint)

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tinyllama.config import LlamaConfig, LoraConfig
-from tinyllama.formats.huggingface import linear_shapes, open_folder
+from tinyllama.formats.huggingface import linear_shapes
+from tinyllama.formats.models import open_model
 from tinyllama.formats.peft import is_adapter, open_adapter
 
 # Bits per weight that are supported.
@@ -121,7 +122,7 @@ def folder_parameters(folder: str | Path) -> Parameters:
     By the tensors in the files; only headers are read. Raises ConfigError and WeightsError.
     """
     if not is_adapter(folder):
-        opened = open_folder(folder)
+        opened = open_model(folder)
         return parameters_of((name, prod(opened.shape(name))) for name in opened.names)
     adapter, opened = open_adapter(folder)
     shapes = {name: opened.shape(name) for name in opened.names}

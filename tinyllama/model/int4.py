@@ -20,8 +20,9 @@ from tinyllama.formats.dtypes import (
     convert,
     to_float32,
 )
-from tinyllama.formats.huggingface import HfFolder, llama_shapes
+from tinyllama.formats.huggingface import llama_shapes
 from tinyllama.formats.int4 import check_block_size, quantize_rows, row_parts
+from tinyllama.formats.models import ModelSource
 from tinyllama.model.layers import Embedding, Linear, block_linears
 from tinyllama.model.llama import Llama
 from tinyllama.ops.int4 import dequantize, int4_linear
@@ -82,7 +83,7 @@ def packed_linears(model: Llama, block_size: int) -> Llama:
     return model
 
 
-def read_packed(model: Llama, folder: HfFolder) -> None:
+def read_packed(model: Llama, folder: ModelSource) -> None:
     """Give a model of `packed_linears` the weights of a Hugging Face folder.
 
     Raises WeightsError (also for a value that 4 bits cannot hold).
@@ -144,6 +145,6 @@ def _store(label: str, tensor: Tensor, read: Rows) -> Iterator[Callable[[slice],
         yield part
 
 
-def _rows(folder: HfFolder, name: str, rows: slice) -> RawArray:
+def _rows(folder: ModelSource, name: str, rows: slice) -> RawArray:
     values = folder.array(name)[rows]
     return RawArray(folder.dtype(name), values.shape, values)

@@ -19,7 +19,8 @@ from tinygrad import Tensor, dtypes
 from tinygrad.dtype import DType
 
 from tinyllama.config import LlamaConfig
-from tinyllama.formats.huggingface import HfFolder, open_folder, save_folder
+from tinyllama.formats.huggingface import save_folder
+from tinyllama.formats.models import ModelSource, open_model
 from tinyllama.formats.safetensors import FileDigest
 from tinyllama.model.initialize import initialize
 from tinyllama.model.layers import (
@@ -251,12 +252,12 @@ class Llama:
 
         Raises WeightsError, naming every tensor that is missing, extra or misshapen.
         """
-        folder = open_folder(path)
+        folder = open_model(path)
         model = cls(folder.config, dtype=dtype, seed=None)
         model.read_weights(folder)
         return model
 
-    def read_weights(self, folder: HfFolder) -> None:
+    def read_weights(self, folder: ModelSource) -> None:
         """Overwrite every weight by that of a folder, converted to float32."""
         for name, tensor in self.state_dict().items():
             write(tensor, folder.float32(name))

@@ -20,7 +20,7 @@ from tinyllama.errors import (
     naming,
     reason,
 )
-from tinyllama.formats.huggingface import open_folder
+from tinyllama.formats.models import open_model
 from tinyllama.system import device
 from tinyllama.tokenizers.sentencepiece import (
     MODEL_FILE,
@@ -182,7 +182,7 @@ def with_base(config: Config, notice: Callable[[str], None] = lambda line: None)
     if config.model.base is None:
         return config
     with naming("model.base"):
-        folder = open_folder(config.model.base)
+        folder = open_model(config.model.base)
     source = str(folder.path / "config.json")
     config = config.with_base(folder.config, source)
     for line in config.overridden(folder.config, source):
