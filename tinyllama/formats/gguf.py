@@ -285,6 +285,11 @@ class GgufFile:
         place = self._place(name)
         return packed_rows(place.info.kind, self._raw_rows(place, rows))
 
+    def stored(self, name: str) -> npt.NDArray[np.uint8]:
+        """The bytes of a tensor as they lie in the file, in GGUF's order of rows."""
+        part, info, _ = self._place(name)
+        return np.frombuffer(part.map, np.uint8, info.size_bytes, info.offset)
+
     def float32(self, name: str) -> npt.NDArray[np.float32]:
         """A tensor as float32, exactly."""
         return to_float32(name, self.rows(name, slice(None)))
