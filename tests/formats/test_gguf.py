@@ -45,7 +45,8 @@ def test_packed_rows_hold_the_same_numbers(kind):
     raw = random_blocks(kind, (6, 96), seed=3)
     packed, scales, minima = packed_rows(kind, raw)
     if kind == "Q8_0":
-        q = packed.view(np.int8).astype(np.float32)
+        assert packed.dtype == np.int8
+        q = packed.astype(np.float32)
     else:
         pairs = np.stack([packed & 15, packed >> 4], axis=-1).reshape(6, 96).astype(np.int32)
         q = (pairs if kind == "Q4_1" else (pairs ^ 8) - 8).astype(np.float32)

@@ -29,11 +29,17 @@ from tinyllama.formats.dtypes import NUMPY, Array, NumpyArray, RawArray, to_floa
 from tinyllama.formats.gguf_blocks import (
     BLOCK_TYPES,
     PACKED_TYPES,
-    PackedRows,
     packed_rows,
     widen,
 )
-from tinyllama.formats.huggingface import Shape, check_names, config_from_hf, llama_shapes
+from tinyllama.formats.huggingface import (
+    WEIGHTS,
+    Shape,
+    check_names,
+    config_from_hf,
+    llama_shapes,
+)
+from tinyllama.formats.packed import PackedForm, PackedRows
 from tinyllama.formats.safetensors import LazyArray
 
 SUFFIX = ".gguf"
@@ -219,9 +225,9 @@ class _Placed(NamedTuple):
 class GgufFile:
     """A GGUF file's model: configuration, special tokens, and tensors that are read when used.
 
-    It has the interface of HfFolder; quantised tensors appear as F32. `metadata` is that of the
-    file: str, int, float, bool, lists of str and numpy arrays by GGUF's keys. Raises WeightsError
-    and ConfigError, naming the file.
+    It is a ModelSource (models.py); quantised tensors appear as F32. `metadata` is that of the
+    file: str, int, float, bool, lists of str and numpy arrays by GGUF's keys; `entries` is the
+    config.json that says the same. Raises WeightsError and ConfigError, naming the file.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -235,7 +241,8 @@ class GgufFile:
                 if name in held:
                     part.fail(f"{name}: also in {held[name][0].path.name}")
                 held[name] = part, info
-        self.config = config_from_hf(_hf_values(first, held), str(self.path))
+        self.entries: Mapping[str, Any] = _hf_values(first, held)
+        self.config = config_from_hf(self.entries, str(self.path))
         self.bos_id, self.eos_ids = _special_ids(first)
         self._tensors = {
             _hf_name(name): _Placed(*place, _permuted_heads(name, self.config))
@@ -248,6 +255,11 @@ class GgufFile:
         """Names of the tensors."""
         return tuple(self._tensors)
 
+    @property
+    def files(self) -> dict[str, list[str]]:
+        """Names of the tensors in each safetensors file that a copy of the model is to have."""
+        return {WEIGHTS: list(self._tensors)}
+
     def dtype(self, name: str) -> str:
         """The type of `array`: "F32" for quantised tensors, else as stored."""
         kind = self.stored_type(name)
@@ -257,9 +269,13 @@ class GgufFile:
         """GGUF's type of a tensor, such as "Q4_1"."""
         return self._place(name).info.kind
 
-    def is_packed(self, name: str) -> bool:
-        """Whether `packed` gives the blocks of a tensor."""
-        return self.stored_type(name) in PACKED_TYPES
+    def is_quantized(self, name: str) -> bool:
+        """Whether a tensor is stored in blocks of integers with scales."""
+        return self.stored_type(name) in BLOCK_TYPES
+
+    def packed_form(self, name: str) -> PackedForm | None:
+        """The form of those blocks, if `packed` gives them."""
+        return PACKED_TYPES.get(self.stored_type(name))
 
     def shape(self, name: str) -> Shape:
         """A tensor's shape."""
@@ -281,7 +297,7 @@ class GgufFile:
         return RawArray(kind, shape, values.reshape(shape))
 
     def packed(self, name: str, rows: slice) -> PackedRows:
-        """Some rows of a tensor of PACKED_TYPES, as they are but for the order of nibbles."""
+        """Some rows of a tensor that has a `packed_form`; only the order of nibbles is changed."""
         place = self._place(name)
         return packed_rows(place.info.kind, self._raw_rows(place, rows))
 

@@ -16,11 +16,18 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from tinyllama.formats.packed import PackedForm, PackedRows
+
 Blocks = npt.NDArray[Any]  # (..., blocks) of a structured type below
 Bytes = npt.NDArray[np.uint8]
 Values = npt.NDArray[np.float32]
 
-PACKED_TYPES = ("Q4_0", "Q4_1", "Q8_0")
+# The types that layers multiply by as they are.
+PACKED_TYPES = {
+    "Q4_0": PackedForm(4, 32),
+    "Q4_1": PackedForm(4, 32, minima=True),
+    "Q8_0": PackedForm(8, 32),
+}
 
 
 class BlockType(NamedTuple):
@@ -30,19 +37,6 @@ class BlockType(NamedTuple):
     values: int
     memory: np.dtype[Any]
     widen: Callable[[Blocks], Values]
-
-
-class PackedRows(NamedTuple):
-    """Rows of Q4_0, Q4_1 or Q8_0 in the form of ops/int4.py: nothing but the order is changed.
-
-    packed: (rows, in / 2) uint8, two 4-bit q per byte, that of the even i low, or (rows, in) int8
-    as uint8; scales: (rows, in / 32) float16; minima: like scales, or None. With minima q is
-    unsigned, without it is signed (Q4_0: q - 8).
-    """
-
-    packed: Bytes
-    scales: npt.NDArray[np.float16]
-    minima: npt.NDArray[np.float16] | None
 
 
 def widen(kind: str, rows: Bytes) -> Values:
@@ -58,7 +52,7 @@ def packed_rows(kind: str, rows: Bytes) -> PackedRows:
     blocks = np.ascontiguousarray(rows).view(BLOCK_TYPES[kind].memory)
     scales = np.ascontiguousarray(blocks["d"])
     if kind == "Q8_0":
-        return PackedRows(blocks["q"].reshape(len(rows), -1).view(np.uint8), scales, None)
+        return PackedRows(blocks["q"].reshape(len(rows), -1), scales, None)
     q = _nibbles(blocks["q"]).reshape(len(rows), -1, 2)
     packed = q[..., 0] | q[..., 1] << np.uint8(4)
     if kind == "Q4_0":

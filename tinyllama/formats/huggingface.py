@@ -27,6 +27,7 @@ from tinyllama.formats.dtypes import (
     RawArray,
     dtype_name,
 )
+from tinyllama.formats.packed import PackedForm, PackedRows
 from tinyllama.formats.safetensors import (
     FileDigest,
     LazyArray,
@@ -323,6 +324,23 @@ class HfFolder:
     def array(self, name: str) -> NumpyArray:
         """A read-only view of a tensor as it is stored; bfloat16 comes as uint16."""
         return self._open(name).array(name)
+
+    def rows(self, name: str, rows: slice) -> RawArray:
+        """Some rows of a tensor as it is stored."""
+        values = self.array(name)[rows]
+        return RawArray(self.dtype(name), values.shape, values)
+
+    def is_quantized(self, name: str) -> bool:
+        """Whether a tensor is stored in blocks of integers: never here."""
+        return False
+
+    def packed_form(self, name: str) -> PackedForm | None:
+        """The form of such blocks: none."""
+        return None
+
+    def packed(self, name: str, rows: slice) -> PackedRows:
+        """Some rows of a tensor that has a `packed_form`. Raises WeightsError: none has."""
+        raise WeightsError(f"{self.path}: {name}: is not packed")
 
     def float32(self, name: str) -> npt.NDArray[np.float32]:
         """A tensor as float32, exactly."""

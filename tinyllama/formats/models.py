@@ -1,6 +1,7 @@
 """Opening a model, in whatever form it lies: one function, and what every form offers.
 
 a folder with config.json      Hugging Face's (huggingface.py)
+a file NAME.gguf               llama.cpp's (gguf.py)
 """
 
 import os
@@ -12,8 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from tinyllama.config import LlamaConfig
-from tinyllama.formats.dtypes import NumpyArray
+from tinyllama.formats.dtypes import NumpyArray, RawArray
+from tinyllama.formats.gguf import SUFFIX, GgufFile
 from tinyllama.formats.huggingface import HfFolder
+from tinyllama.formats.packed import PackedForm, PackedRows
 from tinyllama.formats.safetensors import LazyArray
 
 
@@ -46,6 +49,18 @@ class ModelSource(Protocol):
     def array(self, name: str) -> NumpyArray:
         """A read-only view of a tensor as it is stored; bfloat16 comes as uint16."""
 
+    def rows(self, name: str, rows: slice) -> RawArray:
+        """Some rows of a tensor as it is stored, or in F32 where that is quantised."""
+
+    def is_quantized(self, name: str) -> bool:
+        """Whether a tensor is stored in blocks of integers with scales."""
+
+    def packed_form(self, name: str) -> PackedForm | None:
+        """The form of those blocks, if layers multiply by it as it is."""
+
+    def packed(self, name: str, rows: slice) -> PackedRows:
+        """Some rows of a tensor that has a `packed_form`."""
+
     def float32(self, name: str) -> npt.NDArray[np.float32]:
         """A tensor as float32, exactly."""
 
@@ -69,6 +84,7 @@ def open_model(model: str | os.PathLike[str]) -> ModelSource:
 
     Only headers are read. Raises ConfigError and WeightsError.
     """
-    opened = HfFolder(local_path(model))
+    path = local_path(model)
+    opened = GgufFile(path) if path.suffix == SUFFIX else HfFolder(path)
     opened.check()
     return opened
