@@ -125,7 +125,8 @@ def compare(
             same(stored, *(w.fill(w.model.model.layers[0], name, stored) for w in (ours, theirs)))
         ours.layer()
         theirs.layer()
-    same("model.norm.weight", *(w.fill(w.model.model, "norm.weight", "model.norm.weight") for w in (ours, theirs)))
+    last = "model.norm.weight"
+    same(last, *(w.fill(w.model.model.norm, "weight", last) for w in (ours, theirs)))
     (a, a_head), (b, b_head) = ours.logits(), theirs.logits()
     if not config.tie_word_embeddings:
         same(HEAD, a_head, b_head)

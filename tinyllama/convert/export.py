@@ -29,7 +29,6 @@ from tinyllama.errors import ConfigError, WeightsError
 from tinyllama.formats import mlx
 from tinyllama.formats.dtypes import BITS, FLOATS, RawArray, convert, to_float32
 from tinyllama.formats.gguf import SUFFIX, GgufFile
-from tinyllama.formats.gguf_vocabulary import chat_templates, vocabulary_fields
 from tinyllama.formats.gguf_writer import (
     GgufTensor,
     adapter_fields,
@@ -67,13 +66,12 @@ from tinyllama.formats.peft import (
 )
 from tinyllama.system.files import atomic_directory, fsync_path, remove_partials
 from tinyllama.system.partials import unfinished
+from tinyllama.tokenizers.sentencepiece import MODEL_FILE, load_tokenizer
+from tinyllama.tokenizers.to_gguf import vocabulary_fields
 
 Target = Literal["hf", "gguf", "mlx"]
-TARGETS: tuple[Target, ...] = ("hf", "gguf", "mlx")
-# Names of types on the command line -> the formats' own.
-DTYPES = STORED | {"q8_0": "Q8_0", "q4_0": "Q4_0"}
-ALIASES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
-ALIASES |= {"fp32": "float32", "fp16": "float16", "q8": "q8_0", "q4": "q4_0"}
+# Names of types -> the formats' own.
+KINDS = STORED | {"q8_0": "Q8_0", "q4_0": "Q4_0"}
 
 MODEL_GGUF, ADAPTER_GGUF = f"model{SUFFIX}", f"adapter{SUFFIX}"
 _SPARE_BYTES = 16 << 20  # for the files beside the weights
@@ -95,7 +93,7 @@ class Exported:
 class Job:
     """What is exported, and how.
 
-    dtype: a value of DTYPES, or None for the type that the source is stored in. base: where an
+    dtype: a value of KINDS, or None for the type that the source is stored in. base: where an
     adapter's base is, if not where it was. merged: an adapter becomes a whole model. with_base: the
     adapter's base is written beside it, in the form that it was trained on.
     """
@@ -138,8 +136,8 @@ def _check_options(job: Job) -> None:
     alone = adapter and not job.merged and not job.with_base
     if alone and job.dtype is not None and job.dtype not in FLOATS:
         raise ConfigError(
-            f"--dtype: got {job.dtype.lower()}, must be float32, float16 or bfloat16 for an adapter "
-            "alone: type --with-base to write its base too, or --merged"
+            f"--dtype: got {job.dtype.lower()}, must be float32, float16 or bfloat16 for an "
+            "adapter alone: type --with-base to write its base too, or --merged"
         )
     if job.target != "gguf" and job.out.suffix == SUFFIX:
         raise ConfigError(f"{job.out}: is the name of a GGUF file: type --to gguf")
@@ -235,19 +233,26 @@ class _Model:
     def read(self, name: str) -> Matrix:
         """A tensor in float32, as it is to be computed with."""
         values = self.source.float32(name)
-        if self.block_size is None or values.ndim != 2:
+        if not self.is_rounded(name):
             return values
         if name in (EMBEDDING, HEAD):
             return to_float32(name, RawArray("BF16", values.shape, convert(name, values, "BF16")))
+        assert self.block_size is not None
         return as_packed(f"{self.source.path}: {name}", values, self.block_size)
 
     def stored_kind(self, name: str) -> str:
         """The type that a tensor has in the source, or in the 4 bits that were trained on."""
-        if self.block_size is not None and len(self.source.shape(name)) == 2:
+        if self.is_rounded(name):
             return "BF16" if name in (EMBEDDING, HEAD) else "Q4_0"
         if isinstance(self.source, GgufFile):
             return self.source.stored_type(name)
         return self.source.dtype(name)
+
+    def is_rounded(self, name: str) -> bool:
+        """Whether a QLoRA run holds a tensor in another form than the source does."""
+        if self.block_size is None or len(self.source.shape(name)) != 2:
+            return False
+        return name in (EMBEDDING, HEAD) or self.source.packed_form(name) is None
 
 
 def _write(job: Job, place: _Place) -> Exported:
@@ -269,7 +274,7 @@ def _write_model(job: Job, place: _Place, model: _Model, original: Read) -> Expo
     if job.target == "gguf":
         path = place.gguf(MODEL_GGUF)
         kinds = _write_gguf_model(path, job, model)
-        _write_modelfile(place, model, path.name, None)
+        _write_modelfile(place, model, path.name)
         read_back: ModelSource = GgufFile(path)
     else:
         kinds = _write_folder(place.folder, job, model)
@@ -346,13 +351,14 @@ def _common_float(kinds: Sequence[str]) -> str:
 def _write_gguf_model(path: Path, job: Job, model: _Model) -> dict[str, str]:
     """Write a model as one file; returns the type of each tensor by Hugging Face's name."""
     config = model.config
-    kinds = {name: _kind(model, name, shape, job.dtype) for name, shape in llama_shapes(config).items()}
+    shapes = llama_shapes(config)
+    kinds = {name: _kind(model, name, shape, job.dtype) for name, shape in shapes.items()}
     tensors = {
-        gguf_name(name): GgufTensor(kind, model.source.shape(name), partial(_loaded, model, name, kind))
+        gguf_name(name): GgufTensor(kind, shapes[name], partial(_loaded, model, name, kind))
         for name, kind in kinds.items()
     } | rope_factors(config)
     _check_room(path.parent, sum(tensor.size_bytes for tensor in tensors.values()))
-    matrices = [kinds[name] for name, shape in llama_shapes(config).items() if len(shape) == 2]
+    matrices = [kinds[name] for name, shape in shapes.items() if len(shape) == 2]
     fields = model_fields(config, matrices, job.out.stem) | model.tokenizer.fields(model)
     write_gguf(path, fields, tensors)
     return kinds
@@ -369,7 +375,7 @@ def _kind(model: _Model, name: str, shape: tuple[int, ...], dtype: str | None) -
 def _loaded(model: _Model, name: str, kind: str) -> np.ndarray:
     """A tensor as it lies in the file: the source's own bytes, or rounded to `kind`."""
     source, label = model.source, f"{model.source.path}: {name}"
-    if model.block_size is not None and len(source.shape(name)) == 2:
+    if model.block_size is not None and model.is_rounded(name):
         if kind == "Q4_0":
             rows = q4_0_as_trained(label, source.float32(name), model.block_size)
         else:
@@ -380,9 +386,15 @@ def _loaded(model: _Model, name: str, kind: str) -> np.ndarray:
     return permuted(name, model.config, encoded(label, source.source(name).load(), kind))
 
 
-def _write_modelfile(place: _Place, model: _Model, weights: str | None, adapter: str | None) -> None:
-    tokenizer = model.tokenizer
-    text = modelfile(weights, tokenizer.template, tokenizer.stops(model), adapter=adapter)
+def _write_modelfile(
+    place: _Place, model: _Model, weights: str | None, adapter: str | None = None
+) -> None:
+    """A Modelfile beside a GGUF file, with the template and the ends that the file has too."""
+    fields = model.tokenizer.fields(model)
+    keys = (f"tokenizer.ggml.{key}_token_id" for key in ("eos", "eot", "eom"))
+    ends = dict.fromkeys([*(fields[key] for key in keys if key in fields), *model.source.eos_ids])
+    stops = [fields["tokenizer.ggml.tokens"][end] for end in ends]
+    text = modelfile(weights, fields.get("tokenizer.chat_template"), stops, adapter=adapter)
     (place.folder / MODELFILE).write_text(text, encoding="utf-8")
 
 
@@ -417,7 +429,8 @@ def _with_low(
     if path not in config.placed or not name.endswith(".weight"):
         return read(name)
     a, b, scale = low(path)
-    return read(name) + (b * np.float32(scale)) @ a
+    delta: Matrix = (b * np.float32(scale)) @ a
+    return read(name) + delta
 
 
 def _write_merged(
@@ -478,7 +491,9 @@ def _write_lora_gguf(job: Job, place: _Place, adapter: _Adapter, kind: str) -> L
         name: (each.rank, shapes[name][1], shapes[name][0])
         for name, each in adapter.config.placed.items()
     }
-    alphas = [adapter.config.scale(name) * each.rank for name, each in adapter.config.placed.items()]
+    alphas = [
+        adapter.config.scale(name) * each.rank for name, each in adapter.config.placed.items()
+    ]
     alpha = max(alphas, key=alphas.count)
     tensors = adapter_tensors(config, placed, alpha, adapter.low, kind)
     _check_room(place.folder, sum(tensor.size_bytes for tensor in tensors.values()))
@@ -490,9 +505,7 @@ def _write_lora_gguf(job: Job, place: _Place, adapter: _Adapter, kind: str) -> L
 def _write_lora_mlx(job: Job, place: _Place, adapter: _Adapter, kind: str) -> Low:
     config = adapter.base.config
     shapes = {path: (out, into) for path, (out, into) in linear_shapes_by_path(config).items()}
-    mlx.write_adapter(
-        place.folder, adapter.config, shapes, adapter.low, config.num_layers, kind
-    )
+    mlx.write_adapter(place.folder, adapter.config, shapes, adapter.low, config.num_layers, kind)
     return mlx.adapter_loader(place.folder)
 
 
@@ -520,19 +533,41 @@ def _rounded(folder: AdapterFolder, path: str, part: str, kind: str) -> RawArray
 
 @dataclass(frozen=True)
 class _Tokenizer:
-    """What an export needs of a tokenizer; `ids` are those of the text that is compared."""
+    """What an export needs of a tokenizer: its files, and the ids of the text that is compared;
+    of a GGUF source, its own metadata."""
 
     files: Mapping[str, bytes]
     ids: tuple[int, ...]
-    source: str
+    metadata: Mapping[str, Any]
 
-    @property
-    def template(self) -> str | None:
-        """The main chat template."""
-        return None
+    def fields(self, model: _Model) -> dict[str, Any]:
+        """The tokenizer as the metadata of GGUF."""
+        if self.metadata:
+            return dict(self.metadata)
+        source = model.source
+        rows, label = model.config.vocab_size, str(source.path)
+        return vocabulary_fields(self.files, rows, source.bos_id, source.eos_ids, label)
 
     def sample(self, config: LlamaConfig) -> list[int]:
         """Ids of a real text; of a model without a tokenizer, ids from all over its vocabulary."""
         count = min(TOKENS, config.max_seq_len)
         ids = self.ids or range(0, config.vocab_size, max(1, config.vocab_size // count))
         return list(ids[:count])
+
+
+def _tokenizer_of(path: Path, source: ModelSource) -> _Tokenizer:
+    folder = path if (path / MODEL_FILE).is_file() else source.path
+    metadata: dict[str, Any] = {}
+    if isinstance(source, GgufFile):
+        for key, value in source.metadata.items():
+            if key.startswith("tokenizer."):
+                metadata[key] = value.tolist() if isinstance(value, np.ndarray) else value
+    if not (folder / MODEL_FILE).is_file():
+        return _Tokenizer({}, (), metadata)
+    tokenizer = load_tokenizer(folder)
+    files = {
+        name: (folder / name).read_bytes()
+        for name in (MODEL_FILE, "tokenizer_config.json")
+        if (folder / name).is_file()
+    }
+    return _Tokenizer(files, tuple(tokenizer.encode(TEXT)), metadata)

@@ -10,7 +10,7 @@ are refused by name. Source: docs/gguf.md of the ggml project.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from tinyllama.config import LlamaConfig
 from tinyllama.errors import ConfigError, WeightsError
-from tinyllama.formats.dtypes import FLOATS, NUMPY, Array, NumpyArray, convert, to_float32
+from tinyllama.formats.dtypes import FLOATS, NUMPY, Array, NumpyArray, RawArray, convert, to_float32
 from tinyllama.formats.gguf import LAYER_NAMES, TOP_NAMES
 from tinyllama.formats.gguf_blocks import BLOCK_TYPES
 from tinyllama.formats.huggingface import Shape
@@ -104,7 +104,7 @@ def gguf_name(name: str) -> str:
 
 def permuted(name: str, config: LlamaConfig, rows: NumpyArray) -> NumpyArray:
     """The rows of a tensor, or of its lora_B, in GGUF's order; only q's and k's have another."""
-    heads = {"q_proj": config.num_heads, "k_proj": config.kv_heads}.get(name.split(".")[-2])
+    heads = _heads(name, config)
     if heads is None:
         return rows
     return rows.reshape(heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
@@ -257,8 +257,11 @@ Low = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], float]
 
 
 def adapter_tensors(
-    config: LlamaConfig, placed: Mapping[str, tuple[int, int, int]], alpha: float,
-    load: Callable[[str], Low], kind: str,
+    config: LlamaConfig,
+    placed: Mapping[str, tuple[int, int, int]],
+    alpha: float,
+    load: Callable[[str], Low],
+    kind: str,
 ) -> dict[str, GgufTensor]:
     """The tensors of an adapter, by GGUF's names.
 
@@ -283,6 +286,40 @@ def adapter_tensors(
     return tensors
 
 
+def read_adapter(path: Path, config: LlamaConfig) -> Callable[[str], Low]:
+    """What reads the matrices of a path of an adapter's file, as llama.cpp computes with them."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(path)
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    alpha = float(reader.fields["adapter.lora.alpha"].contents())
+
+    def matrix(name: str) -> npt.NDArray[np.float32]:
+        tensor = tensors[name]
+        kind, shape = tensor.tensor_type.name, tuple(int(n) for n in tensor.shape[::-1])
+        data = np.ascontiguousarray(tensor.data).view(NUMPY[kind]).reshape(shape)
+        return to_float32(name, RawArray(kind, shape, data))
+
+    def load(path: str) -> Low:
+        a, b = (matrix(f"{gguf_name(f'{path}.weight')}.lora_{part}") for part in "ab")
+        return a, in_halves(f"{path}.weight", config, b), alpha / len(a)
+
+    return load
+
+
+def in_halves(name: str, config: LlamaConfig, rows: NumpyArray) -> NumpyArray:
+    """The inverse of `permuted`."""
+    heads = _heads(name, config)
+    if heads is None:
+        return rows
+    return rows.reshape(heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def _heads(name: str, config: LlamaConfig) -> int | None:
+    """Of a tensor whose rows have another order in GGUF."""
+    return {"q_proj": config.num_heads, "k_proj": config.kv_heads}.get(name.split(".")[-2])
+
+
 def _row_bytes(kind: str, width: int) -> int:
     if kind in BLOCK_TYPES:
         return width // BLOCK_TYPES[kind].values * BLOCK_TYPES[kind].memory.itemsize
@@ -300,6 +337,7 @@ __all__ = [
     "model_fields",
     "permuted",
     "q4_0_as_trained",
+    "read_adapter",
     "rope_factors",
     "write_gguf",
 ]

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tinyllama.errors import WeightsError
-from tinyllama.formats.dtypes import NUMPY, Array, RawArray, convert, to_float32
+from tinyllama.formats.dtypes import NUMPY, Array, RawArray, convert
 from tinyllama.formats.huggingface import read_json
 from tinyllama.formats.peft import AdapterConfig
 from tinyllama.formats.safetensors import LazyArray, SafetensorsFile, write_safetensors
@@ -86,7 +86,7 @@ def adapter_loader(folder: Path) -> Callable[[str], Low]:
     file = SafetensorsFile(folder / WEIGHTS)
 
     def load(path: str) -> Low:
-        a, b = (to_float32(path, file.source(f"{path}.{part}").load()) for part in "lora_a lora_b".split())
+        a, b = (file.float32(f"{path}.{part}") for part in ("lora_a", "lora_b"))
         return a.T, b.T, scale
 
     return load

@@ -61,7 +61,8 @@ _FORMS = (
         "zephyr",
         ("<|user|>", "<|assistant|>"),
         "{{ if .System }}<|system|>\n{{ .System }}</s>\n{{ end }}"
-        "{{ if .Prompt }}<|user|>\n{{ .Prompt }}</s>\n{{ end }}<|assistant|>\n{{ .Response }}</s>\n",
+        "{{ if .Prompt }}<|user|>\n{{ .Prompt }}</s>\n{{ end }}"
+        "<|assistant|>\n{{ .Response }}</s>\n",
         ("<|system|>", "<|user|>", "<|assistant|>"),
     ),
     _Form(
