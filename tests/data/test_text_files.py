@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tinyllama.data import corpus, files
 from tinyllama.errors import DataError
-from tinyllama.tokenizers.sentencepiece import Tokenizer
+from tinyllama.tokenizers.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from tinyllama.system import device
 
 if TYPE_CHECKING:
     from tinyllama.model.llama import Llama
-    from tinyllama.tokenizers.sentencepiece import Tokenizer
+    from tinyllama.tokenizers.tokenizer import Tokenizer
 
 
 def add_set(parser: argparse.ArgumentParser) -> None:
@@ -88,10 +88,10 @@ def load(folder: Path, base: Path | None) -> "tuple[Tokenizer, Llama]":
     Raises ConfigError if they do not fit.
     """
     from tinyllama.model.build import load_model, tokenizer_folder
-    from tinyllama.tokenizers.sentencepiece import load_tokenizer
+    from tinyllama.tokenizers.opening import open_tokenizer
 
     folder = model_folder(folder)
-    tokenizer = load_tokenizer(tokenizer_folder(folder, base))
+    tokenizer = open_tokenizer(tokenizer_folder(folder, base))
     model = load_model(folder, base=base)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ConfigError(

@@ -49,7 +49,7 @@ from tinyllama.formats.models import ModelSource, open_model
 from tinyllama.formats.peft import PARTS, AdapterConfig, AdapterFolder
 from tinyllama.formats.safetensors import LazyArray, write_safetensors
 from tinyllama.system.files import atomic_directory, remove_partials
-from tinyllama.tokenizers.sentencepiece import MODEL_FILE, load_tokenizer
+from tinyllama.tokenizers.opening import holds_tokenizer, open_tokenizer
 
 Stored = Literal["keep", "fp32", "bf16", "fp16"]
 AS_TRAINED: Literal["as trained"] = "as trained"
@@ -184,12 +184,12 @@ def _part(base: ModelSource, path: str | Path, weight: float, *, check: bool) ->
 def _check_tokenizer(base: Path, parts: Sequence[_Part]) -> None:
     """Raise WeightsError if adapters were trained on other tokens than the base's tokenizer gives.
 
-    Adapters without a digest (PEFT's) and bases without a tokenizer.model cannot be compared.
+    Adapters without a digest (PEFT's) and bases without a tokenizer cannot be compared.
     """
     digests = {part.folder.path: part.config.tokenizer_digest for part in parts}
-    if not any(digests.values()) or not (base / MODEL_FILE).is_file():
+    if not any(digests.values()) or not holds_tokenizer(base):
         return
-    own = load_tokenizer(base).vocabulary_digest
+    own = open_tokenizer(base).vocabulary_digest
     for path, digest in digests.items():
         if digest not in (None, own):
             raise WeightsError(

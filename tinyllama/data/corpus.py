@@ -1,6 +1,9 @@
 """Files of text -> tokens in one memory-mapped file, made once.
 
-    (BOS, text, EOS) (BOS, text, EOS) ...        uint16, or uint32 for large vocabularies
+    (BOS, text, EOS) (BOS, text, EOS) ...   tokens.bin: uint16, or uint32 for large vocabularies
+    ^                ^                      documents.bin: int64, the index of each first token
+
+BOS is left out where the tokenizer adds none.
 
 The texts are cut into chunks of about 1 MiB, tokenized by several processes and written in their
 order as they come, so memory does not grow with the text.
@@ -9,7 +12,7 @@ order as they come, so memory does not grow with the text.
 import hashlib
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -31,9 +34,11 @@ from tinyllama.data.files import (
 from tinyllama.errors import DataError, reason
 from tinyllama.system.files import atomic_directory, remove_partials
 from tinyllama.system.processes import ordered_map
-from tinyllama.tokenizers.sentencepiece import Tokenizer
+from tinyllama.tokenizers.opening import from_files
+from tinyllama.tokenizers.tokenizer import Tokenizer
 
 _TOKENS_FILE = "tokens.bin"
+_DOCUMENTS_FILE = "documents.bin"
 _META_FILE = "meta.json"
 _SMALL_BYTES = 4 << 20  # tokenized sooner than processes start
 
@@ -44,10 +49,9 @@ class TokenDataset:
 
     path: Path  # the folder; its name is a digest of the texts and the tokenizer
     tokens: npt.NDArray[Any]  # (n_tokens,) uint16 or uint32, memory-mapped, read-only
-    n_documents: int
+    starts: npt.NDArray[np.int64]  # (n_documents,) the index of each document's first token
     n_empty: int  # rows and files without a character, left out
     text_bytes: int  # UTF-8 bytes of the texts, for bits per byte
-    bos_id: int
     eos_id: int
     name: str  # the patterns it was made from, for errors
 
@@ -55,6 +59,11 @@ class TokenDataset:
     def n_tokens(self) -> int:
         """With BOS and EOS of each document; n_tokens - n_documents of them have a target."""
         return len(self.tokens)
+
+    @property
+    def n_documents(self) -> int:
+        """Rows and files that hold text."""
+        return len(self.starts)
 
     def window_count(self, context_length: int, stride: int | None = None) -> int:
         """Windows, `stride` tokens apart (a context, if not given), that hold all tokens; the very
@@ -115,13 +124,13 @@ class _Meta(msgspec.Struct):
     n_documents: int
     n_empty: int
     text_bytes: int
-    bos_id: int
+    bos_id: int | None
     eos_id: int
 
 
 class _Encoded(NamedTuple):
     tokens: npt.NDArray[Any]
-    n_documents: int
+    starts: npt.NDArray[np.int64]  # of documents, counted from the chunk's first token
     n_empty: int
     text_bytes: int
     read_bytes: int
@@ -130,26 +139,29 @@ class _Encoded(NamedTuple):
 class _Encoder:
     """Chunk -> tokens; built once in each process."""
 
-    def __init__(self, model: bytes, dtype: str) -> None:
-        self._tokenizer = Tokenizer(model)
+    def __init__(self, files: Mapping[str, bytes], dtype: str) -> None:
+        self._tokenizer = from_files(files, "tokenizer")
         self._dtype = dtype
 
     def __call__(self, chunk: Chunk) -> _Encoded:
         tokenizer, has_rows = self._tokenizer, chunk.source.has_rows
+        special = has_rows and tokenizer.has_markup
         ids: list[int] = []
-        n_documents = n_empty = text_bytes = 0
+        starts: list[int] = []
+        n_empty = text_bytes = 0
         for text in read_chunk(chunk):
             begins, ends = has_rows or chunk.start == 0, has_rows or chunk.is_last
             if begins and ends and not text:
                 n_empty += 1
                 continue
-            ids += [tokenizer.bos_id] * begins
-            ids += tokenizer.encode(text, continued=not begins)
+            if begins:
+                starts.append(len(ids))
+                ids += tokenizer.begin
+            ids += tokenizer.encode(text, continued=not begins, special=special)
             ids += [tokenizer.eos_id] * ends
-            n_documents += ends
             text_bytes += len(text.encode())
-        tokens = np.array(ids, self._dtype)
-        return _Encoded(tokens, n_documents, n_empty, text_bytes, chunk.end - chunk.start)
+        tokens, documents = np.array(ids, self._dtype), np.array(starts, np.int64)
+        return _Encoded(tokens, documents, n_empty, text_bytes, chunk.end - chunk.start)
 
 
 def _make_key(digests: Sequence[str], sources: Sequence[Source], tokenizer: Tokenizer) -> str:
@@ -172,11 +184,15 @@ def _build(
     meta = _Meta(dtype, 0, 0, 0, 0, tokenizer.bos_id, tokenizer.eos_id)
     chunks = (chunk for source in sources for chunk in cut(source))
     with atomic_directory(folder) as made, progress_bar(sources, "Tokenizing", progress) as bar:
-        with open(made / _TOKENS_FILE, "wb") as file:
-            for part in ordered_map(partial(_Encoder, tokenizer.model, dtype), chunks, workers):
+        with (
+            open(made / _TOKENS_FILE, "wb") as file,
+            open(made / _DOCUMENTS_FILE, "wb") as documents,
+        ):
+            for part in ordered_map(partial(_Encoder, tokenizer.sources, dtype), chunks, workers):
                 file.write(part.tokens.data)
+                documents.write((part.starts + meta.n_tokens).data)
                 meta.n_tokens += len(part.tokens)
-                meta.n_documents += part.n_documents
+                meta.n_documents += len(part.starts)
                 meta.n_empty += part.n_empty
                 meta.text_bytes += part.text_bytes
                 bar.update(part.read_bytes)
@@ -194,16 +210,33 @@ def _open(folder: Path) -> TokenDataset | None:
         return None
     if size != meta.n_tokens * np.dtype(meta.dtype).itemsize:
         return None
-    tokens: npt.NDArray[Any] = np.zeros(0, meta.dtype)
-    if size:
-        tokens = np.memmap(folder / _TOKENS_FILE, meta.dtype, mode="r")
+    tokens = _mapped(folder / _TOKENS_FILE, meta.dtype)
+    starts = _starts(folder / _DOCUMENTS_FILE, tokens, meta)
+    if len(starts) != meta.n_documents:
+        return None
     return TokenDataset(
         path=folder,
         tokens=tokens,
-        n_documents=meta.n_documents,
+        starts=starts,
         n_empty=meta.n_empty,
         text_bytes=meta.text_bytes,
-        bos_id=meta.bos_id,
         eos_id=meta.eos_id,
         name=str(folder),
     )
+
+
+def _starts(path: Path, tokens: npt.NDArray[Any], meta: _Meta) -> npt.NDArray[np.int64]:
+    """Where the documents begin. Folders of earlier versions have no such file: there each begins
+    with a BOS, which no text contains."""
+    if not path.is_file():
+        return np.flatnonzero(tokens == meta.bos_id)
+    if path.stat().st_size % 8:
+        return np.zeros(0, np.int64)  # damaged
+    return _mapped(path, "int64")
+
+
+def _mapped(path: Path, dtype: str) -> npt.NDArray[Any]:
+    """The numbers in a file, read when used."""
+    if not path.stat().st_size:
+        return np.zeros(0, dtype)
+    return np.memmap(path, dtype, mode="r")

@@ -164,7 +164,7 @@ def config_to_hf(config: LlamaConfig, bos_id: Ids, eos_id: Ids, dtype: str) -> d
         "dtype": dtype,
         "torch_dtype": dtype,
         "bos_token_id": bos_id,
-        "eos_token_id": eos_id,
+        "eos_token_id": _one_or_list(eos_id),
         "pad_token_id": None,
         "pretraining_tp": 1,
         "use_cache": True,
@@ -198,25 +198,16 @@ def config_from_hf(values: Mapping[str, Any], source: str) -> LlamaConfig:
     return config
 
 
+def _one_or_list(ids: Ids) -> int | list[int] | None:
+    """A single id as a number, several as a list."""
+    several = [] if ids is None else [ids] if isinstance(ids, int) else [*ids]
+    return several[0] if len(several) == 1 else several or None
+
+
 def generation_config(bos_id: Ids, eos_id: Ids) -> dict[str, Any]:
     """generation_config.json: where `generate` of transformers starts and stops."""
-    ids = {"bos_token_id": bos_id, "eos_token_id": eos_id}
+    ids = {"bos_token_id": bos_id, "eos_token_id": _one_or_list(eos_id)}
     return {key: value for key, value in ids.items() if value is not None}
-
-
-def tokenizer_config(max_seq_len: int) -> dict[str, Any]:
-    """tokenizer_config.json for a SentencePiece tokenizer.model with the usual special pieces."""
-    return {
-        "tokenizer_class": "LlamaTokenizer",
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "unk_token": "<unk>",
-        "add_bos_token": True,
-        "add_eos_token": False,
-        "clean_up_tokenization_spaces": False,
-        "legacy": False,
-        "model_max_length": max_seq_len,
-    }
 
 
 def special_ids(folder: Path, values: Mapping[str, Any]) -> tuple[int | None, tuple[int, ...]]:
@@ -441,21 +432,20 @@ def save_folder(
     """Fill a folder that transformers loads; returns the digests of the files, for a manifest.
 
     `dtype` ("float32", "bfloat16", "float16") is what is stored, whatever floats the sources
-    give; each source is loaded once, when its turn comes. `files` are the tokenizer's, by name; a
-    tokenizer.model without tokenizer_config.json gets one. Not atomic by itself: hand it the
-    folder of `save_checkpoint` or `atomic_directory`. Raises WeightsError, also where the folder
-    holds weights already (stale shards would be loaded with the new ones), and OSError.
+    give; each source is loaded once, when its turn comes. `files` are the tokenizer's, by name. Not
+    atomic by itself: hand it the folder of `save_checkpoint` or `atomic_directory`. Raises
+    WeightsError, also where the folder holds weights already (stale shards would be loaded with the
+    new ones), and OSError.
     """
     folder = Path(folder)
     if dtype not in STORED:
         raise WeightsError(f"{folder}: dtype: got {dtype!r}, must be one of {', '.join(STORED)}")
     lazy = _stored_as(STORED[dtype], llama_shapes(config), tensors, str(folder))
     documents: dict[str, Mapping[str, Any]] = {
-        "config.json": config_to_hf(config, bos_id, eos_id, dtype),
-        "generation_config.json": generation_config(bos_id, eos_id),
+        "config.json": config_to_hf(config, bos_id, eos_id, dtype)
     }
-    if "tokenizer.model" in files and "tokenizer_config.json" not in files:
-        documents["tokenizer_config.json"] = tokenizer_config(config.max_seq_len)
+    if "generation_config.json" not in files:
+        documents["generation_config.json"] = generation_config(bos_id, eos_id)
     _refuse_clashes(folder, files, documents)
     folder.mkdir(parents=True, exist_ok=True)
     digests = {name: _write_file(folder / name, data) for name, data in files.items()}

@@ -43,7 +43,7 @@ from tinyllama.runtime.storage import (
     write_new,
 )
 from tinyllama.system.files import atomic_directory
-from tinyllama.tokenizers.sentencepiece import MODEL_FILE, Tokenizer
+from tinyllama.tokenizers.tokenizer import Tokenizer
 
 
 class Attention:
@@ -282,9 +282,9 @@ class Llama:
             self.config,
             {name: partial(read, tensor) for name, tensor in self.state_dict().items()},
             dtype=dtype,
-            files={} if tokenizer is None else {MODEL_FILE: tokenizer.model},
+            files={} if tokenizer is None else tokenizer.files,
             bos_id=None if tokenizer is None else tokenizer.bos_id,
-            eos_id=() if tokenizer is None else tokenizer.eos_id,
+            eos_id=() if tokenizer is None else tokenizer.eos_ids,
         )
 
     def count_parameters(self) -> int:

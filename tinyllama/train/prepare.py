@@ -22,13 +22,10 @@ from tinyllama.errors import (
 )
 from tinyllama.formats.models import open_model
 from tinyllama.system import device
-from tinyllama.tokenizers.sentencepiece import (
-    MODEL_FILE,
-    TRAINING,
-    Tokenizer,
-    load_tokenizer,
-    train_tokenizer,
-)
+from tinyllama.tokenizers.files import MODEL_FILE
+from tinyllama.tokenizers.opening import holds_tokenizer, open_tokenizer
+from tinyllama.tokenizers.sentencepiece import TRAINING, train_tokenizer
+from tinyllama.tokenizers.tokenizer import Tokenizer
 from tinyllama.train import run_folder
 from tinyllama.train.checkpoint import latest_valid, list_checkpoints, verify
 
@@ -249,10 +246,10 @@ def find_tokenizer(config: Config, resume: Path | None, show: bool) -> Tokenizer
 def _check_against_base(config: Config, tokenizer: Tokenizer) -> None:
     """Raise ConfigError if a base's embeddings are not those of the tokenizer's pieces."""
     base = config.model.base
-    if base is None or config.data.replace_tokenizer or not (Path(base) / MODEL_FILE).is_file():
+    if base is None or config.data.replace_tokenizer or not holds_tokenizer(base):
         return
     with naming("model.base"):
-        own = load_tokenizer(base)
+        own = open_tokenizer(base)
     if own.vocabulary_digest != tokenizer.vocabulary_digest:
         raise ConfigError(
             f"{config.where('data.tokenizer')}: got a tokenizer ({config.tokenizer_source}) whose "
@@ -265,14 +262,14 @@ def _check_against_base(config: Config, tokenizer: Tokenizer) -> None:
 def _new_tokenizer(config: Config, show: bool) -> Tokenizer:
     if config.tokenizer_source != "train":
         with naming("data.tokenizer" if config.data.tokenizer else "model.base"):
-            return load_tokenizer(config.tokenizer_source)
+            return open_tokenizer(config.tokenizer_source)
     sources = find_sources(config.data.train_path)
     cache = Path(config.data.cache_dir)
     made_of = [f"{TRAINING} {config.tokenizer_vocab_size}", *content_digests(sources, cache)]
     digest = hashlib.sha256("\n".join(made_of).encode()).hexdigest()[:32]
     file = cache / f"tokenizer-{digest}" / MODEL_FILE
     if file.exists():
-        return load_tokenizer(file)
+        return open_tokenizer(file)
     what = f"data.tokenizer_vocab_size, for a tokenizer of {config.data.train_path}"
     with naming(what, TokenizerError):  # an error in the texts names its own place
         texts = read_texts(sources, progress=show)
@@ -281,11 +278,11 @@ def _new_tokenizer(config: Config, show: bool) -> Tokenizer:
 
 def _tokenizer_of(checkpoint: Path, config: Config) -> Tokenizer:
     """A checkpoint's tokenizer. Raises ConfigError if the configuration names another one."""
-    tokenizer, data = load_tokenizer(checkpoint), config.data
+    tokenizer, data = open_tokenizer(checkpoint), config.data
     size = data.tokenizer_vocab_size
     if data.tokenizer not in (None, "train"):
         with naming("data.tokenizer"):
-            same = load_tokenizer(str(data.tokenizer)).model == tokenizer.model
+            same = open_tokenizer(data.tokenizer).fingerprint == tokenizer.fingerprint
         if not same:
             raise ConfigError(
                 f"data.tokenizer: {data.tokenizer} is not the tokenizer of {checkpoint}, which a"
