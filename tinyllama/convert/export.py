@@ -25,7 +25,7 @@ import numpy as np
 from tinyllama.config import LlamaConfig
 from tinyllama.convert.check import TEXT, TOKENS, Check, Matrix, Read, compare
 from tinyllama.convert.merge import merge
-from tinyllama.errors import ConfigError, WeightsError
+from tinyllama.errors import ConfigError, TokenizerError, WeightsError
 from tinyllama.formats import mlx
 from tinyllama.formats.dtypes import BITS, FLOATS, RawArray, convert, to_float32
 from tinyllama.formats.gguf import SUFFIX, GgufFile
@@ -66,8 +66,9 @@ from tinyllama.formats.peft import (
 )
 from tinyllama.system.files import atomic_directory, fsync_path, remove_partials
 from tinyllama.system.partials import unfinished
-from tinyllama.tokenizers.sentencepiece import MODEL_FILE, load_tokenizer
+from tinyllama.tokenizers.opening import holds_tokenizer, open_tokenizer
 from tinyllama.tokenizers.to_gguf import vocabulary_fields
+from tinyllama.tokenizers.tokenizer import Tokenizer
 
 Target = Literal["hf", "gguf", "mlx"]
 # Names of types -> the formats' own.
@@ -223,7 +224,7 @@ class _Model:
     was trained on those."""
 
     source: ModelSource
-    tokenizer: "_Tokenizer"
+    text: "_Text"
     block_size: int | None = None
 
     @property
@@ -258,14 +259,14 @@ class _Model:
 def _write(job: Job, place: _Place) -> Exported:
     if not is_adapter(job.source):
         source = open_model(job.source)
-        model = _Model(source, _tokenizer_of(job.source, source))
+        model = _Model(source, _text_of(job.source, source))
         return _write_model(job, place, model, model.read)
     adapter, base = open_adapter(job.source, job.base)
     config = adapter.config(base.config)
-    tokenizer = _tokenizer_of(job.source, base)
+    text = _text_of(job.source, base)
     if job.merged:
-        return _write_merged(job, place, adapter, config, base, tokenizer)
-    trained = _Adapter(adapter, config, _Model(base, tokenizer, config.block_size))
+        return _write_merged(job, place, adapter, config, base, text)
+    trained = _Adapter(adapter, config, _Model(base, text, config.block_size))
     return _write_adapter(job, place, trained)
 
 
@@ -290,7 +291,7 @@ def _compare(
         (model.config, original),
         (read_back.config, read_back.float32),
         lambda name: "F32" if kinds[name] == model.stored_kind(name) else kinds[name],
-        model.tokenizer.sample(model.config),
+        model.text.sample(model.config),
         str(job.out),
     )
 
@@ -324,7 +325,7 @@ def _write_folder(folder: Path, job: Job, model: _Model) -> dict[str, str]:
         model.config,
         {name: partial(_released, model, name) for name in shapes},
         dtype={form: name for name, form in STORED.items()}[kind],
-        files=model.tokenizer.files,
+        files=model.text.files,
         bos_id=model.source.bos_id,
         eos_id=_one_or_all(model.source.eos_ids),
     )
@@ -359,7 +360,9 @@ def _write_gguf_model(path: Path, job: Job, model: _Model) -> dict[str, str]:
     } | rope_factors(config)
     _check_room(path.parent, sum(tensor.size_bytes for tensor in tensors.values()))
     matrices = [kinds[name] for name, shape in shapes.items() if len(shape) == 2]
-    fields = model_fields(config, matrices, job.out.stem) | model.tokenizer.fields(model)
+    fields = model_fields(config, matrices, job.out.stem) | model.text.fields(
+        model.config.vocab_size
+    )
     write_gguf(path, fields, tensors)
     return kinds
 
@@ -390,7 +393,7 @@ def _write_modelfile(
     place: _Place, model: _Model, weights: str | None, adapter: str | None = None
 ) -> None:
     """A Modelfile beside a GGUF file, with the template and the ends that the file has too."""
-    fields = model.tokenizer.fields(model)
+    fields = model.text.fields(model.config.vocab_size)
     keys = (f"tokenizer.ggml.{key}_token_id" for key in ("eos", "eot", "eom"))
     ends = dict.fromkeys([*(fields[key] for key in keys if key in fields), *model.source.eos_ids])
     stops = [fields["tokenizer.ggml.tokens"][end] for end in ends]
@@ -429,7 +432,7 @@ def _with_low(
     if path not in config.placed or not name.endswith(".weight"):
         return read(name)
     a, b, scale = low(path)
-    delta: Matrix = (b * np.float32(scale)) @ a
+    delta = np.matmul(b * np.float32(scale), a, dtype=np.float32)
     return read(name) + delta
 
 
@@ -439,18 +442,18 @@ def _write_merged(
     adapter: AdapterFolder,
     config: AdapterConfig,
     base: ModelSource,
-    tokenizer: "_Tokenizer",
+    text: "_Text",
 ) -> Exported:
     """Write base and adapter as one model, by way of a merged folder in float32."""
     shapes = llama_shapes(base.config)
     _check_room(place.folder, 4 * sum(map(math.prod, shapes.values())))
     merged = place.folder.with_name(f"{place.folder.name}.merged")
-    trained = _Adapter(adapter, config, _Model(base, tokenizer, config.block_size))
+    trained = _Adapter(adapter, config, _Model(base, text, config.block_size))
     dtype = job.dtype or _common_float([base.dtype(name) for name in shapes])
     job = Job(**{**vars(job), "dtype": dtype})
     try:
         merge(base.path, [(adapter.path, 1.0)], merged, dtype="fp32")
-        return _write_model(job, place, _Model(open_model(merged), tokenizer), trained.read)
+        return _write_model(job, place, _Model(open_model(merged), text), trained.read)
     finally:
         shutil.rmtree(merged, ignore_errors=True)
 
@@ -475,7 +478,7 @@ def _write_adapter(job: Job, place: _Place, adapter: _Adapter) -> Exported:
         (model.config, adapter.read),
         (model.config, partial(_with_low, adapter.config, back, low)),
         lambda name: "F32" if kinds[name] == model.stored_kind(name) else kinds[name],
-        model.tokenizer.sample(model.config),
+        model.text.sample(model.config),
         str(job.out),
     )
     return _finished(job, place, kind, check, [])
@@ -517,7 +520,7 @@ def _write_lora_peft(job: Job, place: _Place, adapter: _Adapter, kind: str) -> L
     }
     layers = linear_shapes_by_path(adapter.base.config)
     save_adapter(place.folder, adapter.config, tensors, layers=layers)
-    for name, data in adapter.base.tokenizer.files.items():
+    for name, data in adapter.base.text.files.items():
         (place.folder / name).write_bytes(data)
     written = AdapterFolder(place.folder)
     return _Adapter(written, written.config(adapter.base.config), adapter.base).low
@@ -532,42 +535,44 @@ def _rounded(folder: AdapterFolder, path: str, part: str, kind: str) -> RawArray
 
 
 @dataclass(frozen=True)
-class _Tokenizer:
-    """What an export needs of a tokenizer: its files, and the ids of the text that is compared;
-    of a GGUF source, its own metadata."""
+class _Text:
+    """What an export needs of a tokenizer, if there is one; of a GGUF source, its metadata."""
 
-    files: Mapping[str, bytes]
-    ids: tuple[int, ...]
+    tokenizer: Tokenizer | None
     metadata: Mapping[str, Any]
+    source: str
 
-    def fields(self, model: _Model) -> dict[str, Any]:
-        """The tokenizer as the metadata of GGUF."""
+    @property
+    def files(self) -> Mapping[str, bytes]:
+        """The files that travel with the model."""
+        return {} if self.tokenizer is None else self.tokenizer.files
+
+    def fields(self, rows: int) -> dict[str, Any]:
+        """The tokenizer as the metadata of GGUF, in a model with so many embeddings."""
         if self.metadata:
             return dict(self.metadata)
-        source = model.source
-        rows, label = model.config.vocab_size, str(source.path)
-        return vocabulary_fields(self.files, rows, source.bos_id, source.eos_ids, label)
+        if self.tokenizer is None:
+            raise TokenizerError(
+                f"{self.source}: has no tokenizer, and a GGUF file without one generates no text"
+            )
+        return vocabulary_fields(self.tokenizer, rows, self.source)
 
     def sample(self, config: LlamaConfig) -> list[int]:
         """Ids of a real text; of a model without a tokenizer, ids from all over its vocabulary."""
         count = min(TOKENS, config.max_seq_len)
-        ids = self.ids or range(0, config.vocab_size, max(1, config.vocab_size // count))
-        return list(ids[:count])
+        if self.tokenizer is None:
+            step = max(1, config.vocab_size // count)
+            return list(range(0, config.vocab_size, step))[:count]
+        return [*self.tokenizer.begin, *self.tokenizer.encode(TEXT)][:count]
 
 
-def _tokenizer_of(path: Path, source: ModelSource) -> _Tokenizer:
-    folder = path if (path / MODEL_FILE).is_file() else source.path
+def _text_of(path: Path, source: ModelSource) -> _Text:
+    """The tokenizer in an adapter's folder, or else in its base's."""
+    place = path if holds_tokenizer(path) else source.path
     metadata: dict[str, Any] = {}
-    if isinstance(source, GgufFile):
+    if isinstance(source, GgufFile) and place == source.path:
         for key, value in source.metadata.items():
             if key.startswith("tokenizer."):
                 metadata[key] = value.tolist() if isinstance(value, np.ndarray) else value
-    if not (folder / MODEL_FILE).is_file():
-        return _Tokenizer({}, (), metadata)
-    tokenizer = load_tokenizer(folder)
-    files = {
-        name: (folder / name).read_bytes()
-        for name in (MODEL_FILE, "tokenizer_config.json")
-        if (folder / name).is_file()
-    }
-    return _Tokenizer(files, tuple(tokenizer.encode(TEXT)), metadata)
+    tokenizer = open_tokenizer(place) if holds_tokenizer(place) else None
+    return _Text(tokenizer, metadata, str(place))

@@ -11,14 +11,24 @@ Rows of the model without a piece become unused ones. Source: conversion/ of lla
 
 import json
 import re
-import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from tinyllama.errors import TokenizerError
+from tinyllama.tokenizers.files import JSON_FILE, MODEL_FILE, Settings, read_settings
+from tinyllama.tokenizers.sentencepiece_model import (
+    BPE,
+    BYTE,
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    read_model,
+)
+from tinyllama.tokenizers.tokenizer import SpecialToken, Tokenizer
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 _UNUSED_SCORE = -10000.0
 _ADDED_SCORE = -1000.0
 _SPACE = "\u2581"  # how a space is written inside a piece
@@ -79,32 +89,30 @@ class _Vocabulary:
     merges: list[str] | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
+    def place(self, number: int, piece: str, kind: int, score: float) -> None:
+        """Set a piece, or append the next one."""
+        self.pieces[number : number + 1] = [piece]
+        self.kinds[number : number + 1] = [kind]
+        if self.scores is not None:
+            self.scores[number : number + 1] = [score]
 
-def vocabulary_fields(
-    files: Mapping[str, bytes],
-    rows: int,
-    bos_id: int | None,
-    stop_ids: Sequence[int],
-    source: str,
-) -> dict[str, Any]:
-    """The metadata of a tokenizer (its files by name) in a model with `rows` embeddings.
 
-    bos_id and stop_ids are the model's (generation_config.json); the tokenizer's own are taken
-    where it has none. Raises TokenizerError, beginning with `source`, for what llama.cpp lacks.
+def vocabulary_fields(tokenizer: Tokenizer, rows: int, source: str) -> dict[str, Any]:
+    """The metadata of a tokenizer in a model with `rows` embeddings.
+
+    Raises TokenizerError, beginning with `source`, for what llama.cpp lacks.
     """
-    configured = _json(files, "tokenizer_config.json", source)
-    described = _json(files, "tokenizer.json", source)
-    if "tokenizer.model" in files:
-        vocabulary = _of_sentencepiece(files["tokenizer.model"], source)
-    elif described:
-        vocabulary = _of_json(described, source)
+    files = tokenizer.files
+    settings = read_settings(files, source)
+    if MODEL_FILE in files:
+        vocabulary = _of_sentencepiece(files[MODEL_FILE], source)
+    elif JSON_FILE in files:
+        vocabulary = _of_json(json.loads(files[JSON_FILE]), source)
     else:
-        raise TokenizerError(
-            f"{source}: has no tokenizer (tokenizer.model or tokenizer.json), and a GGUF file "
-            "without one generates no text"
-        )
-    _add(vocabulary, _added(files, described, configured, source), rows, source)
-    special = _special(vocabulary, configured, bos_id, stop_ids)
+        raise TokenizerError(f"{source}: its tokenizer has neither {MODEL_FILE} nor {JSON_FILE}")
+    if settings.adds_space is not None and vocabulary.scores is not None:
+        vocabulary.extra["add_space_prefix"] = settings.adds_space
+    _add(vocabulary, settings.added, rows, source)
     fields: dict[str, Any] = {
         "tokenizer.ggml.model": vocabulary.model,
         "tokenizer.ggml.tokens": vocabulary.pieces,
@@ -114,69 +122,20 @@ def vocabulary_fields(
         fields["tokenizer.ggml.scores"] = vocabulary.scores
     if vocabulary.merges:
         fields["tokenizer.ggml.merges"] = vocabulary.merges
-    extra = vocabulary.extra | special
-    extra["add_bos_token"] = _adds(configured, described, vocabulary, special, "bos")
-    extra["add_eos_token"] = _adds(configured, described, vocabulary, special, "eos")
+    extra = vocabulary.extra | _special(vocabulary, settings, tokenizer)
+    extra["add_bos_token"] = bool(tokenizer.begin)
+    extra["add_eos_token"] = bool(settings.adds_eos)
     fields |= {f"tokenizer.ggml.{key}": value for key, value in extra.items()}
-    return fields | _template_fields(files, configured)
-
-
-def chat_templates(files: Mapping[str, bytes], configured: Mapping[str, Any]) -> dict[str, str]:
-    """Chat templates by name, "default" the main one: chat_template.jinja's first."""
-    stored = configured.get("chat_template")
-    templates: dict[str, str] = {}
-    if isinstance(stored, str):
-        templates["default"] = stored
-    elif isinstance(stored, list):
-        templates |= {str(each["name"]): str(each["template"]) for each in stored}
-    if "chat_template.jinja" in files:
-        templates["default"] = files["chat_template.jinja"].decode()
-    return templates
-
-
-def _template_fields(files: Mapping[str, bytes], configured: Mapping[str, Any]) -> dict[str, Any]:
-    fields: dict[str, Any] = {}
-    names = []
-    for name, template in chat_templates(files, configured).items():
-        if name == "default":
-            fields["tokenizer.chat_template"] = template
-            continue
-        names.append(re.sub("[^A-Za-z0-9]", "_", name))
-        fields[f"tokenizer.chat_template.{names[-1]}"] = template
-    return fields | ({"tokenizer.chat_templates": names} if names else {})
-
-
-def _json(files: Mapping[str, bytes], name: str, source: str) -> dict[str, Any]:
-    try:
-        value = json.loads(files.get(name, b"{}"))
-    except (ValueError, RecursionError) as error:
-        raise TokenizerError(f"{source}: {name}: not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise TokenizerError(f"{source}: {name}: must be a JSON object")
-    return value
+    if tokenizer.chat_template is not None:
+        fields["tokenizer.chat_template"] = tokenizer.chat_template
+    return fields
 
 
 # ---- pieces added beside the vocabulary
 
 
-def _added(
-    files: Mapping[str, bytes],
-    described: Mapping[str, Any],
-    configured: Mapping[str, Any],
-    source: str,
-) -> dict[int, tuple[str, bool]]:
-    """Id -> (piece, special) of added tokens, from every file that names them."""
-    named = _json(files, "added_tokens.json", source)
-    added = {int(number): (piece, False) for piece, number in named.items()}
-    for each in described.get("added_tokens") or ():
-        added[int(each["id"])] = str(each["content"]), bool(each.get("special"))
-    for number, each in (configured.get("added_tokens_decoder") or {}).items():
-        added[int(number)] = str(each["content"]), bool(each.get("special"))
-    return added
-
-
 def _add(
-    vocabulary: _Vocabulary, added: Mapping[int, tuple[str, bool]], rows: int, source: str
+    vocabulary: _Vocabulary, added: Mapping[int, SpecialToken], rows: int, source: str
 ) -> None:
     """Place added tokens, and fill up to the model's rows."""
     most = max([len(vocabulary.pieces) - 1, *added])
@@ -186,89 +145,46 @@ def _add(
             "model's embedding"
         )
     for number in range(len(vocabulary.pieces), rows):
-        _place(vocabulary, number, f"[PAD{number}]", UNUSED, _UNUSED_SCORE)
-    for number, (piece, special) in added.items():
-        held = vocabulary.kinds[number]
-        if held in (UNKNOWN, BYTE) and vocabulary.pieces[number] == piece:
+        vocabulary.place(number, f"[PAD{number}]", UNUSED, _UNUSED_SCORE)
+    for number, token in added.items():
+        if vocabulary.kinds[number] in (UNKNOWN, BYTE):
             continue
-        # Spaces of a piece that is matched in the text itself are spaces.
-        text = piece if special else piece.replace(_SPACE, " ")
-        _place(vocabulary, number, text, CONTROL if special else USER_DEFINED, _ADDED_SCORE)
-    if len(set(vocabulary.pieces)) != len(vocabulary.pieces):
-        seen: set[str] = set()
-        twice = next(p for p in vocabulary.pieces if p in seen or seen.add(p))  # type: ignore[func-returns-value]
-        raise TokenizerError(f"{source}: {twice!r} is the piece of two ids, which GGUF cannot hold")
+        if token.special:
+            vocabulary.place(number, token.content, CONTROL, _ADDED_SCORE)
+        else:  # spaces of a piece that is matched in the text itself are spaces
+            text = token.content.replace(_SPACE, " ")
+            vocabulary.place(number, text, USER_DEFINED, _ADDED_SCORE)
+    seen: set[str] = set()
+    for piece in vocabulary.pieces:
+        if piece in seen:
+            raise TokenizerError(f"{source}: {piece!r} is the piece of two ids, as in no GGUF file")
+        seen.add(piece)
 
 
-def _place(vocabulary: _Vocabulary, number: int, piece: str, kind: int, score: float) -> None:
-    for values, value in (
-        (vocabulary.pieces, piece),
-        (vocabulary.kinds, kind),
-        (vocabulary.scores, score),
-    ):
-        if values is not None:
-            values[number : number + 1] = [value]  # type: ignore[list-item]
-
-
-def _special(
-    vocabulary: _Vocabulary,
-    configured: Mapping[str, Any],
-    bos_id: int | None,
-    stop_ids: Sequence[int],
-) -> dict[str, int]:
-    """Ids of special pieces by GGUF's key: the model's, else those that the tokenizer names."""
+def _special(vocabulary: _Vocabulary, settings: Settings, tokenizer: Tokenizer) -> dict[str, int]:
+    """Ids of special pieces by GGUF's key."""
     number_of = {piece: number for number, piece in enumerate(vocabulary.pieces)}
 
-    def named(key: str) -> int | None:
-        value = configured.get(f"{key}_token")
-        piece = value.get("content") if isinstance(value, dict) else value
-        return number_of.get(str(piece))
+    def named(role: str) -> int | None:
+        return number_of.get(settings.roles.get(role, ""))
 
-    own = dict(vocabulary.extra.pop("special", {}))
-    stops = [stop for stop in stop_ids if 0 <= stop < len(vocabulary.pieces)]
-    eos = named("eos")
-    if stops and eos not in stops:
-        eos = stops[0]
-    others = [stop for stop in stops if stop != eos]
-    found = {
-        "bos": bos_id if bos_id is not None and bos_id >= 0 else named("bos"),
-        "eos": eos,
-        "unknown": named("unk"),
+    stops = [stop for stop in tokenizer.eos_ids if stop < len(vocabulary.pieces)]
+    end = named("eos")
+    if end not in stops:
+        end = stops[0] if stops else None
+    others = [stop for stop in stops if stop != end]
+    unknown = named("unk")
+    if unknown is None and UNKNOWN in vocabulary.kinds:
+        unknown = vocabulary.kinds.index(UNKNOWN)
+    ids = {
+        "bos": tokenizer.bos_id,
+        "eos": end,
+        "unknown": unknown,
         "padding": named("pad"),
         "eot": others[0] if others else None,
         "eom": others[1] if len(others) > 1 else None,
     }
-    found = {key: own.get(key) if value is None else value for key, value in found.items()}
-    return {f"{key}_token_id": value for key, value in found.items() if value is not None}
-
-
-def _adds(
-    configured: Mapping[str, Any],
-    described: Mapping[str, Any],
-    vocabulary: _Vocabulary,
-    special: Mapping[str, int],
-    which: str,
-) -> bool:
-    """Whether the tokenizer puts its begin before a text, or its end behind it."""
-    number = special.get(f"{which}_token_id")
-    if number is None:
-        return False
-    stated = configured.get(f"add_{which}_token")
-    if stated is not None:
-        return bool(stated)
-    if described:
-        steps = list(_flat(described.get("post_processor"), "processors"))
-        pieces = [piece for step in steps for piece in _template_pieces(step)]
-        place = pieces[:1] if which == "bos" else pieces[-1:]
-        return place == [vocabulary.pieces[number]]
-    return which == "bos"
-
-
-def _template_pieces(step: Mapping[str, Any]) -> list[str]:
-    """The special pieces around one text, "" where the text stands."""
-    if step.get("type") != "TemplateProcessing":
-        return []
-    return [str(part.get("SpecialToken", {}).get("id", "")) for part in step.get("single") or ()]
+    return {f"{key}_token_id": number for key, number in ids.items() if number is not None}
 
 
 # ---- tokenizer.json
@@ -386,78 +302,29 @@ def _flat(step: Mapping[str, Any] | None, key: str) -> Iterator[Mapping[str, Any
         yield from _flat(inner, key)
 
 
-# ---- tokenizer.model, a message of protocol buffers
-
-_BPE = 2  # trainer_spec.model_type
-_ONE_BYTE = {1: 8, 5: 4}  # of a wire type: bytes of its values
+# ---- tokenizer.model
 
 
-def _of_sentencepiece(model: bytes, source: str) -> _Vocabulary:
-    label = f"{source}: tokenizer.model"
-    pieces, kinds, scores = [], [], []
-    trainer: dict[int, Any] = {}
-    normalizer: dict[int, Any] = {}
-    for number, value in _message(model, label):
-        if number == 1:
-            piece = dict(_message(value, label))
-            pieces.append(piece.get(1, b"").decode())
-            scores.append(struct.unpack("<f", piece[2])[0] if 2 in piece else 0.0)
-            kinds.append(piece.get(3, NORMAL))
-        elif number == 2:
-            trainer |= dict(_message(value, label))
-        elif number == 3:
-            normalizer |= dict(_message(value, label))
-    if trainer.get(3, 1) != _BPE:
+def _of_sentencepiece(data: bytes, source: str) -> _Vocabulary:
+    label = f"{source}: {MODEL_FILE}"
+    try:
+        model = read_model(data)
+    except ValueError as error:
+        raise TokenizerError(f"{label}: damaged: {error}") from error
+    if model.kind != BPE or model.spaces_behind:
+        found = "spaces behind words" if model.spaces_behind else "no byte-pair encoding"
         raise TokenizerError(
-            f"{label}: is no byte-pair encoding (model_type {trainer.get(3, 1)}), and llama.cpp "
-            "has no other for this architecture"
+            f"{label}: has {found}, and llama.cpp has nothing else for this architecture"
         )
-    # Of trainer_spec: 40 unk_id, 41 bos_id, 42 eos_id, 43 pad_id.
-    defaults = {"unknown": (40, 0), "bos": (41, 1), "eos": (42, 2), "padding": (43, -1)}
-    special = {name: _signed(trainer.get(key, own)) for name, (key, own) in defaults.items()}
-    extra: dict[str, Any] = {
+    extra = {
         "pre": "default",
-        "add_space_prefix": bool(normalizer.get(3, 1)),
-        "remove_extra_whitespaces": bool(normalizer.get(4, 1)),
-        "special": {name: number for name, number in special.items() if number >= 0},
+        "add_space_prefix": model.adds_space,
+        "remove_extra_whitespaces": model.merges_spaces,
     }
-    return _Vocabulary("llama", pieces, kinds, scores=scores, extra=extra)
-
-
-def _signed(value: int) -> int:
-    return value - (1 << 64) if value >> 63 else value
-
-
-def _message(data: bytes, label: str) -> Iterator[tuple[int, Any]]:
-    """(field number, value) of a message: integers, or bytes."""
-    at = 0
-    while at < len(data):
-        key, at = _varint(data, at, label)
-        wire = key & 7
-        if wire == 0:
-            value, at = _varint(data, at, label)
-            yield key >> 3, value
-            continue
-        if wire == 2:
-            length, at = _varint(data, at, label)
-        elif wire in _ONE_BYTE:
-            length = _ONE_BYTE[wire]
-        else:
-            raise TokenizerError(f"{label}: damaged: no field has wire type {wire}")
-        if at + length > len(data):
-            raise TokenizerError(f"{label}: truncated")
-        yield key >> 3, data[at : at + length]
-        at += length
-
-
-def _varint(data: bytes, at: int, label: str) -> tuple[int, int]:
-    value = 0
-    for shift in range(0, 70, 7):
-        if at >= len(data):
-            raise TokenizerError(f"{label}: truncated")
-        byte = data[at]
-        at += 1
-        value |= (byte & 127) << shift
-        if byte < 128:
-            return value & ((1 << 64) - 1), at
-    raise TokenizerError(f"{label}: damaged: a number of more than 10 bytes")
+    return _Vocabulary(
+        "llama",
+        [piece.text for piece in model.pieces],
+        [piece.kind for piece in model.pieces],
+        scores=[piece.score for piece in model.pieces],
+        extra=extra,
+    )
