@@ -265,6 +265,11 @@ class QloraConfig:
     block_size: Annotated[int, Meta(ge=2, multiple_of=2)] = option(
         64, "consecutive weights of a row that share one scale"
     )
+    requantize: bool = option(
+        False,
+        "pack also what a GGUF base holds in blocks that no layer multiplies by (Q4_K, Q6_K, ...),"
+        " which rounds it a second time; when false, it is widened",
+    )
 
     def __post_init__(self) -> None:
         _validate("qlora", self)

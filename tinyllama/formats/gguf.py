@@ -286,10 +286,15 @@ class GgufFile:
         permuted, a new array."""
         return self.rows(name, slice(None)).data
 
+    def raw(self, name: str) -> NumpyArray:
+        """The bytes of a tensor, in the file's order."""
+        part, info, _ = self._place(name)
+        return np.frombuffer(part.map, np.uint8, info.size_bytes, info.offset)
+
     def rows(self, name: str, rows: slice) -> RawArray:
         """Some rows of a tensor."""
         place = self._place(name)
-        raw = self._raw_rows(place, rows)
+        raw = self._raw_rows(name, rows)
         kind, shape = place.info.kind, (len(raw), *place.info.shape[1:])
         if kind in BLOCK_TYPES:
             return RawArray("F32", shape, widen(kind, raw).reshape(shape))
@@ -299,7 +304,7 @@ class GgufFile:
     def packed(self, name: str, rows: slice) -> PackedRows:
         """Some rows of a tensor that has a `packed_form`; only the order of nibbles is changed."""
         place = self._place(name)
-        return packed_rows(place.info.kind, self._raw_rows(place, rows))
+        return packed_rows(place.info.kind, self._raw_rows(name, rows))
 
     def stored(self, name: str) -> npt.NDArray[np.uint8]:
         """The bytes of a tensor as they lie in the file, in GGUF's order of rows."""
@@ -335,10 +340,10 @@ class GgufFile:
             raise WeightsError(f"{self.path}: {name}: no such tensor")
         return self._tensors[name]
 
-    def _raw_rows(self, place: _Placed, rows: slice) -> npt.NDArray[np.uint8]:
+    def _raw_rows(self, name: str, rows: slice) -> npt.NDArray[np.uint8]:
         """The bytes of some rows (n, bytes per row), in Hugging Face's order."""
-        part, info, heads = place
-        flat = np.frombuffer(part.map, np.uint8, info.size_bytes, info.offset)
+        _, info, heads = self._place(name)
+        flat = self.raw(name)
         raw = flat.reshape(info.shape[0], -1) if info.size_bytes else flat.reshape(0, 1)
         return raw[rows] if heads is None else raw[_half_order(len(raw), heads)[rows]]
 

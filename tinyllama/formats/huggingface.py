@@ -316,6 +316,10 @@ class HfFolder:
         """A read-only view of a tensor as it is stored; bfloat16 comes as uint16."""
         return self._open(name).array(name)
 
+    def raw(self, name: str) -> NumpyArray:
+        """The elements of a tensor as they are stored, flat."""
+        return self.array(name).reshape(-1)
+
     def rows(self, name: str, rows: slice) -> RawArray:
         """Some rows of a tensor as it is stored."""
         values = self.array(name)[rows]

@@ -49,6 +49,9 @@ class ModelSource(Protocol):
     def array(self, name: str) -> NumpyArray:
         """A read-only view of a tensor as it is stored; bfloat16 comes as uint16."""
 
+    def raw(self, name: str) -> NumpyArray:
+        """What is stored of a tensor, flat: its elements, or the bytes of its blocks."""
+
     def rows(self, name: str, rows: slice) -> RawArray:
         """Some rows of a tensor as it is stored, or in F32 where that is quantised."""
 

@@ -30,6 +30,7 @@ from tinyllama.formats.huggingface import (
     linear_shapes_by_path,
     read_json,
 )
+from tinyllama.formats.int4 import Packing
 from tinyllama.formats.models import ModelSource, open_model
 from tinyllama.formats.safetensors import (
     FileDigest,
@@ -64,7 +65,7 @@ class AdapterConfig:
     """The adapters of a model: `placed` by the layer's path.
 
     base is the base's folder, base_fingerprint what `fingerprint` gives for it, if known;
-    block_size that of a base which was packed in 4 bits when the adapters were trained on it,
+    block_size and requantize those of a base which was packed when the adapters were trained on it,
     tokenizer_digest that of the vocabulary (`Tokenizer.vocabulary_digest`) they were trained with.
     """
 
@@ -74,6 +75,7 @@ class AdapterConfig:
     base: str | None = None
     base_fingerprint: str | None = None
     block_size: int | None = None
+    requantize: bool = False
     tokenizer_digest: str | None = None
 
     def scale(self, path: str) -> float:
@@ -207,6 +209,7 @@ PARTS = ("lora_A", "lora_B")
 _PREFIX = "base_model.model."
 _FINGERPRINT = "base_fingerprint"
 _BLOCK_SIZE = "base_int4_block_size"
+_REQUANTIZE = "base_int4_requantized"  # present or not
 _TOKENIZER = "tokenizer_vocabulary_sha256"
 _SAMPLE_ELEMENTS = 1024
 
@@ -240,9 +243,9 @@ class AdapterFolder:
     def _named_folder(self) -> Path | None:
         named = Path(str(self._entries.get("base_model_name_or_path") or ""))
         if named.is_absolute():
-            return named if named.is_dir() else None
+            return named if named.exists() else None
         paths = ((self.path / named).resolve(), named) if named.parts else ()
-        return next((path for path in paths if path.is_dir()), None)
+        return next((path for path in paths if path.exists()), None)
 
     def config(self, model: LlamaConfig) -> AdapterConfig:
         """The adapters on a model of these sizes.
@@ -269,6 +272,7 @@ class AdapterFolder:
             base,
             made_for.get(_FINGERPRINT),
             self.block_size(),
+            _REQUANTIZE in made_for,
             self.tokenizer_digest,
         )
 
@@ -286,6 +290,13 @@ class AdapterFolder:
             )
         return None if text is None else int(text)
 
+    def packing(self) -> Packing | None:
+        """How the base was packed that the adapters were trained on; None if it was not."""
+        block_size = self.block_size()
+        if block_size is None:
+            return None
+        return Packing(block_size, _REQUANTIZE in self._file.metadata)
+
     def check_base(self, base: ModelSource) -> None:
         """Raise WeightsError if the adapter was not made for this base.
 
@@ -294,7 +305,7 @@ class AdapterFolder:
         """
         made_for = self._file.metadata.get(_FINGERPRINT)
         named = self._named_folder()
-        if made_for is None and named and (named / "config.json").is_file():
+        if made_for is None and named and (named.is_file() or (named / "config.json").is_file()):
             made_for = fingerprint(open_model(named))  # without a tied head, as `base` is
         if made_for is not None and made_for != (digest := fingerprint(base)):
             there = named or self._entries.get("base_model_name_or_path")
@@ -381,6 +392,8 @@ def save_adapter(
         metadata[_FINGERPRINT] = config.base_fingerprint
     if config.block_size is not None:
         metadata[_BLOCK_SIZE] = str(config.block_size)
+        if config.requantize:
+            metadata[_REQUANTIZE] = "true"
     if config.tokenizer_digest is not None:
         metadata[_TOKENIZER] = config.tokenizer_digest
     named = {f"{_PREFIX}{name}": source for name, source in tensors.items()}
@@ -408,7 +421,7 @@ def fingerprint(folder: ModelSource) -> str:
     digest = hashlib.sha256()
     for name in sorted(folder.names):
         digest.update(f"{name} {folder.dtype(name)} {folder.shape(name)}\n".encode())
-        values = folder.array(name).reshape(-1)
+        values = folder.raw(name)
         for start in (0, values.size // 2, max(0, values.size - _SAMPLE_ELEMENTS)):
             digest.update(values[start : start + _SAMPLE_ELEMENTS].tobytes())
         folder.forget(name)
