@@ -433,7 +433,8 @@ def _with_low(
         return read(name)
     a, b, scale = low(path)
     delta = np.matmul(b * np.float32(scale), a, dtype=np.float32)
-    return read(name) + delta
+    merged: Matrix = read(name) + delta
+    return merged
 
 
 def _write_merged(
@@ -568,11 +569,14 @@ class _Text:
 
 def _text_of(path: Path, source: ModelSource) -> _Text:
     """The tokenizer in an adapter's folder, or else in its base's."""
-    place = path if holds_tokenizer(path) else source.path
-    metadata: dict[str, Any] = {}
-    if isinstance(source, GgufFile) and place == source.path:
-        for key, value in source.metadata.items():
-            if key.startswith("tokenizer."):
-                metadata[key] = value.tolist() if isinstance(value, np.ndarray) else value
-    tokenizer = open_tokenizer(place) if holds_tokenizer(place) else None
-    return _Text(tokenizer, metadata, str(place))
+    place = path if path.is_dir() and holds_tokenizer(path) else source.path
+    if not isinstance(source, GgufFile) or place != source.path:
+        tokenizer = open_tokenizer(place) if holds_tokenizer(place) else None
+        return _Text(tokenizer, {}, str(place))
+    metadata = {
+        key: value.tolist() if isinstance(value, np.ndarray) else value
+        for key, value in source.metadata.items()
+        if key.startswith("tokenizer.")
+    }
+    is_whole = "tokenizer.ggml.model" in metadata
+    return _Text(open_tokenizer(place) if is_whole else None, metadata, str(place))

@@ -48,13 +48,14 @@ _FORMS = (
         "llama2",
         ("[INST]", "<<SYS>>"),
         "[INST] {{ if .System }}<<SYS>>\n{{ .System }}\n<</SYS>>\n\n{{ end }}{{ .Prompt }} [/INST]"
-        " {{ .Response }} ",
+        "{{ if .Response }} {{ .Response }} </s>{{ end }}",
         ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"),
     ),
     _Form(
         "mistral",
         ("[INST]", "[/INST]"),
-        "[INST] {{ if .System }}{{ .System }}\n\n{{ end }}{{ .Prompt }} [/INST] {{ .Response }}",
+        "[INST] {{ if .System }}{{ .System }}\n\n{{ end }}{{ .Prompt }} [/INST]"
+        "{{ if .Response }} {{ .Response }}</s>{{ end }}",
         ("[INST]", "[/INST]"),
     ),
     _Form(
