@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinyllama.errors import TokenizerError
+from tinyllama.tokenizers import cutting
 from tinyllama.tokenizers import sentencepiece as module
 from tinyllama.tokenizers.opening import open_tokenizer
 from tinyllama.tokenizers.sentencepiece import SentencePieceTokenizer as Spm
@@ -90,10 +91,10 @@ def test_a_long_text_gives_the_ids_of_the_uncut_text(llama: Spm, llama_file: Pat
 def test_text_without_line_ends_is_cut_at_the_longest_piece(
     trained: Spm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_LONGEST_CHARS", 100)
+    monkeypatch.setattr(cutting, "LONGEST_CHARS", 100)
     monkeypatch.setattr(trained, "_cut_chars", 50)
     text = "word " * 200
-    assert max(map(len, module._cut(text, 50))) == 100
+    assert max(map(len, cutting.cut(text, 50))) == 100
     assert trained.decode(trained.encode(text)) == text
 
 
@@ -231,14 +232,14 @@ def test_loading_says_what_is_wrong(tmp_path: Path) -> None:
     cases = {
         tmp_path / "none.model": "none.model: no such file",
         junk: "junk.model: not a SentencePiece model (11 bytes)",
-        folder: "folder: the folder holds no tokenizer.model",
+        folder: "folder: the folder holds neither tokenizer.model nor tokenizer.json",
     }
     for path, message in cases.items():
         with pytest.raises(TokenizerError) as error:
             open_tokenizer(path)
         assert str(error.value).endswith(message)
     (folder / "tokenizer.json").write_text("{}")
-    with pytest.raises(TokenizerError, match=r"its tokenizer\.json is of another kind"):
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json: holds no model with a vocabulary"):
         open_tokenizer(folder)
 
 

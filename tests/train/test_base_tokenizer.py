@@ -75,8 +75,8 @@ def test_the_same_pieces_with_other_ids_are_another_vocabulary(tmp_path):
     first, second = (
         train_tokenizer([text * 20], 268) for text in ("ab ab cd cd cd\n", "cd cd ab ab ab\n")
     )
-    pieces = [sorted(tokenizer._pieces) for tokenizer in (first, second)]
-    assert pieces[0] == pieces[1] and first._pieces != second._pieces
+    pieces = [sorted(tokenizer.pieces) for tokenizer in (first, second)]
+    assert pieces[0] == pieces[1] and first.pieces != second.pieces
     assert first.vocabulary_digest != second.vocabulary_digest
 
 

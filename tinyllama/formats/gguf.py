@@ -348,6 +348,11 @@ class GgufFile:
         return raw[rows] if heads is None else raw[_half_order(len(raw), heads)[rows]]
 
 
+def read_metadata(path: str | os.PathLike[str]) -> Mapping[str, Any]:
+    """A file's metadata, also of one that holds only a vocabulary. Raises WeightsError."""
+    return _Part(Path(path)).metadata
+
+
 def open_gguf(path: str | os.PathLike[str]) -> GgufFile:
     """Open a file whose tensors are exactly those that its metadata imply.
 

@@ -62,7 +62,7 @@ def read_files(folder: Path) -> dict[str, bytes]:
     found = {name: read_file(folder / name) for name in TRAVELLING if (folder / name).is_file()}
     if GENERATION_FILE not in found and (folder / "config.json").is_file():
         source = str(folder / "config.json")
-        config = _parse({"config.json": read_file(folder / "config.json")}, "config.json", source)
+        config = parse({"config.json": read_file(folder / "config.json")}, "config.json", source)
         ids = {key: config.get(key) for key in ("bos_token_id", "eos_token_id")}
         if any(value is not None for value in ids.values()):
             found[GENERATION_FILE] = to_json({k: v for k, v in ids.items() if v is not None})
@@ -85,8 +85,13 @@ def read_file(path: Path) -> bytes:
 
 
 def to_json(value: Json) -> bytes:
-    """A file of JSON, the same for the same value."""
-    return f"{json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False)}\n".encode()
+    """A file of JSON, its keys in the order that they have."""
+    return f"{json.dumps(value, indent=2, ensure_ascii=False)}\n".encode()
+
+
+def to_compact_json(value: Json) -> bytes:
+    """The same without spaces, for a vocabulary."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def read_settings(files: Mapping[str, bytes], source: str) -> Settings:
@@ -95,9 +100,9 @@ def read_settings(files: Mapping[str, bytes], source: str) -> Settings:
     Raises TokenizerError for a file that is no JSON or holds something else than transformers
     writes there.
     """
-    config = _parse(files, CONFIG_FILE, source)
+    config = parse(files, CONFIG_FILE, source)
     said = {key: value for key, value in config.items() if value is not None}
-    named = _parse(files, _MAP_FILE, source) | said
+    named = parse(files, _MAP_FILE, source) | said
     roles = {
         role: text
         for role in _ROLES
@@ -109,7 +114,7 @@ def read_settings(files: Mapping[str, bytes], source: str) -> Settings:
     for token in _added(files, config, source):
         is_special = token.special or token.content in special
         added[token.id] = replace(token, special=is_special)
-    bos_id, eos_ids = _generation_ids(_parse(files, GENERATION_FILE, source), source)
+    bos_id, eos_ids = _generation_ids(parse(files, GENERATION_FILE, source), source)
     return Settings(
         added=dict(sorted(added.items())),
         roles=roles,
@@ -124,7 +129,7 @@ def read_settings(files: Mapping[str, bytes], source: str) -> Settings:
     )
 
 
-def _parse(files: Mapping[str, bytes], name: str, source: str) -> dict[str, Any]:
+def parse(files: Mapping[str, bytes], name: str, source: str) -> dict[str, Any]:
     """The JSON object in a file, or an empty one where there is no such file."""
     if name not in files:
         return {}
@@ -139,9 +144,9 @@ def _parse(files: Mapping[str, bytes], name: str, source: str) -> dict[str, Any]
 
 def _added(files: Mapping[str, bytes], config: Json, source: str) -> Iterator[SpecialToken]:
     """Every added token, the most telling file last."""
-    for text, number in _parse(files, _ADDED_FILE, source).items():
+    for text, number in parse(files, _ADDED_FILE, source).items():
         yield SpecialToken(text, _id(number, text, source), special=False, normalized=True)
-    in_json = _parse(files, JSON_FILE, source).get("added_tokens") or []
+    in_json = parse(files, JSON_FILE, source).get("added_tokens") or []
     if not isinstance(in_json, list):
         raise TokenizerError(f"{source}: {JSON_FILE}: added_tokens: must be a list")
     for entry in in_json:

@@ -26,11 +26,23 @@ import sentencepiece
 from tinyllama.errors import TokenizerError
 from tinyllama.system.files import atomic_write
 from tinyllama.tokenizers import special
+from tinyllama.tokenizers.cutting import LINE_END, LONGEST_CHARS, cut, holds
 from tinyllama.tokenizers.files import (
+    CONFIG_FILE,
+    JSON_FILE,
     MODEL_FILE,
+    parse,
     read_settings,
+    to_compact_json,
+    to_json,
 )
-from tinyllama.tokenizers.sentencepiece_model import USER_DEFINED, read_model, with_space
+from tinyllama.tokenizers.sentencepiece_json import can_be_written, tokenizer_json
+from tinyllama.tokenizers.sentencepiece_model import (
+    USER_DEFINED,
+    Model,
+    read_model,
+    with_space,
+)
 from tinyllama.tokenizers.tokenizer import SpecialToken, StreamDecoder, check_encodable
 
 TRAINING = 1  # version of train_tokenizer: changes when the same texts give a different model
@@ -38,7 +50,6 @@ TRAINING = 1  # version of train_tokenizer: changes when the same texts give a d
 _SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
 # SentencePiece slows down and takes 60 bytes per character on long texts: they are cut.
 _LINES_CHARS = 4096
-_LONGEST_CHARS = 1 << 20
 
 # A sample of this size already fixes the merges; SentencePiece holds several copies of it.
 _TRAIN_CHARS = 32 << 20
@@ -65,6 +76,7 @@ _TRIED = (
     "{1}\r\n{0}\r\n\r\n{0}",
     "\n\n{0}",
     "  {1}\n",
+    "{0}\ue000\n\ue000{1}",  # unknown characters side by side are one piece
 )
 
 
@@ -88,8 +100,8 @@ class SentencePieceTokenizer:
         added = special.check(self.settings.added, self._size, source)
         self._controls = [n for n in range(self._size) if own.is_control(n) or own.is_unknown(n)]
         self._beyond = self._not_the_models(added, pieces)
-        self._pieces = special.extended(pieces, added)
-        self.vocab_size = len(self._pieces)
+        self.pieces = special.extended(pieces, added)
+        self.vocab_size = len(self.pieces)
         self._special = {
             **{n: SpecialToken(pieces[n], n) for n in self._controls},
             **{n: token for n, token in added.items() if token.special},
@@ -109,14 +121,17 @@ class SentencePieceTokenizer:
         own = set(self._controls)
         beyond = {n: t for n, t in added.items() if n not in own or pieces[n] != t.content}
         if any(n < self._size for n in beyond):
-            kinds = [piece.kind for piece in read_model(self.model).pieces]
-            known = {n for n in beyond if n < self._size and kinds[n] == USER_DEFINED}
+            known = self._numbers_of_kind(read_model(self.model), USER_DEFINED)
             beyond = {n: t for n, t in beyond.items() if n not in known or pieces[n] != t.content}
         return beyond
 
+    @staticmethod
+    def _numbers_of_kind(model: Model, kind: int) -> set[int]:
+        return {number for number, piece in enumerate(model.pieces) if piece.kind == kind}
+
     def _set_ends(self, source: str) -> None:
         """Begin and end of a text: by the names in the files, else the model's own."""
-        numbers = {piece: number for number, piece in reversed([*enumerate(self._pieces)])}
+        numbers = {piece: number for number, piece in reversed([*enumerate(self.pieces)])}
         own = self._processor.bos_id(), self._processor.eos_id()
         bos, eos = (
             numbers.get(self.settings.roles.get(role, ""), number)
@@ -172,12 +187,43 @@ class SentencePieceTokenizer:
     @cached_property
     def vocabulary_digest(self) -> str:
         """Hex SHA-256 of the pieces in the order of their ids: what embeddings belong to."""
-        return hashlib.sha256(json.dumps(self._pieces).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self.pieces).encode()).hexdigest()
 
     @cached_property
     def files(self) -> Mapping[str, bytes]:
-        """The files beside the model and the model, byte for byte."""
-        return self.sources
+        """The files it was made from, and those that transformers needs to open them without
+        SentencePiece: a tokenizer.json and a tokenizer_config.json that leaves it as it is."""
+        model = read_model(self.model)
+        if JSON_FILE in self.sources or not can_be_written(model):
+            return self.sources
+        ends = (self.eos_id,) if self.settings.adds_eos else ()
+        made = tokenizer_json(
+            model,
+            self.pieces,
+            {**self._special, **self._beyond},
+            begin=self.begin,
+            end=ends,
+            adds_space=self._has_dummy_prefix,
+            always=self._prefix_always,
+        )
+        return {
+            **self.sources,
+            JSON_FILE: to_compact_json(made),
+            CONFIG_FILE: to_json(self._config()),
+        }
+
+    def _config(self) -> dict[str, object]:
+        """The tokenizer_config.json it came with, or a new one, for a tokenizer.json that is
+        complete: transformers' own class for LLaMA would replace parts of it."""
+        ids = {"bos": self.bos_id, "eos": self.eos_id, "unk": self._processor.unk_id()}
+        ids["pad"] = self._processor.pad_id()
+        config = parse(self.sources, CONFIG_FILE, CONFIG_FILE)
+        for role, number in ids.items():
+            text = self.settings.roles.get(role)
+            if number is not None and number >= 0 and text not in self.special_tokens:
+                config[f"{role}_token"] = self.pieces[number]
+        said = {"add_bos_token": bool(self.begin), "clean_up_tokenization_spaces": False}
+        return said | config | {"tokenizer_class": "PreTrainedTokenizerFast"}
 
     def encode(self, text: str, *, continued: bool = False, special: bool = False) -> list[int]:
         """Ids of `text`, without begin and end. `continued`: other text comes before this one,
@@ -200,13 +246,13 @@ class SentencePieceTokenizer:
         ids: list[int] = []
         is_long = continued or len(text) > self._cut_chars
         joint = self._joint if is_long and self._cuts_lines else None
-        chars = _LONGEST_CHARS if joint is None else self._cut_chars
+        chars = LONGEST_CHARS if joint is None else self._cut_chars
         parts = text.split(_SPACE) if self._space_ids else [text]
         for number, part in enumerate(parts):
             if number:
                 ids += self._space_ids
             before = "\n" if continued and number == 0 else "."[: len(ids)]  # the character
-            for piece in _cut(part, chars, joint):
+            for piece in cut(part, chars, LINE_END if joint is None else joint.pattern):
                 at_line_end = "\n" in (before, piece[:1])
                 own_space = at_line_end and joint is not None and joint.own_space
                 inside = before and not own_space
@@ -236,11 +282,15 @@ class SentencePieceTokenizer:
         """The tokens that are found in a text with special tokens."""
         return special.Finder([*self._beyond.values(), *self._special.values()])
 
-    @property
+    @cached_property
     def _prefix_always(self) -> bool:
         """Whether each text between special tokens begins with a space, as in transformers' first
-        versions ("legacy"), or only a text that none precedes."""
-        return self.settings.legacy is True
+        versions ("legacy"), or only a text that none precedes. Where nothing says so, it does if
+        characters may be removed at its begin: tokenizer.json could not tell that begin."""
+        if self.settings.legacy is not None:
+            return self.settings.legacy
+        model = read_model(self.model)
+        return model.merges_spaces or bool(model.character_map)
 
     @cached_property
     def ids_version(self) -> int:
@@ -255,16 +305,11 @@ class SentencePieceTokenizer:
         named = (piece.strip() for piece in pieces if " " in piece and piece.strip().isalpha())
         words = [*itertools.islice(named, 2), "at", "e"]
         texts = [text.format(*words) for text in _TRIED]
-        holding = (joint for joint in _JOINTS if all(self._holds(joint, text) for text in texts))
-        return next(holding, None)
-
-    def _holds(self, joint: _Joint, text: str) -> bool:
-        """Whether a text has the ids of the whole wherever it is cut at this joint."""
-        first = self._processor
-        follows = first if joint.own_space else self._continuing
-        whole = first.encode(text)
-        cuts = [match.end() for match in joint.pattern.finditer(text)]
-        return all(first.encode(text[:at]) + follows.encode(text[at:]) == whole for at in cuts)
+        for joint in _JOINTS:
+            follows = self._processor if joint.own_space else self._continuing
+            if holds(joint.pattern, texts, self._processor.encode, follows.encode):
+                return joint
+        return None
 
     @cached_property
     def _continuing(self) -> sentencepiece.SentencePieceProcessor:
@@ -292,7 +337,7 @@ class SentencePieceTokenizer:
                 surfaces[piece] = ""
         unknown = self._processor.unk_id()  # as bytes: its space is not a word's, never stripped
         surfaces[unknown] = self._processor.decode([unknown]).encode()
-        surfaces += self._pieces[self._size :]
+        surfaces += self.pieces[self._size :]
         for token in self._beyond.values():  # as bytes, so that no space of theirs is stripped
             surfaces[token.id] = "" if token.special else token.content.encode()
         return surfaces
@@ -359,23 +404,6 @@ def _load_processor(model: bytes, source: str) -> sentencepiece.SentencePiecePro
     return processor
 
 
-def _cut(text: str, chars: int, joint: _Joint | None = None) -> Iterator[str]:
-    """`text` in pieces of about `chars`, cut at a joint (by default after line ends), or anywhere
-    past _LONGEST_CHARS."""
-    pattern = (joint or _JOINTS[0]).pattern
-    start = 0
-    while len(text) - start > chars:
-        limit = start + _LONGEST_CHARS
-        match = pattern.search(text, start + chars - 1, limit)
-        if match is None and limit >= len(text):
-            break
-        end = limit if match is None else match.end()
-        yield text[start:end]
-        start = end
-    if start < len(text):
-        yield text[start:]
-
-
 def _sample(texts: Iterable[str]) -> list[str]:
     """Blocks of the texts, evenly spread over them, of at most _TRAIN_CHARS together.
 
@@ -384,7 +412,7 @@ def _sample(texts: Iterable[str]) -> list[str]:
     """
     kept: list[tuple[int, str]] = []
     limit, size = 1 << 64, 0
-    blocks = (block for text in texts for block in _cut(text, _BLOCK_CHARS))
+    blocks = (block for text in texts for block in cut(text, _BLOCK_CHARS))
     for number, block in enumerate(blocks):
         rank = number * _GOLDEN % (1 << 64)
         if rank < limit:

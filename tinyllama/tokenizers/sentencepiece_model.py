@@ -41,6 +41,7 @@ class Model:
     adds_space: bool = True  # before the first word
     merges_spaces: bool = False
     spaces_behind: bool = False  # a space belongs to the word before it
+    escapes_spaces: bool = True  # a space is U+2581 in the pieces
 
 
 def read_model(data: bytes) -> Model:
@@ -63,6 +64,7 @@ def read_model(data: bytes) -> Model:
         adds_space=bool(normalizer.get(3, True)),
         merges_spaces=bool(normalizer.get(4, True)),
         spaces_behind=bool(trainer.get(24, False)),
+        escapes_spaces=bool(normalizer.get(5, True)),
     )
 
 

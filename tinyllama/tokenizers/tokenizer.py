@@ -47,6 +47,10 @@ class Tokenizer(Protocol):
         """The largest id + 1."""
 
     @property
+    def pieces(self) -> Sequence[str]:
+        """What each id is called in the vocabulary; "" where an id has no piece."""
+
+    @property
     def bos_id(self) -> int | None:
         """The id for the begin of a text, if there is one."""
 
