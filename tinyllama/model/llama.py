@@ -30,7 +30,8 @@ from tinyllama.model.layers import (
     RMSNorm,
     named_tensors,
 )
-from tinyllama.ops.attention import attention, masked_attention
+from tinyllama.ops.attention import attention
+from tinyllama.ops.cached_attention import Cache, cached_attention
 from tinyllama.ops.cross_entropy import linear_cross_entropy
 from tinyllama.ops.matmul import linear
 from tinyllama.ops.rope import rope, tables
@@ -71,32 +72,15 @@ class Attention:
         return self.o_proj(attention(q, k, v, starts).flatten(2))  # (B, T, H * D)
 
     def cached(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, position: Tensor
+        self, x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, position: Tensor
     ) -> Tensor:
         """Like a call for T tokens at positions position .. position + T - 1 of one sequence.
 
-        cache (2, 1, S, KV, D) holds the keys and values so far and is updated in place;
-        position is an int32 tensor (1,), so that one compiled step serves every position.
+        keys and values are those of a cache (ops/cached_attention.py), which is updated in place.
         """
         q, k, v = self.project(x, cos, sin)
-        T, S = x.shape[1], cache.shape[2]
-        slots = Tensor.arange(S, device=x.device)
-        fresh = slots.reshape(1, 1, S, 1, 1) - position.reshape(1, 1, 1, 1, 1)  # index into k, v
-        pair = Tensor.stack(k, v)  # (2, 1, T, KV, D)
-        placed = pair if T == S else _scatter_rows(pair, slots, position)
-        inside = (fresh >= 0) & (fresh < T)
-        keys_values = cache.assign(inside.where(placed, cache).cast(cache.dtype).contiguous())
-        queries = position.reshape(1, 1) + Tensor.arange(T, device=x.device).reshape(T, 1)
-        mask = (slots.reshape(1, S) <= queries).reshape(1, T, S)
-        out = masked_attention(q, keys_values[0], keys_values[1], mask)
-        return self.o_proj(out.flatten(2))
-
-
-def _scatter_rows(pair: Tensor, slots: Tensor, position: Tensor) -> Tensor:
-    """pair (2, 1, T, KV, D) laid at slots position, position + 1, ...: (2, 1, S, KV, D)."""
-    T = pair.shape[2]
-    index = (slots - position).clip(0, T - 1)
-    return pair.permute(2, 0, 1, 3, 4)[index].permute(1, 2, 0, 3, 4)
+        out = cached_attention(q, k, v, Cache(keys, values), position)
+        return self.o_proj(out.flatten(2))  # (1, T, H * D)
 
 
 class MLP:
@@ -128,10 +112,11 @@ class Block:
         return h + self.mlp(self.post_attention_layernorm(h))
 
     def cached(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, position: Tensor
+        self, x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, position: Tensor
     ) -> Tensor:
         """One sequence's next tokens, see Attention.cached."""
-        h = x + self.self_attn.cached(self.input_layernorm(x), cos, sin, cache, position)
+        cache = keys, values, position
+        h = x + self.self_attn.cached(self.input_layernorm(x), cos, sin, *cache)
         return h + self.mlp(self.post_attention_layernorm(h.contiguous()))
 
 
