@@ -24,9 +24,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests" / "helpers"))
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from texts_helpers import lines
 from tinygrad import Tensor
@@ -39,12 +38,13 @@ from tinyllama.system import device
 from tinyllama.tokenizers.opening import open_tokenizer
 from tinyllama.tokenizers.tokenizer import Tokenizer
 
+ROOT = Path(__file__).resolve().parents[1]
 STDLIB = Path(platform.__file__).parent
 TRAIN = ("argparse.py", "ast.py", "datetime.py", "inspect.py", "tarfile.py", "typing.py")
 HELD_OUT = ("textwrap.py", "statistics.py")
 PROMPTS = ("def read_lines(path):\n    ", "import os\n\n\ndef main():\n    ", "class Point:\n    ")
 NEW_TOKENS = 64
-WINDOWS, WINDOW = 6, 192
+WINDOWS, WINDOW = 6, 128
 MOST_PERPLEXITY = 0.005  # relative, of Q8_0
 
 CONFIG = """

@@ -81,12 +81,14 @@ def bpe(**changes):
         (sequence(DIGITS, WORDS), False, "smollm"),
         (sequence(split(LLAMA3), BYTES), True, "llama-bpe"),
         (sequence(split(LLAMA3), BYTES), False, "smaug-bpe"),
-        (sequence(split(QWEN2), BYTES), False, "qwen2"),
+        (sequence(split(QWEN2), BYTES), False, "stablelm2"),
     ],
 )
 def test_a_pattern_has_llama_cpps_name(steps, ignores, name):
     described = {"pre_tokenizer": steps, "model": {"ignore_merges": ignores}}
     assert pre_tokenizer_name(described, "t") == name
+    composing = described | {"normalizer": {"type": "NFC"}}
+    assert pre_tokenizer_name(composing, "t") == ("qwen2" if name == "stablelm2" else name)
 
 
 @pytest.mark.parametrize(

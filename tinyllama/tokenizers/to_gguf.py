@@ -231,9 +231,13 @@ def pre_tokenizer_name(described: Mapping[str, Any], source: str) -> str:
     steps = [*_flat(described.get("pre_tokenizer"), "pretokenizers")]
     patterns = [pattern for step in steps for pattern in _patterns(step)]
     whole_words = bool((described.get("model") or {}).get("ignore_merges"))
-    for rule, name in _NAMES.items():
-        if (list(rule.patterns), rule.whole_words) == (patterns, whole_words):
-            return name
+    fitting = {
+        rule.composes: name
+        for rule, name in _NAMES.items()
+        if (list(rule.patterns), rule.whole_words) == (patterns, whole_words)
+    }
+    if fitting:  # llama.cpp itself never composes, so that a rule that does not fits as well
+        return fitting.get(bool(normalizers)) or next(iter(fitting.values()))
     raise TokenizerError(
         f"{source}: tokenizer.json: pre_tokenizer: got {patterns} (ignore_merges {whole_words}), "
         f"for which llama.cpp has no name that is known here ({', '.join(_NAMES.values())})"
