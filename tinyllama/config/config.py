@@ -106,6 +106,8 @@ class Config:
                 continue
             if name in OVERRIDABLE:
                 sizes[name] = mine
+                if name == "rope_scaling" and mine is not None:
+                    sizes[name] = mine.trained_on(_trained_length(base))
             elif mine != sizes[name]:
                 must_be = f"{shown(sizes[name])} as in {source}"
                 problems.append(f"{self.where(key)}: {got(mine, must_be)}")
@@ -171,6 +173,12 @@ def section_problems(values: dict[str, Any]) -> list[str]:
     if values.get("qlora.quantize_base") and "lora.rank" not in values:
         return ["[qlora] packs a base for adapters: add a [lora] section, or remove [qlora]"]
     return []
+
+
+def _trained_length(base: LlamaConfig) -> int:
+    """Tokens of the rows that a model was first trained on."""
+    stated = base.scaling and base.scaling.original_max_position_embeddings
+    return stated or base.max_seq_len
 
 
 def _section_text(name: str, section: Any) -> str:

@@ -99,6 +99,8 @@ def convert(value: object, hint: Any) -> Any:
     Raises ValueError for another type, a value outside the limits, an infinity, a NaN, and text
     that no file could hold (a NUL or half of a surrogate pair).
     """
+    if isinstance(value, msgspec.Struct):  # made in Python, where nothing was checked
+        value = msgspec.structs.asdict(value)
     try:
         converted = msgspec.convert(value, hint)
     except msgspec.ValidationError as error:

@@ -11,7 +11,7 @@ The formulas are in ops/rope.py; the names of types and parameters are Hugging F
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from msgspec import Meta, Struct
+from msgspec import Meta, Struct, structs
 
 Positive = Annotated[float, Meta(gt=0)]
 NotNegative = Annotated[float, Meta(ge=0)]
@@ -35,6 +35,13 @@ class RopeScaling(Struct, frozen=True, forbid_unknown_fields=True):
     mscale: NotNegative | None = None
     mscale_all_dim: NotNegative | None = None
     truncate: bool | None = None
+
+    def trained_on(self, length: int) -> "RopeScaling":
+        """The same, with `length` as that of the first training where it depends on one and states
+        none."""
+        needless = self.rope_type == "linear"
+        trained = None if needless else self.original_max_position_embeddings or length
+        return structs.replace(self, original_max_position_embeddings=trained)
 
     def stated(self) -> dict[str, Any]:
         """The parameters that are set, by name."""

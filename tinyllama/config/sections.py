@@ -101,6 +101,11 @@ class LlamaConfig:
         return self.hidden_size // self.num_heads if self.head_size is None else self.head_size
 
     @property
+    def scaling(self) -> RopeScaling | None:
+        """rope_scaling with the length of the first training, max_seq_len where it states none."""
+        return None if self.rope_scaling is None else self.rope_scaling.trained_on(self.max_seq_len)
+
+    @property
     def biased(self) -> tuple[str, ...]:
         """Names of the linear layers that have a bias."""
         attention = ATTENTION_LINEAR[:3] if self.attention_bias == "qkv" else ATTENTION_LINEAR

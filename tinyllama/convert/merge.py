@@ -37,7 +37,6 @@ from tinyllama.formats.huggingface import (
     INDEX,
     STORED,
     WEIGHTS,
-    read_json,
 )
 from tinyllama.formats.int4 import (
     Weights,
@@ -48,6 +47,7 @@ from tinyllama.formats.int4 import (
 from tinyllama.formats.models import ModelSource, open_model
 from tinyllama.formats.peft import PARTS, AdapterConfig, AdapterFolder
 from tinyllama.formats.safetensors import LazyArray, write_safetensors
+from tinyllama.formats.untrusted import read_json
 from tinyllama.system.files import atomic_directory, remove_partials
 from tinyllama.tokenizers.opening import holds_tokenizer, open_tokenizer
 

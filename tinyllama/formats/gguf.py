@@ -32,13 +32,8 @@ from tinyllama.formats.gguf_blocks import (
     packed_rows,
     widen,
 )
-from tinyllama.formats.huggingface import (
-    WEIGHTS,
-    Shape,
-    check_names,
-    config_from_hf,
-    llama_shapes,
-)
+from tinyllama.formats.huggingface import WEIGHTS, Shape, check_names, llama_shapes
+from tinyllama.formats.model_config import config_from_hf
 from tinyllama.formats.packed import PackedForm, PackedRows
 from tinyllama.formats.safetensors import LazyArray
 
@@ -492,7 +487,7 @@ def _hf_values(part: _Part, held: Mapping[str, tuple[_Part, TensorInfo]]) -> dic
     if embedding is None:
         part.fail("token_embd.weight: missing")
     values |= {
-        "model_type": "llama",
+        "model_type": "mistral" if values["sliding_window"] else "llama",
         "vocab_size": embedding[1].shape[0],
         "rms_norm_eps": _shortest(part, "attention.layer_norm_rms_epsilon"),
         "rope_theta": _shortest(part, "rope.freq_base"),

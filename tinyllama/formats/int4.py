@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from tinyllama.config import LlamaConfig
 from tinyllama.errors import ConfigError, WeightsError
-from tinyllama.formats.huggingface import llama_shapes
+from tinyllama.formats.huggingface import linear_shapes, linear_shapes_by_path
 from tinyllama.formats.models import ModelSource
 from tinyllama.formats.packed import PackedForm
 
@@ -76,12 +76,8 @@ def check_block_size(config: LlamaConfig, block_size: int, stored: Collection[st
 
     Layers of the paths `stored` are not packed in such blocks.
     """
-    shapes = {name.removesuffix(".weight"): s for name, s in llama_shapes(config).items()}
-    inputs = {
-        path.rpartition(".")[2]: shape[1]
-        for path, shape in shapes.items()
-        if path.endswith("_proj") and path not in stored
-    }
+    shapes = linear_shapes_by_path(config)
+    inputs = {p.rpartition(".")[2]: shape[1] for p, shape in shapes.items() if p not in stored}
     wrong = [f"{name} has {count}" for name, count in inputs.items() if count % block_size]
     if wrong:
         raise ConfigError(
@@ -92,7 +88,7 @@ def check_block_size(config: LlamaConfig, block_size: int, stored: Collection[st
 
 def largest_block(config: LlamaConfig, limit: int) -> int:
     """The largest block size up to `limit` that divides the inputs of every linear layer."""
-    common = math.gcd(*(s[1] for n, s in llama_shapes(config).items() if "_proj" in n))
+    common = math.gcd(*(shape[1] for shape in linear_shapes(config).values()))
     return max(size for size in range(1, min(limit, common) + 1) if common % size == 0)
 
 

@@ -28,7 +28,6 @@ from tinyllama.formats.dtypes import FLOATS
 from tinyllama.formats.huggingface import (
     Shape,
     linear_shapes_by_path,
-    read_json,
 )
 from tinyllama.formats.int4 import Packing
 from tinyllama.formats.models import ModelSource, open_model
@@ -38,6 +37,7 @@ from tinyllama.formats.safetensors import (
     Source,
     write_safetensors,
 )
+from tinyllama.formats.untrusted import read_json
 
 ADAPTER_CONFIG = "adapter_config.json"
 

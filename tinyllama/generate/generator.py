@@ -42,6 +42,7 @@ class Generator:
         self.length = min(length or config.max_seq_len, config.max_seq_len)
         self._slots = -(-self.length // LANES) * LANES
         self.model, self.vocabulary, self._stage = model, vocabulary, Stage()
+        self._table = model.rotations(self._slots, self.length)
         self._caches = [
             new_cache(config.kv_heads, self._slots, config.head_dim, model.dtype)
             for _ in range(config.num_layers)
@@ -95,7 +96,7 @@ class Generator:
     def _forward(self, tokens: Tensor, position: Tensor, last: Tensor) -> Tensor:
         """Logits (1, 1, vocab) after the token `last` (1, 1) of tokens (1, T), which stand at
         positions position, position + 1, ..."""
-        model, table, caches = self.model, self.model.rotations(self._slots), iter(self._caches)
+        model, table, caches = self.model, self._table, iter(self._caches)
         T = tokens.shape[1]
 
         def turns() -> list[Tensor]:

@@ -19,7 +19,7 @@ from tinygrad import Tensor, dtypes
 from tinygrad.dtype import DType
 
 from tinyllama.config import Config, LlamaConfig, LoraConfig
-from tinyllama.config.options import got, shown
+from tinyllama.config.options import got, options_of, shown
 from tinyllama.errors import ConfigError
 from tinyllama.formats.huggingface import llama_shapes
 from tinyllama.formats.int4 import Packing
@@ -225,11 +225,13 @@ def _base_form(adapter: AdapterConfig) -> str:
 def _check_sizes(config: Config, saved: LlamaConfig, source: str | Path) -> None:
     """Raise ConfigError if the sizes in a folder are not those of [model]."""
     sizes, file = config.model, f"{source}/config.json"
-    mine = asdict(replace(sizes, num_kv_heads=sizes.kv_heads))
-    theirs = asdict(saved) | {"num_kv_heads": saved.kv_heads}
+    mine, theirs = (
+        asdict(replace(c, num_kv_heads=c.kv_heads, rope_scaling=c.scaling)) for c in (sizes, saved)
+    )
+    keys = {option.name: option.key for option in options_of("model", LlamaConfig)}
     theirs |= {"base": sizes.base, "max_seq_len": sizes.max_seq_len}
     problems = [
-        f"{config.where(f'model.{name}')}: {got(mine[name], f'{shown(value)} as in {file}')}"
+        f"{config.where(keys[name])}: {got(mine[name], f'{shown(value)} as in {file}')}"
         for name, value in theirs.items()
         if mine[name] != value
     ]

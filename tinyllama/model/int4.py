@@ -23,7 +23,7 @@ from tinyllama.formats.huggingface import llama_shapes
 from tinyllama.formats.int4 import check_block_size, quantize_rows, row_parts
 from tinyllama.formats.models import ModelSource
 from tinyllama.formats.packed import PackedForm, PackedRows
-from tinyllama.model.layers import Embedding, Linear, block_linears
+from tinyllama.model.layers import Embedding, Linear, block_linears, with_bias
 from tinyllama.model.llama import Llama
 from tinyllama.ops.int4 import dequantize, int4_linear
 from tinyllama.runtime.storage import filling
@@ -34,13 +34,15 @@ Rows = Callable[[slice], Array | PackedRows]
 
 
 class Int4Linear:
-    """y = x W^T with W in 4 or 8 bits, without bias and without a gradient of W.
+    """y = x W^T, or x W^T + b, with W in 4 or 8 bits and without a gradient of W and b.
 
-    packed, scales and minima (None without them) as ops/int4.py reads them. Raises ConfigError if
-    the block size does not divide in_features.
+    packed, scales and minima (None without them) as ops/int4.py reads them; bias: (out_features,)
+    float32 or None. Raises ConfigError if the block size does not divide in_features.
     """
 
-    def __init__(self, in_features: int, out_features: int, form: PackedForm) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, form: PackedForm, *, bias: bool = False
+    ) -> None:
         if in_features % form.block_size or form.block_size % 2:
             raise ConfigError(
                 f"qlora.block_size: got {form.block_size}, must be an even divisor of "
@@ -48,16 +50,15 @@ class Int4Linear:
             )
         self.in_features, self.out_features, self.form = in_features, out_features, form
         width, q = in_features * form.bits // 8, dtypes.uint8 if form.bits == 4 else dtypes.int8
-        groups = in_features // form.block_size
+        groups = (out_features, in_features // form.block_size)
         self.packed = Tensor.empty(out_features, width, dtype=q)
-        self.scales = Tensor.empty(out_features, groups, dtype=dtypes.float16)
-        self.minima = (
-            Tensor.empty(out_features, groups, dtype=dtypes.float16) if form.minima else None
-        )
+        self.scales = Tensor.empty(*groups, dtype=dtypes.float16)
+        self.minima = Tensor.empty(*groups, dtype=dtypes.float16) if form.minima else None
+        self.bias = Tensor.empty(out_features) if bias else None
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (..., in_features) -> (..., out_features)."""
-        return int4_linear(x, self.packed, self.scales, self.minima)
+        return with_bias(int4_linear(x, self.packed, self.scales, self.minima), self.bias)
 
     def dense_weight(self) -> Tensor:
         """The weight (out_features, in_features) float32 that this layer multiplies by, exactly."""
@@ -81,7 +82,8 @@ def packed_linears(
     for path, owner, name in list(block_linears(model.model.layers)):
         layer, form = getattr(owner, name), stored.get(path, PackedForm(4, block_size))
         if form is not None:
-            setattr(owner, name, Int4Linear(layer.in_features, layer.out_features, form))
+            sizes, bias = (layer.in_features, layer.out_features), layer.bias is not None
+            setattr(owner, name, Int4Linear(*sizes, form, bias=bias))
         elif model.dtype == dtypes.bfloat16:
             narrow.append(layer)
     for table in narrow:
@@ -99,6 +101,7 @@ def read_packed(model: Llama, source: ModelSource) -> None:
         as_stored = source.packed_form(name) is not None and "_proj.weight" in name
         return partial(source.packed if as_stored else source.rows, name)
 
+    model.remember(source)
     fill_packed(model, str(source.path), read, source.forget)
 
 

@@ -53,10 +53,13 @@ class Attention:
     def __init__(self, config: LlamaConfig) -> None:
         hidden, self.head_dim = config.hidden_size, config.head_dim
         self.heads, self.kv_heads = config.num_heads, config.kv_heads
-        self.q_proj: LinearLike = Linear(hidden, self.heads * self.head_dim)
-        self.k_proj: LinearLike = Linear(hidden, self.kv_heads * self.head_dim)
-        self.v_proj: LinearLike = Linear(hidden, self.kv_heads * self.head_dim)
-        self.o_proj: LinearLike = Linear(self.heads * self.head_dim, hidden)
+        self.window = config.sliding_window
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        biased = config.biased
+        self.q_proj: LinearLike = Linear(hidden, queries, bias="q_proj" in biased)
+        self.k_proj: LinearLike = Linear(hidden, keys, bias="k_proj" in biased)
+        self.v_proj: LinearLike = Linear(hidden, keys, bias="v_proj" in biased)
+        self.o_proj: LinearLike = Linear(queries, hidden, bias="o_proj" in biased)
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, hidden) -> q (B, T, H, D), k and v (B, T, KV, D), q and k rotated."""
@@ -79,7 +82,7 @@ class Attention:
         keys and values are those of a cache (ops/cached_attention.py), which is updated in place.
         """
         q, k, v = self.project(x, cos, sin)
-        out = cached_attention(q, k, v, Cache(keys, values), position)
+        out = cached_attention(q, k, v, Cache(keys, values), position, self.window)
         return self.o_proj(out.flatten(2))  # (1, T, H * D)
 
 
@@ -88,9 +91,9 @@ class MLP:
 
     def __init__(self, config: LlamaConfig) -> None:
         hidden, inner = config.hidden_size, config.intermediate_size
-        self.gate_proj: LinearLike = Linear(hidden, inner)
-        self.up_proj: LinearLike = Linear(hidden, inner)
-        self.down_proj: LinearLike = Linear(inner, hidden)
+        self.gate_proj: LinearLike = Linear(hidden, inner, bias=config.mlp_bias)
+        self.up_proj: LinearLike = Linear(hidden, inner, bias=config.mlp_bias)
+        self.down_proj: LinearLike = Linear(inner, hidden, bias=config.mlp_bias)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (B, T, hidden) -> (B, T, hidden)."""
@@ -151,7 +154,9 @@ class Llama:
         """dtype is the type of activations; with seed None no weight has memory or a value yet."""
         self.config, self.dtype = config, dtype
         self.checkpoint_activations = False
-        self._rotations: dict[int, tuple[Tensor, Tensor]] = {}
+        # config.json of the model that the weights were read from, and its special ids.
+        self.base_entries: dict[str, Any] = {}
+        self._rotations: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self.model = LlamaModel(config)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size)
@@ -178,7 +183,16 @@ class Llama:
     def hidden(self, tokens: Tensor, starts: Tensor) -> Tensor:
         """tokens, starts (B, T) int32 -> the last norm's output (B, T, hidden)."""
         cos, sin = self.rotations(tokens.shape[1])
+        starts = self.first_visible(starts)
         return self.walk(tokens, lambda block, x: block(x, cos, sin, starts))
+
+    def first_visible(self, starts: Tensor) -> Tensor:
+        """The first position that each one attends to, (B, T): that of its document in `starts`,
+        or of its sliding window where that is later."""
+        T, window = starts.shape[1], self.config.sliding_window
+        if window is None or window >= T:
+            return starts
+        return starts.maximum(Tensor.arange(T, device=starts.device) - (window - 1)).contiguous()
 
     def walk(
         self, tokens: Tensor, through: Callable[[Block, Tensor], Tensor], run: Run = _directly
@@ -211,17 +225,22 @@ class Llama:
             x.reshape(-1, x.shape[-1]), self.head_weight(), targets.reshape(-1)
         )
 
-    def rotations(self, length: int) -> tuple[Tensor, Tensor]:
-        """cos and sin of the rotary angles of positions 0 .. length - 1, each (length, D/2)."""
-        if length not in self._rotations:
-            pair = tables(self.config.head_dim, self.config.rope_theta, length)
+    def rotations(self, length: int, rows: int | None = None) -> tuple[Tensor, Tensor]:
+        """cos and sin of the rotary angles of positions 0 .. length - 1, each (length, D/2).
+
+        `rows` is the length of the longest row, which dynamic scaling depends on, if it is not
+        `length`.
+        """
+        c, key = self.config, (length, rows or length)
+        if key not in self._rotations:
+            pair = tables(c.head_dim, c.rope_theta, length, c.scaling, rows)
             # Written immediately: a step that is being captured would record a copy as one of its
             # own kernels, and keep the table in memory that only the step may read.
             cos, sin = (Tensor.empty(*table.shape) for table in pair)
             write_new(cos, pair[0])
             write_new(sin, pair[1])
-            self._rotations[length] = (cos, sin)
-        return self._rotations[length]
+            self._rotations[key] = (cos, sin)
+        return self._rotations[key]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Every weight by its Hugging Face name."""
@@ -244,9 +263,15 @@ class Llama:
 
     def read_weights(self, folder: ModelSource) -> None:
         """Overwrite every weight by that of a folder, converted to float32."""
+        self.remember(folder)
         for name, tensor in self.state_dict().items():
             write(tensor, folder.float32(name))
             folder.forget(name)
+
+    def remember(self, folder: ModelSource) -> None:
+        """Keep what a folder's config.json says, for the one that is written."""
+        ids = {"bos_token_id": folder.bos_id, "eos_token_id": list(folder.eos_ids)}
+        self.base_entries = {**folder.entries, **ids}
 
     def save_pretrained(
         self, path: str | Path, tokenizer: Tokenizer | None = None, *, dtype: str = "float32"
@@ -262,14 +287,16 @@ class Llama:
         self, folder: Path, tokenizer: Tokenizer | None, *, dtype: str = "float32"
     ) -> dict[str, FileDigest]:
         """Fill `folder` as `save_pretrained` does; returns the digests of its files."""
+        base = self.base_entries
         return save_folder(
             folder,
             self.config,
             {name: partial(read, tensor) for name, tensor in self.state_dict().items()},
             dtype=dtype,
             files={} if tokenizer is None else tokenizer.files,
-            bos_id=None if tokenizer is None else tokenizer.bos_id,
-            eos_id=() if tokenizer is None else tokenizer.eos_ids,
+            bos_id=base.get("bos_token_id") if tokenizer is None else tokenizer.bos_id,
+            eos_id=base.get("eos_token_id", ()) if tokenizer is None else tokenizer.eos_ids,
+            base=base,
         )
 
     def count_parameters(self) -> int:

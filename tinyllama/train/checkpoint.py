@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyllama.errors import CheckpointError
-from tinyllama.formats.huggingface import read_json
+from tinyllama.formats.untrusted import read_json
 from tinyllama.system.files import atomic_directory, discard, fsync_path, remove_partials
 from tinyllama.train.manifest import (
     MANIFEST,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyllama.errors import CheckpointError, reason
-from tinyllama.formats.huggingface import read_json
+from tinyllama.formats.untrusted import read_json
 from tinyllama.system.files import sha256_file
 
 MANIFEST = "manifest.json"

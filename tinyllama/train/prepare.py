@@ -9,7 +9,7 @@ from typing import Any
 
 from tinygrad import Device
 
-from tinyllama.config import Config
+from tinyllama.config import Config, RopeScaling
 from tinyllama.config.options import got, shown
 from tinyllama.data.files import Source, content_digests, find_sources, read_texts
 from tinyllama.errors import (
@@ -203,7 +203,14 @@ def made_with(config: Config) -> dict[str, Any]:
     options = {k: v for k, v in config.values().items() if not k.startswith(_FREE_OF_NUMBERS)}
     options[_MICRO_BATCH] = config.training.micro_batch
     values = options | {"device": Device.DEFAULT, "threads": device.threads()}
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+    return {k: _as_json(v) for k, v in values.items()}
+
+
+def _as_json(value: Any) -> Any:
+    """The value of an option as the state's JSON gives it back."""
+    if isinstance(value, RopeScaling):
+        return value.stated()
+    return list(value) if isinstance(value, tuple) else value
 
 
 def differences(config: Config, checkpoint: Path) -> str | None:
