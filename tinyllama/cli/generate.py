@@ -55,7 +55,9 @@ def run(options: argparse.Namespace) -> None:
         )
     generator = Generator(model, len(prompt) + new_tokens, tokenizer.vocab_size)
     decoder = tokenizer.stream()
-    print("".join(decoder.push(token) for token in prompt), end="", flush=True)
+    print(options.prompt, end="", flush=True)
+    for token in prompt:
+        decoder.push(token)
     for token in generator.tokens(prompt, new_tokens, sampling, stop=tokenizer.eos_ids):
         print(decoder.push(token), end="", flush=True)
     print(decoder.flush())

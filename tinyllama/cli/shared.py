@@ -60,10 +60,12 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def model_folder(folder: Path) -> Path:
-    """The folder of a model: `folder` itself, or the final or newest checkpoint of a run's folder.
+    """A model's folder or GGUF file: `folder` itself, or a run's final or newest checkpoint.
 
     Raises ConfigError where there is no folder of that name.
     """
+    if folder.is_file() and folder.suffix == ".gguf":
+        return folder
     if not folder.is_dir():
         problem = (
             "is a file, must be the folder of a model" if folder.exists() else "no such folder"
@@ -89,6 +91,7 @@ def load(folder: Path, base: Path | None) -> "tuple[Tokenizer, Llama]":
     """
     from tinyllama.model.build import load_model, tokenizer_folder
     from tinyllama.tokenizers.opening import open_tokenizer
+    from tinyllama.train.prepare import unused_rows
 
     folder = model_folder(folder)
     tokenizer = open_tokenizer(tokenizer_folder(folder, base))
@@ -98,6 +101,8 @@ def load(folder: Path, base: Path | None) -> "tuple[Tokenizer, Llama]":
             f"{folder}: its tokenizer has {tokenizer.vocab_size} entries, must be at most the "
             f"model's {model.config.vocab_size}"
         )
+    if notice := unused_rows(model.config.vocab_size, tokenizer):
+        to_stderr(notice)
     return tokenizer, model
 
 

@@ -50,6 +50,7 @@ from tinyllama.formats.safetensors import LazyArray, write_safetensors
 from tinyllama.formats.untrusted import read_json
 from tinyllama.system.files import atomic_directory, remove_partials
 from tinyllama.tokenizers.opening import holds_tokenizer, open_tokenizer
+from tinyllama.tokenizers.tokenizer import write_files
 
 Stored = Literal["keep", "fp32", "bf16", "fp16"]
 AS_TRAINED: Literal["as trained"] = "as trained"
@@ -189,9 +190,10 @@ def _check_tokenizer(base: Path, parts: Sequence[_Part]) -> None:
     digests = {part.folder.path: part.config.tokenizer_digest for part in parts}
     if not any(digests.values()) or not holds_tokenizer(base):
         return
-    own = open_tokenizer(base).vocabulary_digest
+    tokenizer = open_tokenizer(base)
+    own = tokenizer.vocabulary_digest
     for path, digest in digests.items():
-        if digest not in (None, own):
+        if digest is not None and digest not in (own, *tokenizer.older_digests):
             raise WeightsError(
                 f"{path}: was trained with a tokenizer (vocabulary {digest[:12]}) that is not the "
                 f"one of {base} (vocabulary {own[:12]}), which the merged model would be given: "
@@ -295,6 +297,8 @@ def _copy_files(base: Path, out: Path, dtype: str | None) -> None:
         copied = path.suffix in _COPIED or path.name.startswith(("LICENSE", "NOTICE"))
         if path.is_file() and copied and path.name not in _LEFT:
             shutil.copyfile(path, out / path.name)
+    if holds_tokenizer(base):  # and what transformers needs besides
+        write_files(open_tokenizer(base), out)
     if dtype is not None:
         config = read_json(out / "config.json")
         # Both names of the type, in the files of transformers 4 and 5.

@@ -10,12 +10,12 @@
 Their formats are those of transformers, versions 4 and 5.
 """
 
-import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeGuard
+
+import msgspec
 
 from tinyllama.errors import TokenizerError, reason
 from tinyllama.tokenizers.tokenizer import SpecialToken
@@ -73,25 +73,24 @@ def read_file(path: Path) -> bytes:
     """A file's bytes. Raises TokenizerError."""
     try:
         with open(path, "rb") as file:
-            is_larger = os.fstat(file.fileno()).st_size > _MAX_BYTES
-            data = b"" if is_larger else file.read()
+            data = file.read(_MAX_BYTES + 1)
     except FileNotFoundError:
         raise TokenizerError(f"{path}: no such file") from None
     except OSError as error:
         raise TokenizerError(f"{path}: cannot be read: {reason(error)}") from error
-    if is_larger:
+    if len(data) > _MAX_BYTES:
         raise TokenizerError(f"{path}: more than {_MAX_BYTES >> 20} MiB, which no tokenizer has")
     return data
 
 
 def to_json(value: Json) -> bytes:
     """A file of JSON, its keys in the order that they have."""
-    return f"{json.dumps(value, indent=2, ensure_ascii=False)}\n".encode()
+    return msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n"
 
 
 def to_compact_json(value: Json) -> bytes:
     """The same without spaces, for a vocabulary."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+    return msgspec.json.encode(value)
 
 
 def read_settings(files: Mapping[str, bytes], source: str) -> Settings:
@@ -129,14 +128,26 @@ def read_settings(files: Mapping[str, bytes], source: str) -> Settings:
     )
 
 
+def decode_json(data: bytes, source: str, kind: Any = Any) -> Any:
+    """JSON as values, or as the msgspec type `kind`. Raises TokenizerError, naming the file."""
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
+        damaged = "" if isinstance(error, msgspec.ValidationError) else "not JSON, so damaged: "
+        raise TokenizerError(f"{source}: {damaged}{error}") from None
+
+
+class _WithAdded(msgspec.Struct):
+    """What is read of a tokenizer.json here; its vocabulary is not."""
+
+    added_tokens: list[dict[str, Any]] | None = None
+
+
 def parse(files: Mapping[str, bytes], name: str, source: str) -> dict[str, Any]:
     """The JSON object in a file, or an empty one where there is no such file."""
     if name not in files:
         return {}
-    try:
-        value = json.loads(files[name])
-    except (ValueError, RecursionError) as error:
-        raise TokenizerError(f"{source}: {name}: not JSON, so it is damaged: {error}") from None
+    value = decode_json(files[name], f"{source}: {name}")
     if not isinstance(value, dict):
         raise TokenizerError(f"{source}: {name}: must be a JSON object")
     return value
@@ -146,12 +157,10 @@ def _added(files: Mapping[str, bytes], config: Json, source: str) -> Iterator[Sp
     """Every added token, the most telling file last."""
     for text, number in parse(files, _ADDED_FILE, source).items():
         yield SpecialToken(text, _id(number, text, source), special=False, normalized=True)
-    in_json = parse(files, JSON_FILE, source).get("added_tokens") or []
-    if not isinstance(in_json, list):
-        raise TokenizerError(f"{source}: {JSON_FILE}: added_tokens: must be a list")
-    for entry in in_json:
-        number = entry.get("id") if isinstance(entry, dict) else None
-        yield _token(entry, number, source)
+    if JSON_FILE in files:
+        read = decode_json(files[JSON_FILE], f"{source}: {JSON_FILE}", _WithAdded)
+        for entry in read.added_tokens or ():
+            yield _token(entry, entry.get("id"), source)
     decoder = config.get("added_tokens_decoder") or {}
     if not isinstance(decoder, dict):
         raise TokenizerError(f"{source}: {CONFIG_FILE}: added_tokens_decoder: must be an object")

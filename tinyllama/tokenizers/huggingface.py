@@ -19,10 +19,12 @@ from dataclasses import asdict, astuple
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from tinyllama.errors import TokenizerError
 from tinyllama.tokenizers import special
 from tinyllama.tokenizers.cutting import LONGEST_CHARS, crosses, cut, holds
-from tinyllama.tokenizers.files import CONFIG_FILE, JSON_FILE, read_settings, to_json
+from tinyllama.tokenizers.files import CONFIG_FILE, JSON_FILE, decode_json, read_settings, to_json
 from tinyllama.tokenizers.tokenizer import SpecialToken, StreamDecoder, check_encodable
 
 if TYPE_CHECKING:
@@ -131,6 +133,11 @@ class JsonTokenizer:
         """Hex SHA-256 of the pieces in the order of their ids: what embeddings belong to."""
         return hashlib.sha256(json.dumps(self.pieces).encode()).hexdigest()
 
+    @property
+    def older_digests(self) -> tuple[str, ...]:
+        """Earlier versions knew no such tokenizer."""
+        return ()
+
     @cached_property
     def files(self) -> Mapping[str, bytes]:
         """The files it was made from, and a tokenizer_config.json if there was none."""
@@ -237,12 +244,7 @@ class JsonTokenizer:
 
 
 def _read(data: bytes, source: str) -> dict[str, Any]:
-    try:
-        values = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise TokenizerError(
-            f"{source}: {JSON_FILE}: not JSON, so it is damaged: {error}"
-        ) from None
+    values = decode_json(data, f"{source}: {JSON_FILE}")
     model = values.get("model") if isinstance(values, dict) else None
     if not isinstance(model, dict) or "vocab" not in model:
         raise TokenizerError(f"{source}: {JSON_FILE}: holds no model with a vocabulary")
@@ -289,7 +291,7 @@ def _build(values: Mapping[str, Any], source: str) -> "tokenizers.Tokenizer":
     import tokenizers
 
     try:
-        return tokenizers.Tokenizer.from_str(json.dumps(values))
+        return tokenizers.Tokenizer.from_buffer(msgspec.json.encode(values))
     except BaseException as error:  # a panic of the library is no Exception
         if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
             raise

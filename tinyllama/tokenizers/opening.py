@@ -7,6 +7,7 @@ import msgspec
 
 from tinyllama.errors import TokenizerError
 from tinyllama.formats.gguf import SUFFIX, read_metadata
+from tinyllama.formats.models import local_path
 from tinyllama.tokenizers.files import JSON_FILE, MODEL_FILE, read_file, read_files
 from tinyllama.tokenizers.gguf import files_of_gguf
 from tinyllama.tokenizers.huggingface import JsonTokenizer
@@ -22,7 +23,7 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
 
     Raises TokenizerError if there is none, or it is damaged or of an unknown kind.
     """
-    path = Path(path)
+    path = local_path(path)
     if path.is_dir():
         files = read_files(path)
         if (path / _TEKKEN).is_file() and not files.keys() & {MODEL_FILE, JSON_FILE}:
@@ -41,7 +42,7 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
 
 def holds_tokenizer(folder: str | Path) -> bool:
     """Whether a model's folder (or GGUF file) has a tokenizer."""
-    folder = Path(folder)
+    folder = local_path(folder)
     return folder.is_file() or any((folder / name).is_file() for name in (MODEL_FILE, JSON_FILE))
 
 

@@ -189,6 +189,12 @@ class SentencePieceTokenizer:
         """Hex SHA-256 of the pieces in the order of their ids: what embeddings belong to."""
         return hashlib.sha256(json.dumps(self.pieces).encode()).hexdigest()
 
+    @property
+    def older_digests(self) -> tuple[str, ...]:
+        """Such a digest without the tokens that only files name: they were not read once."""
+        own = self._processor.id_to_piece(list(range(self._size)))
+        return (hashlib.sha256(json.dumps(own).encode()).hexdigest(),)
+
     @cached_property
     def files(self) -> Mapping[str, bytes]:
         """The files it was made from, and those that transformers needs to open them without

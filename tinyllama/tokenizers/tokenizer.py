@@ -92,6 +92,10 @@ class Tokenizer(Protocol):
         """Hex SHA-256 of the pieces in the order of their ids: what embeddings belong to."""
 
     @property
+    def older_digests(self) -> tuple[str, ...]:
+        """Such digests as earlier versions gave for the same files."""
+
+    @property
     def sources(self) -> Mapping[str, bytes]:
         """The files that it was made from, by name: opening.from_files makes the same from them."""
 

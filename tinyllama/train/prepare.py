@@ -250,6 +250,17 @@ def find_tokenizer(config: Config, resume: Path | None, show: bool) -> Tokenizer
     return tokenizer
 
 
+def unused_rows(vocab_size: int, tokenizer: Tokenizer) -> str | None:
+    """A line about embeddings that belong to no piece of the tokenizer, if there are such."""
+    rows = vocab_size - tokenizer.vocab_size
+    if rows < 1:
+        return None
+    return (
+        f"the model has {vocab_size} rows of embeddings and the tokenizer {tokenizer.vocab_size}"
+        f" pieces: the last {rows} stand for no text"
+    )
+
+
 def _check_against_base(config: Config, tokenizer: Tokenizer) -> None:
     """Raise ConfigError if a base's embeddings are not those of the tokenizer's pieces."""
     base = config.model.base
@@ -257,7 +268,7 @@ def _check_against_base(config: Config, tokenizer: Tokenizer) -> None:
         return
     with naming("model.base"):
         own = open_tokenizer(base)
-    if own.vocabulary_digest != tokenizer.vocabulary_digest:
+    if tokenizer.vocabulary_digest not in (own.vocabulary_digest, *own.older_digests):
         raise ConfigError(
             f"{config.where('data.tokenizer')}: got a tokenizer ({config.tokenizer_source}) whose "
             f"pieces or ids differ from those of model.base ({base}), must be the base's own, "
@@ -283,13 +294,19 @@ def _new_tokenizer(config: Config, show: bool) -> Tokenizer:
         return train_tokenizer(texts, config.tokenizer_vocab_size, file)
 
 
+def _same(one: Tokenizer, other: Tokenizer) -> bool:
+    """Whether two are the same; checkpoints of earlier versions hold a tokenizer.model alone."""
+    models = {tokenizer.sources.get(MODEL_FILE) for tokenizer in (one, other)}
+    return one.fingerprint == other.fingerprint or (len(models) == 1 and models != {None})
+
+
 def _tokenizer_of(checkpoint: Path, config: Config) -> Tokenizer:
     """A checkpoint's tokenizer. Raises ConfigError if the configuration names another one."""
     tokenizer, data = open_tokenizer(checkpoint), config.data
     size = data.tokenizer_vocab_size
     if data.tokenizer not in (None, "train"):
         with naming("data.tokenizer"):
-            same = open_tokenizer(data.tokenizer).fingerprint == tokenizer.fingerprint
+            same = _same(open_tokenizer(data.tokenizer), tokenizer)
         if not same:
             raise ConfigError(
                 f"data.tokenizer: {data.tokenizer} is not the tokenizer of {checkpoint}, which a"
