@@ -10,6 +10,7 @@
 Their formats are those of transformers, versions 4 and 5.
 """
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -73,12 +74,13 @@ def read_file(path: Path) -> bytes:
     """A file's bytes. Raises TokenizerError."""
     try:
         with open(path, "rb") as file:
-            data = file.read(_MAX_BYTES + 1)
+            is_larger = os.fstat(file.fileno()).st_size > _MAX_BYTES
+            data = b"" if is_larger else file.read()
     except FileNotFoundError:
         raise TokenizerError(f"{path}: no such file") from None
     except OSError as error:
         raise TokenizerError(f"{path}: cannot be read: {reason(error)}") from error
-    if len(data) > _MAX_BYTES:
+    if is_larger:
         raise TokenizerError(f"{path}: more than {_MAX_BYTES >> 20} MiB, which no tokenizer has")
     return data
 
