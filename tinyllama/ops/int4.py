@@ -20,7 +20,15 @@ from tinyllama.ops.matmul import (
     gemm_headers,
     gemm_macros,
 )
-from tinyllama.runtime.kernel import Call, Gradient, Kernel, empty, per_thread, run
+from tinyllama.runtime.kernel import (
+    TYPE_CODE,
+    Call,
+    Gradient,
+    Kernel,
+    empty,
+    per_thread,
+    run,
+)
 
 
 def int4_linear(x: Tensor, packed: Tensor, scales: Tensor, minima: Tensor | None = None) -> Tensor:
@@ -51,6 +59,51 @@ def dequantize(packed: Tensor, scales: Tensor, minima: Tensor | None = None) -> 
     return values.reshape(rows, -1)
 
 
+def int4_embedding(
+    ids: Tensor, packed: Tensor, scales: Tensor, minima: Tensor | None, dtype: DType
+) -> Tensor:
+    """Rows ids (B, T) of a packed table (V, H), as `int4_linear` has it -> (B, T, H) of `dtype`."""
+    form = forms.choose(scales, portable=_portable_rows, cpu=_cpu_rows)
+    return form(ids.cast(dtypes.int32), packed, scales, minima, dtype)
+
+
+def _portable_rows(
+    ids: Tensor, packed: Tensor, scales: Tensor, minima: Tensor | None, dtype: DType
+) -> Tensor:
+    flat = ids.reshape(-1)
+    rows = [None if part is None else part[flat].contiguous() for part in (packed, scales, minima)]
+    values = dequantize(*rows)
+    return values.cast(dtype).reshape(*ids.shape, -1).contiguous()
+
+
+def _cpu_rows(
+    ids: Tensor, packed: Tensor, scales: Tensor, minima: Tensor | None, dtype: DType
+) -> Tensor:
+    weight = [packed, scales] if minima is None else [packed, scales, minima]
+    rows, width, defines = _form(weight)
+    defines |= {"LAYOUT": 0, "NR": 16, "A_T": 0, "COMPUTE_BF16": 0, "ACT": TYPE_CODE[dtype]}
+    sizes = {"COUNT": ids.numel(), "N": rows, "K": width}
+    lookup = Kernel("embedding_packed.c", defines, sizes, ("int4.h",))
+    return run(lookup, [empty(*ids.shape, width, dtype=dtype)], [*weight, ids])[0]
+
+
+def _form(weight: Sequence[Tensor]) -> tuple[int, int, dict[str, int]]:
+    """Rows and columns of a packed weight, and the macros of cpu/int4.h."""
+    packed, scales = weight[:2]
+    bits = 4 if packed.dtype == dtypes.uint8 else 8
+    columns = packed.shape[1] * 8 // bits
+    minima = len(weight) - 2
+    return (
+        packed.shape[0],
+        columns,
+        {
+            "BLOCK": columns // scales.shape[1],
+            "BITS": bits,
+            "MINIMA": minima,
+        },
+    )
+
+
 def _cpu(x: Tensor, packed: Tensor, scales: Tensor, minima: Tensor | None) -> Tensor:
     def gradient(dy: Tensor, call: Call) -> list[Tensor | None]:
         x, *weight = call.inputs
@@ -74,13 +127,11 @@ def _product(
 
     weight: packed, scales and, where there are some, minima.
     """
-    packed, scales = weight[:2]
-    bits = 4 if packed.dtype == dtypes.uint8 else 8
-    rows, columns = packed.shape[0], packed.shape[1] * 8 // bits  # of W
+    rows, columns, form = _form(weight)
     m, k = a.shape
     n = rows if layout == NT else columns
     defines, sizes = gemm_macros(layout, m, n, k, a.dtype, dtypes.float32, dtype)
-    defines |= {"BLOCK": columns // scales.shape[1], "BITS": bits, "MINIMA": len(weight) - 2}
+    defines |= form
     if addend is not None:
         defines["ADDEND"] = 1
     headers = gemm_headers(defines, "int4.h")

@@ -15,6 +15,7 @@ from typing import Any
 
 from tinygrad import Tensor
 
+from tinyllama.model.int4 import widen_head
 from tinyllama.model.layers import named_tensors, structure
 from tinyllama.model.llama import Block, Function, Llama
 from tinyllama.ops.sums import into_products
@@ -58,6 +59,7 @@ class StagedLoss:
         loss: Loss | None = None,
     ) -> None:
         """`trained` are the weights, by name, that get gradients; the loss is cross entropy."""
+        widen_head(model)
         self.model, self.criterion = model, loss or CrossEntropy()
         self.names = {_key(tensor): name for name, tensor in (trained or {}).items()}
         self.stages = _Stages()
