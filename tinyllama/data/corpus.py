@@ -30,6 +30,7 @@ from tinyllama.data.files import (
     find_sources,
     progress_bar,
     read_chunk,
+    read_joined,
 )
 from tinyllama.errors import DataError, reason
 from tinyllama.system.files import atomic_directory, remove_partials
@@ -149,7 +150,7 @@ class _Encoder:
         ids: list[int] = []
         starts: list[int] = []
         n_empty = text_bytes = 0
-        for text in read_chunk(chunk):
+        for text in self._texts(chunk):
             begins, ends = has_rows or chunk.start == 0, has_rows or chunk.is_last
             if begins and ends and not text:
                 n_empty += 1
@@ -162,6 +163,14 @@ class _Encoder:
             text_bytes += len(text.encode())
         tokens, documents = np.array(ids, self._dtype), np.array(starts, np.int64)
         return _Encoded(tokens, documents, n_empty, text_bytes, chunk.end - chunk.start)
+
+    def _texts(self, chunk: Chunk) -> list[str]:
+        """The texts of a chunk; a part of a document ends where the tokenizer can be cut."""
+        joint = self._tokenizer.joint
+        is_whole = chunk.start == 0 and chunk.is_last
+        if chunk.source.has_rows or is_whole or joint is None:
+            return read_chunk(chunk)
+        return [read_joined(chunk, joint)]
 
 
 def _make_key(digests: Sequence[str], sources: Sequence[Source], tokenizer: Tokenizer) -> str:

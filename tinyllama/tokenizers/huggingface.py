@@ -155,7 +155,7 @@ class JsonTokenizer:
         check_encodable(text)
         if len(text) <= _CUT_CHARS:
             return self._ids(text, continued, special)
-        joint = self._joint if not special or self._cuts_markup else None
+        joint = self.joint if not special or self._cuts_markup else None
         parts = [text] if joint is None else cut(text, _CUT_CHARS, joint)
         if joint is None and not special:
             parts = cut(text, LONGEST_CHARS)
@@ -197,7 +197,7 @@ class JsonTokenizer:
         return StreamDecoder(surfaces, strip=adds_space and not continued)
 
     @cached_property
-    def _joint(self) -> re.Pattern[str] | None:
+    def joint(self) -> re.Pattern[str] | None:
         """Where this tokenizer's texts can be cut without changing the ids; None if nowhere."""
         pieces = [s if isinstance(s, str) else s.decode(errors="ignore") for s in self._surfaces]
 

@@ -231,6 +231,11 @@ class SentencePieceTokenizer:
         said = {"add_bos_token": bool(self.begin), "clean_up_tokenization_spaces": False}
         return said | config | {"tokenizer_class": "PreTrainedTokenizerFast"}
 
+    @property
+    def joint(self) -> None:
+        """Behind every line end: `continued` texts are taken as such."""
+        return None
+
     def encode(self, text: str, *, continued: bool = False, special: bool = False) -> list[int]:
         """Ids of `text`, without begin and end. `continued`: other text comes before this one,
         so LLaMA's space before the first word is left out. `special`: special tokens written in

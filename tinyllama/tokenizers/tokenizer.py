@@ -8,6 +8,7 @@ opening.py makes one from a file or a folder; sentencepiece.py and huggingface.p
 """
 
 import codecs
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,6 +104,11 @@ class Tokenizer(Protocol):
     def files(self) -> Mapping[str, bytes]:
         """The files that travel with a model, by name: the sources, byte for byte, and those that
         transformers needs besides."""
+
+    @property
+    def joint(self) -> re.Pattern[str] | None:
+        """Behind a match a text may be cut and go on as a `continued` one, with the ids of the
+        whole; None for behind every line end."""
 
     def encode(self, text: str, *, continued: bool = False, special: bool = False) -> list[int]:
         """Ids of `text`, without begin and end.
