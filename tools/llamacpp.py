@@ -137,10 +137,13 @@ def every_row(work: Path, models: Sequence[str], gguf: Path | None, budget: int)
             source = gguf or smollm2()
         folder = work / name
         folder.mkdir()
-        whole = Side(load_model(source), open_tokenizer(source))
-        for kind in KINDS.values():
-            path = folder / f"{kind}.gguf"
-            yield row_of(name, kind, whole, export(Job(source, path, "gguf", kind)), path)
+        done = {
+            kind: export(Job(source, folder / f"{kind}.gguf", "gguf", kind))
+            for kind in KINDS.values()
+        }
+        whole = Side(load_model(folder / "F32.gguf"), open_tokenizer(source))
+        for kind, each in done.items():
+            yield row_of(name, kind, whole, each, folder / f"{kind}.gguf")
         if source.suffix == ".gguf":
             path = folder / "stored.gguf"
             yield row_of(name, "as stored", whole, export(Job(source, path, "gguf")), path)

@@ -73,7 +73,7 @@ def run(options: argparse.Namespace) -> None:
     out: Path = options.out
     done = export(
         Job(
-            model_folder(options.source) if options.source.is_dir() else options.source,
+            model_folder(options.source) if options.source.exists() else options.source,
             out,
             options.to or ("gguf" if out.suffix == ".gguf" else "hf"),
             None if options.dtype is None else KINDS[options.dtype],

@@ -13,10 +13,10 @@ one. Blocks of a GGUF source stay as they are unless another type is chosen.
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -52,7 +52,7 @@ from tinyllama.formats.huggingface import (
     llama_shapes,
     save_folder,
 )
-from tinyllama.formats.int4 import as_packed
+from tinyllama.formats.int4 import Packing, as_packed
 from tinyllama.formats.modelfile import NAME as MODELFILE
 from tinyllama.formats.modelfile import modelfile
 from tinyllama.formats.models import ModelSource, open_model
@@ -220,12 +220,11 @@ def _finished(job: Job, place: _Place, kind: str, check: Check, notes: Sequence[
 
 @dataclass(frozen=True)
 class _Model:
-    """A model to write, its tokenizer, and the 4 bits in which it is to be written if an adapter
-    was trained on those."""
+    """A model to write, its tokenizer, and how it is packed if an adapter was trained on it so."""
 
     source: ModelSource
     text: "_Text"
-    block_size: int | None = None
+    packing: Packing | None = None
 
     @property
     def config(self) -> LlamaConfig:
@@ -238,8 +237,8 @@ class _Model:
             return values
         if name in (EMBEDDING, HEAD):
             return to_float32(name, RawArray("BF16", values.shape, convert(name, values, "BF16")))
-        assert self.block_size is not None
-        return as_packed(f"{self.source.path}: {name}", values, self.block_size)
+        assert self.packing is not None
+        return as_packed(f"{self.source.path}: {name}", values, self.packing.block_size)
 
     def stored_kind(self, name: str) -> str:
         """The type that a tensor has in the source, or in the 4 bits that were trained on."""
@@ -251,9 +250,14 @@ class _Model:
 
     def is_rounded(self, name: str) -> bool:
         """Whether a QLoRA run holds a tensor in another form than the source does."""
-        if self.block_size is None or len(self.source.shape(name)) != 2:
+        if self.packing is None or len(self.source.shape(name)) != 2:
             return False
-        return name in (EMBEDDING, HEAD) or self.source.packed_form(name) is None
+        return name.removesuffix(".weight") not in self._kept
+
+    @cached_property
+    def _kept(self) -> Collection[str]:
+        """Paths of the layers that a QLoRA run leaves as they are stored."""
+        return {} if self.packing is None else self.packing.stored(self.source)
 
 
 def _write(job: Job, place: _Place) -> Exported:
@@ -266,7 +270,7 @@ def _write(job: Job, place: _Place) -> Exported:
     text = _text_of(job.source, base)
     if job.merged:
         return _write_merged(job, place, adapter, config, base, text)
-    trained = _Adapter(adapter, config, _Model(base, text, config.block_size))
+    trained = _Adapter(adapter, config, _Model(base, text, _packing(config)))
     return _write_adapter(job, place, trained)
 
 
@@ -370,7 +374,7 @@ def _write_gguf_model(path: Path, job: Job, model: _Model) -> dict[str, str]:
 def _kind(model: _Model, name: str, shape: tuple[int, ...], dtype: str | None) -> str:
     """The type of a tensor in the file. Q4_0 leaves the embedding and the head in Q8_0."""
     kind = model.stored_kind(name)
-    if dtype is None or (model.block_size is not None and dtype == "Q4_0"):
+    if dtype is None or (model.packing is not None and dtype == "Q4_0"):
         return kind_for(kind, shape)
     return kind_for("Q8_0" if dtype == "Q4_0" and name in (EMBEDDING, HEAD) else dtype, shape)
 
@@ -378,9 +382,9 @@ def _kind(model: _Model, name: str, shape: tuple[int, ...], dtype: str | None) -
 def _loaded(model: _Model, name: str, kind: str) -> np.ndarray:
     """A tensor as it lies in the file: the source's own bytes, or rounded to `kind`."""
     source, label = model.source, f"{model.source.path}: {name}"
-    if model.block_size is not None and model.is_rounded(name):
+    if model.packing is not None and model.is_rounded(name):
         if kind == "Q4_0":
-            rows = q4_0_as_trained(label, source.float32(name), model.block_size)
+            rows = q4_0_as_trained(label, source.float32(name), model.packing.block_size)
         else:
             rows = encoded(label, model.read(name), kind)
         return permuted(name, model.config, rows)
@@ -422,6 +426,11 @@ class _Adapter:
         return _with_low(self.config, self.base.read, self.low, name)
 
 
+def _packing(config: AdapterConfig) -> Packing | None:
+    """How the base was held in training; None if it was not packed."""
+    return None if config.block_size is None else Packing(config.block_size, config.requantize)
+
+
 def _with_low(
     config: AdapterConfig,
     read: Read,
@@ -449,7 +458,7 @@ def _write_merged(
     shapes = llama_shapes(base.config)
     _check_room(place.folder, 4 * sum(map(math.prod, shapes.values())))
     merged = place.folder.with_name(f"{place.folder.name}.merged")
-    trained = _Adapter(adapter, config, _Model(base, text, config.block_size))
+    trained = _Adapter(adapter, config, _Model(base, text, _packing(config)))
     dtype = job.dtype or _common_float([base.dtype(name) for name in shapes])
     job = Job(**{**vars(job), "dtype": dtype})
     try:
@@ -468,7 +477,7 @@ def _write_adapter(job: Job, place: _Place, adapter: _Adapter) -> Exported:
     kinds = dict.fromkeys(llama_shapes(model.config), kind)
     if job.with_base:
         path = place.folder / MODEL_GGUF
-        if problem := model.block_size and as_trained_problem(model.block_size):
+        if problem := model.packing and as_trained_problem(model.packing.block_size):
             raise ConfigError(f"{job.source}: {problem}: type --merged instead")
         kinds = _write_gguf_model(path, job, model)
         back = GgufFile(path).float32
