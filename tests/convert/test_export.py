@@ -175,6 +175,40 @@ def test_scaled_rotary_frequencies_are_read_back(tmp_path, kind):
     assert (factors is not None) == (kind == "llama3")
 
 
+VARIANTS = {
+    "every bias": {"attention_bias": True, "mlp_bias": True},
+    "biases of q, k and v": {"attention_bias": "qkv"},
+    "wide heads": {"head_size": 32},
+    "tied": {"tie_word_embeddings": True},
+}
+
+
+@pytest.mark.parametrize("kind", VARIANTS)
+@pytest.mark.parametrize("target", ["gguf", "hf"])
+def test_variants_of_the_model_are_read_back(tmp_path, kind, target):
+    config = LlamaConfig(**{**CONFIG.__dict__, **VARIANTS[kind]})
+    weights = write_model(tmp_path / "base", config)
+    out = tmp_path / ("a.gguf" if target == "gguf" else "out")
+    assert export(Job(tmp_path / "base", out, target)).check.largest == 0
+    opened = open_model(out)
+    assert opened.config == open_model(tmp_path / "base").config
+    assert all(np.array_equal(opened.float32(name), value) for name, value in weights.items())
+    if target == "gguf" and "bias" in kind:
+        name = "model.layers.1.self_attn.k_proj.bias"
+        stored = tensors_of(out)["blk.1.attn_k.bias"]
+        assert stored[0] == "F32"
+        assert np.array_equal(stored[1], in_gguf_order(name, weights[name][:, None])[:, 0])
+
+
+def test_a_sliding_window_bounds_the_context_and_is_said(tmp_path):
+    config = LlamaConfig(**{**CONFIG.__dict__, "sliding_window": 64})
+    write_model(tmp_path / "base", config)
+    done = export(Job(tmp_path / "base", tmp_path / "a.gguf", "gguf"))
+    assert done.notes == ("llama.cpp has no sliding window here: the context is 64, not 96",)
+    opened = open_model(tmp_path / "a.gguf")
+    assert (opened.config.max_seq_len, opened.config.sliding_window) == (64, None)
+
+
 def test_llama_3s_factors_are_those_of_its_own_code():
     """As Meta's apply_scaling computes them, with rope_theta 500000 and heads 128 wide."""
     config = LlamaConfig(

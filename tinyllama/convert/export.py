@@ -280,6 +280,7 @@ def _write_model(job: Job, place: _Place, model: _Model, original: Read) -> Expo
         path = place.gguf(MODEL_GGUF)
         kinds = _write_gguf_model(path, job, model)
         _write_modelfile(place, model, path.name)
+        model.text.check(path)
         read_back: ModelSource = GgufFile(path)
     else:
         kinds = _write_folder(place.folder, job, model)
@@ -331,7 +332,8 @@ def _write_folder(folder: Path, job: Job, model: _Model) -> dict[str, str]:
         dtype={form: name for name, form in STORED.items()}[kind],
         files=model.text.files,
         bos_id=model.source.bos_id,
-        eos_id=_one_or_all(model.source.eos_ids),
+        eos_id=model.source.eos_ids,
+        base=model.source.entries,
     )
     return dict.fromkeys(shapes, kind)
 
@@ -339,10 +341,6 @@ def _write_folder(folder: Path, job: Job, model: _Model) -> dict[str, str]:
 def _released(model: _Model, name: str) -> Any:
     """A tensor as it is stored, whose predecessor's memory is given back."""
     return model.source.source(name).load()
-
-
-def _one_or_all(ids: tuple[int, ...]) -> int | list[int]:
-    return ids[0] if len(ids) == 1 else list(ids)
 
 
 def _common_float(kinds: Sequence[str]) -> str:
@@ -566,6 +564,17 @@ class _Text:
                 f"{self.source}: has no tokenizer, and a GGUF file without one generates no text"
             )
         return vocabulary_fields(self.tokenizer, rows, self.source)
+
+    def check(self, path: Path) -> None:
+        """Raise TokenizerError if the tokenizer in a GGUF file gives a text other ids."""
+        if self.tokenizer is None:
+            return
+        ours, theirs = (each.encode(TEXT) for each in (self.tokenizer, open_tokenizer(path)))
+        if ours != theirs:
+            raise TokenizerError(
+                f"{self.source}: its tokenizer gives other ids when it is read back from a GGUF "
+                "file: it has rules that such a file cannot hold"
+            )
 
     def sample(self, config: LlamaConfig) -> list[int]:
         """Ids of a real text; of a model without a tokenizer, ids from all over its vocabulary."""

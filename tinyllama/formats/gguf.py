@@ -487,7 +487,7 @@ def _hf_values(part: _Part, held: Mapping[str, tuple[_Part, TensorInfo]]) -> dic
     if embedding is None:
         part.fail("token_embd.weight: missing")
     values |= {
-        "model_type": "mistral" if values["sliding_window"] else "llama",
+        "model_type": _model_type(held, values),
         "vocab_size": embedding[1].shape[0],
         "rms_norm_eps": _shortest(part, "attention.layer_norm_rms_epsilon"),
         "rope_theta": _shortest(part, "rope.freq_base"),
@@ -498,6 +498,13 @@ def _hf_values(part: _Part, held: Mapping[str, tuple[_Part, TensorInfo]]) -> dic
     values["head_dim"] = _head_dim(part, values)
     values["rope_scaling"] = _rope_scaling(part, held, values)
     return {key: value for key, value in values.items() if value is not None}
+
+
+def _model_type(held: Mapping[str, tuple[_Part, TensorInfo]], values: Mapping[str, Any]) -> str:
+    """Hugging Face's name for a LLaMA with a sliding window, or with biases of q, k and v alone."""
+    if "blk.0.attn_q.bias" in held and "blk.0.attn_output.bias" not in held:
+        return "qwen2"
+    return "mistral" if values["sliding_window"] else "llama"
 
 
 def _shortest(part: _Part, key: str) -> float | None:
