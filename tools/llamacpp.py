@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,13 +31,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from texts_helpers import lines
 from tinygrad import Tensor
 
-from tinyllama.convert.export import KINDS, Exported, Job, export
+from tinyllama.convert.export import KINDS, Job, export
 from tinyllama.generate.generator import Generator, Sampling
 from tinyllama.model.build import load_model
-from tinyllama.model.llama import Llama
 from tinyllama.system import device
 from tinyllama.tokenizers.opening import open_tokenizer
-from tinyllama.tokenizers.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 STDLIB = Path(platform.__file__).parent
@@ -137,21 +136,18 @@ def every_row(work: Path, models: Sequence[str], gguf: Path | None, budget: int)
             source = gguf or smollm2()
         folder = work / name
         folder.mkdir()
-        done = {
-            kind: export(Job(source, folder / f"{kind}.gguf", "gguf", kind))
-            for kind in KINDS.values()
-        }
-        whole = Side(load_model(folder / "F32.gguf"), open_tokenizer(source))
-        for kind, each in done.items():
-            yield row_of(name, kind, whole, each, folder / f"{kind}.gguf")
-        if source.suffix == ".gguf":
-            path = folder / "stored.gguf"
-            yield row_of(name, "as stored", whole, export(Job(source, path, "gguf")), path)
+        chosen = {**{kind: kind for kind in KINDS.values()}, "as stored": None}
+        for kind, dtype in chosen.items():
+            export(Job(source, folder / f"{kind}.gguf", "gguf", dtype))
+        ours = Ours(folder / "F32.gguf", source)
+        for kind in chosen:
+            path = folder / f"{kind}.gguf"
+            yield compared(name, kind, ours, Theirs(path), path.stat().st_size)
         text = ADAPTER.format(base=str(source))
         lora = trained(work, f"{name}-lora", text, budget)
-        yield adapter_row(name, "F32 and LoRA", lora, source, folder, merged=False)
+        yield adapter_row(name, "F32 and LoRA", lora, source, folder, with_base=False)
         qlora = trained(work, f"{name}-qlora", text + PACKED, budget)
-        yield adapter_row(name, "QLoRA's base and LoRA", qlora, source, folder, merged=True)
+        yield adapter_row(name, "QLoRA's base and LoRA", qlora, source, folder, with_base=True)
 
 
 def trained(work: Path, name: str, config: str, budget: int) -> Path:
@@ -165,19 +161,35 @@ def trained(work: Path, name: str, config: str, budget: int) -> Path:
     return work / name / "final"
 
 
-class Side(NamedTuple):
-    """A model and its tokenizer, here."""
+class Ours:
+    """A model here, in float32, and all that is compared of it, computed once."""
 
-    model: Llama
-    tokenizer: Tokenizer
+    def __init__(self, source: Path, tokenizer: Path) -> None:
+        self.model, self.tokenizer = load_model(source), open_tokenizer(tokenizer)
 
-    def ids(self, text: str) -> list[int]:
-        """Ids of a text as a document begins."""
-        return [*self.tokenizer.begin, *self.tokenizer.encode(text)]
+    @cached_property
+    def lines(self) -> dict[str, list[int]]:
+        """Lines of many scripts, and their ids."""
+        return {line: self.tokenizer.encode(line) for line in lines() if line}
 
-    def logits(self, ids: list[int]) -> np.ndarray:
-        """(T, vocab)."""
-        return self.model(Tensor(np.array([ids], np.int32))).numpy()[0]
+    @cached_property
+    def texts(self) -> list[tuple[list[int], list[int]]]:
+        """Ids of each prompt, and of its most probable continuation."""
+        generator, stop = Generator(self.model, 256), self.tokenizer.eos_ids
+        prompts = ([*self.tokenizer.begin, *self.tokenizer.encode(text)] for text in PROMPTS)
+        greedy = Sampling(temperature=0.0)
+        return [(ids, [*generator.tokens(ids, NEW_TOKENS, greedy, stop)]) for ids in prompts]
+
+    @cached_property
+    def windows(self) -> list[tuple[list[int], np.ndarray]]:
+        """Ids of held-out text, and the logits that follow each but the last."""
+        text = "\n".join((STDLIB / file).read_text() for file in HELD_OUT)
+        ids, found = self.tokenizer.encode(text), []
+        for start in range(0, WINDOWS * WINDOW, WINDOW):
+            window = [*self.tokenizer.begin, *ids[start : start + WINDOW]]
+            logits = self.model(Tensor(np.array([window], np.int32))).numpy()[0, :-1]
+            found.append((window, logits))
+        return found
 
 
 class Theirs:
@@ -190,7 +202,8 @@ class Theirs:
         self.model: Any = LlamaCpp(
             str(path),
             n_ctx=512,
-            n_threads=2,
+            n_threads=1,  # more wait for each other, on a busy machine for minutes
+            n_threads_batch=1,
             logits_all=True,
             verbose=False,
             type_k=GGML_TYPE_F32,
@@ -222,70 +235,48 @@ class Theirs:
         return found
 
 
-def row_of(name: str, kind: str, ours: Side, done: Exported, path: Path) -> Row:
-    """A whole model."""
-    return compared(name, kind, ours, Theirs(path), path.stat().st_size, done)
-
-
 def adapter_row(
-    name: str, kind: str, adapter: Path, source: Path, folder: Path, *, merged: bool
+    name: str, kind: str, adapter: Path, source: Path, folder: Path, *, with_base: bool
 ) -> Row:
     """An adapter on its base: in float32, or on the blocks that it was trained on."""
-    out = folder / f"{adapter.parent.name}"
-    done = export(Job(adapter, out, "gguf", with_base=merged))
-    path = out / "model.gguf" if merged else folder / "F32.gguf"
-    ours = Side(load_model(adapter), open_tokenizer(source))
-    theirs = Theirs(path, out / "adapter.gguf")
+    out = folder / adapter.parent.name
+    export(Job(adapter, out, "gguf", with_base=with_base))
+    path = out / "model.gguf" if with_base else folder / "F32.gguf"
     size_bytes = path.stat().st_size + (out / "adapter.gguf").stat().st_size
-    return compared(name, kind, ours, theirs, size_bytes, done)
+    theirs = Theirs(path, out / "adapter.gguf")
+    return compared(name, kind, Ours(adapter, source), theirs, size_bytes)
 
 
-def compared(
-    name: str, kind: str, ours: Side, theirs: Theirs, size_bytes: int, done: Exported
-) -> Row:
+def compared(name: str, kind: str, ours: Ours, theirs: Theirs, size_bytes: int) -> Row:
     """All that is measured of one file."""
     failed = []
-    several = [line for line in lines() if line]
-    same = sum(ours.tokenizer.encode(line) == theirs.ids(line) for line in several)
-    generator = Generator(ours.model, 256)
+    same = sum(ids == theirs.ids(line) for line, ids in ours.lines.items())
     stop = ours.tokenizer.eos_ids
-    equal = 0
-    for prompt in PROMPTS:
-        ids = ours.ids(prompt)
-        mine = list(generator.tokens(ids, NEW_TOKENS, Sampling(temperature=0.0), stop))
-        equal += mine == theirs.greedy(ids, NEW_TOKENS, stop)
-    mine_loss = their_loss = count = 0.0
-    away = size = 0.0
-    for ids in windows(ours):
-        a, b = ours.logits(ids)[:-1], theirs.logits(ids)[:-1]
-        mine_loss, their_loss = mine_loss + loss(a, ids[1:]), their_loss + loss(b, ids[1:])
-        count += len(ids) - 1
+    equal = sum(text == theirs.greedy(ids, NEW_TOKENS, stop) for ids, text in ours.texts)
+    own = their = away = size = 0.0
+    for ids, a in ours.windows:
+        b = theirs.logits(ids)[:-1]
+        own, their = own + loss(a, ids[1:]), their + loss(b, ids[1:])
         away, size = away + float(((a - b) ** 2).sum()), size + float((a**2).sum())
-    perplexity, own = math.exp(their_loss / count), math.exp(mine_loss / count)
-    if same < len(several):
-        failed.append(f"{len(several) - same} of {len(several)} lines have other ids")
+    count = sum(len(ids) - 1 for ids, _ in ours.windows)
+    perplexity, own_perplexity = math.exp(their / count), math.exp(own / count)
+    if same < len(ours.lines):
+        failed.append(f"{len(ours.lines) - same} of {len(ours.lines)} lines have other ids")
     if kind.startswith("F32") and equal < len(PROMPTS):
         failed.append(f"{len(PROMPTS) - equal} of {len(PROMPTS)} greedy texts differ")
-    if kind == "Q8_0" and abs(perplexity / own - 1) > MOST_PERPLEXITY:
-        failed.append(f"perplexity {perplexity:.4f}, ours {own:.4f}")
+    if kind == "Q8_0" and abs(perplexity / own_perplexity - 1) > MOST_PERPLEXITY:
+        failed.append(f"perplexity {perplexity:.4f}, ours {own_perplexity:.4f}")
     return Row(
         name,
         kind,
         size_bytes,
-        f"{same} of {len(several)}",
+        f"{same} of {len(ours.lines)}",
         f"{equal} of {len(PROMPTS)}",
         perplexity,
-        own,
+        own_perplexity,
         math.sqrt(away / size),
         tuple(failed),
     )
-
-
-def windows(side: Side) -> Iterator[list[int]]:
-    """Windows of held-out text, each as long as the model's context allows."""
-    ids = side.tokenizer.encode("\n".join((STDLIB / file).read_text() for file in HELD_OUT))
-    for number in range(WINDOWS):
-        yield [*side.tokenizer.begin, *ids[number * WINDOW : (number + 1) * WINDOW]]
 
 
 def loss(logits: np.ndarray, targets: list[int]) -> float:
