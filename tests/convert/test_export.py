@@ -21,7 +21,7 @@ from runs_helpers import tokenizer
 
 from tinyllama.cli.app import main
 from tinyllama.config import LlamaConfig, RopeScaling
-from tinyllama.convert import export as module
+from tinyllama.convert import export_model as module
 from tinyllama.convert.check import Check, compare
 from tinyllama.convert.export import Job, export
 from tinyllama.errors import ConfigError, TokenizerError, WeightsError

@@ -11,7 +11,7 @@ from gguf_helpers import write_gguf as write_random_gguf
 from lora_helpers import load_packed
 from test_merge import write_adapter
 
-from tinyllama.convert import export as module
+from tinyllama.convert import export_adapter as module
 from tinyllama.convert.export import Job, export
 from tinyllama.errors import ConfigError, WeightsError
 from tinyllama.formats.gguf import GgufFile
