@@ -1,7 +1,12 @@
 """Whole models for other programs: what is written, that it is checked, and that half is never."""
 
+import signal
+import subprocess
+import sys
+import time
 import tracemalloc
 import weakref
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -29,6 +34,8 @@ from tinyllama.formats.gguf import GgufFile
 from tinyllama.formats.huggingface import open_folder
 from tinyllama.formats.models import open_model
 from tinyllama.tokenizers.opening import open_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -366,3 +373,28 @@ def test_options_that_do_not_fit_together_are_refused(base, tmp_path, capsys):
         message = capsys.readouterr().err
         assert problem in message and message.count("\n") == 1
     assert left_in(tmp_path) == []
+
+
+def test_the_script_is_the_same_command(base, tmp_path):
+    command = [sys.executable, "tools/convert.py", base[0], tmp_path / "out", "--dtype", "f16"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert open_folder(tmp_path / "out").entries["dtype"] == "float16"
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    problem = f"convert: {tmp_path}/out: exists already: name a new one\n"
+    assert (done.returncode, done.stderr) == (2, problem)
+
+
+def test_an_interrupt_leaves_nothing_and_says_so(tmp_path):
+    config = LlamaConfig(**{**CONFIG.__dict__, "num_layers": 24, "intermediate_size": 512})
+    write_model(tmp_path / "base", config)
+    (tmp_path / "there").mkdir()
+    command = [sys.executable, "-m", "tinyllama", "export", tmp_path / "base"]
+    process = subprocess.Popen([*command, tmp_path / "there" / "a.gguf"], cwd=ROOT, stderr=-1)
+    until = time.monotonic() + 60
+    while not left_in(tmp_path / "there") and time.monotonic() < until:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, message = process.communicate(timeout=60)
+    assert (process.returncode, message) == (130, b"interrupted\n")
+    assert left_in(tmp_path / "there") == []

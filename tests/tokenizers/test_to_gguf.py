@@ -2,10 +2,16 @@
 
 import json
 
+import numpy as np
 import pytest
 from runs_helpers import tokenizer as trained
+from texts_helpers import lines
+from tokenizers_helpers import byte_level_files, spm
 
 from tinyllama.errors import TokenizerError
+from tinyllama.tokenizers.gguf import files_of_gguf
+from tinyllama.tokenizers.huggingface import JsonTokenizer
+from tinyllama.tokenizers.opening import from_files
 from tinyllama.tokenizers.sentencepiece import SentencePieceTokenizer
 from tinyllama.tokenizers.sentencepiece_model import (
     BYTE,
@@ -221,3 +227,31 @@ def test_a_model_that_is_no_byte_pair_encoding_is_refused():
     files.files = {"tokenizer.model": data + b"\x12\x02\x18\x01"}  # model_type = UNIGRAM
     with pytest.raises(TokenizerError, match=r"tokenizer\.model: has no byte-pair encoding"):
         vocabulary_fields(files, 2, "t")
+
+
+def as_read(fields):
+    """Metadata as a GGUF file is read: lists of numbers are arrays."""
+    return {
+        key: np.array(value) if isinstance(value, list) and not isinstance(value[0], str) else value
+        for key, value in fields.items()
+    }
+
+
+@pytest.mark.parametrize(
+    "kind", ["bytes", "LLaMA's", "LLaMA's tokenizer.json", "Yi's tokenizer.json"]
+)
+def test_ids_of_many_scripts_are_the_same_when_read_back(kind):
+    """As llama.cpp reads them (`make llamacpp` compares with itself)."""
+    if kind == "bytes":
+        own = JsonTokenizer(byte_level_files(), "t")
+    else:
+        own = from_files({"tokenizer.model": spm(kind.removesuffix(" tokenizer.json"))}, "t")
+        if kind.endswith("json"):
+            left = {name: data for name, data in own.files.items() if name != "tokenizer.model"}
+            own = JsonTokenizer(left, "t")
+    fields = vocabulary_fields(own, own.vocab_size + 3, "t")
+    again = from_files(files_of_gguf(as_read(fields), "t"), "t")
+    assert again.begin == own.begin and set(again.eos_ids) == set(own.eos_ids)
+    for line in lines():
+        if "\u2581" not in line:  # llama.cpp takes it for a space
+            assert again.encode(line) == own.encode(line), line
