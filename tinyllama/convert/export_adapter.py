@@ -108,7 +108,7 @@ def _write_merged(job: Job, place: Place, adapter: Adapter) -> Exported:
     """Write base and adapter as one model, by way of a merged folder in float32."""
     base, shapes = adapter.base.source, llama_shapes(adapter.base.config)
     check_room(place.folder, 4 * sum(map(math.prod, shapes.values())))
-    merged = place.folder.with_name(f"{place.folder.name}.merged")
+    merged = place.folder / "merged"  # removed before the place gets its name
     dtype = job.dtype or common_float([base.dtype(name) for name in shapes])
     try:
         merge(base.path, [(adapter.folder.path, 1.0)], merged, dtype="fp32")

@@ -47,7 +47,7 @@ Target = Literal["hf", "gguf", "mlx"]
 # Names of types -> the formats' own.
 KINDS = STORED | {"q8_0": "Q8_0", "q4_0": "Q4_0"}
 
-MODEL_GGUF, ADAPTER_GGUF = f"model{SUFFIX}", f"adapter{SUFFIX}"
+MODEL_GGUF = f"model{SUFFIX}"
 _SPARE_BYTES = 16 << 20  # for the files beside the weights
 
 
@@ -102,6 +102,7 @@ def modelfile_path(out: Path) -> Path:
 
 
 def check_room(folder: Path, needed_bytes: int) -> None:
+    """Raise WeightsError if the disk of a folder has no room for so many bytes of weights."""
     free_bytes = shutil.disk_usage(folder).free
     if free_bytes < needed_bytes + _SPARE_BYTES:
         raise WeightsError(
@@ -110,7 +111,9 @@ def check_room(folder: Path, needed_bytes: int) -> None:
 
 
 def finished(job: Job, place: Place, kind: str, check: Check, notes: Sequence[str]) -> Exported:
-    paths = sorted(place.folder.iterdir(), key=lambda path: -path.stat().st_size)
+    """What was written into a place, whose name it does not have yet."""
+    paths = [path for path in place.folder.iterdir() if path.is_file()]
+    paths.sort(key=lambda path: -path.stat().st_size)
     if place.file is None:
         files = [job.out / path.name for path in paths]
     else:
