@@ -189,7 +189,7 @@ def test_blocks_of_a_gguf_base_stay_as_they_were_trained_on(tmp_path):
     write_random_gguf(source, "Q4_1")
     opened = GgufFile(source)
     config = AdapterConfig(
-        {"model.layers.0.self_attn.q_proj": Placement(2, 4.0)}, base=str(source), block_size=64
+        {"model.layers.0.self_attn.q_proj": Placement(2, 4.0)}, base=str(source), block_size=16
     )
     rng = np.random.default_rng(1)
     tensors = {

@@ -127,8 +127,7 @@ def _write_low(job: Job, place: Place, adapter: Adapter) -> Exported:
     kinds: dict[str, str] = {}
     if job.with_base:
         path = place.folder / MODEL_GGUF
-        if problem := model.packing and as_trained_problem(model.packing.block_size):
-            raise ConfigError(f"{job.source}: {problem}: type --merged instead")
+        _check_block_size(job, model)
         kinds = write_gguf_model(path, job, model)
         back = Model(GgufFile(path), model.text).read
     writers = {"gguf": _write_lora_gguf, "mlx": _write_lora_mlx, "hf": _write_lora_peft}
@@ -141,6 +140,19 @@ def _write_low(job: Job, place: Place, adapter: Adapter) -> Exported:
         str(job.out),
     )
     return finished(job, place, kind, check, [])
+
+
+def _check_block_size(job: Job, model: Model) -> None:
+    """Raise ConfigError if layers that a QLoRA run packed cannot be written exactly."""
+    if model.packing is None or not any(map(model.is_rounded, _layers(model))):
+        return
+    if problem := as_trained_problem(model.packing.block_size):
+        raise ConfigError(f"{job.source}: {problem}: type --merged instead")
+
+
+def _layers(model: Model) -> list[str]:
+    """Names of the weights of linear layers."""
+    return [f"{path}.weight" for path in linear_shapes_by_path(model.config)]
 
 
 def _write_lora_gguf(job: Job, place: Place, adapter: Adapter, kind: str) -> Low:
