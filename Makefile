@@ -3,6 +3,7 @@
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BUDGET ?= 300
+TRIES ?= 100
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
@@ -30,7 +31,7 @@ LLAMA_DEMOS := llama-demo-train llama-demo-lora llama-demo-qlora
 .NOTPARALLEL:
 .PHONY: help venv demo test readme tier1 tier2 tier3 ci lint coverage mutants \
   llama-properties llama-mutations llama-tests llama-demo-train llama-demo-lora llama-demo-qlora \
-  llama-ci conformance neon gpu-races backends-report tinygrad proof-7b clean
+  llama-ci chaos conformance neon gpu-races backends-report tinygrad proof-7b clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-17s %s\n", $$1, $$2}' Makefile
@@ -95,6 +96,10 @@ $(LLAMA_DEMOS):
 	@$(PY) tools/demo_llama.py $(@:llama-demo-%=%) --budget $(BUDGET)
 
 llama-ci: lint llama-tests $(LLAMA_DEMOS) ## lint, then all llama- targets in this order
+
+chaos: $(VENV)/.dev ## kill, starve and damage real runs TRIES=100 times per kind of fault (an hour)
+	@tools/system.sh --required clang
+	$(PY) tests/chaos/chaos.py --tries $(TRIES) --out docs/reliability.md
 
 conformance: $(VENV)-conformance/.made ## compare with torch, transformers and peft (a large download)
 	@tools/system.sh clang

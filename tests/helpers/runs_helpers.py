@@ -175,6 +175,14 @@ def run_command(*words: object, **variables: str) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
+@functools.cache
+def answering() -> list[str]:
+    """The backends that `python -m tinyllama.backends` finds here."""
+    code, out, err = run_command("backends")
+    assert code == 0, err
+    return [line.split()[0] for line in out.splitlines() if "not available" not in line]
+
+
 def wait_for_steps(process: "subprocess.Popen[str]", run: Path, count: int) -> None:
     """Wait until a training process has written the metrics of `count` steps."""
     file = run / "metrics.jsonl"

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 
 import pytest
+from model_helpers import kernel_texts
 from tinygrad.runtime.support.compiler_cpu import ClangJITCompiler
 
 from tinyllama.config import config_from_toml
@@ -59,8 +60,7 @@ def sources(amx: bool = False) -> dict[str, str]:
             estimate_memory(config, step)
             stages = [*vars(step.staged.stages).values(), *step.optimizer.stages.values()]
             for stage in stages:
-                for template in stage._templates.values():
-                    found |= {kind(code): code for code in template.sources}
+                found |= {kind(code): code for code in kernel_texts(stage)}
     return {name: code for name, code in found.items() if "#define KERNEL" in code}
 
 

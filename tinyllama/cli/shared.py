@@ -60,18 +60,21 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def model_folder(folder: Path) -> Path:
-    """A model's folder or GGUF file: `folder` itself, or a run's final or newest checkpoint.
+    """A model's folder or GGUF file: `folder` itself, the final or newest checkpoint of a run's
+    folder, or what a name on the hub stands for.
 
     Raises ConfigError where there is no folder of that name.
     """
+    from tinyllama.formats.models import local_path
+
+    folder = local_path(folder)
     if folder.is_file() and folder.suffix == ".gguf":
         return folder
     if not folder.is_dir():
-        problem = (
-            "is a file, must be the folder of a model" if folder.exists() else "no such folder"
-        )
-        raise ConfigError(f"{folder}: {problem}")
-    if any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
+        problem = "is a file, must be the folder of a model or end in .gguf"
+        raise ConfigError(f"{folder}: {problem if folder.exists() else 'no such folder'}")
+    names = ("config.json", "adapter_config.json", "params.json")
+    if any((folder / name).exists() for name in names):
         return folder
     from tinyllama.train.checkpoint import list_checkpoints, looks_whole
 

@@ -15,7 +15,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +25,7 @@ from typing import Any, Literal
 import numpy as np
 
 from tinyllama.errors import WeightsError
+from tinyllama.formats import int4
 from tinyllama.formats.dtypes import (
     BITS,
     Array,
@@ -38,6 +39,7 @@ from tinyllama.formats.huggingface import (
     INDEX,
     STORED,
     WEIGHTS,
+    generation_config,
 )
 from tinyllama.formats.int4 import (
     Weights,
@@ -45,6 +47,7 @@ from tinyllama.formats.int4 import (
     check_block_size,
     row_parts,
 )
+from tinyllama.formats.model_config import config_to_hf
 from tinyllama.formats.models import ModelSource, open_model
 from tinyllama.formats.peft import PARTS, AdapterConfig, AdapterFolder
 from tinyllama.formats.safetensors import LazyArray, write_safetensors
@@ -146,14 +149,18 @@ def merge(
     parts = [_part(folder, path, sign * weight, check=not unmerge) for path, weight in adapters]
     _check_tokenizer(base, parts)
     block_size = None if unmerge else _block_size(parts, packing)
+    stored: Collection[str] = ()
     if block_size is not None:
-        check_block_size(folder.config, block_size)
+        requantize = any(part.config.requantize for part in parts)
+        stored = int4.Packing(block_size, requantize).stored(folder)
+        check_block_size(folder.config, block_size, stored)
     try:
         remove_partials(out.parent)  # of merges that were killed
         with ThreadPoolExecutor(1) as pool, atomic_directory(out) as unfinished:
             sums = pool.submit(_verify, [base, *(Path(path) for path, _ in adapters)])
-            _copy_files(base, unfinished, None if dtype == "keep" else _TYPES[dtype])
-            merged = _write_weights(_Reader(folder, block_size), parts, unfinished, dtype)
+            _copy_files(folder, unfinished, None if dtype == "keep" else _TYPES[dtype])
+            reader = _Reader(folder, block_size, stored)
+            merged = _write_weights(reader, parts, unfinished, dtype)
             sums.result()
             return merged
     except OSError as error:
@@ -254,9 +261,12 @@ def _write_weights(reader: "_Reader", parts: Sequence[_Part], out: Path, dtype: 
 class _Reader:
     """Reads the base's tensors; the memory of one is released when the next is read."""
 
-    def __init__(self, base: ModelSource, block_size: int | None) -> None:
-        """With a block_size, tensors are as a QLoRA run holds them, and `lost` is noted."""
-        self.base, self.block_size = base, block_size
+    def __init__(
+        self, base: ModelSource, block_size: int | None, stored: Collection[str] = ()
+    ) -> None:
+        """With a block_size, tensors are as a QLoRA run holds them, and `lost` is noted; it packs
+        no layer whose path is in `stored`."""
+        self.base, self.block_size, self.stored = base, block_size, stored
         self.lost: list[Lost] = []
         self._held: str | None = None
 
@@ -265,7 +275,9 @@ class _Reader:
         if self._held is not None:
             self.base.forget(self._held)
         self._held = name
+        path = name.removesuffix(".weight")
         packed = self.block_size is not None and len(self.base.shape(name)) == 2
+        packed = packed and path not in self.stored
         if not parts and not packed:
             return self.base.source(name).load()
         original = self.base.float32(name)
@@ -274,7 +286,6 @@ class _Reader:
         else:
             # A view of the file cannot be written to.
             merged = original if original.flags.writeable else original.copy()
-        path = name.removesuffix(".weight")
         for part in parts:
             scale = np.float32(part.weight * part.config.scale(path))
             a, b = (part.folder.matrix(path, which) for which in PARTS)
@@ -302,8 +313,12 @@ class _Reader:
         return held
 
 
-def _copy_files(base: Path, out: Path, dtype: str | None) -> None:
+def _copy_files(source: ModelSource, out: Path, dtype: str | None) -> None:
     """Copy all but weights and the state of a run; with `dtype`, config.json names it."""
+    base = source.path
+    if base.is_file():
+        _describe(source, out, dtype or "float32")
+        return
     for path in sorted(base.iterdir()):
         copied = path.suffix in _COPIED or path.name.startswith(("LICENSE", "NOTICE"))
         if path.is_file() and copied and path.name not in _LEFT:
@@ -314,6 +329,13 @@ def _copy_files(base: Path, out: Path, dtype: str | None) -> None:
         config = read_json(out / "config.json")
         # Both names of the type, in the files of transformers 4 and 5.
         _write_json(out / "config.json", config | {"dtype": dtype, "torch_dtype": dtype})
+
+
+def _describe(source: ModelSource, out: Path, dtype: str) -> None:
+    """The configuration of a model that has no folder."""
+    ids = source.bos_id, list(source.eos_ids)
+    _write_json(out / "config.json", config_to_hf(source.config, *ids, dtype))
+    _write_json(out / "generation_config.json", generation_config(*ids))
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -43,6 +43,7 @@ STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_MAX_INDEX_BYTES = 4_000_000  # 30,000 tensors
 
 Shape = tuple[int, ...]
 
@@ -117,7 +118,9 @@ def check_names(
     for name in expected.keys() & stored.keys():
         dtype, shape = stored[name]
         if shape != expected[name]:
-            problems.append(f"{name}: shape {shown_shape(shape)}, must be {expected[name]}")
+            problems.append(
+                f"{name}: shape {shown_shape(shape)}, must be {shown_shape(expected[name])}"
+            )
         if dtype not in FLOATS:
             problems.append(f"{name}: type {dtype}, must be one of {', '.join(FLOATS)}")
     if problems:
@@ -146,7 +149,8 @@ def special_ids(folder: Path, values: Mapping[str, Any]) -> tuple[int | None, tu
     )
     stops = eos if isinstance(eos, list) else [] if eos is None else [eos]
     if not all(type(stop) is int for stop in stops) or not (bos is None or type(bos) is int):
-        raise ConfigError(f"{folder}: bos_token_id {bos!r}, eos_token_id {eos!r}: must be integers")
+        got = printable(f"bos_token_id {bos!r}, eos_token_id {eos!r}")
+        raise ConfigError(f"{folder}: {got}: must be integers")
     return bos, tuple(stops)
 
 
@@ -227,12 +231,17 @@ class HfFolder:
         if self.config.tie_word_embeddings and {HEAD, EMBEDDING} <= self._file_of.keys():
             if np.array_equal(self.array(HEAD), self.array(EMBEDDING)):
                 del self._file_of[HEAD]
+        if self.config.num_layers > len(self._file_of):  # before a name is made for each layer
+            raise WeightsError(
+                f"{self.path / 'config.json'}: num_hidden_layers: got {self.config.num_layers}, "
+                f"but the files hold {len(self._file_of)} tensors"
+            )
         stored = {name: (self.dtype(name), self.shape(name)) for name in self._file_of}
         check_names(llama_shapes(self.config), stored, str(self.path))
 
     def _locate(self) -> dict[str, str]:
         """Name of the file that holds each tensor."""
-        if (self.path / WEIGHTS).exists():
+        if os.path.lexists(self.path / WEIGHTS):
             file_of = dict.fromkeys(_names_in(self.path / WEIGHTS) or (), WEIGHTS)
         elif (self.path / INDEX).exists():
             file_of = self._read_index()
@@ -242,17 +251,17 @@ class HfFolder:
 
     def _read_index(self) -> dict[str, str]:
         path = self.path / INDEX
-        index = read_json(path).get("weight_map")
+        index = read_json(path, most=_MAX_INDEX_BYTES).get("weight_map")
         if not isinstance(index, dict) or not all(_is_plain(file) for file in index.values()):
             raise WeightsError(f"{path}: weight_map: must map names to files of this folder")
         held = {file: _names_in(self.path / file) for file in sorted(set(index.values()))}
-        problems = [f"{file}: missing" for file, names in held.items() if names is None]
+        problems = [f"{printable(f)}: missing" for f, names in held.items() if names is None]
         for name, file in index.items():
             names = held[file]
             if names is not None and name not in names:
-                problems.append(f"{name}: not in {file}")
+                problems.append(f"{printable(name)}: not in {printable(file)}")
         if problems:
-            raise WeightsError("\n".join(f"{path}: {problem}" for problem in problems))
+            raise WeightsError(some_of(problems, path))
         # A shard may hold what the index forgot: kept, so that `check` reports it as extra.
         return {name: file for file, names in held.items() for name in names or ()} | index
 
@@ -277,7 +286,7 @@ def open_folder(folder: str | os.PathLike[str]) -> HfFolder:
 
 def _names_in(file: Path) -> tuple[str, ...] | None:
     """Names of a file's tensors, or None where there is no such file."""
-    return tuple(read_header(file).tensors) if file.is_file() else None
+    return tuple(read_header(file).tensors) if os.path.lexists(file) else None
 
 
 def _is_plain(file: object) -> bool:

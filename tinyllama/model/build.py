@@ -99,18 +99,22 @@ def build_random(config: Config, seed: int) -> Built:
 def load_model(
     folder: str | Path, *, base: str | Path | None = None, dtype: DType = dtypes.float32
 ) -> Llama:
-    """The model of a folder; an adapter's is on its base, packed if it was in training.
+    """The model of a folder or file, its matrices as they are stored; an adapter's is on its base,
+    packed as in training.
 
     An adapter names its base; `base` is another place where that base is. Raises ConfigError and
     WeightsError.
     """
     if not is_adapter(folder):
         _refuse_base(folder, base)
-        return Llama.from_pretrained(folder, dtype=dtype)
+        return _as_stored(open_model(folder), dtype)
     adapter, opened = open_adapter(folder, base)
     packing = adapter.packing()
-    model = _layers(opened.config, dtype, packing, opened)
-    _read(model, opened, packing)
+    if packing is None:
+        model = _as_stored(opened, dtype)
+    else:
+        model = _layers(opened.config, dtype, packing, opened)
+        int4.read_packed(model, opened)
     lora.attach(model, adapter.config(model.config), None)
     lora.read_adapters(model, adapter)
     return model
@@ -153,6 +157,13 @@ def _packing(config: Config) -> Packing | None:
     if qlora is None or not qlora.quantize_base:
         return None
     return Packing(qlora.block_size, qlora.requantize)
+
+
+def _as_stored(source: ModelSource, dtype: DType) -> Llama:
+    """A model with the weights of `source`, each matrix in the type that it is stored in."""
+    model = int4.as_stored(Llama(source.config, dtype=dtype, seed=None), source)
+    int4.read_packed(model, source)
+    return model
 
 
 def _base(config: Config) -> ModelSource | None:

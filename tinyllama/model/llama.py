@@ -28,12 +28,12 @@ from tinyllama.model.layers import (
     Linear,
     LinearLike,
     RMSNorm,
+    TableLike,
     named_tensors,
 )
 from tinyllama.ops.attention import attention
 from tinyllama.ops.cached_attention import Cache, cached_attention
 from tinyllama.ops.cross_entropy import linear_cross_entropy
-from tinyllama.ops.matmul import linear
 from tinyllama.ops.rope import rope, tables
 from tinyllama.ops.swiglu import swiglu
 from tinyllama.runtime.fills import finish_background_writes
@@ -136,7 +136,7 @@ class LlamaModel:
     """Embedding, layers and the last norm; named as in Hugging Face's checkpoints."""
 
     def __init__(self, config: LlamaConfig) -> None:
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens: TableLike = Embedding(config.vocab_size, config.hidden_size)
         self.layers = [Block(config) for _ in range(config.num_layers)]
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -159,7 +159,7 @@ class Llama:
         self._rotations: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self.model = LlamaModel(config)
         if not config.tie_word_embeddings:
-            self.lm_head = Linear(config.hidden_size, config.vocab_size)
+            self.lm_head: LinearLike = Linear(config.hidden_size, config.vocab_size)
         if seed is not None:
             self.initialize_later(seed)
             finish_background_writes()
@@ -176,7 +176,7 @@ class Llama:
         x = self.hidden(tokens, tokens.zeros_like())
         return self.head(x)
 
-    def embed(self, embed_tokens: Embedding, tokens: Tensor) -> Tensor:
+    def embed(self, embed_tokens: TableLike, tokens: Tensor) -> Tensor:
         """tokens (B, T) int32 -> (B, T, hidden) in the activation type."""
         return embed_tokens(tokens, self.dtype)
 
@@ -210,13 +210,16 @@ class Llama:
 
     def head(self, x: Tensor) -> Tensor:
         """x (B, T, hidden) -> logits (B, T, vocab) float32."""
-        return linear(x, self.head_weight()).float()
+        tied = self.config.tie_word_embeddings
+        return (self.model.embed_tokens.logits(x) if tied else self.lm_head(x)).float()
+
+    def head_layer(self) -> TableLike | LinearLike:
+        """What `head` multiplies by: the embedding itself when tied."""
+        return self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
 
     def head_weight(self) -> Tensor:
-        """The output matrix (vocab, hidden): the embedding itself when tied."""
-        if self.config.tie_word_embeddings:
-            return self.model.embed_tokens.weight
-        return self.lm_head.weight
+        """The output matrix (vocab, hidden)."""
+        return self.head_layer().dense_weight()
 
     def loss(self, tokens: Tensor, targets: Tensor, starts: Tensor) -> Tensor:
         """Cross entropy summed over targets >= 0, in nats: tokens, targets, starts (B, T)."""

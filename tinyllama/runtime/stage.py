@@ -93,13 +93,15 @@ def saved_for_backward(
     """Tensors that computing `out` from `inputs` writes to memory, without `out` itself.
 
     Left out are also those marked by `recomputed`, and what is computed from `weights` alone (a
-    packed one that was widened).
+    packed one that was widened); but not a float32 weight that was narrowed for a GPU's kernel.
     """
     known = {t.uop for t in (*inputs, *weights)}
     varying = {t.uop for t in inputs}
     saved: dict[UOp, None] = {}
     for uop in out.uop.toposort(gate=lambda u: u not in known):
         if varying.isdisjoint(uop.src):
+            if _is_narrowed(uop, known) and out.device != "CPU":
+                saved[uop] = None
             continue
         varying.add(uop)
         if uop.op is Ops.AFTER and uop.src[1].op is Ops.CALL:
@@ -117,6 +119,14 @@ def replaced(
     places = {a.uop: b.uop for a, b in zip(old, new, strict=True)}
     sink = UOp.sink(*(t.uop for t in tensors)).substitute(places, walk=True)
     return [Tensor(uop) for uop in sink.src]
+
+
+def _is_narrowed(uop: UOp, weights: set[UOp]) -> bool:
+    """Whether this is a weight written to memory in a smaller type."""
+    if uop.op is not Ops.CONTIGUOUS or uop.src[0].op is not Ops.CAST:
+        return False
+    weight = uop.src[0].src[0]
+    return weight in weights and uop.dtype.itemsize < weight.dtype.itemsize
 
 
 def _is_blank(uop: UOp) -> bool:

@@ -244,22 +244,32 @@ MUTANTS = {
     "few rows: no addend": ("few rows: float32", "+WIDEN(TYPE, addend[at])", ""),
     "cached attention: a token does not see itself": (
         "cached attention: bfloat16",
-        "seen = mine <= at",
-        "seen = mine < at",
+        "seen = first + tid <= at",
+        "seen = first + tid < at",
     ),
     "cached attention: its own key from the cache": (
         "cached attention: bfloat16",
-        "mine == at || mine >= S ? k",
-        "mine >= S ? k",
+        "first + slot + i == at ? own",
+        "first + slot + i > at ? own",
     ),
     "cached attention: its own value from the cache": (
         "cached attention: bfloat16",
         "first + s == at ? v",
         "first + s > at ? v",
     ),
+    "cached attention: keys before the window": (
+        "cached attention: a window",
+        " && first + tid > at - WINDOW",
+        "",
+    ),
+    "cached attention: the window is one too short": (
+        "cached attention: a window",
+        "first + tid > at - WINDOW",
+        "first + tid > at - WINDOW + 1",
+    ),
     "cached attention: the key is not kept": (
         "cached attention: float32",
-        "STORE(TYPE, keys + (long)at * KV * D + d, x);",
+        "keys[((long)(at / LANES) * D + tid) * LANES + at % LANES] = k[tid];",
         "",
     ),
     "cached attention: parts with their own maxima": (
@@ -274,13 +284,18 @@ MUTANTS = {
     ),
     "cached attention: no barrier before the weights are read": (
         "cached attention: float32",
-        "  BARRIER;\n  const int subset",
-        "  const int subset",
+        "  BARRIER;\n  /* The sum of values",
+        "  /* The sum of values",
+    ),
+    "cached attention: no barrier between heads' scores": (
+        "cached attention: bfloat16",
+        "    BARRIER;\n    score[h] = 0;",
+        "    score[h] = 0;",
     ),
     "cached attention: no barrier between heads": (
         "cached attention: bfloat16",
-        "    BARRIER;\n    UNROLL\n    for (int i = 0; i < VEC; i++) sums",
-        "    UNROLL\n    for (int i = 0; i < VEC; i++) sums",
+        "    BARRIER;\n    UNROLL\n    for (int i = 0; i < VEC; i++) sums[subset",
+        "    UNROLL\n    for (int i = 0; i < VEC; i++) sums[subset",
     ),
 }  # fmt: skip
 FILES = (
@@ -361,6 +376,7 @@ def test_what_a_kernel_does_not_take_is_said() -> None:
         lambda: rms_norm.forward("cuda", 1, 8224, "float32", 1e-5),
         lambda: few_rows.product("cuda", 9, 64, 64, "float32", "float32"),
         lambda: few_rows.product("cuda", 1, 64, 96, "float32", Packed(4, 64)),
+        lambda: few_rows.product("cuda", 1, 64, 96, "float32", Packed(4, 16)),
         lambda: cached_attention.parts("cuda", 8, 16, 1, 64, "float32"),
         lambda: cached_attention.parts("cuda", 8, 2, 2, 192, "float32"),
         lambda: adamw.step("metal", [4] * 8, [True] * 8),
