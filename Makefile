@@ -3,6 +3,7 @@
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BUDGET ?= 300
+TRIES ?= 100
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
@@ -35,7 +36,7 @@ LLAMA_DEMOS := llama-demo-train llama-demo-lora llama-demo-qlora
 .NOTPARALLEL:
 .PHONY: help venv demo test readme tier1 tier2 tier3 ci lint coverage mutants \
   llama-properties llama-mutations llama-tests llama-demo-train llama-demo-lora llama-demo-qlora \
-  llama-ci conformance llamacpp neon gpu-races tinygrad proof-7b clean
+  llama-ci chaos conformance llamacpp neon gpu-races backends-report tinygrad proof-7b clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-17s %s\n", $$1, $$2}' Makefile
@@ -101,6 +102,10 @@ $(LLAMA_DEMOS):
 
 llama-ci: lint llama-tests $(LLAMA_DEMOS) ## lint, then all llama- targets in this order
 
+chaos: $(VENV)/.dev ## kill, starve and damage real runs TRIES=100 times per kind of fault (an hour)
+	@tools/system.sh --required clang
+	$(PY) tests/chaos/chaos.py --tries $(TRIES) --out docs/reliability.md
+
 conformance: $(VENV)-conformance/.made ## compare with torch, transformers and peft (a large download)
 	@tools/system.sh clang
 	$(VENV)-conformance/bin/python -m pytest -k conformance
@@ -116,6 +121,10 @@ neon: $(VENV)/.dev ## run the kernels' NEON form, under emulation (a minute, 200
 gpu-races: $(VENV)/.dev ## look for data races in the GPU kernels, under oclgrind (a minute)
 	@tools/system.sh --required clang oclgrind
 	$(PYTEST) -q $(PARALLEL) tests/ops/gpu/races_under_oclgrind.py
+
+backends-report: $(VENV)/.dev ## count a step on every backend, with or without its device (10 minutes)
+	@tools/system.sh --required clang opencl
+	$(PY) -m tinyllama.backends --report docs
 
 tinygrad: $(VENV)/.created ## measure the pinned tinygrad beside the newest (VERSIONS=...)
 	@tools/system.sh clang

@@ -250,7 +250,7 @@ def test_what_is_no_model_is_called_what_it_is(tmp_path, capsys):
     (tmp_path / "file").touch()
     (tmp_path / "empty").mkdir()
     found = {
-        "file": "is a file, must be the folder of a model",
+        "file": "is a file, must be the folder of a model or end in .gguf",
         "empty": "holds neither a model nor a checkpoint of a run",
         "none": "no such folder",
     }

@@ -17,7 +17,7 @@ import pytest
 from tinyllama.cli.app import main
 from tinyllama.config import Config, config_from_toml
 from tinyllama.observe.metrics import read_metrics
-from tinyllama.system import device
+from tinyllama.system import device, partials
 from tinyllama.tokenizers.sentencepiece import train_tokenizer
 from tinyllama.tokenizers.tokenizer import Tokenizer
 from tinyllama.train.checkpoint import list_checkpoints
@@ -129,6 +129,12 @@ def numbers(run: Path) -> dict[int, dict[str, float]]:
     }
 
 
+def left_behind(parent: Path, name: str) -> Path:
+    """The name of what a killed process of this boot left, half-written, in place of `name`."""
+    owner = f"999999999-{partials._boot()}-{partials._namespace()}-0123abcd"
+    return parent / f".{name}.partial-{owner}"
+
+
 def names(run: Path) -> list[str]:
     return [folder.name for folder in list_checkpoints(run)]
 
@@ -167,6 +173,14 @@ def run_command(*words: object, **variables: str) -> tuple[int, str, str]:
     process = start(*words, **variables)
     out, err = process.communicate(timeout=300)
     return process.returncode, out, err
+
+
+@functools.cache
+def answering() -> list[str]:
+    """The backends that `python -m tinyllama.backends` finds here."""
+    code, out, err = run_command("backends")
+    assert code == 0, err
+    return [line.split()[0] for line in out.splitlines() if "not available" not in line]
 
 
 def wait_for_steps(process: "subprocess.Popen[str]", run: Path, count: int) -> None:

@@ -12,10 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 
 import pytest
+from model_helpers import kernel_texts
 from tinygrad.runtime.support.compiler_cpu import ClangJITCompiler
 
 from tinyllama.config import config_from_toml
-from tinyllama.runtime import kernel
+from tinyllama.runtime import c_kernel
 from tinyllama.train.memory_estimate import blank_step, estimate_memory
 
 # Architecture and processor by tinygrad's names, and an instruction that only this set has.
@@ -51,16 +52,15 @@ def sources(amx: bool = False) -> dict[str, str]:
     """C texts of the kernels of full training and QLoRA, one of each kind, with or without AMX."""
     found: dict[str, str] = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernel, "has_bf16_products", lambda: True)
-        patch.setattr(kernel, "has_amx", lambda: amx)
+        patch.setattr(c_kernel, "has_bf16_products", lambda: True)
+        patch.setattr(c_kernel, "has_amx", lambda: amx)
         for run, words in RUNS.items():
             config = config_from_toml(MODEL + words, run)
             step = blank_step(config)
             estimate_memory(config, step)
             stages = [*vars(step.staged.stages).values(), *step.optimizer.stages.values()]
             for stage in stages:
-                for template in stage._templates.values():
-                    found |= {kind(code): code for code in template.sources}
+                found |= {kind(code): code for code in kernel_texts(stage)}
     return {name: code for name, code in found.items() if "#define KERNEL" in code}
 
 

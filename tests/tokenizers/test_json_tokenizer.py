@@ -102,8 +102,7 @@ def test_a_text_is_cut_only_where_no_piece_can_lie_across(monkeypatch):
     lines_alone = trained_on_words_of(r"[^\n]+|\n")
     assert lines_alone.joint.search("two words") is None
     assert lines_alone.joint.search("two\nlines") is not None
-    assert trained_on_words_of(r"(?s).+").joint is None
-    for tokenizer in (lines_alone, trained_on_words_of(r"(?s).+")):
+    for tokenizer in (lines_alone, trained_on_words_of(r"[\s\S]+")):
         text = long_text()[:20_000]
         whole = library(tokenizer).encode(text, add_special_tokens=False).ids
         assert tokenizer.encode(text) == whole
@@ -147,12 +146,11 @@ def test_decoding_agrees_with_the_library(each):
     # Beside a byte that is no character the library drops characters that are.
     first = each.pieces.index("<0xFF>") + 1 if "<0xFF>" in each.pieces else 3
     for _ in range(1000):
-        ids = [drawn.randrange(3, each.vocab_size) for _ in range(6)]
+        ids = [drawn.randrange(first, each.vocab_size) for _ in range(6)]
         expected = own.decode(ids, skip_special_tokens=True)
         # The library shows several bytes that are no character as one U+FFFD.
-        assert re.sub("\ufffd+", "\ufffd", each.decode(ids)) == re.sub(
-            "\ufffd+", "\ufffd", expected
-        )
+        found = re.sub("\ufffd+", "\ufffd", each.decode(ids))
+        assert found == re.sub("\ufffd+", "\ufffd", expected)
 
 
 def test_a_continued_text_gets_no_space_before_its_first_word():
@@ -202,7 +200,9 @@ def test_unigrams_take_no_special_token_from_a_text():
     assert tokenizer.encode("<s>", special=True)[-1:] == [1]
     own = reference(spm("unigram"))
     for line in lines():
-        if "<0x" not in line:  # the library takes such a text for the byte piece
+        # The library takes that text for the byte piece, and of equally probable pieces of a run
+        # of spaces others.
+        if "<0x" not in line and "  " not in line:
             assert tokenizer.encode(line) == own.encode(line), line
 
 

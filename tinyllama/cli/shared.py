@@ -60,18 +60,21 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def model_folder(folder: Path) -> Path:
-    """A model's folder or GGUF file: `folder` itself, or a run's final or newest checkpoint.
+    """A model's folder or GGUF file: `folder` itself, the final or newest checkpoint of a run's
+    folder, or what a name on the hub stands for.
 
     Raises ConfigError where there is no folder of that name.
     """
+    from tinyllama.formats.models import local_path
+
+    folder = local_path(folder)
     if folder.is_file() and folder.suffix == ".gguf":
         return folder
     if not folder.is_dir():
-        problem = (
-            "is a file, must be the folder of a model" if folder.exists() else "no such folder"
-        )
-        raise ConfigError(f"{folder}: {problem}")
-    if any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
+        problem = "is a file, must be the folder of a model or end in .gguf"
+        raise ConfigError(f"{folder}: {problem if folder.exists() else 'no such folder'}")
+    names = ("config.json", "adapter_config.json", "params.json")
+    if any((folder / name).exists() for name in names):
         return folder
     from tinyllama.train.checkpoint import list_checkpoints, looks_whole
 
@@ -87,15 +90,23 @@ def model_folder(folder: Path) -> Path:
 def load(folder: Path, base: Path | None) -> "tuple[Tokenizer, Llama]":
     """The tokenizer and the model of a folder, an adapter's on `base` or on the base that it names.
 
-    Raises ConfigError if they do not fit.
+    Sums are checked while the model is read. Raises ConfigError if they do not fit, and
+    CheckpointError for a checkpoint of ours that is damaged.
     """
+    from concurrent.futures import ThreadPoolExecutor
+
     from tinyllama.model.build import load_model, tokenizer_folder
     from tinyllama.tokenizers.opening import open_tokenizer
     from tinyllama.train.prepare import unused_rows
 
     folder = model_folder(folder)
-    tokenizer = open_tokenizer(tokenizer_folder(folder, base))
-    model = load_model(folder, base=base)
+    with ThreadPoolExecutor(1) as checking:
+        checked = checking.submit(verify_model, folder, base)
+        try:
+            tokenizer = open_tokenizer(tokenizer_folder(folder, base))
+            model = load_model(folder, base=base)
+        finally:  # what is damaged is the reason, whatever else it led to
+            checked.result()
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ConfigError(
             f"{folder}: its tokenizer has {tokenizer.vocab_size} entries, must be at most the "
@@ -104,6 +115,19 @@ def load(folder: Path, base: Path | None) -> "tuple[Tokenizer, Llama]":
     if notice := unused_rows(model.config.vocab_size, tokenizer):
         to_stderr(notice)
     return tokenizer, model
+
+
+def verify_model(folder: Path, base: Path | None = None, *, remembered: bool = True) -> None:
+    """Compare a model, and the base of an adapter, with the sums that checkpoints of ours have.
+
+    Raises CheckpointError.
+    """
+    from tinyllama.formats.peft import AdapterFolder, is_adapter
+    from tinyllama.train.manifest import verify_loaded
+
+    verify_loaded(folder, remembered=remembered)
+    if is_adapter(folder):
+        verify_loaded(base or AdapterFolder(folder).base_folder(), remembered=remembered)
 
 
 def to_stderr(message: str) -> None:

@@ -15,7 +15,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from typing import Any, Literal
 import numpy as np
 
 from tinyllama.errors import WeightsError
+from tinyllama.formats import int4
 from tinyllama.formats.dtypes import (
     BITS,
     Array,
@@ -37,6 +39,7 @@ from tinyllama.formats.huggingface import (
     INDEX,
     STORED,
     WEIGHTS,
+    generation_config,
 )
 from tinyllama.formats.int4 import (
     Weights,
@@ -44,6 +47,7 @@ from tinyllama.formats.int4 import (
     check_block_size,
     row_parts,
 )
+from tinyllama.formats.model_config import config_to_hf
 from tinyllama.formats.models import ModelSource, open_model
 from tinyllama.formats.peft import PARTS, AdapterConfig, AdapterFolder
 from tinyllama.formats.safetensors import LazyArray, write_safetensors
@@ -51,6 +55,7 @@ from tinyllama.formats.untrusted import read_json
 from tinyllama.system.files import atomic_directory, remove_partials
 from tinyllama.tokenizers.opening import holds_tokenizer, open_tokenizer
 from tinyllama.tokenizers.tokenizer import write_files
+from tinyllama.train.manifest import verify_loaded
 
 Stored = Literal["keep", "fp32", "bf16", "fp16"]
 AS_TRAINED: Literal["as trained"] = "as trained"
@@ -133,8 +138,9 @@ def merge(
     `packing` is the block size with which the base is packed into 4 bits first: the one that the
     adapters were trained on, a number, or None for the base as it is.
     `unmerge` subtracts adapters from a base that they were merged into; nothing is packed, and only
-    shapes can show whether it is the right base. Raises ConfigError and WeightsError, and then
-    leaves no `out`.
+    shapes can show whether it is the right base. Checkpoints of ours are always read in full and
+    compared with their sums. Raises ConfigError, WeightsError and CheckpointError, and then leaves
+    no `out`.
     """
     base, out = Path(base), Path(out)
     _refuse_place(base, out)
@@ -143,15 +149,27 @@ def merge(
     parts = [_part(folder, path, sign * weight, check=not unmerge) for path, weight in adapters]
     _check_tokenizer(base, parts)
     block_size = None if unmerge else _block_size(parts, packing)
+    stored: Collection[str] = ()
     if block_size is not None:
-        check_block_size(folder.config, block_size)
+        requantize = any(part.config.requantize for part in parts)
+        stored = int4.Packing(block_size, requantize).stored(folder)
+        check_block_size(folder.config, block_size, stored)
     try:
         remove_partials(out.parent)  # of merges that were killed
-        with atomic_directory(out) as unfinished:
-            _copy_files(base, unfinished, None if dtype == "keep" else _TYPES[dtype])
-            return _write_weights(_Reader(folder, block_size), parts, unfinished, dtype)
+        with ThreadPoolExecutor(1) as pool, atomic_directory(out) as unfinished:
+            sums = pool.submit(_verify, [base, *(Path(path) for path, _ in adapters)])
+            _copy_files(folder, unfinished, None if dtype == "keep" else _TYPES[dtype])
+            reader = _Reader(folder, block_size, stored)
+            merged = _write_weights(reader, parts, unfinished, dtype)
+            sums.result()
+            return merged
     except OSError as error:
         raise WeightsError(f"{out}: cannot be written: {error}") from error
+
+
+def _verify(folders: Sequence[Path]) -> None:
+    for folder in folders:
+        verify_loaded(folder, remembered=False)
 
 
 def parse_adapter(text: str) -> tuple[Path, float]:
@@ -243,9 +261,12 @@ def _write_weights(reader: "_Reader", parts: Sequence[_Part], out: Path, dtype: 
 class _Reader:
     """Reads the base's tensors; the memory of one is released when the next is read."""
 
-    def __init__(self, base: ModelSource, block_size: int | None) -> None:
-        """With a block_size, tensors are as a QLoRA run holds them, and `lost` is noted."""
-        self.base, self.block_size = base, block_size
+    def __init__(
+        self, base: ModelSource, block_size: int | None, stored: Collection[str] = ()
+    ) -> None:
+        """With a block_size, tensors are as a QLoRA run holds them, and `lost` is noted; it packs
+        no layer whose path is in `stored`."""
+        self.base, self.block_size, self.stored = base, block_size, stored
         self.lost: list[Lost] = []
         self._held: str | None = None
 
@@ -254,7 +275,9 @@ class _Reader:
         if self._held is not None:
             self.base.forget(self._held)
         self._held = name
+        path = name.removesuffix(".weight")
         packed = self.block_size is not None and len(self.base.shape(name)) == 2
+        packed = packed and path not in self.stored
         if not parts and not packed:
             return self.base.source(name).load()
         original = self.base.float32(name)
@@ -263,7 +286,6 @@ class _Reader:
         else:
             # A view of the file cannot be written to.
             merged = original if original.flags.writeable else original.copy()
-        path = name.removesuffix(".weight")
         for part in parts:
             scale = np.float32(part.weight * part.config.scale(path))
             a, b = (part.folder.matrix(path, which) for which in PARTS)
@@ -291,8 +313,12 @@ class _Reader:
         return held
 
 
-def _copy_files(base: Path, out: Path, dtype: str | None) -> None:
+def _copy_files(source: ModelSource, out: Path, dtype: str | None) -> None:
     """Copy all but weights and the state of a run; with `dtype`, config.json names it."""
+    base = source.path
+    if base.is_file():
+        _describe(source, out, dtype or "float32")
+        return
     for path in sorted(base.iterdir()):
         copied = path.suffix in _COPIED or path.name.startswith(("LICENSE", "NOTICE"))
         if path.is_file() and copied and path.name not in _LEFT:
@@ -303,6 +329,13 @@ def _copy_files(base: Path, out: Path, dtype: str | None) -> None:
         config = read_json(out / "config.json")
         # Both names of the type, in the files of transformers 4 and 5.
         _write_json(out / "config.json", config | {"dtype": dtype, "torch_dtype": dtype})
+
+
+def _describe(source: ModelSource, out: Path, dtype: str) -> None:
+    """The configuration of a model that has no folder."""
+    ids = source.bos_id, list(source.eos_ids)
+    _write_json(out / "config.json", config_to_hf(source.config, *ids, dtype))
+    _write_json(out / "generation_config.json", generation_config(*ids))
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ from tinyllama.formats.dtypes import (
     RawArray,
     dtype_name,
 )
-from tinyllama.formats.model_config import Ids, config_from_hf, config_to_hf
+from tinyllama.formats.model_config import Ids, config_from_hf, config_to_hf, one_or_list
 from tinyllama.formats.packed import PackedForm, PackedRows
 from tinyllama.formats.safetensors import (
     FileDigest,
@@ -43,6 +43,7 @@ STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_MAX_INDEX_BYTES = 4_000_000  # 30,000 tensors
 
 Shape = tuple[int, ...]
 
@@ -117,7 +118,9 @@ def check_names(
     for name in expected.keys() & stored.keys():
         dtype, shape = stored[name]
         if shape != expected[name]:
-            problems.append(f"{name}: shape {shown_shape(shape)}, must be {expected[name]}")
+            problems.append(
+                f"{name}: shape {shown_shape(shape)}, must be {shown_shape(expected[name])}"
+            )
         if dtype not in FLOATS:
             problems.append(f"{name}: type {dtype}, must be one of {', '.join(FLOATS)}")
     if problems:
@@ -130,15 +133,9 @@ def weights_bytes(config: LlamaConfig, dtype: str) -> int:
     return values * BITS[STORED[dtype]] // 8
 
 
-def _one_or_list(ids: Ids) -> int | list[int] | None:
-    """A single id as a number, several as a list."""
-    several = [] if ids is None else [ids] if isinstance(ids, int) else [*ids]
-    return several[0] if len(several) == 1 else several or None
-
-
 def generation_config(bos_id: Ids, eos_id: Ids) -> dict[str, Any]:
     """generation_config.json: where `generate` of transformers starts and stops."""
-    ids = {"bos_token_id": bos_id, "eos_token_id": _one_or_list(eos_id)}
+    ids = {"bos_token_id": bos_id, "eos_token_id": one_or_list(eos_id)}
     return {key: value for key, value in ids.items() if value is not None}
 
 
@@ -152,7 +149,8 @@ def special_ids(folder: Path, values: Mapping[str, Any]) -> tuple[int | None, tu
     )
     stops = eos if isinstance(eos, list) else [] if eos is None else [eos]
     if not all(type(stop) is int for stop in stops) or not (bos is None or type(bos) is int):
-        raise ConfigError(f"{folder}: bos_token_id {bos!r}, eos_token_id {eos!r}: must be integers")
+        got = printable(f"bos_token_id {bos!r}, eos_token_id {eos!r}")
+        raise ConfigError(f"{folder}: {got}: must be integers")
     return bos, tuple(stops)
 
 
@@ -233,12 +231,17 @@ class HfFolder:
         if self.config.tie_word_embeddings and {HEAD, EMBEDDING} <= self._file_of.keys():
             if np.array_equal(self.array(HEAD), self.array(EMBEDDING)):
                 del self._file_of[HEAD]
+        if self.config.num_layers > len(self._file_of):  # before a name is made for each layer
+            raise WeightsError(
+                f"{self.path / 'config.json'}: num_hidden_layers: got {self.config.num_layers}, "
+                f"but the files hold {len(self._file_of)} tensors"
+            )
         stored = {name: (self.dtype(name), self.shape(name)) for name in self._file_of}
         check_names(llama_shapes(self.config), stored, str(self.path))
 
     def _locate(self) -> dict[str, str]:
         """Name of the file that holds each tensor."""
-        if (self.path / WEIGHTS).exists():
+        if os.path.lexists(self.path / WEIGHTS):
             file_of = dict.fromkeys(_names_in(self.path / WEIGHTS) or (), WEIGHTS)
         elif (self.path / INDEX).exists():
             file_of = self._read_index()
@@ -248,17 +251,17 @@ class HfFolder:
 
     def _read_index(self) -> dict[str, str]:
         path = self.path / INDEX
-        index = read_json(path).get("weight_map")
+        index = read_json(path, most=_MAX_INDEX_BYTES).get("weight_map")
         if not isinstance(index, dict) or not all(_is_plain(file) for file in index.values()):
             raise WeightsError(f"{path}: weight_map: must map names to files of this folder")
         held = {file: _names_in(self.path / file) for file in sorted(set(index.values()))}
-        problems = [f"{file}: missing" for file, names in held.items() if names is None]
+        problems = [f"{printable(f)}: missing" for f, names in held.items() if names is None]
         for name, file in index.items():
             names = held[file]
             if names is not None and name not in names:
-                problems.append(f"{name}: not in {file}")
+                problems.append(f"{printable(name)}: not in {printable(file)}")
         if problems:
-            raise WeightsError("\n".join(f"{path}: {problem}" for problem in problems))
+            raise WeightsError(some_of(problems, path))
         # A shard may hold what the index forgot: kept, so that `check` reports it as extra.
         return {name: file for file, names in held.items() for name in names or ()} | index
 
@@ -283,7 +286,7 @@ def open_folder(folder: str | os.PathLike[str]) -> HfFolder:
 
 def _names_in(file: Path) -> tuple[str, ...] | None:
     """Names of a file's tensors, or None where there is no such file."""
-    return tuple(read_header(file).tensors) if file.is_file() else None
+    return tuple(read_header(file).tensors) if os.path.lexists(file) else None
 
 
 def _is_plain(file: object) -> bool:
@@ -326,7 +329,7 @@ def save_folder(
         raise WeightsError(f"{folder}: dtype: got {dtype!r}, must be one of {', '.join(STORED)}")
     lazy = _stored_as(STORED[dtype], llama_shapes(config), tensors, str(folder))
     documents: dict[str, Mapping[str, Any]] = {
-        "config.json": config_to_hf(config, bos_id, _one_or_list(eos_id), dtype, base)
+        "config.json": config_to_hf(config, bos_id, eos_id, dtype, base),
     }
     if "generation_config.json" not in files:
         documents["generation_config.json"] = generation_config(bos_id, eos_id)

@@ -92,6 +92,7 @@ class MetaFolder:
             raise WeightsError(f"{self.path}: {_what_is_there(self.path)}")
         self._files = [SafetensorsFile(self.path / name) for name in names]
         self._stored = {n for n in self._files[0].names if not n.startswith(_COMPUTED)}
+        self._held: dict[str, NumpyArray] = {}  # in our order, while rows of it are read
         self._check_alike()
         self.config = self._read_config()
 
@@ -134,7 +135,9 @@ class MetaFolder:
 
     def rows(self, name: str, rows: slice) -> RawArray:
         """Some rows of a tensor in its stored type."""
-        values = self.array(name)[rows]
+        if name not in self._held:
+            self._held[name] = self.array(name)
+        values = self._held[name][rows]
         return RawArray(self.dtype(name), values.shape, values)
 
     def is_quantized(self, name: str) -> bool:
@@ -160,6 +163,7 @@ class MetaFolder:
 
     def forget(self, name: str) -> None:
         """Let the system drop a tensor's pages from this process."""
+        self._held.pop(name, None)
         for file in self._files:
             file.forget(self._theirs(name))
 

@@ -85,7 +85,8 @@ def local_path(model: str | os.PathLike[str]) -> Path:
     """The folder or file of a model: `model` itself where that exists, else what its name on the
     hub stands for. Raises WeightsError if that cannot be fetched."""
     text = os.fspath(model)
-    if os.path.lexists(text) or hub.parse(text) is None:
+    # Below a folder that is here, a name is a path, if a mistaken one.
+    if os.path.lexists(text) or os.path.isdir(os.path.dirname(text)) or hub.parse(text) is None:
         return Path(text)
     return hub.fetch(text)
 

@@ -15,6 +15,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ import numpy.typing as npt
 
 from tinyllama.config import LlamaConfig
 from tinyllama.errors import ConfigError, WeightsError
-from tinyllama.formats.dtypes import FLOATS
+from tinyllama.formats.dtypes import FLOATS, NumpyArray
 from tinyllama.formats.huggingface import (
     Shape,
     linear_shapes_by_path,
@@ -38,6 +39,8 @@ from tinyllama.formats.safetensors import (
     write_safetensors,
 )
 from tinyllama.formats.untrusted import read_json
+from tinyllama.system import checked
+from tinyllama.system.json_files import short
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -212,6 +215,8 @@ _BLOCK_SIZE = "base_int4_block_size"
 _REQUANTIZE = "base_int4_requantized"  # present or not
 _TOKENIZER = "tokenizer_vocabulary_sha256"
 _SAMPLE_ELEMENTS = 1024
+_WHOLE = "blake2b-256:"  # begins a fingerprint of all bytes
+_PART_ELEMENTS = 1 << 20
 
 
 class AdapterFolder:
@@ -307,11 +312,11 @@ class AdapterFolder:
         named = self._named_folder()
         if made_for is None and named and (named.is_file() or (named / "config.json").is_file()):
             made_for = fingerprint(open_model(named))  # without a tied head, as `base` is
-        if made_for is not None and made_for != (digest := fingerprint(base)):
+        if made_for is not None and made_for != (digest := _as(made_for, base)):
             there = named or self._entries.get("base_model_name_or_path")
             raise WeightsError(
-                f"{self.path}: was made for another base ({there}, fingerprint {made_for[:12]}) "
-                f"than {base.path} (fingerprint {digest[:12]})"
+                f"{self.path}: was made for another base ({there}, fingerprint {_begin(made_for)}) "
+                f"than {base.path} (fingerprint {_begin(digest)})"
             )
 
     def matrix(self, path: str, part: str) -> npt.NDArray[np.float32]:
@@ -414,10 +419,45 @@ def _path_from(folder: Path, base: str | None) -> str | None:
 
 
 def fingerprint(folder: ModelSource) -> str:
-    """SHA-256 over the name, type, shape and three samples of every tensor of a model.
+    """BLAKE2b-256 over the name, type, shape and all bytes of every tensor of a model.
 
-    It distinguishes bases without reading all of them, and does not depend on their shards.
+    It does not depend on their shards. Several threads take it; of large files it is remembered
+    for a day (system/checked.py).
     """
+    path = folder.path
+    files = [path] if path.is_file() else [path / name for name in sorted(set(folder.files))]
+    return checked.digest("fingerprint", files, lambda: f"{_WHOLE}{_whole_fingerprint(folder)}")
+
+
+def _whole_fingerprint(folder: ModelSource) -> str:
+    names = sorted(folder.names)
+    arrays = [folder.array(name).reshape(-1) for name in names]  # maps of files: nothing is read
+
+    def summed(name: str, values: NumpyArray) -> bytes:
+        digest = hashlib.blake2b(digest_size=32)
+        digest.update(f"{name} {folder.dtype(name)} {folder.shape(name)}\n".encode())
+        for start in range(0, values.size, _PART_ELEMENTS):
+            digest.update(values[start : start + _PART_ELEMENTS].view(np.uint8).data)
+        folder.forget(name)
+        return digest.digest()
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        sums = pool.map(summed, names, arrays)
+        return hashlib.blake2b(b"".join(sums), digest_size=32).hexdigest()
+
+
+def _begin(digest: str) -> str:
+    return short(digest.removeprefix(_WHOLE), 12)
+
+
+def _as(made_for: str, base: ModelSource) -> str:
+    """A base's fingerprint, taken like the one that an adapter carries."""
+    return fingerprint(base) if made_for.startswith(_WHOLE) else _sampled_fingerprint(base)
+
+
+def _sampled_fingerprint(folder: ModelSource) -> str:
+    """SHA-256 over the name, type, shape and three samples of every tensor, as adapters of earlier
+    versions carry it."""
     digest = hashlib.sha256()
     for name in sorted(folder.names):
         digest.update(f"{name} {folder.dtype(name)} {folder.shape(name)}\n".encode())

@@ -177,12 +177,12 @@ def read_packed(model: Llama, source: ModelSource) -> None:
     Raises WeightsError (also for a value that 4 bits cannot hold).
     """
     packed = packed_layers(model)
+    model.remember(source)
 
     def read(name: str) -> Rows:
         form = source.packed_form(name)
         return partial(source.packed if form and name in packed else source.rows, name)
 
-    model.remember(source)
     fill_packed(model, str(source.path), read, source.forget)
 
 

@@ -21,7 +21,10 @@ from tinygrad import Tensor
 from tinyllama.config import RopeScaling
 from tinyllama.config.rope_scaling import BETA_FAST, BETA_SLOW
 from tinyllama.ops import forms
-from tinyllama.runtime.kernel import TYPE_CODE, Call, Kernel, empty, run
+from tinyllama.ops.gpu import rope as gpu
+from tinyllama.runtime import blocks
+from tinyllama.runtime.c_kernel import Kernel, run
+from tinyllama.runtime.kernel import TYPE_CODE, Call, empty, empty_like
 
 
 def frequencies(head_dim: int, theta: float) -> np.ndarray:
@@ -106,7 +109,7 @@ def tables(
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x (B, T, H, D) in the activation type; cos, sin (T, D/2) float32 -> like x."""
-    return forms.choose(x, cos, sin, portable=_portable, cpu=_cpu)(x, cos, sin)
+    return forms.choose(x, cos, sin, portable=_portable, cpu=_cpu, gpu=_gpu)(x, cos, sin)
 
 
 def _portable(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -127,7 +130,21 @@ def _cpu(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     def gradient(dy: Tensor, call: Call) -> list[Tensor | None]:
         x, cos, sin = call.inputs
-        dx = run(backward, [empty(B, T, H, D, dtype=x.dtype)], [dy, cos, sin])[0]
-        return [dx, None, None]
+        outputs = [empty(B, T, H, D, dtype=x.dtype, device=x.device)]
+        return [run(backward, outputs, [dy, cos, sin])[0], None, None]
 
-    return run(forward, [empty(B, T, H, D, dtype=x.dtype)], [x, cos, sin], gradient)[0]
+    outputs = [empty(B, T, H, D, dtype=x.dtype, device=x.device)]
+    return run(forward, outputs, [x, cos, sin], gradient)[0]
+
+
+def _gpu(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    B, T, H, D = x.shape
+    dialect, dtype = blocks.language(x)
+    forward = gpu.rope(dialect, B, T, H, D, dtype)
+    backward = gpu.rope(dialect, B, T, H, D, dtype, inverse=True)
+
+    def gradient(dy: Tensor, call: Call) -> list[Tensor | None]:
+        x, cos, sin = call.inputs
+        return [blocks.run(backward, empty_like(x), [dy, cos, sin])[0], None, None]
+
+    return blocks.run(forward, empty_like(x), [x, cos, sin], gradient)[0]

@@ -37,16 +37,17 @@ class _Template:
         assert not variables
         self.outputs = [(_buffer(t), t.shape) for t in outputs]
         used = {u for u in self.kernels.toposort() if u.op is Ops.BUFFER}
-        self.sources = {u.arg for u in self.kernels.toposort() if u.op is Ops.SOURCE}
+        self.is_compiling = False
         self.internal = used - set(self.inputs)
 
     def run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Run the piece on these tensors; outputs are new tensors, or inputs that it updates."""
         places = dict(zip(self.inputs, _buffers(tensors), strict=True))
         places |= {b: UOp.new_buffer(b.device, b.arg, b.dtype) for b in self.internal}
+        if precompile.is_capturing() and not self.is_compiling:
+            self.kernels, self.is_compiling = precompile.start(self.kernels), True
         kernels = self.kernels.substitute(places, walk=True)
         if capturing:
-            precompile.start(self.sources)
             capturing[0].add_linear(kernels, {})
         else:
             finish_background_writes()
@@ -92,13 +93,15 @@ def saved_for_backward(
     """Tensors that computing `out` from `inputs` writes to memory, without `out` itself.
 
     Left out are also those marked by `recomputed`, and what is computed from `weights` alone (a
-    packed one that was widened).
+    packed one that was widened); but not a float32 weight that was narrowed for a GPU's kernel.
     """
     known = {t.uop for t in (*inputs, *weights)}
     varying = {t.uop for t in inputs}
     saved: dict[UOp, None] = {}
     for uop in out.uop.toposort(gate=lambda u: u not in known):
         if varying.isdisjoint(uop.src):
+            if _is_narrowed(uop, known) and out.device != "CPU":
+                saved[uop] = None
             continue
         varying.add(uop)
         if uop.op is Ops.AFTER and uop.src[1].op is Ops.CALL:
@@ -116,6 +119,14 @@ def replaced(
     places = {a.uop: b.uop for a, b in zip(old, new, strict=True)}
     sink = UOp.sink(*(t.uop for t in tensors)).substitute(places, walk=True)
     return [Tensor(uop) for uop in sink.src]
+
+
+def _is_narrowed(uop: UOp, weights: set[UOp]) -> bool:
+    """Whether this is a weight written to memory in a smaller type."""
+    if uop.op is not Ops.CONTIGUOUS or uop.src[0].op is not Ops.CAST:
+        return False
+    weight = uop.src[0].src[0]
+    return weight in weights and uop.dtype.itemsize < weight.dtype.itemsize
 
 
 def _is_blank(uop: UOp) -> bool:

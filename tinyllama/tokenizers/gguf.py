@@ -63,7 +63,7 @@ _OF_LLAMA3 = _Rule((_LLAMA3,), whole_words=True, adds_bos=True)
 _OF_SMOLLM = _Rule((r"\p{N}", GPT2))
 RULES = {
     "default": _Rule((r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),
-    **dict.fromkeys(("gpt-2", "gpt2", "phi-2", "mpt", "olmo", "jais", "trillion"), _Rule((GPT2,))),
+    **dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion"), _Rule((GPT2,))),
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1"), _OF_LLAMA3),
     **dict.fromkeys(("smaug-bpe", "dbrx"), _Rule((_LLAMA3,))),
     **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell"), _OF_SMOLLM),

@@ -99,6 +99,8 @@ def restore(folder: Path, optimizer: AdamW, batches: Batches) -> int:
             raise WeightsError(f"{folder / OPTIMIZER}: {name}: {array.shape}, not {tensor.shape}")
         write(tensor, array)
         file.forget(name)
+    if "data" not in state:
+        raise CheckpointError(f"{folder}: its state holds no position in the data")
     batches.restore(state["data"])
     step = state["step"]
     assert isinstance(step, int)

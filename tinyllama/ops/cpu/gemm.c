@@ -82,11 +82,12 @@ INLINE void put_dot(target t, float value, long at) {
 #define SKINNY 8
 #define FEW MIN(M, SKINNY)
 
-INLINE void multiply_skinny(target t, a_ptr A, B_PARAMS, int core_id) {
+INLINE void multiply_skinny(target t, float *scratch, a_ptr A, B_PARAMS, int core_id) {
   int n1 = split(N, 16, core_id + 1, NT);
+  DOT_BEGIN(scratch, FEW, A);
   for (int n = split(N, 16, core_id, NT); n < n1; n++) {
     vf sum[FEW];
-    DOT_B(sum, FEW, A, n);
+    DOT_B(sum, FEW, scratch, A, n);
 #pragma clang loop unroll(full)
     for (int m = 0; m < FEW; m++) put_dot(t, hsum(sum[m]), (long)m * N + n);
   }
@@ -115,14 +116,14 @@ INLINE void dot_products(target t, a_ptr A, b_ptr B, int m, int n, int n1) {
       put_dot(t, hsum(sum[i][j]), (long)(m + i) * N + n + j);
 }
 
-INLINE void multiply_skinny(target t, a_ptr A, b_ptr B, int core_id) {
+INLINE void multiply_skinny(target t, float *scratch, a_ptr A, b_ptr B, int core_id) {
   int n1 = split(N, 16, core_id + 1, NT);
   for (int n = split(N, 16, core_id, NT); n < n1; n += LINES)
     for (int m = 0; m < M; m += PASS) dot_products(t, A, B, m, n, n1);
 }
 #else
 #define SKINNY 0
-#define multiply_skinny(t, A, B, core_id)
+#define multiply_skinny(t, scratch, A, B, core_id)
 #endif
 
 #if ADDEND
@@ -138,9 +139,9 @@ void KERNEL(ELEM(C_T) *restrict C, float *restrict scratch, a_ptr restrict A, B_
   rectangle r = share(core_id);
   slot *b_block = scratch + (long)core_id * SCRATCH_FLOATS, *a_block = b_block + B_SLOTS;
   target t = {C, R_ARG, a_block + A_SLOTS, 0, 0};
-  if (B_SLOTS + A_SLOTS + PARTIAL_FLOATS > SCRATCH_FLOATS) __builtin_trap();
+  if (NEEDED_FLOATS > SCRATCH_FLOATS || DOT_FLOATS > SCRATCH_FLOATS) __builtin_trap();
   if (M <= SKINNY) {
-    multiply_skinny(t, A, B_ARGS, core_id);
+    multiply_skinny(t, b_block, A, B_ARGS, core_id);
     return;
   }
   tile_begin();
