@@ -1,5 +1,6 @@
 """Whole models for other programs: what is written, that it is checked, and that half is never."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from export_helpers import (
 )
 from gguf_helpers import random_blocks
 from gguf_helpers import write_gguf as write_random_gguf
-from runs_helpers import tokenizer
+from runs_helpers import finished_run, tokenizer
 
 from tinyllama.cli.app import main
 from tinyllama.config import LlamaConfig, RopeScaling
@@ -360,6 +361,25 @@ def test_the_command_says_what_it_wrote_and_how_far_it_is(base, tmp_path, capsys
     assert lines[0].startswith("checked: logits of 64 tokens differ from the source's by at most 0")
     size = (tmp_path / "a.gguf").stat().st_size + (tmp_path / "Modelfile").stat().st_size
     assert lines[1] == f"{tmp_path}/a.gguf, Modelfile: {size:,} bytes, BF16"
+
+
+def test_a_damaged_checkpoint_is_named_and_not_exported(tmp_path, capsys):
+    checkpoint = tmp_path / "final"
+    shutil.copytree(finished_run() / "final", checkpoint)
+    weights = checkpoint / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-5] ^= 1
+    weights.write_bytes(data)
+    assert run("export", checkpoint, tmp_path / "a.gguf") == 2
+    message = capsys.readouterr().err
+    assert f"{weights}: changed: SHA-256" in message
+    assert left_in(tmp_path) == ["final"]
+
+
+def test_a_run_stands_for_its_final_checkpoint(tmp_path):
+    assert run("export", finished_run(), tmp_path / "a.gguf", "--dtype", "q8_0") == 0
+    opened, source = open_model(tmp_path / "a.gguf"), open_model(finished_run() / "final")
+    assert opened.config == source.config and opened.eos_ids == source.eos_ids
 
 
 def test_options_that_do_not_fit_together_are_refused(base, tmp_path, capsys):

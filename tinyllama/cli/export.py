@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 from tinyllama.cli.arguments import path
-from tinyllama.cli.shared import model_folder
+from tinyllama.cli.shared import model_folder, verify_model
 
 TARGETS = ("hf", "gguf", "mlx")
 DTYPES = ("float32", "float16", "bfloat16", "q8_0", "q4_0")
@@ -71,9 +71,11 @@ def run(options: argparse.Namespace) -> None:
     from tinyllama.convert.export import KINDS, Job, export
 
     out: Path = options.out
+    source = model_folder(options.source)
+    verify_model(source, options.base, remembered=False)
     done = export(
         Job(
-            model_folder(options.source) if options.source.exists() else options.source,
+            source,
             out,
             options.to or ("gguf" if out.suffix == ".gguf" else "hf"),
             None if options.dtype is None else KINDS[options.dtype],
