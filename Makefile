@@ -118,7 +118,7 @@ neon: $(VENV)/.dev ## run the kernels' NEON form, under emulation (a minute, 200
 	@tools/system.sh --required clang emulator
 	$(PYTEST) -q $(PARALLEL) tests/ops/neon_under_emulation.py
 
-gpu-races: $(VENV)/.dev ## look for data races in the GPU kernels, under oclgrind (a minute)
+gpu-races: $(VENV)/.dev ## look for data races in the GPU kernels, under oclgrind (two minutes)
 	@tools/system.sh --required clang oclgrind
 	$(PYTEST) -q $(PARALLEL) tests/ops/gpu/races_under_oclgrind.py
 

@@ -6,11 +6,21 @@ few, since pocl takes some seconds to compile a kernel.
 
 import functools
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from runs_helpers import answering, config_file, metrics, numbers, run_command, shared_folder
+from runs_helpers import (
+    answering,
+    config_file,
+    environment,
+    metrics,
+    numbers,
+    run_command,
+    shared_folder,
+)
 
 STEPS = 20
 # Grouped queries, several documents in a row, rows of an odd length.
@@ -76,6 +86,29 @@ def test_a_resumed_run_is_bit_for_bit_the_one_that_never_stopped(gpu):
     code, _, err = run_command(*words, *resume, **variables(gpu))
     assert code == 0, err
     assert numbers(run) == never_stopped
+
+
+CHOSEN = """
+import os
+from tinyllama.system import device
+device.select()
+from tinygrad import Tensor
+from tinyllama.ops import forms
+print(forms.chosen(Tensor.empty(3)), os.environ.get("POCL_MAX_PTHREAD_COUNT"))
+"""
+
+
+@pytest.mark.parametrize(
+    ("kernels", "expected"), [("1", "portable None"), ("all", "gpu 1"), ("0", "portable None")]
+)
+def test_opencl_on_the_processor_is_portable_unless_kernels_are_forced(kernels, expected):
+    """Where its driver, pocl 3.1, must run our kernels on a single thread."""
+    if "CL" not in answering():
+        pytest.skip("no OpenCL here")
+    env = environment(CL="1", TINYLLAMA_KERNELS=kernels)
+    env.pop("POCL_MAX_PTHREAD_COUNT", None)
+    done = subprocess.run([sys.executable, "-c", CHOSEN], capture_output=True, text=True, env=env)
+    assert (done.stdout, done.stderr) == (f"{expected}\n", "")
 
 
 @pytest.mark.parametrize("case", ["full", "qlora"])

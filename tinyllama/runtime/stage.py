@@ -107,7 +107,7 @@ def saved_for_backward(
         if uop.op is Ops.AFTER and uop.src[1].op is Ops.CALL:
             call = uop.src[1]  # everything the kernel wrote, also what only a gradient reads
             saved |= {output.after(call): None for output in buffers_of(call)[0]}
-        elif uop.op is Ops.CONTIGUOUS and uop not in _recomputed and not _is_blank(uop):
+        elif uop.op is Ops.CONTIGUOUS and uop not in _recomputed and not _has_memory(uop.src[0]):
             saved[uop] = None
     return [Tensor(uop) for uop in saved if uop is not out.uop and uop not in known]
 
@@ -121,17 +121,20 @@ def replaced(
     return [Tensor(uop) for uop in sink.src]
 
 
+def _has_memory(uop: UOp) -> bool:
+    """Whether this is in memory, or a buffer that a kernel is about to write: no CONTIGUOUS writes
+    it once more."""
+    while uop.op in (Ops.RESHAPE, Ops.CONTIGUOUS_BACKWARD):
+        uop = uop.src[0]
+    return uop.op in (Ops.AFTER, Ops.CONTIGUOUS) or uop.base.op is Ops.CONST
+
+
 def _is_narrowed(uop: UOp, weights: set[UOp]) -> bool:
     """Whether this is a weight written to memory in a smaller type."""
     if uop.op is not Ops.CONTIGUOUS or uop.src[0].op is not Ops.CAST:
         return False
     weight = uop.src[0].src[0]
     return weight in weights and uop.dtype.itemsize < weight.dtype.itemsize
-
-
-def _is_blank(uop: UOp) -> bool:
-    """Whether this is a buffer that a kernel is about to write: nothing to save."""
-    return uop.op is Ops.CONTIGUOUS and uop.src[0].base.op is Ops.CONST
 
 
 def _buffer(tensor: Tensor) -> UOp:
