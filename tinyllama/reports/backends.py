@@ -64,8 +64,8 @@ def rows() -> list[Row]:
     listed = [
         Row("CPU", "CPU", "run", **small),
         Row("OpenCL", "CL", "run", **small),
-        Row("Metal", "NULL:METAL", "emulated"),
-        Row("Metal", "NULL:METAL", "emulated", dtype="bfloat16"),
+        Row("Metal", "NULL::metal", "emulated"),
+        Row("Metal", "NULL::metal", "emulated", dtype="bfloat16"),
     ]
     for arch in ("sm_80", "sm_90"):
         for form in FORMS:

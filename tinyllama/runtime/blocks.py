@@ -81,11 +81,15 @@ class Launch:
 def dialect_of(device: str) -> Dialect | None:
     """The dialect that a device's compiler takes; None where our kernels do not run.
 
-    The device NULL takes CUDA's if it renders CUDA (DEV=NULL:CUDA:sm_90): it compiles and counts.
+    The device NULL, which compiles and counts, takes CUDA's if it renders CUDA
+    (DEV=NULL:CUDA:sm_90), and Metal's, whose compiler only macOS has, by name (DEV=NULL::metal).
     """
     name = device.partition(":")[0]
     if name == "NULL":
-        return "cuda" if type(_opened(device).renderer).__name__ == "CUDARenderer" else None
+        renderer = _opened(device).renderer
+        if renderer.target.arch == "metal":
+            return "metal"
+        return "cuda" if type(renderer).__name__ == "CUDARenderer" else None
     dialects: dict[str, Dialect] = {"CUDA": "cuda", "METAL": "metal", "CL": "opencl"}
     return dialects.get(name)
 

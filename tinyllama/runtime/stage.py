@@ -100,7 +100,7 @@ def saved_for_backward(
     saved: dict[UOp, None] = {}
     for uop in out.uop.toposort(gate=lambda u: u not in known):
         if varying.isdisjoint(uop.src):
-            if _is_narrowed(uop, known) and out.device != "CPU":
+            if is_narrowed(uop, known) and out.device != "CPU":
                 saved[uop] = None
             continue
         varying.add(uop)
@@ -129,7 +129,7 @@ def _has_memory(uop: UOp) -> bool:
     return uop.op in (Ops.AFTER, Ops.CONTIGUOUS) or uop.base.op is Ops.CONST
 
 
-def _is_narrowed(uop: UOp, weights: set[UOp]) -> bool:
+def is_narrowed(uop: UOp, weights: set[UOp]) -> bool:
     """Whether this is a weight written to memory in a smaller type."""
     if uop.op is not Ops.CONTIGUOUS or uop.src[0].op is not Ops.CAST:
         return False

@@ -25,6 +25,7 @@ Layout = Literal["NT", "NN", "TN"]
 LAYOUTS: tuple[Layout, ...] = ("NT", "NN", "TN")
 # Per second, of a full device: estimates, which only weigh partial sums against idle blocks.
 FLOPS: Mapping[int, float] = {FMA: 5e12, TF32X3: 6e13, MMA16: 3.5e14, SIMDGROUP: 5e12}
+LAUNCH_SECONDS = 2e-6
 SMALLER_TILE = 0.88  # of them, in blocks of 96 x 96: an estimate too
 NEARLY = 1.1  # times the least: of what takes no longer, the fewest parts are taken
 
@@ -193,12 +194,13 @@ def seconds(
 ) -> float:
     """An estimate: a multiprocessor computes its blocks one after another.
 
-    Each part of a split costs a pass over float32 partial sums, written and read at 3 TB/s.
+    A split costs a pass over float32 partial sums for each part, written and read at 3 TB/s, and
+    the launch of a kernel that adds them up.
     """
     tiles = -(-M // tile.bm) * -(-N // tile.bn)
     rounds = -(-tiles * split // multiprocessors)
     block = 2 * tile.bm * tile.bn * (K / split) / (flops / multiprocessors)
-    return rounds * block + (8 * M * N * split / 3e12 if split > 1 else 0)
+    return rounds * block + (LAUNCH_SECONDS + 8 * M * N * split / 3e12 if split > 1 else 0)
 
 
 def _check_product(
