@@ -17,7 +17,7 @@ from tinyllama.errors import ConfigError, WeightsError
 from tinyllama.formats.gguf import GgufFile
 from tinyllama.formats.huggingface import HfFolder, linear_shapes_by_path, open_folder
 from tinyllama.formats.peft import AdapterConfig, AdapterFolder, Placement, save_adapter
-from tinyllama.formats.safetensors import SafetensorsFile
+from tinyllama.formats.safetensors import SafetensorsFile, write_safetensors
 from tinyllama.model.layers import block_linears
 from tinyllama.runtime.storage import read
 
@@ -153,6 +153,40 @@ def test_merged_is_base_and_adapter_in_one(base, tmp_path, target):
         assert relative(opened.float32(name), expected) < 1e-6, name
     assert done.check.relative < 1e-5
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "out"]
+
+
+def with_a_head_of_its_own(folder, base):
+    """An adapter that also holds lm_head as a whole, and matrices of the embedding."""
+    folder, _, tensors = write_adapter(folder, base, rank=2)
+    rng = np.random.default_rng(9)
+    (rows, width), named = (CONFIG.vocab_size, CONFIG.hidden_size), {}
+    named = {f"base_model.model.{name}": values for name, values in tensors.items()}
+    table = "base_model.model.model.embed_tokens"
+    for name, shape in (
+        ("base_model.model.lm_head.weight", (rows, width)),
+        (f"{table}.lora_embedding_A", (2, rows)),
+        (f"{table}.lora_embedding_B", (width, 2)),
+    ):
+        named[name] = (0.1 * rng.standard_normal(shape)).astype(np.float32)
+    write_safetensors(folder / "adapter_model.safetensors", named)
+    file = folder / "adapter_config.json"
+    values = json.loads(file.read_text())
+    values["target_modules"] = [*values["target_modules"], "embed_tokens"]
+    file.write_text(json.dumps(values | {"modules_to_save": ["lm_head"]}))
+    a, b = named[f"{table}.lora_embedding_A"], named[f"{table}.lora_embedding_B"]
+    return folder, named["base_model.model.lm_head.weight"], 3.0 * (a.T @ b.T)
+
+
+def test_what_an_adapter_changes_beyond_layers_is_merged_or_refused(base, tmp_path):
+    folder, head, delta = with_a_head_of_its_own(tmp_path / "a", base)
+    for target in ("gguf", "mlx", "hf"):
+        with pytest.raises(ConfigError, match=r"changes lm_head\.weight, model\.embed_tokens, and"):
+            export(Job(folder, tmp_path / "out", target))
+    export(Job(folder, tmp_path / "a.gguf", "gguf", merged=True))
+    opened, own = GgufFile(tmp_path / "a.gguf"), open_folder(base)
+    assert np.array_equal(opened.float32("lm_head.weight"), head)
+    table = "model.embed_tokens.weight"
+    assert relative(opened.float32(table), own.float32(table) + delta) < 1e-6
 
 
 @pytest.mark.parametrize("block_size", [32, 64])

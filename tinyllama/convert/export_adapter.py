@@ -32,6 +32,7 @@ from tinyllama.convert.export_model import (
 from tinyllama.convert.merge import merge
 from tinyllama.errors import ConfigError
 from tinyllama.formats import mlx
+from tinyllama.formats.adapted import adapted
 from tinyllama.formats.dtypes import FLOATS, RawArray, convert
 from tinyllama.formats.gguf import SUFFIX, GgufFile
 from tinyllama.formats.gguf_writer import (
@@ -41,8 +42,7 @@ from tinyllama.formats.gguf_writer import (
     read_adapter,
     write_gguf,
 )
-from tinyllama.formats.huggingface import linear_shapes_by_path, llama_shapes
-from tinyllama.formats.int4 import Packing
+from tinyllama.formats.huggingface import EMBEDDING, HEAD, linear_shapes_by_path, llama_shapes
 from tinyllama.formats.models import open_model
 from tinyllama.formats.peft import (
     PARTS,
@@ -75,11 +75,6 @@ class Adapter:
         return _with_low(self.config, self.base.read, self.low, name)
 
 
-def packing_of(config: AdapterConfig) -> Packing | None:
-    """How the base was held in training; None if it was not packed."""
-    return None if config.block_size is None else Packing(config.block_size, config.requantize)
-
-
 def _with_low(
     config: AdapterConfig,
     read: Read,
@@ -99,8 +94,17 @@ def write_adapter(job: Job, place: Place) -> Exported:
     """Write the adapter that the source is: alone, with its base, or merged with it."""
     folder, base = open_adapter(job.source, job.base)
     config = folder.config(base.config)
-    model = Model(base, text_of(job.source, base), packing_of(config))
-    adapter = Adapter(folder, config, model)
+    layers = linear_shapes_by_path(base.config)
+    low = {path: each for path, each in config.placed.items() if path in layers}
+    beyond = sorted({*config.saved, *(config.placed.keys() - low.keys())})
+    if beyond and not job.merged:
+        raise ConfigError(
+            f"{job.source}: changes {', '.join(beyond)}, and an adapter alone holds nothing but "
+            "low-rank matrices of linear layers: type --merged"
+        )
+    changed = adapted(base, folder, config)  # beyond the layers
+    model = Model(changed, text_of(job.source, base), folder.packing())
+    adapter = Adapter(folder, replace(config, placed=low), model)
     return _write_merged(job, place, adapter) if job.merged else _write_low(job, place, adapter)
 
 
@@ -110,10 +114,12 @@ def _write_merged(job: Job, place: Place, adapter: Adapter) -> Exported:
     check_room(place.folder, 4 * sum(map(math.prod, shapes.values())))
     merged = place.folder / "merged"  # removed before the place gets its name
     dtype = job.dtype or common_float([base.dtype(name) for name in shapes])
+    # Of a base in 4 bits, the tables are bfloat16 before or after an adapter changes them.
+    tables = () if adapter.base.packing is None else (EMBEDDING, HEAD)
     try:
         merge(base.path, [(adapter.folder.path, 1.0)], merged, dtype="fp32")
         model = Model(open_model(merged), adapter.base.text)
-        return write_model(replace(job, dtype=dtype), place, model, adapter.read)
+        return write_model(replace(job, dtype=dtype), place, model, adapter.read, tables)
     finally:
         shutil.rmtree(merged, ignore_errors=True)
 

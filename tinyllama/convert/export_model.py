@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from tinyllama.config import LlamaConfig
-from tinyllama.convert.check import TEXT, TOKENS, Check, Matrix, Read, compare
+from tinyllama.convert.check import LIMITS, TEXT, TOKENS, Check, Matrix, Read, compare
 from tinyllama.errors import TokenizerError, WeightsError
 from tinyllama.formats.dtypes import BITS, Array, NumpyArray, RawArray, convert, to_float32
 from tinyllama.formats.gguf import SUFFIX, GgufFile
@@ -148,6 +148,14 @@ class Text:
             )
         return vocabulary_fields(self.tokenizer, rows, self.source)
 
+    def known_fields(self, rows: int) -> dict[str, Any]:
+        """The same for a file that works without a tokenizer: nothing where there is none, or one
+        that llama.cpp lacks."""
+        try:
+            return self.fields(rows)
+        except TokenizerError:
+            return {}
+
     def check(self, path: Path) -> None:
         """Raise TokenizerError if the tokenizer in a GGUF file gives a text other ids."""
         if self.tokenizer is None:
@@ -244,8 +252,11 @@ def write_whole(job: Job, place: Place) -> Exported:
     return write_model(job, place, model, model.read)
 
 
-def write_model(job: Job, place: Place, model: Model, original: Read) -> Exported:
-    """Write and check a whole model; `original` gives the values that it must have."""
+def write_model(
+    job: Job, place: Place, model: Model, original: Read, narrow: Collection[str] = ()
+) -> Exported:
+    """Write and check a whole model; `original` gives the values that it must have, of tensors in
+    `narrow` to within bfloat16."""
     if job.target == "gguf":
         path = place.gguf(MODEL_GGUF)
         kinds = write_gguf_model(path, job, model)
@@ -259,12 +270,17 @@ def write_model(job: Job, place: Place, model: Model, original: Read) -> Exporte
     check = compare(
         (model.config, original),
         (written.config, written.read),
-        lambda name: rounding(model, kinds, name),
+        lambda name: _wider(rounding(model, kinds, name), "BF16" if name in narrow else "F32"),
         model.text.sample(model.config),
         str(job.out),
     )
     notes = _notes(model, kinds) if job.target == "gguf" else []
     return finished(job, place, _most(kinds), check, notes)
+
+
+def _wider(*kinds: str) -> str:
+    """The type whose rounding is the largest."""
+    return max(kinds, key=LIMITS.__getitem__)
 
 
 def rounding(model: Model, kinds: Mapping[str, str], name: str) -> str:
@@ -367,9 +383,11 @@ def write_modelfile(
     place: Place, model: Model, weights: str | None, adapter: str | None = None
 ) -> None:
     """A Modelfile beside a GGUF file, with the template and the ends that the file has too."""
-    fields = model.text.fields(model.config.vocab_size)
+    rows = model.config.vocab_size
+    fields = model.text.fields(rows) if weights is not None else model.text.known_fields(rows)
+    pieces = fields.get("tokenizer.ggml.tokens", [])
     keys = (f"tokenizer.ggml.{key}_token_id" for key in ("eos", "eot", "eom"))
     ends = dict.fromkeys([*(fields[key] for key in keys if key in fields), *model.source.eos_ids])
-    stops = [fields["tokenizer.ggml.tokens"][end] for end in ends]
+    stops = [pieces[end] for end in ends if end < len(pieces)]
     text = modelfile(weights, fields.get("tokenizer.chat_template"), stops, adapter=adapter)
     (place.folder / MODELFILE).write_text(text, encoding="utf-8")
