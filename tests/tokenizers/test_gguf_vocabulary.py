@@ -157,8 +157,8 @@ def test_a_file_that_is_no_gguf_is_refused(tmp_path):
         open_tokenizer(tmp_path / "a.gguf")
 
 
-def test_smollm2_is_read_from_its_real_file():
-    tokenizer = open_tokenizer(smollm2())
+def test_smollm2_is_read_from_its_real_file(tmp_path):
+    tokenizer = open_tokenizer(smollm2(tmp_path))
     assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_ids) == (49152, 1, (2,))
     assert (tokenizer.begin, tokenizer.eos_id) == ((), 2)
     assert tokenizer.chat_template.startswith("{% for message in messages %}{% if loop.first")

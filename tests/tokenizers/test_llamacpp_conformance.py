@@ -87,9 +87,10 @@ def test_ids_of_every_rule_are_llamas(rule, tmp_path):
     assert differing(path, texts) == []
 
 
-def test_smollm2_has_llamas_ids():
-    assert differing(smollm2(), TEXTS) == []
-    assert differing(smollm2(), [TURN, *TEXTS], special=True) == []
+def test_smollm2_has_llamas_ids(tmp_path):
+    model = smollm2(tmp_path)
+    assert differing(model, TEXTS) == []
+    assert differing(model, [TURN, *TEXTS], special=True) == []
 
 
 @pytest.mark.parametrize("kind", ["LLaMA's", "control symbols"])

@@ -229,7 +229,11 @@ def test_loading_says_what_is_wrong(tmp_path: Path) -> None:
     junk.write_bytes(b"not a model")
     folder = tmp_path / "folder"
     folder.mkdir()
+    tiktoken = tmp_path / "tiktoken.model"
+    tiktoken.write_bytes(b"IQ== 0\nIg== 1\n")
     cases = {
+        tiktoken: "a list of tiktoken's, as Meta's LLaMA 3 has it, which cannot be read: take the"
+        " tokenizer.json of the same model in the Hugging Face form",
         tmp_path / "none.model": "none.model: no such file",
         junk: "junk.model: not a SentencePiece model (11 bytes)",
         folder: "folder: the folder holds neither tokenizer.model nor tokenizer.json",

@@ -89,7 +89,7 @@ def test_checkpoints_of_chat_models_have_the_ids_that_were_trained(files, tmp_pa
 
 
 def test_checkpoints_of_real_models_have_their_ids(tmp_path):
-    for number, model in enumerate([smollm2(), *mistrals()]):
+    for number, model in enumerate([smollm2(tmp_path), *mistrals()]):
         folder = tmp_path / str(number)
         folder.mkdir()
         assert compared(folder, open_tokenizer(model), [TURNS, *TEXTS]) == [], model

@@ -6,11 +6,20 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from gguf_helpers import CONFIG as GGUF_CONFIG
+from gguf_helpers import write_gguf
 from lora_helpers import BASE, run_config, write_base
 from model_helpers import random_weights
 from runs_helpers import cli
 from texts_helpers import lines
-from tokenizers_helpers import byte_level_files, chatml_files, reference, spm
+from tokenizers_helpers import (
+    CHATML_CONFIG,
+    byte_level,
+    byte_level_files,
+    chatml_files,
+    reference,
+    spm,
+)
 
 from tinyllama.convert.merge import merge
 from tinyllama.data.batches import _make_batch, prepare
@@ -221,3 +230,33 @@ def test_a_text_of_many_scripts_is_the_same_in_every_file_that_is_written():
         for line in lines():
             ids = own.encode(line)
             assert ids == again.encode(line) == alone.encode(line), line
+
+
+def with_vocabulary(writer):
+    """Give a GGUF file the vocabulary of `byte_level`, as SmolLM2's has it."""
+    made = json.loads(byte_level())["model"]
+    pieces = sorted(made["vocab"], key=made["vocab"].get)
+    for key in ("tokens", "token_type"):
+        writer.kv_data[-1].pop(f"tokenizer.ggml.{key}")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(pieces)
+    writer.add_token_types([3] * 3 + [1] * (len(pieces) - 3))
+    writer.add_token_merges([" ".join(pair) for pair in made["merges"]])
+    writer.add_chat_template(CHATML_CONFIG["chat_template"])
+
+
+def test_the_vocabulary_of_a_gguf_base_is_a_tokenizer_json_in_adapters_and_merges(tmp_path):
+    own = from_files(byte_level_files(), "t")
+    config = replace(GGUF_CONFIG, vocab_size=own.vocab_size)
+    base = tmp_path / "base.gguf"
+    write_gguf(base, "F32", config, change=with_vocabulary)
+    write_rows(tmp_path)
+    run = config_of(tmp_path, base, "data.context_length=32")
+    final = Trainer(run, show=False).run().checkpoint
+    merge(base, [(final, 1.0)], tmp_path / "merged")
+    for folder in (final, tmp_path / "merged"):
+        found = open_tokenizer(folder)
+        assert found.fingerprint == open_tokenizer(base).fingerprint
+        assert (found.eos_ids, found.chat_template) == ((2,), CHATML_CONFIG["chat_template"])
+        assert [found.encode(line) for line in lines()] == [own.encode(line) for line in lines()]

@@ -360,12 +360,12 @@ class _Reader:
 
 
 def _copy_files(base: Path, out: Path) -> None:
-    """Copy all but weights and the state of a run."""
+    """Copy all but weights and the state of a run, and what transformers needs of a tokenizer."""
     for path in sorted(base.iterdir()) if base.is_dir() else ():
         copied = path.suffix in _COPIED or path.name.startswith(("LICENSE", "NOTICE"))
         if path.is_file() and copied and path.name not in _LEFT:
             shutil.copyfile(path, out / path.name)
-    if holds_tokenizer(base):  # and what transformers needs besides
+    if holds_tokenizer(base):
         write_files(open_tokenizer(base), out)
 
 
@@ -376,7 +376,8 @@ def _write_config(base: ModelSource, out: Path, dtype: str | None) -> None:
         kind = dtype or _TYPE_NAMES[base.dtype("model.norm.weight")]
         ids = base.bos_id, list(base.eos_ids)
         _write_json(path, config_to_hf(base.config, *ids, kind))
-        _write_json(out / "generation_config.json", generation_config(*ids))
+        if not (out / "generation_config.json").exists():  # the tokenizer's, with every end
+            _write_json(out / "generation_config.json", generation_config(*ids))
     elif dtype is not None:  # both names of the type, in the files of transformers 4 and 5
         changes = {"dtype": dtype, "torch_dtype": dtype}
     if base.config.tie_word_embeddings is False and base.entries.get("tie_word_embeddings"):

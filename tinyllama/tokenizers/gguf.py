@@ -32,7 +32,8 @@ from tinyllama.tokenizers.sentencepiece_model import (
     write_model,
 )
 
-_MODEL, _PRE = "tokenizer.ggml.model", "tokenizer.ggml.pre"
+VOCABULARY_KEY = "tokenizer.ggml.model"
+_PRE = "tokenizer.ggml.pre"
 _ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
 _KINDS = range(NORMAL, BYTE + 1)
 
@@ -91,10 +92,10 @@ class _Vocabulary:
 
     def __init__(self, metadata: Mapping[str, Any], source: str) -> None:
         self._metadata, self._source = metadata, source
-        self.kind = metadata.get(_MODEL)
+        self.kind = metadata.get(VOCABULARY_KEY)
         if self.kind not in ("gpt2", "llama"):
             found = "no vocabulary" if self.kind is None else f"a vocabulary of kind {self.kind!r}"
-            self._fail(f"holds {found}, must be 'gpt2' or 'llama' ({_MODEL})")
+            self._fail(f"holds {found}, must be 'gpt2' or 'llama' ({VOCABULARY_KEY})")
         self.tokens = self._texts("tokens")
         types = self._numbers("token_type", len(self.tokens))
         self.types = [NORMAL] * len(self.tokens) if types is None else [int(n) for n in types]

@@ -9,7 +9,7 @@ from tinyllama.errors import TokenizerError
 from tinyllama.formats.gguf import SUFFIX, read_metadata
 from tinyllama.formats.models import local_path
 from tinyllama.tokenizers.files import JSON_FILE, MODEL_FILE, read_file, read_files
-from tinyllama.tokenizers.gguf import files_of_gguf
+from tinyllama.tokenizers.gguf import VOCABULARY_KEY, files_of_gguf
 from tinyllama.tokenizers.huggingface import JsonTokenizer
 from tinyllama.tokenizers.sentencepiece import SentencePieceTokenizer
 from tinyllama.tokenizers.tokenizer import Tokenizer
@@ -41,8 +41,10 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def holds_tokenizer(folder: str | Path) -> bool:
-    """Whether a model's folder (or GGUF file) has a tokenizer."""
+    """Whether a model's folder or GGUF file has a tokenizer."""
     folder = local_path(folder)
+    if folder.is_file() and folder.suffix == SUFFIX:
+        return VOCABULARY_KEY in read_metadata(folder)
     return folder.is_file() or any((folder / name).is_file() for name in (MODEL_FILE, JSON_FILE))
 
 

@@ -69,6 +69,7 @@ _JOINTS = (
     _Joint(re.compile("\n"), True),  # a line end becomes a space, spaces are merged (spm_train)
     _Joint(re.compile(r"[^\s](?=\n)"), False),  # only one of the two
 )
+_TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+=* \d+\n")
 # Indents, blank lines and both kinds of line ends, between words that the model has a piece for.
 _TRIED = (
     "{0} {1}\n{0}\n\n\n{1}\n{1}",
@@ -410,6 +411,11 @@ def _load_processor(model: bytes, source: str) -> sentencepiece.SentencePiecePro
         loaded = bool(model) and processor.load_from_serialized_proto(model)
     except RuntimeError:
         loaded = False
+    if not loaded and _TIKTOKEN.match(model):
+        raise TokenizerError(
+            f"{source}: a list of tiktoken's, as Meta's LLaMA 3 has it, which cannot be read: take"
+            " the tokenizer.json of the same model in the Hugging Face form"
+        )
     if not loaded or processor.get_piece_size() == 0:
         raise TokenizerError(f"{source}: not a SentencePiece model ({len(model)} bytes)")
     return processor
