@@ -61,8 +61,8 @@ def variables(place: str) -> dict[str, str]:
 def trained(case: str, place: str) -> tuple[Path, str]:
     """The folder of a run of STEPS steps, and what it printed."""
     run = shared_folder() / f"{case}-{place}"
-    words = ("train", config_file(run), *overrides(case))
-    code, out, err = run_command(*words, **variables(place))
+    options = overrides(case)  # which may train a base first, and write another configuration
+    code, out, err = run_command("train", config_file(run), *options, **variables(place))
     assert code == 0, err
     return run, out
 
