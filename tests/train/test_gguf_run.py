@@ -14,7 +14,7 @@ from tinyllama.convert.merge import merge
 from tinyllama.errors import ConfigError, WeightsError
 from tinyllama.formats.gguf_blocks import PACKED_TYPES
 from tinyllama.formats.packed import PackedForm
-from tinyllama.model.build import load_model
+from tinyllama.model.build import build_random, load_model
 from tinyllama.model.int4 import Int4Linear
 from tinyllama.model.layers import block_linears, named_tensors
 from tinyllama.model.llama import Llama
@@ -148,6 +148,15 @@ def test_merged_onto_its_file_it_computes_what_the_run_computed(run, tmp_path, d
     allowed = 1e-5 if dtype == "fp32" else 1e-3  # o_proj returns to float16
     assert np.abs(merged(tokens).numpy() - trained).max() < allowed * np.abs(trained).max()
     assert merged.config == SIZES
+
+
+def test_random_weights_have_the_forms_of_the_file(run):
+    layers = bases(build_random(run.config, seed=1).model)
+    for name, (layer, _) in layers.items():
+        dense = layer.dense_weight().numpy()
+        assert 0.01 < dense.std() < 0.03 and abs(dense.mean()) < 0.003, name
+        if name == "gate_proj":
+            assert layer.form == PACKED_TYPES["Q8_0"]
 
 
 def test_the_estimate_counts_the_bytes_that_are_held(run):

@@ -26,6 +26,7 @@ KERNELS = {  # of a 124m step, 8 x 1024: 12 layers, 111 parameters in groups of 
     "column_sum": 25,
     "swiglu": 24,
     "rope": 48,
+    "delta": 12,
     "cross_entropy": 2,
     "embedding_order": 1,
     "embedding_backward": 1,
@@ -52,6 +53,12 @@ def on_opencl() -> dict:
 @pytest.mark.parametrize("name", gpu_forms.CASES)
 def test_the_form_for_a_gpu_equals_the_portable_one(name: str) -> None:
     assert on_opencl()[name] == {"kernels": FORM_KERNELS[name]}
+
+
+@needs_opencl
+def test_the_residuals_gradient_is_added_by_the_norms_kernel() -> None:
+    """Forward, backward and the sum of its parts; the backward kernel runs once."""
+    assert on_opencl()["with a residual"] == {"sums": 0, "kernels": 3}
 
 
 STEP = """
