@@ -23,6 +23,7 @@ from tinygrad.dtype import DType
 from tinyllama.config import Config, LlamaConfig, LoraConfig
 from tinyllama.config.options import got, options_of, shown
 from tinyllama.errors import ConfigError
+from tinyllama.formats import hub
 from tinyllama.formats.adapted import adapted
 from tinyllama.formats.huggingface import llama_shapes
 from tinyllama.formats.int4 import Packing
@@ -73,7 +74,7 @@ def build(config: Config, resume: Path | None = None) -> Built:
         return built
     adapter = replace(
         built.adapter,
-        base=str(folder.path.absolute()),
+        base=hub.name_of(folder.path) or str(folder.path.absolute()),
         base_fingerprint=fingerprint(folder),
         block_size=packing and packing.block_size,
         requantize=packing is not None and packing.requantize,

@@ -74,13 +74,13 @@ def read_file(path: Path) -> bytes:
     """A file's bytes. Raises TokenizerError."""
     try:
         with open(path, "rb") as file:
-            size_bytes = os.fstat(file.fileno()).st_size
-            data = file.read(_MAX_BYTES) if size_bytes <= _MAX_BYTES else b""
+            is_larger = os.fstat(file.fileno()).st_size > _MAX_BYTES
+            data = b"" if is_larger else file.read()
     except FileNotFoundError:
         raise TokenizerError(f"{path}: no such file") from None
     except OSError as error:
         raise TokenizerError(f"{path}: cannot be read: {reason(error)}") from error
-    if size_bytes > _MAX_BYTES:
+    if is_larger:
         raise TokenizerError(f"{path}: more than {_MAX_BYTES >> 20} MiB, which no tokenizer has")
     return data
 

@@ -47,7 +47,7 @@ class _Rule(NamedTuple):
     composes: bool = False  # Unicode's NFC first
 
 
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _CASES = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA3 = rf"{_CASES}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_REST}"
@@ -61,19 +61,20 @@ _GPT4O = (
 )
 
 _OF_LLAMA3 = _Rule((_LLAMA3,), whole_words=True, adds_bos=True)
-_OF_SMOLLM = _Rule((r"\p{N}", _GPT2))
+_OF_SMOLLM = _Rule((r"\p{N}", GPT2))
 RULES = {
-    "default": _Rule((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),
-    **dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion"), _Rule((_GPT2,))),
+    "default": _Rule((r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),
+    **dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion"), _Rule((GPT2,))),
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1"), _OF_LLAMA3),
     **dict.fromkeys(("smaug-bpe", "dbrx"), _Rule((_LLAMA3,))),
     **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell"), _OF_SMOLLM),
     **dict.fromkeys(("exaone", "minerva-7b"), _OF_SMOLLM),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), _Rule((_QWEN2,), composes=True)),
     "stablelm2": _Rule((_QWEN2,)),
+    "deepseek-coder": _Rule(("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}")),
     "tekken": _Rule((_TEKKEN,), whole_words=True),
     **dict.fromkeys(("gpt-4o", "llama4"), _Rule((_GPT4O,))),
-    "falcon": _Rule((r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, "[0-9][0-9][0-9]")),
+    "falcon": _Rule((r"[\p{P}\$\+<=>\^~\|`]+", GPT2, "[0-9][0-9][0-9]")),
 }
 
 

@@ -190,6 +190,8 @@ def with_base(config: Config, notice: Callable[[str], None] = lambda line: None)
         verify_loaded(folder.path)
     source = str(folder.path / "config.json")
     config = config.with_base(folder.config, source)
+    if folder.path != Path(str(config.model.base)):  # what a name on the hub stands for
+        config = replace(config, model=replace(config.model, base=str(folder.path)))
     for line in config.overridden(folder.config, source):
         notice(line)
     return config
