@@ -311,8 +311,8 @@ class AdapterFolder:
         place = f" ({printable(there, 400)})" if named else ""
         raise WeightsError(
             f"{self.path / ADAPTER_CONFIG}: base_model_name_or_path: got "
-            f"{printable(repr(named), 400)}{place}, must be the folder of the base model, or its "
-            "name on the hub; if that has moved, type --base FOLDER"
+            f"{printable(repr(named), 400)}{place}, must be the folder of the base model; if that "
+            "has moved, type --base FOLDER"
         )
 
     def _named_folder(self) -> Path | None:
