@@ -558,6 +558,8 @@ def fingerprint(folder: ModelSource) -> str:
     """
     path = folder.path
     files = [path] if path.is_file() else [path / name for name in sorted(set(folder.files))]
+    if not all(file.exists() for file in files):  # Meta's, whose files are those of a copy
+        files = sorted(path.glob("*.safetensors"))
     return checked.digest("fingerprint", files, lambda: f"{_WHOLE}{_whole_fingerprint(folder)}")
 
 
