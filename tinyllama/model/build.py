@@ -42,7 +42,7 @@ from tinyllama.model.initialize import first_values
 from tinyllama.model.layers import block_linears
 from tinyllama.model.llama import Llama
 from tinyllama.system import device
-from tinyllama.tokenizers.sentencepiece import MODEL_FILE
+from tinyllama.tokenizers.opening import holds_tokenizer
 
 
 class Built(NamedTuple):
@@ -130,7 +130,7 @@ def load_model(
 
 def tokenizer_folder(folder: Path, base: str | Path | None = None) -> Path:
     """The folder that holds a model's tokenizer: PEFT's adapters have none of their own."""
-    if is_adapter(folder) and not (folder / MODEL_FILE).is_file():
+    if is_adapter(folder) and not holds_tokenizer(folder):
         return AdapterFolder(folder).base_folder() if base is None else local_path(base)
     return folder
 
