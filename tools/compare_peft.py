@@ -16,6 +16,7 @@ import json
 import math
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -63,6 +64,7 @@ class Task:
     def __init__(self, options: argparse.Namespace) -> None:
         self.gguf: Path = options.gguf.resolve()
         self.work: Path = options.work
+        self.torch_threads: int | None = options.torch_threads
         self.settings = {
             "model.base": str(self.gguf),
             "data.train_path": str(self.work / "train.jsonl"),
@@ -75,12 +77,14 @@ class Task:
             "training.eval_every": options.steps,
             "training.eval_first": "true",
         }
-        self.config = load_config("lora", [f"{key}={value}" for key, value in self.settings.items()])
+        self.config = load_config(
+            "lora", [f"{key}={value}" for key, value in self.settings.items()]
+        )
 
     def write_rows(self) -> None:
         """The rows, unless an earlier part wrote them."""
         if not (self.work / "val.jsonl").exists():
-            docstrings.write_rows(Path(argparse.__file__).parent, self.work)
+            docstrings.write_rows(Path(sysconfig.get_path("stdlib")), self.work)
 
     def batches(self, patterns: Any, *, held_out: bool = False) -> Iterator[Batch]:
         """The batches of training in their order, without end, or of the held-out text, once."""
@@ -106,7 +110,9 @@ def ours(task: Task, name: str, more: dict[str, Any]) -> Result:
     start = time.monotonic()
     tinyllama("train", "lora", *words)
     seconds = time.monotonic() - start
-    losses = [row["val_loss"] for row in read_metrics(folder / "metrics.jsonl") if "val_loss" in row]
+    losses = [
+        row["val_loss"] for row in read_metrics(folder / "metrics.jsonl") if "val_loss" in row
+    ]
     return Result(losses[0], losses[-1], seconds)
 
 
@@ -147,6 +153,8 @@ def peft_model(task: Task) -> Any:
     import torch
     import transformers
 
+    if task.torch_threads:
+        torch.set_num_threads(task.torch_threads)
     torch.manual_seed(task.config.training.seed)
     base = transformers.AutoModelForCausalLM.from_pretrained(
         task.gguf.parent, gguf_file=task.gguf.name, dtype=torch.float32
@@ -236,3 +244,30 @@ def tinyllama(*words: str, capture: bool = False) -> str:
     command = [sys.executable, "-m", "tinyllama", *words]
     output = subprocess.PIPE if capture else None
     return subprocess.run(command, check=True, cwd=ROOT, stdout=output, text=True).stdout or ""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code 0, 1 if a check fails, 2 for a mistake in the arguments."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--gguf", type=Path, required=True, help="SmolLM2's file")
+    parser.add_argument("--work", type=Path, default=ROOT / ".docstrings", help="folder to work in")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--batch", type=int, default=2, help="windows per step")
+    parser.add_argument("--context", type=int, default=128, help="tokens per window")
+    parser.add_argument("--torch-threads", type=int, help="on a busy machine 1 is the fastest")
+    parser.add_argument("--only", choices=PARTS, help="one part")
+    parser.add_argument("--out", type=Path, help="Markdown file to write")
+    options = parser.parse_args(arguments)
+    try:
+        task = Task(options)
+        task.write_rows()
+        names = [options.only] if options.only else list(PARTS)
+        results = {name: part(task, name) for name in names}
+    except (TinyllamaError, OSError, subprocess.CalledProcessError) as error:
+        print(f"compare_peft: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    leave(exit_code(main, "compare_peft"))
