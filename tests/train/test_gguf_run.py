@@ -158,8 +158,8 @@ def test_the_command_says_which_layers_are_as_the_file_holds_them(run, tmp_path,
     assert done.value.code == 0
     first = capsys.readouterr().out.splitlines()[0]
     assert first == (
-        "the base's layers as its file holds them: 12; 2 in 4 bits, groups of 64 (embedding and head"
-        " in bfloat16):"
+        "the base's layers as its file holds them: 12; 2 in 4 bits, groups of 64 (embedding and"
+        " head in bfloat16):"
     )
 
 
