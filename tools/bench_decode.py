@@ -1,9 +1,9 @@
 """Measure reading a prompt and generating from it, beside llama.cpp on the same file and threads.
 
-python tools/bench_decode.py MODEL.gguf --peer-python llama/bin/python      MODEL's own types
-python tools/bench_decode.py MODEL.gguf --types Q8_0 BF16 F32 ...           stored anew in these
+python tools/bench_decode.py MODEL.gguf --peer-python PEER       in the types of the file
+python tools/bench_decode.py MODEL.gguf --types Q8_0 BF16 F32    and stored anew in these
 
-PEER is a Python with llama-cpp-python (CONTRIBUTING.md says how to build it). Both processes stay
+PEER is a Python with llama-cpp-python (docs/speed.md says how to build it). Both processes stay
 alive and take turns, run by run; the best run of each counts, since another program can only slow
 one down. A file of another type is written to a temporary folder by the `gguf` library. Run
 nothing else meanwhile; where that cannot be, `--threads 1 --cpu-seconds` counts the processor's

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tinyllama.data import corpus, files
 from tinyllama.data.files import find_sources, read_texts
 from tinyllama.errors import DataError
-from tinyllama.tokenizers.sentencepiece import Tokenizer
+from tinyllama.tokenizers.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -204,12 +204,12 @@ def test_a_long_text_is_cut_without_loss_and_stays_one_document(
         texts = [text for chunk in chunks for text in files.read_chunk(chunk)]
         assert "".join(texts) == text
         assert all(chunk.end - chunk.start <= 2 * size + 3 for chunk in chunks)
-        encoder = corpus._Encoder(tokenizer.model, "uint16")
+        encoder = corpus._Encoder(tokenizer.sources, "uint16")
         parts = [encoder(chunk) for chunk in chunks]
     ids = np.concatenate([part.tokens for part in parts]).tolist()
     assert ids[0] == tokenizer.bos_id and ids.index(tokenizer.eos_id) == len(ids) - 1
     assert tokenizer.decode(ids) == text
-    assert sum(part.n_documents for part in parts) == 1
+    assert sum(len(part.starts) for part in parts) == 1
     assert sum(part.text_bytes for part in parts) == path.stat().st_size
 
 

@@ -4,17 +4,37 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hub_server import Repository, files_of, serve
-from lora_helpers import BASE, write_base
+from lora_helpers import BASE, write_base, write_text
 
+from tinyllama.config import config_from_toml
 from tinyllama.errors import WeightsError
 from tinyllama.formats import hub
-from tinyllama.formats.huggingface import HfFolder
+from tinyllama.formats.huggingface import INDEX, HfFolder
 from tinyllama.formats.models import local_path, open_model
+from tinyllama.model.build import build
+from tinyllama.model.counts import folder_parameters
+from tinyllama.model.lora import write_adapter
+from tinyllama.train.prepare import with_base
 
+RUN = """
+[model]
+base = "some/model"
+[training]
+batch_size = 2
+max_steps = 2
+[data]
+train_path = "train.txt"
+context_length = 32
+[checkpointing]
+checkpoint_dir = "run"
+[lora]
+rank = 2
+"""
 ROOT = Path(__file__).resolve().parents[2]
 CODE = """
 import json, sys
@@ -189,6 +209,59 @@ def test_a_name_below_a_folder_that_is_here_is_a_path(tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "fetch", lambda text: pytest.fail("fetched"))
     with pytest.raises(WeightsError, match=r"^runs/final: not a folder$"):
         open_model("runs/final")
+
+
+def test_an_adapter_trained_on_a_base_of_the_hub_names_it_and_its_commit(tmp_path):
+    """So that others can load it, and that it is the same base which they get."""
+    base = write_base(tmp_path / "hub" / "models--some--model" / "snapshots" / "abc")
+    assert hub.name_of(base) == "some/model@abc"
+    assert hub.name_of(base / "x" / "a.gguf") == "some/model@abc:x/a.gguf"
+    assert hub.name_of(tmp_path / "hub") is None
+    config = config_from_toml("", "t", ["model.base=some/model", "lora.rank=2"])
+    config = replace(config, model=replace(config.model, base=str(base)))
+    config = config.with_base(open_model(base).config, "base")
+    built = build(config)
+    write_adapter(tmp_path, built.model, built.adapter)
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (written["base_model_name_or_path"], written["revision"]) == ("some/model", "abc")
+
+
+def test_a_run_on_a_name_uses_what_it_stands_for(tmp_path, monkeypatch):
+    base = write_base(tmp_path / "base")
+    monkeypatch.setattr(hub, "fetch", lambda text: base)
+    config = with_base(config_from_toml("", "t", ["model.base=some/model"]))
+    assert config.model.base == config.tokenizer_source == str(base)
+    assert config.model.vocab_size == BASE.vocab_size
+
+
+def test_training_generating_counting_and_merging_take_names(model, tmp_path):
+    write_text(tmp_path)
+    repository = Repository({"main": files_of(model)})
+    with serve({"some/model": repository}) as address:
+
+        def run(*words):
+            settings = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache")}
+            done = subprocess.run(
+                [sys.executable, "-m", "tinyllama", *words],
+                env={**os.environ, **settings, "NO_PROXY": "127.0.0.1", "PYTHONPATH": str(ROOT)},
+                cwd=tmp_path,
+                capture_output=True,
+                text=True,
+            )
+            assert done.returncode == 0, done.stderr
+            return done.stdout
+
+        total = json.loads(run("params", "some/model", "--json"))["total"]
+        (tmp_path / "run.toml").write_text(RUN)
+        run("train", "run.toml", "--quiet")
+        run("generate", "--model", "run/final", "--prompt", "a", "--max-new-tokens", "3")
+        run("generate", "--model", "some/model@main", "--prompt", "a", "--max-new-tokens", "3")
+        run("merge", "--base", "some/model", "--adapter", "run/final", "--out", "merged")
+    assert folder_parameters(tmp_path / "merged").total == total
+    assert {path.name for path in (tmp_path / "merged").iterdir()} >= {"config.json", INDEX}
+    written = json.loads((tmp_path / "run" / "final" / "adapter_config.json").read_text())
+    assert written["base_model_name_or_path"] == "some/model"
+    assert written["revision"] == repository.commit("main")
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from gpu_kernels import Runner, error, loaded, packed_matrix, replaced, stored, 
 
 from tinyllama.ops.gpu import (
     adamw,
+    attention,
     cached_attention,
     cross_entropy,
     embedding,
@@ -148,6 +149,15 @@ def rope_case(
         return np.concatenate([first * c - second * s, second * c + first * s], -1)
 
     return wrong({"y": (y, turned(1)), "back": (back, turned(-1))}, dtype)
+
+
+def attention_delta_case(
+    run: Runner, dialect: str, change: Change, B: int, T: int, H: int, D: int, dtype: str
+) -> dict[str, float]:
+    dout, out = (normal(i, B, T, H, D, dtype=dtype) for i in range(2))
+    found = empty32(B, H, T)
+    start(run, attention.delta(dialect, B, T, H, D, dtype), change, found, dout, out)
+    return wrong({"delta": (found, (loaded(dout) * loaded(out)).sum(-1).swapaxes(1, 2))}, dtype)
 
 
 def embedding_case(
@@ -295,6 +305,8 @@ CASES: dict[str, Case] = {
         "rope: float32": {"B": 2, "T": 3, "H": 2, "D": 32, "dtype": "float32"},
         "rope: bfloat16": {"B": 1, "T": 9, "H": 8, "D": 64, "dtype": "bfloat16"},
         "rope: float16, odd": {"B": 2, "T": 5, "H": 3, "D": 6, "dtype": "float16"},
+        "attention delta: float32": {"B": 2, "T": 9, "H": 3, "D": 80, "dtype": "float32"},
+        "attention delta: bfloat16": {"B": 1, "T": 40, "H": 2, "D": 64, "dtype": "bfloat16"},
         "embedding: float32": {"N": 300, "V": 97, "H": 40, "dtype": "float32"},
         "embedding: bfloat16": {"N": 257, "V": 64, "H": 264, "dtype": "bfloat16"},
         "embedding: float16, odd": {"N": 31, "V": 129, "H": 33, "dtype": "float16"},

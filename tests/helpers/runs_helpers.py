@@ -18,7 +18,8 @@ from tinyllama.cli.app import main
 from tinyllama.config import Config, config_from_toml
 from tinyllama.observe.metrics import read_metrics
 from tinyllama.system import device, partials
-from tinyllama.tokenizers.sentencepiece import Tokenizer, train_tokenizer
+from tinyllama.tokenizers.sentencepiece import train_tokenizer
+from tinyllama.tokenizers.tokenizer import Tokenizer
 from tinyllama.train.checkpoint import list_checkpoints
 from tinyllama.train.trainer import Outcome, Trainer
 

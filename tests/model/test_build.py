@@ -25,7 +25,7 @@ from tinyllama.model.layers import named_tensors
 from tinyllama.model.llama import Llama
 from tinyllama.model.lora import adapter_tensors, attach, lora_layers, write_adapter
 from tinyllama.runtime.storage import read
-from tinyllama.tokenizers.sentencepiece import MODEL_FILE
+from tinyllama.tokenizers.files import MODEL_FILE
 
 REQUESTED = LoraConfig(
     rank=4, alpha=10.0, dropout=0.25, target_modules=("q_proj", "up_proj"), use_rslora=True

@@ -58,12 +58,12 @@ overrides = ["training.dtype=bfloat16", "training.batch_size=2", "data.context_l
 step = blank_step(config_from_toml(text, "demo", overrides))
 batch = [Tensor.empty(2, 64, dtype=dtypes.int32) for _ in range(3)]
 found = step.account(*batch, hyperparameters=Tensor.empty(len(SCALARS)))
-print(json.dumps([launch.times for launch in found.launches if launch.name.startswith("narrow")]))
+print(json.dumps([[l.name, l.times, "#define ADDEND 1" in l.text] for l in found.launches]))
 """
 
 
 @needs_nvrtc
-def test_a_layers_weights_are_narrowed_once_per_step() -> None:
+def test_a_layers_weights_are_narrowed_once_and_its_residuals_are_added_by_kernels() -> None:
     done = subprocess.run(
         [sys.executable, "-c", STEP],
         capture_output=True,
@@ -71,4 +71,14 @@ def test_a_layers_weights_are_narrowed_once_per_step() -> None:
         env=environment(DEV="NULL:CUDA:sm_90"),
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == [3]  # layers; the gradient reads what forward has narrowed
+    launches = json.loads(done.stdout)
+
+    def times(name: str, adding: bool = False) -> int:
+        return sum(n for found, n, adds in launches if found.startswith(name) and adds >= adding)
+
+    layers = 3
+    assert times("narrow") == layers  # the gradient reads what the forward pass has narrowed
+    assert times("gemm_nt", adding=True) == 2 * layers  # of attention and of the feed-forward
+    assert times("rms_norm_backward") == 2 * layers + 1
+    assert times("rms_norm_backward", adding=True) == 2 * layers
+    assert times("E_") <= layers + 6  # tinygrad's own passes: the head's, scalars, one sum of parts

@@ -73,7 +73,11 @@ def test_twenty_steps_have_the_same_losses_as_on_the_processor(gpu, case):
     assert len(there) == len(here) == STEPS
     for step in here:
         assert there[step]["loss"] == pytest.approx(here[step]["loss"], rel=0, abs=1e-4)
-        assert there[step]["grad_norm"] == pytest.approx(here[step]["grad_norm"], rel=1e-3)
+        # AdamW takes steps of one size for gradients of any: an adapter's first ones are near zero.
+        # Later, steps with large gradients amplify rounding: portable and kernel forms on the
+        # processor alone differ by 0.2 % in step 16 of qlora.
+        assert there[step]["grad_norm"] == pytest.approx(here[step]["grad_norm"], rel=5e-3)
+    assert there[1]["grad_norm"] == pytest.approx(here[1]["grad_norm"], rel=1e-5)
     first, last = (np.mean([here[s]["loss"] for s in steps]) for steps in ((1, 2), (19, 20)))
     assert last < first  # it trains
 

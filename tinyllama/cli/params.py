@@ -50,9 +50,10 @@ def run(options: argparse.Namespace) -> None:
 def _count(source: str, overrides: Sequence[str]) -> "Parameters":
     """The parameters of a configuration's model, or of a folder's. Raises TinyllamaError."""
     from tinyllama.config import load_config
+    from tinyllama.formats.models import names_a_model
     from tinyllama.model.counts import folder_parameters
 
-    if Path(source).is_dir() or source.endswith(".gguf"):
+    if names_a_model(source):
         if overrides:
             kind = "a folder, whose files are" if Path(source).is_dir() else "a file, which is"
             raise ConfigError(

@@ -11,7 +11,7 @@ from tinyllama.system import device
 
 if TYPE_CHECKING:
     from tinyllama.model.llama import Llama
-    from tinyllama.tokenizers.sentencepiece import Tokenizer
+    from tinyllama.tokenizers.tokenizer import Tokenizer
 
 
 def add_set(parser: argparse.ArgumentParser) -> None:
@@ -96,13 +96,14 @@ def load(folder: Path, base: Path | None) -> "tuple[Tokenizer, Llama]":
     from concurrent.futures import ThreadPoolExecutor
 
     from tinyllama.model.build import load_model, tokenizer_folder
-    from tinyllama.tokenizers.sentencepiece import load_tokenizer
+    from tinyllama.tokenizers.opening import open_tokenizer
+    from tinyllama.train.prepare import unused_rows
 
     folder = model_folder(folder)
     with ThreadPoolExecutor(1) as checking:
         checked = checking.submit(verify_model, folder, base)
         try:
-            tokenizer = load_tokenizer(tokenizer_folder(folder, base))
+            tokenizer = open_tokenizer(tokenizer_folder(folder, base))
             model = load_model(folder, base=base)
         finally:  # what is damaged is the reason, whatever else it led to
             checked.result()
@@ -111,6 +112,8 @@ def load(folder: Path, base: Path | None) -> "tuple[Tokenizer, Llama]":
             f"{folder}: its tokenizer has {tokenizer.vocab_size} entries, must be at most the "
             f"model's {model.config.vocab_size}"
         )
+    if notice := unused_rows(model.config.vocab_size, tokenizer):
+        to_stderr(notice)
     return tokenizer, model
 
 

@@ -56,7 +56,8 @@ from tinyllama.formats.peft import AdapterConfig, AdapterFolder
 from tinyllama.formats.safetensors import LazyArray, write_safetensors
 from tinyllama.formats.untrusted import read_json
 from tinyllama.system.files import atomic_directory, remove_partials
-from tinyllama.tokenizers.sentencepiece import MODEL_FILE, load_tokenizer
+from tinyllama.tokenizers.opening import holds_tokenizer, open_tokenizer
+from tinyllama.tokenizers.tokenizer import write_files
 from tinyllama.train.manifest import verify_loaded
 
 Stored = Literal["keep", "fp32", "bf16", "fp16"]
@@ -229,14 +230,15 @@ def _check_whole(parts: Sequence[_Part]) -> None:
 def _check_tokenizer(base: Path, parts: Sequence[_Part]) -> None:
     """Raise WeightsError if adapters were trained on other tokens than the base's tokenizer gives.
 
-    Adapters without a digest (PEFT's) and bases without a tokenizer.model cannot be compared.
+    Adapters without a digest (PEFT's) and bases without a tokenizer cannot be compared.
     """
     digests = {part.folder.path: part.config.tokenizer_digest for part in parts}
-    if not any(digests.values()) or not (base / MODEL_FILE).is_file():
+    if not any(digests.values()) or not holds_tokenizer(base):
         return
-    own = load_tokenizer(base).vocabulary_digest
+    tokenizer = open_tokenizer(base)
+    own = tokenizer.vocabulary_digest
     for path, digest in digests.items():
-        if digest not in (None, own):
+        if digest is not None and digest not in (own, *tokenizer.older_digests):
             raise WeightsError(
                 f"{path}: was trained with a tokenizer (vocabulary {digest[:12]}) that is not the "
                 f"one of {base} (vocabulary {own[:12]}), which the merged model would be given: "
@@ -358,11 +360,13 @@ class _Reader:
 
 
 def _copy_files(base: Path, out: Path) -> None:
-    """Copy all but weights and the state of a run."""
+    """Copy all but weights and the state of a run, and what transformers needs of a tokenizer."""
     for path in sorted(base.iterdir()) if base.is_dir() else ():
         copied = path.suffix in _COPIED or path.name.startswith(("LICENSE", "NOTICE"))
         if path.is_file() and copied and path.name not in _LEFT:
             shutil.copyfile(path, out / path.name)
+    if holds_tokenizer(base):
+        write_files(open_tokenizer(base), out)
 
 
 def _write_config(base: ModelSource, out: Path, dtype: str | None) -> None:
@@ -372,7 +376,8 @@ def _write_config(base: ModelSource, out: Path, dtype: str | None) -> None:
         kind = dtype or _TYPE_NAMES[base.dtype("model.norm.weight")]
         ids = base.bos_id, list(base.eos_ids)
         _write_json(path, config_to_hf(base.config, *ids, kind))
-        _write_json(out / "generation_config.json", generation_config(*ids))
+        if not (out / "generation_config.json").exists():  # the tokenizer's, with every end
+            _write_json(out / "generation_config.json", generation_config(*ids))
     elif dtype is not None:  # both names of the type, in the files of transformers 4 and 5
         changes = {"dtype": dtype, "torch_dtype": dtype}
     if base.config.tie_word_embeddings is False and base.entries.get("tie_word_embeddings"):

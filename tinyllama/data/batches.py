@@ -152,9 +152,12 @@ def _make_batch(
         row[: len(window)] = window
     tokens, targets = rows[:, :-1].copy(), rows[:, 1:].copy()  # (B, T)
     is_padding = tokens < 0
-    targets[is_padding | (tokens == dataset.eos_id)] = -1
-    # No text contains BOS, so it marks where a document begins.
-    is_first = is_padding | (tokens == dataset.bos_id)
+    begin_of = np.zeros(rows.shape, bool)  # whether a document begins with this token
+    for first, begin in zip(begin_of, begins, strict=False):
+        low, high = np.searchsorted(dataset.starts, (begin, begin + context_length + 1))
+        first[dataset.starts[low:high] - begin] = True
+    targets[is_padding | begin_of[:, 1:]] = -1  # no document is predicted from another
+    is_first = is_padding | begin_of[:, :-1]
     positions = np.arange(context_length, dtype=np.int32)
     starts = np.maximum.accumulate(np.where(is_first, positions, 0), axis=1).astype(np.int32)
     tokens[is_padding] = dataset.eos_id

@@ -56,6 +56,17 @@ def parse(text: str) -> HubName | None:
     return HubName(match["repository"], match["revision"], match["file"])
 
 
+def name_of(path: Path) -> str | None:
+    """OWNER/NAME@COMMIT of what lies in the cache of a hub; None for any other place."""
+    for folder in (path, *path.parents):
+        kind, *owner_and_name = folder.parent.parent.name.split("--")
+        if folder.parent.name == "snapshots" and kind == "models" and len(owner_and_name) == 2:
+            inside = path.relative_to(folder).as_posix()
+            file = "" if inside == "." else f":{inside}"
+            return f"{'/'.join(owner_and_name)}@{folder.name}{file}"
+    return None
+
+
 def fetch(text: str) -> Path:
     """The folder or the file that a name on the hub stands for, fetched if need be.
 

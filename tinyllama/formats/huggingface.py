@@ -27,7 +27,7 @@ from tinyllama.formats.dtypes import (
     RawArray,
     dtype_name,
 )
-from tinyllama.formats.model_config import Ids, config_from_hf, config_to_hf
+from tinyllama.formats.model_config import Ids, config_from_hf, config_to_hf, one_or_list
 from tinyllama.formats.packed import PackedForm, PackedRows
 from tinyllama.formats.safetensors import (
     FileDigest,
@@ -135,23 +135,8 @@ def weights_bytes(config: LlamaConfig, dtype: str) -> int:
 
 def generation_config(bos_id: Ids, eos_id: Ids) -> dict[str, Any]:
     """generation_config.json: where `generate` of transformers starts and stops."""
-    ids = {"bos_token_id": bos_id, "eos_token_id": eos_id}
+    ids = {"bos_token_id": bos_id, "eos_token_id": one_or_list(eos_id)}
     return {key: value for key, value in ids.items() if value is not None}
-
-
-def tokenizer_config(max_seq_len: int) -> dict[str, Any]:
-    """tokenizer_config.json for a SentencePiece tokenizer.model with the usual special pieces."""
-    return {
-        "tokenizer_class": "LlamaTokenizer",
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "unk_token": "<unk>",
-        "add_bos_token": True,
-        "add_eos_token": False,
-        "clean_up_tokenization_spaces": False,
-        "legacy": False,
-        "model_max_length": max_seq_len,
-    }
 
 
 def special_ids(folder: Path, values: Mapping[str, Any]) -> tuple[int | None, tuple[int, ...]]:
@@ -334,11 +319,10 @@ def save_folder(
 
     `dtype` ("float32", "bfloat16", "float16") is what is stored, whatever floats the sources
     give; each source is loaded once, when its turn comes. `base` is the config.json of the model
-    that this one began as: what it says and is still true is kept. `files` are the
-    tokenizer's, by name; a tokenizer.model without tokenizer_config.json gets one. Not atomic by
-    itself: hand it the folder of `save_checkpoint` or `atomic_directory`. Raises WeightsError, also
-    where the folder holds weights already (stale shards would be loaded with the new ones), and
-    OSError.
+    that this one began as: what it says and is still true is kept. `files` are the tokenizer's, by
+    name. Not atomic by itself: hand it the folder of `save_checkpoint` or `atomic_directory`.
+    Raises WeightsError, also where the folder holds weights already (stale shards would be loaded
+    with the new ones), and OSError.
     """
     folder = Path(folder)
     if dtype not in STORED:
@@ -346,10 +330,9 @@ def save_folder(
     lazy = _stored_as(STORED[dtype], llama_shapes(config), tensors, str(folder))
     documents: dict[str, Mapping[str, Any]] = {
         "config.json": config_to_hf(config, bos_id, eos_id, dtype, base),
-        "generation_config.json": generation_config(bos_id, eos_id),
     }
-    if "tokenizer.model" in files and "tokenizer_config.json" not in files:
-        documents["tokenizer_config.json"] = tokenizer_config(config.max_seq_len)
+    if "generation_config.json" not in files:
+        documents["generation_config.json"] = generation_config(bos_id, eos_id)
     _refuse_clashes(folder, files, documents)
     folder.mkdir(parents=True, exist_ok=True)
     digests = {name: _write_file(folder / name, data) for name, data in files.items()}

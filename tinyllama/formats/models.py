@@ -91,6 +91,14 @@ def local_path(model: str | os.PathLike[str]) -> Path:
     return hub.fetch(text)
 
 
+def names_a_model(text: str) -> bool:
+    """Whether text names a folder, a GGUF file or a model on the hub, and no other file."""
+    path = Path(text)
+    if path.exists() or path.suffix == SUFFIX:
+        return path.is_dir() or path.suffix == SUFFIX
+    return hub.parse(text) is not None and not path.parent.is_dir() and path.suffix != ".toml"
+
+
 def open_model(model: str | os.PathLike[str]) -> ModelSource:
     """A model whose tensors are exactly those that its configuration implies.
 

@@ -173,10 +173,15 @@ def to_peft(config: AdapterConfig, layers: Collection[str]) -> dict[str, Any]:
     alpha = Counter(place.alpha for place in config.placed.values()).most_common(1)[0][0]
     names = {path.rpartition(".")[2] for path in config.placed}
     everywhere = {path for path in layers if path.rpartition(".")[2] in names}
+    base, revision = config.base, None
+    if base is not None and not os.path.isabs(base) and (name := hub.parse(base)):
+        file = f":{name.file}" if name.file else ""
+        base, revision = f"{name.repository}{file}", name.revision
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": config.base,
+        "base_model_name_or_path": base,
+        "revision": revision,
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": config.dropout,
@@ -298,7 +303,8 @@ class AdapterFolder:
             return path
         named = self._entries.get("base_model_name_or_path")
         revision = self._entries.get("revision")
-        text = f"{named}@{revision}" if revision else str(named)
+        repository, colon, file = str(named).partition(":")
+        text = f"{repository}@{revision}{colon}{file}" if revision else str(named)
         if named and hub.parse(text):
             return local_path(text)
         there = os.path.normpath(os.path.abspath(self.path / str(named)))

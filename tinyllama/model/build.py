@@ -23,6 +23,7 @@ from tinygrad.dtype import DType
 from tinyllama.config import Config, LlamaConfig, LoraConfig
 from tinyllama.config.options import got, options_of, shown
 from tinyllama.errors import ConfigError
+from tinyllama.formats import hub
 from tinyllama.formats.adapted import adapted
 from tinyllama.formats.huggingface import llama_shapes
 from tinyllama.formats.int4 import Packing
@@ -41,7 +42,7 @@ from tinyllama.model.initialize import first_values
 from tinyllama.model.layers import block_linears
 from tinyllama.model.llama import Llama
 from tinyllama.system import device
-from tinyllama.tokenizers.sentencepiece import MODEL_FILE
+from tinyllama.tokenizers.opening import holds_tokenizer
 
 
 class Built(NamedTuple):
@@ -73,7 +74,7 @@ def build(config: Config, resume: Path | None = None) -> Built:
         return built
     adapter = replace(
         built.adapter,
-        base=str(folder.path.absolute()),
+        base=hub.name_of(folder.path) or str(folder.path.absolute()),
         base_fingerprint=fingerprint(folder),
         block_size=packing and packing.block_size,
         requantize=packing is not None and packing.requantize,
@@ -129,7 +130,7 @@ def load_model(
 
 def tokenizer_folder(folder: Path, base: str | Path | None = None) -> Path:
     """The folder that holds a model's tokenizer: PEFT's adapters have none of their own."""
-    if is_adapter(folder) and not (folder / MODEL_FILE).is_file():
+    if is_adapter(folder) and not holds_tokenizer(folder):
         return AdapterFolder(folder).base_folder() if base is None else local_path(base)
     return folder
 

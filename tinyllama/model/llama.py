@@ -44,7 +44,7 @@ from tinyllama.runtime.storage import (
     write_new,
 )
 from tinyllama.system.files import atomic_directory
-from tinyllama.tokenizers.sentencepiece import MODEL_FILE, Tokenizer
+from tinyllama.tokenizers.tokenizer import Tokenizer
 
 
 class Attention:
@@ -296,9 +296,9 @@ class Llama:
             self.config,
             {name: partial(read, tensor) for name, tensor in self.state_dict().items()},
             dtype=dtype,
-            files={} if tokenizer is None else {MODEL_FILE: tokenizer.model},
+            files={} if tokenizer is None else tokenizer.files,
             bos_id=base.get("bos_token_id") if tokenizer is None else tokenizer.bos_id,
-            eos_id=base.get("eos_token_id", ()) if tokenizer is None else tokenizer.eos_id,
+            eos_id=base.get("eos_token_id", ()) if tokenizer is None else tokenizer.eos_ids,
             base=base,
         )
 

@@ -121,6 +121,18 @@ def fragments(dialect: Dialect, dtype: DType) -> int:
 
 
 @functools.cache
+def limits_of(device: str) -> Limits:
+    """What a launch may use on this device: on OpenCL as much local memory as its driver grants."""
+    dialect = dialect_of(device)
+    assert dialect is not None
+    least = LIMITS[dialect]
+    if dialect != "opencl":
+        return least
+    granted = gpu_driver.opencl_local_bytes(_opened(device))
+    return dataclasses.replace(least, shared_bytes=max(granted, least.shared_bytes))
+
+
+@functools.cache
 def multiprocessors(device: str) -> int:
     """How many parts of a device run blocks side by side; of the device NULL, as on its model."""
     opened = _opened(device)

@@ -42,6 +42,7 @@ from tinyllama.train.prepare import (
     made_with,
     supported,
     trained_and_validated,
+    unused_rows,
     without_effect,
 )
 from tinyllama.train.schedule import Place, learning_rate
@@ -248,7 +249,8 @@ class Trainer:
         other = differences(self.config, self._resumed) if self._resumed else None
         lines = without_effect(self.config, self.batches.n_windows, self.total_steps)
         lines += trained_and_validated(self.config)
-        return [line for line in (other, lacking.notice(), *lines) if line]
+        unused = unused_rows(self.config.model.vocab_size, self.tokenizer)
+        return [line for line in (other, lacking.notice(), unused, *lines) if line]
 
     def _one_step(
         self,

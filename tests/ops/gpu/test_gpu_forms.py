@@ -26,6 +26,7 @@ KERNELS = {  # of a 124m step, 8 x 1024: 12 layers, 111 parameters in groups of 
     "column_sum": 25,
     "swiglu": 24,
     "rope": 48,
+    "delta": 12,
     "cross_entropy": 2,
     "embedding_order": 1,
     "embedding_backward": 1,

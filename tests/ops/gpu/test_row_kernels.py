@@ -15,6 +15,7 @@ from opencl import needs_opencl, on_opencl, opencl_takes
 
 from tinyllama.ops.gpu import (
     adamw,
+    attention,
     cached_attention,
     cross_entropy,
     embedding,
@@ -38,8 +39,9 @@ def test_a_kernel_equals_its_formula(dialect: str, name: str) -> None:
 # `make gpu-races` runs all of CASES as OpenCL; here one of each kernel, since pocl compiles slowly.
 ON_OPENCL = (
     "rms norm: odd rows", "cross entropy: bfloat16", "swiglu: float16, odd", "rope: float32",
-    "embedding: bfloat16", "adamw: float32", "few rows: float16, odd", "few rows: 4 bits by 64",
-    "few rows: 8 bits by 64, minimum", "cached attention: float32",
+    "embedding: bfloat16", "adamw: float32", "attention delta: float32",
+    "few rows: float16, odd", "few rows: 4 bits by 64", "few rows: 8 bits by 64, minimum",
+    "cached attention: float32",
 )  # fmt: skip
 
 
@@ -161,6 +163,21 @@ MUTANTS = {
         "rope: bfloat16",
         "STORE(TYPE, y + at + HALF, b);",
         "",
+    ),
+    "attention's delta: by time before heads": (
+        "attention delta: float32",
+        "(mine / (T * H)) * H + mine % H) * T + mine / H % T",
+        "(mine / (T * H)) * T + mine / H % T) * H + mine % H",
+    ),
+    "attention's delta: no barrier": (
+        "attention delta: bfloat16",
+        "= part;\n  BARRIER;\n  const",
+        "= part;\n  const",
+    ),
+    "attention's delta: written past the end": (
+        "attention delta: float32",
+        "tid < PER_BLOCK && mine < ROWS",
+        "tid < PER_BLOCK",
     ),
     "embedding: tokens of one id in any order": (
         "embedding: float32",
@@ -302,7 +319,7 @@ FILES = (
     "rows.h",
     *(f"{name}.c" for name in (
         "rms_norm_forward", "rms_norm_backward", "column_sum", "cross_entropy", "swiglu", "rope",
-        "embedding_order", "embedding_backward", "adamw", "square_sum", "few_rows",
+        "delta", "embedding_order", "embedding_backward", "adamw", "square_sum", "few_rows",
         "cached_attention",
     )),
 )  # fmt: skip
@@ -335,6 +352,7 @@ def sizes_of_models() -> Iterator[tuple[str, Launch]]:
             launch = cross_entropy.softmax_loss("cuda", 4096, V, dtype, gradient=True)
             yield f"cross entropy {V} {dtype}", launch
         yield f"swiglu's gradient {dtype}", swiglu.backward("cuda", 8192 * 2048, dtype)
+        yield f"attention's delta {dtype}", attention.delta("cuda", 8, 1024, 12, 64, dtype)
         yield f"rope {dtype}", rope.rope("cuda", 8, 1024, 12, 64, dtype)
         yield f"embedding {dtype}", embedding.backward("cuda", 8192, 32000, 768, dtype)
         for weight in (dtype, Packed(4, 64), Packed(4, 32, True), Packed(8, 32)):

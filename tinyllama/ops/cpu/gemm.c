@@ -96,7 +96,8 @@ INLINE void multiply_skinny(target t, float *scratch, a_ptr A, B_PARAMS, int cor
 #define SKINNY 8
 enum { LINES = 4, PASS = 2 };
 
-/* C[m .. m + PASS, n .. n + LINES] as dot products along k; at an edge the last row is repeated. */
+/* C[m .. m + PASS, n .. n + LINES] as dot products along k; at an edge the last row is repeated. The
+   next rows of B are asked for early: the processor looks ahead in too few places by itself. */
 INLINE void dot_products(target t, a_ptr A, b_ptr B, int m, int n, int n1) {
   b_ptr b[LINES];
   a_ptr a[PASS];
@@ -107,6 +108,7 @@ INLINE void dot_products(target t, a_ptr A, b_ptr B, int m, int n, int n1) {
 #define DOT_STEP(GET_A, GET_B)                                          \
   for (int j = 0; j < LINES; j++) {                                     \
     vf y = GET_B;                                                       \
+    __builtin_prefetch(b[j] + k + (long)LINES * K);                     \
     for (int i = 0; i < rows; i++) sum[i][j] = vfma(GET_A, y, sum[i][j]); \
   }
   for (; k + VW <= K; k += VW) DOT_STEP(LOAD(A_T, a[i] + k), LOAD(B_T, b[j] + k))
