@@ -250,8 +250,8 @@ def test_a_cache_that_cannot_be_written_is_named(tokenizer: Tokenizer) -> None:
 
 
 def test_a_kill_leaves_nothing_half_made(tokenizer: Tokenizer) -> None:
-    write("a.txt", LINE * 100)
     write_files(tokenizer, ".")
+    write("a.txt", LINE * 100)  # so young that its digest is not kept
     process = run_python("""
         import sys, time
         from tinyllama.data import corpus, files

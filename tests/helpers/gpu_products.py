@@ -85,7 +85,7 @@ def written_in_place() -> dict:
     """dW added to what is there and y written over another tensor; a sum in parts."""
     a, b, x = normal(30, 24), normal(30, 40), normal(5, 24)
     there, other, w = normal(24, 40), normal(5, 40), normal(40, 24)
-    c, d = normal(100, 24), normal(100, 40)
+    c, d = normal(1000, 24), normal(1000, 40)
     wanted = [array(there) + array(a).T @ array(b), array(x) @ array(w).T, array(c).T @ array(d)]
     with forms.forced("gpu"), mock.patch.object(blocks, "multiprocessors", lambda device: 4):
         added = gemm(TN, a, b, onto=there).realize()
