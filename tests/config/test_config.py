@@ -130,6 +130,7 @@ def test_defaults_are_those_a_person_would_choose() -> None:
             "context_length": None,
             "tokenizer": None,
             "tokenizer_vocab_size": None,
+            "special_tokens": True,
             "replace_tokenizer": False,
             "train_on": "all",
             "cache_dir": ".cache/tinyllama",

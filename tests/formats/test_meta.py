@@ -5,16 +5,20 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from model_helpers import GROUPED, random_batch, random_weights
+from lora_helpers import randomize
+from model_helpers import GROUPED, difference, random_batch, random_weights
 from tinygrad import Tensor
 
 from tinyllama import Llama
-from tinyllama.config import RopeScaling
+from tinyllama.config import RopeScaling, config_from_toml
+from tinyllama.convert.merge import merge
 from tinyllama.errors import ConfigError, WeightsError
 from tinyllama.formats.huggingface import save_folder
 from tinyllama.formats.models import open_model
 from tinyllama.formats.safetensors import write_safetensors
+from tinyllama.model.build import build, load_model
 from tinyllama.model.counts import folder_parameters
+from tinyllama.model.lora import write_adapter
 
 CONFIG = replace(GROUPED, max_seq_len=4096, rope_theta=10000.0, rms_norm_eps=1e-5)
 PARAMS = {"dim": 48, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "norm_eps": 1e-5}
@@ -104,6 +108,26 @@ def test_a_folder_gives_the_logits_of_hugging_faces(parts, embedding_axis, tmp_p
     ours, theirs = (Llama.from_pretrained(tmp_path / f)(tokens).numpy() for f in ("meta", "hf"))
     assert (ours == theirs).all()
     assert folder_parameters(tmp_path / "meta").total == sum(v.size for v in expected.values())
+
+
+def test_adapters_are_trained_on_it_loaded_and_merged(tmp_path):
+    folder = write_meta(tmp_path / "meta", replace(CONFIG, vocab_size=132), 2)
+    config = config_from_toml("", "t", [f"model.base={folder}", "lora.rank=2"])
+    config = config.with_base(open_model(folder).config, "base")
+    built = build(config)
+    randomize(built.model)
+    (tmp_path / "a").mkdir()
+    write_adapter(tmp_path / "a", built.model, built.adapter)
+    tokens = Tensor(random_batch(GROUPED).tokens).realize()
+    expected = built.model(tokens).numpy()
+    np.testing.assert_allclose(load_model(tmp_path / "a")(tokens).numpy(), expected, atol=1e-5)
+    merge(folder, [(tmp_path / "a", 1.0)], tmp_path / "out")
+    merged = Llama.from_pretrained(tmp_path / "out")(tokens).numpy()
+    assert difference(merged, expected) < 1e-4
+    (folder / "consolidated.01.safetensors").unlink()
+    write_meta(tmp_path / "other", replace(CONFIG, vocab_size=132), 2, seed=7)
+    with pytest.raises(WeightsError, match="was made for another base"):
+        load_model(tmp_path / "a", base=tmp_path / "other")
 
 
 @pytest.mark.parametrize(

@@ -144,7 +144,8 @@ def test_an_adapter_is_put_on_the_base_that_is_named_instead(base, adapter, tmp_
     folder, saved = adapter
     moved = base.rename(tmp_path / "moved")
     with pytest.raises(
-        WeightsError, match=r"must be the folder of the base model; if .* type --base FOLDER"
+        WeightsError,
+        match=r"must be the folder of the base model, or its name on the hub; .* --base FOLDER",
     ):
         load_model(folder)
     model = load_model(folder, base=moved)

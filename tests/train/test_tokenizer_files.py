@@ -133,6 +133,10 @@ def test_special_tokens_in_rows_are_single_ids_and_in_plain_texts_are_text(kind,
     assert tokenizer.special_tokens["<|im_start|>"] not in plain.tokens
     again = prepare([f"{tmp_path}/train.jsonl"], tokenizer, tmp_path / "cache", progress=False)
     assert again.starts.tolist() == rows.starts.tolist() and again.path == rows.path
+    base = write_chat_base(tmp_path / "base", KINDS[kind]())
+    trainer = Trainer(config_of(tmp_path, base, "data.special_tokens=false"), show=False)
+    texts = [[*tokenizer.begin, *tokenizer.encode(row), tokenizer.eos_id] for row in ROWS]
+    assert trainer.batches._dataset.tokens.tolist() == [n for row in texts for n in row]
 
 
 def test_rows_are_texts_alone_where_the_tokenizer_has_no_markup(tmp_path):

@@ -43,7 +43,10 @@ def _configured(config: Config, needed: int) -> tuple[NDArray[np.int64], str]:
     tokenizer = open_tokenizer(config.tokenizer_source)
     patterns = config.data.train_path
     paths = [patterns] if isinstance(patterns, str) else list(patterns)
-    dataset = prepare(paths, tokenizer, config.data.cache_dir, progress=False)
+    data = config.data
+    dataset = prepare(
+        paths, tokenizer, data.cache_dir, special_tokens=data.special_tokens, progress=False
+    )
     return np.asarray(
         dataset.tokens[:needed], np.int64
     ), f"{dataset.name}, {dataset.n_tokens} tokens"

@@ -92,6 +92,7 @@ def prepare(
     tokenizer: Tokenizer,
     cache_dir: str | Path,
     *,
+    special_tokens: bool = True,
     workers: int | None = None,
     progress: bool = True,
 ) -> TokenDataset:
@@ -100,24 +101,25 @@ def prepare(
     They are tokenized once: the folder's name is a digest of the texts and of the tokenizer, and
     it appears only when it is whole. The tokens do not depend on the number of `workers` (None:
     one per processor, or none for a few MB), the memory does not depend on the size of the texts.
-    Tokens whose sums do not hold are made again, which standard error says in one line. `progress`
-    shows a bar. Raises DataError for texts that cannot be read, or a folder that
-    cannot be written.
+    Tokens whose sums do not hold are made again, which standard error says in one line. Special
+    tokens written in rows are these tokens if `special_tokens` and the tokenizer has markup; in
+    plain text files they are text. `progress` shows a bar. Raises DataError for texts that cannot
+    be read, or a folder that cannot be written.
     """
     sources = find_sources(patterns)
     name = patterns if isinstance(patterns, str) else ", ".join(patterns)
     if workers is None:
         is_small = sum(source.size_bytes for source in sources) < _SMALL_BYTES
         workers = 1 if is_small else os.cpu_count() or 1
-    cache = Path(cache_dir)
+    cache, as_text = Path(cache_dir), tokenizer.has_markup and not special_tokens
     try:
-        folder = cache / _make_key(content_digests(sources, cache), sources, tokenizer)
+        folder = cache / _make_key(content_digests(sources, cache), sources, tokenizer, as_text)
         dataset = _opened(folder, tokenizer)
         if dataset is None:
             make_folder(cache, 0o700)
             remove_partials(cache)
             try:
-                _build(folder, sources, tokenizer, workers, progress)
+                _build(folder, sources, tokenizer, as_text, workers, progress)
             except FileExistsError:
                 if _opened(folder, tokenizer) is None:  # else another run made it meanwhile
                     raise
@@ -165,13 +167,14 @@ class _Encoded(NamedTuple):
 class _Encoder:
     """Chunk -> tokens; built once in each process."""
 
-    def __init__(self, files: Mapping[str, bytes], dtype: str) -> None:
+    def __init__(self, files: Mapping[str, bytes], dtype: str, as_text: bool = False) -> None:
+        """`as_text`: special tokens written in rows are text."""
         self._tokenizer = from_files(files, "tokenizer")
-        self._dtype = dtype
+        self._dtype, self._as_text = dtype, as_text
 
     def __call__(self, chunk: Chunk) -> _Encoded:
         tokenizer, has_rows = self._tokenizer, chunk.source.has_rows
-        special = has_rows and tokenizer.has_markup
+        special = has_rows and tokenizer.has_markup and not self._as_text
         ids: list[int] = []
         starts: list[int] = []
         n_empty = text_bytes = 0
@@ -198,7 +201,9 @@ class _Encoder:
         return [read_joined(chunk, joint)]
 
 
-def _make_key(digests: Sequence[str], sources: Sequence[Source], tokenizer: Tokenizer) -> str:
+def _make_key(
+    digests: Sequence[str], sources: Sequence[Source], tokenizer: Tokenizer, as_text: bool
+) -> str:
     """A digest of all that decides the tokens; not of names and dates, so that files can move."""
     # True and False as in earlier versions, so that their tokens are still used.
     read_as = {"text": False, "jsonl": True}
@@ -206,23 +211,30 @@ def _make_key(digests: Sequence[str], sources: Sequence[Source], tokenizer: Toke
         (read_as.get(source.format, source.format), digest)
         for source, digest in zip(sources, digests, strict=True)
     ]
-    made_of = msgspec.json.encode([tokenizer.ids_version, tokenizer.fingerprint, files])
-    return hashlib.sha256(made_of).hexdigest()[:32]
+    made_of = [tokenizer.ids_version, tokenizer.fingerprint, files]
+    made_of += ["special tokens are text"] * (as_text and any(s.has_rows for s in sources))
+    return hashlib.sha256(msgspec.json.encode(made_of)).hexdigest()[:32]
 
 
 def _build(
-    folder: Path, sources: Sequence[Source], tokenizer: Tokenizer, workers: int, progress: bool
+    folder: Path,
+    sources: Sequence[Source],
+    tokenizer: Tokenizer,
+    as_text: bool,
+    workers: int,
+    progress: bool,
 ) -> None:
     """Tokenize the sources into `folder`, which appears only when it is whole."""
     dtype: Literal["uint16", "uint32"] = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     meta = _Meta(dtype, 0, 0, 0, 0, tokenizer.bos_id, tokenizer.eos_id, "", "")
     chunks = (chunk for source in sources for chunk in cut(source))
+    make = partial(_Encoder, tokenizer.sources, dtype, as_text)
     with atomic_directory(folder) as made, progress_bar(sources, "Tokenizing", progress) as bar:
         with (
             open(made / _TOKENS_FILE, "wb") as file,
             open(made / _DOCUMENTS_FILE, "wb") as documents,
         ):
-            for part in ordered_map(partial(_Encoder, tokenizer.sources, dtype), chunks, workers):
+            for part in ordered_map(make, chunks, workers):
                 file.write(part.tokens.data)
                 documents.write((part.starts + meta.n_tokens).data)
                 meta.n_tokens += len(part.tokens)

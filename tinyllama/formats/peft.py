@@ -311,8 +311,8 @@ class AdapterFolder:
         place = f" ({printable(there, 400)})" if named else ""
         raise WeightsError(
             f"{self.path / ADAPTER_CONFIG}: base_model_name_or_path: got "
-            f"{printable(repr(named), 400)}{place}, must be the folder of the base model, or its "
-            "name on the hub; if that has moved, type --base FOLDER"
+            f"{printable(repr(named), 400)}{place}, must be the folder of the base model; if that "
+            "has moved, type --base FOLDER"
         )
 
     def _named_folder(self) -> Path | None:
@@ -558,6 +558,8 @@ def fingerprint(folder: ModelSource) -> str:
     """
     path = folder.path
     files = [path] if path.is_file() else [path / name for name in sorted(set(folder.files))]
+    if not all(file.exists() for file in files):  # Meta's, whose files are those of a copy
+        files = sorted(path.glob("*.safetensors"))
     return checked.digest("fingerprint", files, lambda: f"{_WHOLE}{_whole_fingerprint(folder)}")
 
 

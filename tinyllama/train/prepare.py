@@ -12,7 +12,7 @@ from typing import Any
 from tinygrad import Device
 
 from tinyllama.config import Config, RopeScaling
-from tinyllama.config.options import got, shown
+from tinyllama.config.options import got, shown, to_toml
 from tinyllama.data.files import Source, content_digests, find_sources, read_texts
 from tinyllama.errors import (
     CheckpointError,
@@ -219,7 +219,7 @@ def made_with(config: Config) -> dict[str, Any]:
 def _as_json(value: Any) -> Any:
     """The value of an option as the state's JSON gives it back."""
     if isinstance(value, RopeScaling):
-        return value.stated()
+        return to_toml(value)
     return list(value) if isinstance(value, tuple) else value
 
 
