@@ -588,13 +588,13 @@ for n in range(1, 21):
     losses.append(step([Batch(tokens, targets, starts)], n, 3e-3).loss)
 print(json.dumps(losses))
 """
-# Runs a step as few times as `times` kernels one by one, and sums their seconds by name.
+# Runs a step kernel by kernel, and sums their seconds by name.
 PROFILE = """
 import collections, json, sys, time
 from tinyllama.system import device
 device.select()
 import numpy as np
-from tinygrad.engine import realize
+from tinygrad.runtime.ops_cuda import CUDAProgram
 from tinyllama.config import config_from_toml
 from tinyllama.data.batches import Batch
 from tinyllama.model.build import build_random
@@ -608,16 +608,13 @@ tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, shape).as
 batch = Batch(tokens, np.roll(tokens, -1, 1), np.zeros_like(tokens))
 step([batch], 1, 1e-4)
 seconds, times = collections.Counter(), collections.Counter()
-run = realize.get_runtime
-def timed(device, program, cache=True):
-    start = run(device, program, cache)
-    def call(*buffers, **options):
-        took = start(*buffers, **options | {"wait": True})
-        seconds[program.arg.name] += took or 0.0
-        times[program.arg.name] += 1
-        return took
-    return call
-realize.get_runtime = timed
+run = CUDAProgram.__call__
+def timed(program, *buffers, **options):
+    took = run(program, *buffers, **options | {"wait": True})
+    seconds[program.name] += took or 0.0
+    times[program.name] += 1
+    return took
+CUDAProgram.__call__ = timed
 step([batch], 2, 1e-4)
 print(json.dumps([[name, times[name], s] for name, s in seconds.most_common()]))
 """
