@@ -54,8 +54,8 @@ from tinyllama.formats.model_config import config_to_hf
 from tinyllama.formats.models import ModelSource, open_model
 from tinyllama.formats.peft import AdapterConfig, AdapterFolder
 from tinyllama.formats.safetensors import LazyArray, write_safetensors
-from tinyllama.formats.untrusted import read_json
 from tinyllama.system.files import atomic_directory, remove_partials
+from tinyllama.system.untrusted import read_json
 from tinyllama.tokenizers.opening import holds_tokenizer, open_tokenizer
 from tinyllama.tokenizers.tokenizer import write_files
 from tinyllama.train.manifest import verify_loaded

@@ -32,7 +32,7 @@ from tinyllama.data.detect import BOM, HEAD_BYTES, SUFFIXES, Format, detect
 from tinyllama.data.jsonl import parse_row
 from tinyllama.errors import DataError, reason
 from tinyllama.system.files import atomic_write, make_folder, read_file, sha256_file
-from tinyllama.system.json_files import MOST_BYTES, parse_json
+from tinyllama.system.untrusted import MOST_BYTES, parse_json
 
 CHUNK_BYTES = 1 << 20
 MAX_ROW_BYTES = 64 << 20  # a row is parsed whole, so it bounds the memory

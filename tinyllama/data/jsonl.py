@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import msgspec
 
 from tinyllama.errors import DataError
-from tinyllama.system.json_files import short
+from tinyllama.system.untrusted import printable
 
 _MOST_VALUES = 1_000_000  # that Python's reader makes objects of, 80 bytes each
 _OTHER_ROWS = {"prompt", "completion", "messages", "instruction", "conversations"}
@@ -53,7 +53,7 @@ def _parse_refused(data: bytes) -> str:
     if not isinstance(row, dict):
         raise DataError(f'must be an object {{"text": ...}}, got {type(row).__name__}')
     if "text" not in row:
-        keys = ", ".join(short(repr(key), 40) for key in list(row)[:8]) or "none"
+        keys = ", ".join(printable(repr(key), 40) for key in list(row)[:8]) or "none"
         raise DataError(f'no "text"; keys found: {keys}{other_rows_hint(row)}')
     text = row["text"]
     if not isinstance(text, str):

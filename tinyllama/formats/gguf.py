@@ -36,7 +36,7 @@ from tinyllama.formats.huggingface import WEIGHTS, Shape, check_names, llama_sha
 from tinyllama.formats.model_config import config_from_hf
 from tinyllama.formats.packed import PackedForm, PackedRows
 from tinyllama.formats.safetensors import LazyArray
-from tinyllama.formats.untrusted import printable, what_it_is
+from tinyllama.system.untrusted import printable, what_it_is
 
 SUFFIX = ".gguf"
 # The largest real headers (a vocabulary of 256 thousand pieces with merges) take 15 MB.

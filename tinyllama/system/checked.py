@@ -20,7 +20,7 @@ import msgspec
 from tinyllama.errors import TinyllamaError
 from tinyllama.system import device
 from tinyllama.system.files import atomic_write, private_folder
-from tinyllama.system.json_files import read_json_file
+from tinyllama.system.untrusted import read_json_file
 
 SMALL_BYTES = 64 << 20  # read sooner than looked up
 BELIEVED_SECONDS = 24 * 3600
