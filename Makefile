@@ -34,9 +34,9 @@ LLAMA_DEMOS := llama-demo-train llama-demo-lora llama-demo-qlora
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help venv demo smollm2 docstrings test readme tier1 tier2 tier3 ci lint coverage mutants \
+.PHONY: help venv demo smollm2 test readme tier1 tier2 tier3 ci lint coverage mutants \
   llama-properties llama-mutations llama-tests llama-demo-train llama-demo-lora llama-demo-qlora \
-  llama-ci chaos conformance llamacpp neon gpu-races backends-report tinygrad proof-7b clean
+  llama-ci chaos conformance docstrings llamacpp neon gpu-races backends-report tinygrad proof-7b clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-17s %s\n", $$1, $$2}' Makefile
