@@ -175,8 +175,7 @@ def got(value: object, must_be: str) -> str:
 def shown(value: object) -> str:
     """A value for a message: as in TOML, and shortened if it is long."""
     text = "nothing" if value is None else to_toml(value)
-    cut = text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
-    return printable(cut, len(cut))
+    return printable(text, _SHOWN_CHARACTERS + 3)
 
 
 def nearest(word: str, candidates: Iterable[str]) -> str:

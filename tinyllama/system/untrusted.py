@@ -40,9 +40,9 @@ _BEGINNINGS = {
 def printable(text: object, most: int = 200) -> str:
     """Text from a file, fit for a message: of bounded length, without line ends and without the
     characters that a terminal acts on."""
-    shown = str(text)
-    cut = shown if len(shown) <= most else f"{shown[: most - 3]}..."
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in cut)
+    whole = str(text)
+    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in whole[: most + 1])
+    return shown if len(shown) <= most else f"{shown[: most - 3]}..."
 
 
 def some_of(problems: Iterable[str], source: object) -> str:
