@@ -252,7 +252,7 @@ def test_what_is_no_model_is_called_what_it_is(tmp_path, capsys):
     found = {
         "file": "is a file, must be the folder of a model or end in .gguf",
         "empty": "holds neither a model nor a checkpoint of a run",
-        "none": "no such folder",
+        "none": "no such file or folder",
     }
     for name, message in found.items():
         assert cli("generate", "--model", tmp_path / name) == 2
