@@ -230,6 +230,7 @@ def held_out_loss(model: Any, task: Task) -> float:
     return total / count
 
 
+FORMS = "forms"
 PARTS: dict[str, Callable[[Task], Result]] = {"peft": peft, "lora": lora, "qlora": qlora}
 
 
@@ -282,6 +283,17 @@ def uses(task: Task) -> Iterator[Use]:
         check = next(line for line in said.splitlines() if line.startswith("checked: "))
         form = f"{to}, {dtype}"
         yield Use(form, size(path), check.removeprefix("checked: "), generated(path))
+
+
+def forms_of(task: Task) -> list[Use]:
+    """The same, printed; those of an earlier part if there are any."""
+    file = task.work / "forms.json"
+    if not file.exists():
+        atomic_write(file, json.dumps([asdict(use) for use in uses(task)]).encode())
+    forms = [Use(**use) for use in json.loads(file.read_text())]
+    for use in forms:
+        print(f"{use.form}: {use.check}\n{use.text}", flush=True)
+    return forms
 
 
 def size(path: Path) -> int:
@@ -389,20 +401,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=2, help="windows per step")
     parser.add_argument("--context", type=int, default=128, help="tokens per window")
     parser.add_argument("--torch-threads", type=int, help="on a busy machine 1 is the fastest")
-    parser.add_argument("--only", choices=PARTS, help="train in one way, and stop")
+    parser.add_argument("--only", choices=[*PARTS, FORMS], help="one part")
     parser.add_argument("--out", type=Path, help="Markdown file to write")
     options = parser.parse_args(arguments)
     try:
         task = Task(options)
         task.prepare()
         if options.only:
-            part(task, options.only)
+            forms_of(task) if options.only == FORMS else part(task, options.only)
             return 0
         results = {name: part(task, name) for name in PARTS}
-        forms = []
-        for use in uses(task):
-            print(f"{use.form}: {use.check}\n{use.text}", flush=True)
-            forms.append(use)
+        forms = forms_of(task)
     except (TinyllamaError, OSError, subprocess.CalledProcessError) as error:
         print(f"compare_peft: {error}", file=sys.stderr)
         return 2
