@@ -175,7 +175,8 @@ def got(value: object, must_be: str) -> str:
 def shown(value: object) -> str:
     """A value for a message: as in TOML, and shortened if it is long."""
     text = "nothing" if value is None else to_toml(value)
-    return printable(text, _SHOWN_CHARACTERS + 3)
+    cut = text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
+    return printable(cut, 4 * len(cut))  # escapes are longer than what they stand for
 
 
 def nearest(word: str, candidates: Iterable[str]) -> str:

@@ -62,7 +62,7 @@ def digest(kind: str, paths: Sequence[Path], take: Callable[[], str]) -> str:
     # A file that was just written could be written again without any of its dates changing.
     newest = max(date for path in paths for date in _dates(path))
     if time.time() - newest / 1e9 > _SETTLED_SECONDS and _identity(paths) == identity:
-        _add(name, _Entry(identity, found, time.time()))
+        _add(name, _Entry(identity, found, round(time.time(), 3)))
     return found
 
 

@@ -37,7 +37,7 @@ _BEGINNINGS = {
 }
 
 
-def printable(text: object, most: int = 200) -> str:
+def printable(text: object, most: int = 120) -> str:
     """Text from a file, fit for a message: of bounded length, without line ends and without the
     characters that a terminal acts on."""
     whole = str(text)
