@@ -30,7 +30,7 @@ LLAMA_DEMOS := llama-demo-train llama-demo-lora llama-demo-qlora
 .NOTPARALLEL:
 .PHONY: help venv demo test readme tier1 tier2 tier3 ci lint coverage mutants \
   llama-properties llama-mutations llama-tests llama-demo-train llama-demo-lora llama-demo-qlora \
-  llama-ci conformance neon gpu-races tinygrad proof-7b clean
+  llama-ci conformance neon gpu-races backends-report tinygrad proof-7b clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-17s %s\n", $$1, $$2}' Makefile
@@ -107,6 +107,10 @@ neon: $(VENV)/.dev ## run the kernels' NEON form, under emulation (a minute, 200
 gpu-races: $(VENV)/.dev ## look for data races in the GPU kernels, under oclgrind (a minute)
 	@tools/system.sh --required clang oclgrind
 	$(PYTEST) -q $(PARALLEL) tests/ops/gpu/races_under_oclgrind.py
+
+backends-report: $(VENV)/.dev ## count a step on every backend, with or without its device (10 minutes)
+	@tools/system.sh --required clang opencl
+	$(PY) -m tinyllama.backends --report docs
 
 tinygrad: $(VENV)/.created ## measure the pinned tinygrad beside the newest (VERSIONS=...)
 	@tools/system.sh clang

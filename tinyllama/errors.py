@@ -63,6 +63,7 @@ _REASONS = {
     errno.ENOENT: "No such file or folder",
     errno.ENOTDIR: "Not a folder",
     errno.EISDIR: "Is a folder, not a file",
+    errno.ELOOP: "Is a link, which is not followed here",
     errno.ENOTEMPTY: "The folder is not empty",
 }
 

@@ -51,14 +51,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device.select()
     lines = ["| kernel caches | memory | first loss, s | second step, s |", "|---|---|---|---|"]
     with tempfile.TemporaryDirectory() as folder:
-        warm = Path(folder) / "warm.db"
+        warm = Path(folder) / "warm"
         spec, steps = prepared(options.bench, Path(folder) / "tokens.npy")
         measured(spec, steps, warm)  # fills the cache
         for caches in ("warm", "cold"):
             for taken in dict.fromkeys((options.gigabytes, 0)):
                 measurements = []
                 for number in range(options.runs):
-                    cache = warm if caches == "warm" else Path(folder) / f"{taken} {number}.db"
+                    cache = warm if caches == "warm" else Path(folder) / f"{taken} {number}"
                     measurements.append(measured(spec, steps, cache, taken))
                 lines.append(row(caches, taken, measurements))
                 print(lines[-1], flush=True)
@@ -87,7 +87,7 @@ def measured(spec: Spec, steps: int, cache: Path, taken: int = 0) -> dict[str, A
     """The benchmark's result for one new process that keeps compiled kernels in `cache`."""
     if taken:
         subprocess.run([sys.executable, "-c", TAKE, str(taken)], check=True)
-    os.environ["CACHEDB"] = str(cache)  # tinygrad's, in the new process
+    os.environ["TINYLLAMA_KERNEL_CACHE"] = str(cache)
     commands = contenders(None, None)
     (worker,) = race(commands, dict.fromkeys(commands, spec), steps)
     return summarise(worker, spec, 1)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,22 +13,26 @@ import numpy as np
 import pytest
 from lora_helpers import BASE, write_base
 from model_helpers import difference, random_batch
+from runs_helpers import left_behind
 from tinygrad import Tensor
 
 from tinyllama.config import ALL_LINEAR
 from tinyllama.convert.merge import merge, parse_adapter
-from tinyllama.errors import ConfigError, WeightsError
+from tinyllama.errors import CheckpointError, ConfigError, WeightsError
 from tinyllama.formats.dtypes import to_bfloat16
 from tinyllama.formats.huggingface import HfFolder, linear_shapes_by_path, open_folder
 from tinyllama.formats.peft import (
+    ADAPTER_WEIGHTS,
     AdapterConfig,
     Placement,
+    _sampled_fingerprint,
     fingerprint,
     save_adapter,
 )
-from tinyllama.formats.safetensors import write_safetensors
+from tinyllama.formats.safetensors import SafetensorsFile, write_safetensors
 from tinyllama.model.build import load_model
 from tinyllama.model.llama import Llama
+from tinyllama.train.manifest import write_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
 QV = ("q_proj", "v_proj")
@@ -247,9 +252,54 @@ def test_an_adapter_with_a_value_that_is_not_finite_is_refused_by_name(base, tmp
     assert message.endswith(f"base_model.model.{name}: holds a value that is not finite")
 
 
+@pytest.mark.parametrize("place", ["base", "adapter"])
+def test_a_checkpoint_with_a_flipped_bit_is_not_merged(base, tmp_path, place):
+    adapter, *_ = write_adapter(tmp_path / "a", base)
+    folder, name = (base, "model.safetensors") if place == "base" else (adapter, ADAPTER_WEIGHTS)
+    write_manifest(folder, {})
+    data = bytearray((folder / name).read_bytes())
+    data[-3] ^= 1
+    (folder / name).write_bytes(data)
+    message = refused(CheckpointError, base, [(adapter, 1.0)], tmp_path / "out", unmerge=True)
+    assert f"{folder / name}: changed" in message
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_a_base_that_differs_in_any_byte_is_another_base(base, tmp_path, part):
+    """Earlier versions looked at 3 x 1024 values of each tensor."""
+    file = base / "model.safetensors"
+    name = "model.embed_tokens.weight"
+    adapter, *_ = write_adapter(tmp_path / "a", base)
+    was = open_folder(base).array(name).copy()
+    info = SafetensorsFile(file).tensors[name]
+    data = bytearray(file.read_bytes())
+    data[info.offset + part * (info.size_bytes - 1) // 3] ^= 1
+    file.write_bytes(data)
+    assert (open_folder(base).array(name) != was).sum() == 1
+    message = refused(WeightsError, base, [(adapter, 1.0)], tmp_path / "out")
+    assert message.startswith(f"{adapter}: was made for another base ")
+
+
+def test_an_adapter_with_a_fingerprint_of_an_earlier_version_is_compared_by_that(base, tmp_path):
+    adapter, *_ = write_adapter(tmp_path / "a", base)
+    file = adapter / ADAPTER_WEIGHTS
+    stored = SafetensorsFile(file)
+    tensors = {name: stored.source(name) for name in stored.names}
+    sampled = _sampled_fingerprint(open_folder(base))
+    assert re.fullmatch("[0-9a-f]{64}", sampled)
+    metadata = stored.metadata | {"base_fingerprint": sampled}
+    write_safetensors(tmp_path / "new", tensors, metadata)
+    (tmp_path / "new").rename(file)
+    merge(base, [(adapter, 1.0)], tmp_path / "out")
+    other = write_base(tmp_path / "other", seed=9)
+    message = refused(WeightsError, other, [(adapter, 1.0)], tmp_path / "out2")
+    assert message.startswith(f"{adapter}: was made for another base ")
+
+
 def test_what_a_killed_merge_left_is_removed_by_the_next(base, tmp_path):
     adapter, *_ = write_adapter(tmp_path / "a", base)
-    left = tmp_path / ".out.partial-999999999"
+    left = left_behind(tmp_path, "out")
     left.mkdir()
     merge(base, [(adapter, 1.0)], tmp_path / "out")
     assert not left.exists()

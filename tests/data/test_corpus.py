@@ -1,15 +1,20 @@
 """Tokens on disk: made once, by any number of processes, whole or not at all, in bounded memory."""
 
+import hashlib
+import json
 import os
 import shutil
 from pathlib import Path
 
+import msgspec
+import numpy as np
 import pytest
 from data_helpers import LINE, documents, load, run_python, small_tokenizer, write
 
 from tinyllama.data import corpus, files
 from tinyllama.data.corpus import prepare
 from tinyllama.errors import DataError
+from tinyllama.system.files import pieces_digest
 from tinyllama.tokenizers.sentencepiece import Tokenizer, train_tokenizer
 
 
@@ -91,12 +96,126 @@ def test_a_file_left_alone_is_not_read_again(
     assert load(tokenizer, "a.txt").n_documents == 1
 
 
+def flip(path: Path, bit: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(data)
+
+
 @pytest.mark.parametrize("damaged", ["tokens.bin", "meta.json"])
-def test_damaged_tokens_are_made_again(tokenizer: Tokenizer, damaged: str) -> None:
+def test_damaged_tokens_are_made_again_and_it_is_said_in_one_line(
+    tokenizer: Tokenizer, damaged: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     write("a.txt", LINE)
     folder = load(tokenizer, "a.txt").path
-    (folder / damaged).write_bytes((folder / damaged).read_bytes()[:-1])
+    whole = (folder / damaged).read_bytes()
+    assert capsys.readouterr().err == ""
+    (folder / damaged).write_bytes(whole[:-1])
     assert documents(load(tokenizer, "a.txt"), tokenizer) == [LINE]
+    assert capsys.readouterr().err.endswith("; the text is tokenized again\n")
+    for bit in range(0, 8 * len(whole), 11):
+        flip(folder / damaged, bit)
+        assert documents(load(tokenizer, "a.txt"), tokenizer) == [LINE]
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and said.endswith("; the text is tokenized again\n"), bit
+    assert (folder / damaged).read_bytes() == whole
+
+
+def planted(folder: Path, **changes: object) -> None:
+    """The folder's meta.json with other values, and a sum that holds."""
+    values = json.loads((folder / "meta.json").read_bytes()) | {"sum": ""} | changes
+    values["sum"] = hashlib.blake2b(msgspec.json.encode(values), digest_size=32).hexdigest()
+    (folder / "meta.json").write_bytes(msgspec.json.encode(values))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dtype": "O"},
+        {"dtype": "object"},
+        {"dtype": "uint64"},
+        {"dtype": "float16"},
+        {"n_tokens": 1},
+        {"n_tokens": -1},
+        {"n_tokens": 10**30},
+        {"n_documents": "1"},
+        {"bos_id": 5000},
+        {"eos_id": -1},
+        {"digest": "0" * 64},
+    ],
+)
+def test_a_planted_cache_is_harmless(tokenizer: Tokenizer, changes: dict[str, object]) -> None:
+    write("a.txt", LINE)
+    folder = load(tokenizer, "a.txt").path
+    planted(folder, **changes)
+    dataset = load(tokenizer, "a.txt")
+    assert documents(dataset, tokenizer) == [LINE] and dataset.tokens.dtype == np.uint16
+
+
+def test_a_planted_id_past_the_vocabulary_is_never_used(tokenizer: Tokenizer) -> None:
+    write("a.txt", LINE)
+    folder = load(tokenizer, "a.txt").path
+    tokens = np.fromfile(folder / "tokens.bin", np.uint16)
+    tokens[3] = tokenizer.vocab_size
+    tokens.tofile(folder / "tokens.bin")
+    planted(folder, digest=pieces_digest(folder / "tokens.bin"))
+    assert documents(load(tokenizer, "a.txt"), tokenizer) == [LINE]
+
+
+@pytest.mark.parametrize("name", ["", "tokens.bin", "meta.json"])
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder", "zeros"])
+def test_no_link_pipe_or_device_is_taken_for_tokens(
+    tokenizer: Tokenizer, name: str, kind: str
+) -> None:
+    write("a.txt", LINE)
+    path = load(tokenizer, "a.txt").path / name
+    path.rename("elsewhere")
+    if kind == "link":
+        path.symlink_to(Path("elsewhere").absolute())
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/zero")
+    assert documents(load(tokenizer, "a.txt"), tokenizer) == [LINE]
+    assert Path("elsewhere").exists()
+
+
+def test_a_damaged_file_of_digests_is_said_and_made_again(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(files, "_SETTLED_SECONDS", -1.0)
+    write("a.txt", LINE)
+    folder = load(tokenizer, "a.txt").path
+    file = Path("cache/digests.json")
+    whole = file.read_bytes()
+    for place, byte in enumerate(whole):
+        if byte in b"0123456789":
+            other = b"1" if byte == ord("0") else b"0"
+            file.write_bytes(whole[:place] + other + whole[place + 1 :])
+            assert load(tokenizer, "a.txt").path == folder
+            said = capsys.readouterr().err
+            assert said.count("\n") == 1 and said.endswith("; the texts are read again\n")
+            assert file.read_bytes() == whole
+    for data in (b"[" * 10**6, b'{"files": {"a": [[], "0"]}, "sum": ""}', b"[]" * 10**6):
+        file.write_bytes(data)
+        assert load(tokenizer, "a.txt").path == folder
+        assert len(capsys.readouterr().err) < 400
+    file.unlink()
+    os.mkfifo(file)
+    assert load(tokenizer, "a.txt").path == folder
+    victim = write("victim", "precious")
+    file.unlink()
+    file.symlink_to(victim.absolute())
+    assert load(tokenizer, "a.txt").path == folder
+    assert victim.read_text() == "precious" and file.read_bytes() == whole
+
+
+def test_the_cache_is_closed_to_others(tokenizer: Tokenizer) -> None:
+    write("a.txt", LINE)
+    load(tokenizer, "a.txt")
+    assert Path("cache").stat().st_mode & 0o777 == 0o700
 
 
 @pytest.mark.parametrize("new", ["shorter", LINE.upper(), LINE + "longer"])

@@ -11,13 +11,12 @@ from tinyllama.errors import ConfigError, WeightsError
 from tinyllama.formats.dtypes import RawArray, to_bfloat16
 from tinyllama.formats.huggingface import (
     check_names,
-    config_from_hf,
-    config_to_hf,
     llama_shapes,
     open_folder,
     save_folder,
     weights_bytes,
 )
+from tinyllama.formats.model_config import config_from_hf, config_to_hf
 from tinyllama.formats.safetensors import LazyArray, SafetensorsFile, write_safetensors
 
 CONFIG = LlamaConfig(
@@ -221,21 +220,38 @@ def test_rope_theta_is_read_from_either_form(form):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "mistral"}, "model_type: got 'mistral', must be 'llama'"),
-        ({"model_type": None}, "model_type: got None, must be 'llama'"),
+        ({"model_type": "gemma"}, "model_type: got 'gemma', must be one of 'llama', 'mistral'"),
+        ({"model_type": None}, "model_type: got None, must be one of 'llama', 'mistral'"),
+        ({"model_type": ["llama"]}, r"model_type: got \['llama'\], must be one of"),
         ({"hidden_act": "gelu"}, "hidden_act: got 'gelu', must be 'silu'"),
-        ({"attention_bias": True}, "attention_bias: got True, must be False"),
-        ({"mlp_bias": True}, "mlp_bias: got True, must be False"),
+        ({"attention_bias": "some"}, 'attention_bias: got "some", must be true or false'),
+        ({"mlp_bias": 1}, "mlp_bias: got 1, must be true or false"),
         ({"quantization_config": {"bits": 4}}, "quantization_config: got .*, must be absent"),
-        ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling: got 'linear', must be"),
-        ({"rope_scaling": {"rope_type": "llama3"}}, "rope_scaling: got 'llama3', must be"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters: got 'yarn', must be"),
-        ({"rope_parameters": [1]}, r"rope_parameters: got \[1\], must be"),
+        (
+            {"rope_scaling": {"type": "longrope", "factor": 2}},
+            "got 'longrope', cannot be computed",
+        ),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor: missing"),
+        ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "factor: expected float >= 1"),
+        ({"rope_scaling": {"type": "linear", "factor": "2"}}, "factor: expected float, got str"),
+        ({"rope_scaling": {"type": "linear", "factor": 2, "x": 1}}, "contains unknown field x"),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8}},
+            "rope_scaling: .*must be one with low_freq_factor and a larger high_freq_factor",
+        ),
+        ({"rope_parameters": [1]}, r"rope_parameters: got \[1\], must be an object"),
+        (
+            {
+                "rope_scaling": {"type": "linear", "factor": 2},
+                "rope_parameters": {"rope_type": "linear", "factor": 4},
+            },
+            "rope_parameters, rope_scaling: contradict each other",
+        ),
         ({"rope_parameters": {"full": {"rope_theta": 1.0}}}, r"one for each of \['full'\]"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor: got 0.5"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: got 0.5, must be 1.0"),
         ({"rope_theta": 1e4, "rope_parameters": {"rope_theta": 1e6}}, "contradict each other"),
-        ({"head_dim": 64}, "head_dim: got 64, must be hidden_size / num_attention_heads = 128"),
+        ({"head_dim": 65}, "head_dim: got 65, must be an integer of 2 or more and a multiple of 2"),
         ({"num_attention_heads": None}, "num_attention_heads: missing"),
         ({"num_attention_heads": 33}, "4096"),
         ({"vocab_size": "many"}, "many"),
@@ -249,7 +265,7 @@ def test_what_cannot_be_computed_is_refused_by_name(changes, message):
 
 def test_every_problem_of_a_config_is_reported_at_once():
     with pytest.raises(ConfigError) as error:
-        config_from_hf({"model_type": "llama", "mlp_bias": True, "vocab_size": 5}, "c")
+        config_from_hf({"model_type": "llama", "hidden_act": "gelu", "vocab_size": 5}, "c")
     assert len(str(error.value).split("\n")) == 5
 
 

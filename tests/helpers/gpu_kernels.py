@@ -18,7 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from tinyllama.runtime.blocks import Launch, Packed, attention, product
+from tinyllama.ops.gpu.attention import attention
+from tinyllama.ops.gpu.gemm import Packed, product
+from tinyllama.runtime.blocks import Launch
 
 EMULATOR = Path(__file__).resolve().parents[1] / "ops" / "gpu"
 GUARD = 1 << 17  # bytes around an array that a kernel must not touch

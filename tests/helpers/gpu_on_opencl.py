@@ -1,4 +1,4 @@
-"""Runs OpenCL texts for real: `python gpu_on_opencl.py product|attention NAME...` prints JSON.
+"""Runs OpenCL texts for real: `python gpu_on_opencl.py product|attention|rows NAME...` prints JSON.
 
 A process of its own: pocl reads POCL_MAX_PTHREAD_COUNT when it is loaded.
 """
@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 import gpu_kernels
+import gpu_rows
 import numpy as np
 from tinygrad import dtypes
 from tinygrad.device import Buffer, Device
@@ -37,6 +38,8 @@ if __name__ == "__main__":
     for name in names:
         if kind == "product":
             found[name] = gpu_kernels.run_product(run, "opencl", name)
+        elif kind == "rows":
+            found[name] = gpu_rows.CASES[name](run, "opencl", gpu_rows.same)
         else:
             # Of local memory this case needs 33 KB, more than the least that a device has.
             limits = Limits(64 << 10) if name.startswith("float32, D 128") else None

@@ -46,7 +46,8 @@ def random_weights(config, seed=0):
     weights = {}
     for name, shape in llama_shapes(config).items():
         values = rng.standard_normal(shape)
-        weights[name] = 1 + 0.3 * values if len(shape) == 1 else values / np.sqrt(shape[1])
+        around = 0 if name.endswith(".bias") else 1
+        weights[name] = around + 0.3 * values if len(shape) == 1 else values / np.sqrt(shape[1])
     return {name: values.astype(np.float32) for name, values in weights.items()}
 
 
@@ -109,9 +110,9 @@ def reference_logits(weights, config, tokens, starts=None):
         n = _norm(x, part["input_layernorm.weight"], config.rms_norm_eps)
         x = x + _attention(n, part, config, starts)
         n = _norm(x, part["post_attention_layernorm.weight"], config.rms_norm_eps)
-        gate = n @ part["mlp.gate_proj.weight"].T
-        inner = gate / (1 + np.exp(-gate)) * (n @ part["mlp.up_proj.weight"].T)
-        x = x + inner @ part["mlp.down_proj.weight"].T
+        gate = _linear(n, part, "mlp.gate_proj")
+        inner = gate / (1 + np.exp(-gate)) * _linear(n, part, "mlp.up_proj")
+        x = x + _linear(inner, part, "mlp.down_proj")
     x = _norm(x, w["model.norm.weight"], config.rms_norm_eps)
     return x @ w[EMBEDDING if config.tie_word_embeddings else HEAD].T
 
@@ -129,17 +130,24 @@ def _norm(x, weight, eps):
     return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * weight
 
 
+def _linear(x, part, name):
+    return x @ part[f"{name}.weight"].T + part.get(f"{name}.bias", 0)
+
+
 def _attention(n, part, config, starts):
-    """Head h looks at key head h // (heads / key heads), at no later token of its document."""
+    """Head h looks at key head h // (heads / key heads), at no later token of its document and at
+    none before its window."""
     B, T, _ = n.shape
     H, KV, D = config.num_heads, config.kv_heads, config.head_dim
     q, k, v = (
-        (n @ part[f"self_attn.{name}_proj.weight"].T).reshape(B, T, heads, D)
+        _linear(n, part, f"self_attn.{name}_proj").reshape(B, T, heads, D)
         for name, heads in (("q", H), ("k", KV), ("v", KV))
     )
     q, k = _rotate(q, config.rope_theta), _rotate(k, config.rope_theta)
     position = np.arange(T)
     seen = np.broadcast_to(position <= position[:, None], (B, T, T))
+    if config.sliding_window is not None:
+        seen = seen & (position[:, None] - position < config.sliding_window)
     if starts is not None:
         seen = seen & (position >= starts[:, :, None])
     out = np.empty((B, T, H, D))
@@ -149,7 +157,7 @@ def _attention(n, part, config, starts):
         p = np.where(seen, np.exp(scores - scores.max(-1, keepdims=True)), 0)
         p /= p.sum(-1, keepdims=True)
         out[:, :, h] = np.einsum("bts,bsd->btd", p, v[:, :, group])
-    return out.reshape(B, T, H * D) @ part["self_attn.o_proj.weight"].T
+    return _linear(out.reshape(B, T, H * D), part, "self_attn.o_proj")
 
 
 def _rotate(x, theta):

@@ -17,7 +17,7 @@ import pytest
 from tinyllama.cli.app import main
 from tinyllama.config import Config, config_from_toml
 from tinyllama.observe.metrics import read_metrics
-from tinyllama.system import device
+from tinyllama.system import device, partials
 from tinyllama.tokenizers.sentencepiece import Tokenizer, train_tokenizer
 from tinyllama.train.checkpoint import list_checkpoints
 from tinyllama.train.trainer import Outcome, Trainer
@@ -126,6 +126,12 @@ def numbers(run: Path) -> dict[int, dict[str, float]]:
         step: {key: value for key, value in line.items() if key not in free}
         for step, line in metrics(run).items()
     }
+
+
+def left_behind(parent: Path, name: str) -> Path:
+    """The name of what a killed process of this boot left, half-written, in place of `name`."""
+    owner = f"999999999-{partials._boot()}-{partials._namespace()}-0123abcd"
+    return parent / f".{name}.partial-{owner}"
 
 
 def names(run: Path) -> list[str]:

@@ -17,6 +17,7 @@ from tinyllama.config import LlamaConfig
 from tinyllama.errors import ConfigError, WeightsError
 from tinyllama.formats.dtypes import to_bfloat16
 from tinyllama.formats.int4 import as_packed, largest_block, row_parts
+from tinyllama.formats.packed import PackedForm
 from tinyllama.model import int4, lora
 from tinyllama.model.int4 import Int4Linear, quantize_rows
 from tinyllama.model.layers import Linear, block_linears
@@ -188,12 +189,12 @@ def test_block_size_that_does_not_divide_is_refused_by_name(tmp_path):
         "the largest that does is 32"
     )
     with pytest.raises(ConfigError) as error:
-        Int4Linear(100, 64, 64)
+        Int4Linear(100, 64, PackedForm(4, 64))
     assert str(error.value) == (
         "qlora.block_size: got 64, must be an even divisor of 100, the inputs of a linear layer"
     )
     with pytest.raises(ConfigError, match="got 25, must be an even divisor of 100"):
-        Int4Linear(100, 64, 25)
+        Int4Linear(100, 64, PackedForm(4, 25))
 
 
 def test_linear_layers_are_packed_and_the_rest_is_kept(base):
@@ -246,7 +247,7 @@ def test_an_adapter_on_a_packed_layer_gets_the_gradients_of_one_on_the_dense_lay
     weight, x, dy = (
         rng.standard_normal(n).astype(np.float32) for n in ((40, 64), (5, 64), (5, 40))
     )
-    packed, plain = Int4Linear(64, 40, 32), Linear(64, 40)
+    packed, plain = Int4Linear(64, 40, PackedForm(4, 32)), Linear(64, 40)
     for tensor, values in zip(
         (packed.packed, packed.scales), quantize_rows(weight, 32), strict=True
     ):
@@ -276,7 +277,7 @@ def test_a_model_on_a_packed_base_has_the_gradients_of_the_dense_one(base):
 
 
 def test_a_weight_that_was_widened_is_not_kept_for_the_backward_pass():
-    layer = Int4Linear(64, 40, 32)
+    layer = Int4Linear(64, 40, PackedForm(4, 32))
     x = Tensor.empty(5, 64)
     with forms.forced("portable"):
         y = layer(x.exp().contiguous())

@@ -1,5 +1,6 @@
 """The model: its logits and losses by the formula, its names, its folder, its first weights."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -228,3 +229,18 @@ def test_a_token_beyond_the_vocabulary_reads_as_an_embedding_of_zeros(form):
     with forms.forced(form):
         found = logits_of(build(GROUPED), tokens)
     assert difference(found, reference_logits(weights, GROUPED, tokens)) < 1e-5
+
+
+def test_what_a_base_says_and_is_still_true_is_written_back(tmp_path):
+    build(GROUPED).save_pretrained(tmp_path / "base")
+    path = tmp_path / "base" / "config.json"
+    extra = {"model_type": "mistral", "pad_token_id": 7, "of_theirs": [1], "eos_token_id": [2, 5]}
+    extra |= {"sliding_window": None, "auto_map": {"AutoModel": "code.py"}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | extra))
+    (tmp_path / "base" / "generation_config.json").unlink()
+    Llama.from_pretrained(tmp_path / "base").save_pretrained(tmp_path / "again")
+    written = json.loads((tmp_path / "again" / "config.json").read_text())
+    for key in ("model_type", "pad_token_id", "of_theirs", "eos_token_id", "sliding_window"):
+        assert written[key] == extra[key], key
+    assert written["architectures"] == ["MistralForCausalLM"]
+    assert "auto_map" not in written

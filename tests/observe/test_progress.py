@@ -155,3 +155,26 @@ def test_the_width_is_that_of_the_terminal(monkeypatch: pytest.MonkeyPatch) -> N
 def test_the_first_two_parts_lose_their_words_last() -> None:
     assert fitting(["step 1/2", "loss 3.0"], 18) == "step 1/2  loss 3.0"
     assert fitting(["step 1/2", "loss 3.0"], 17) == "1/2 3.0"
+
+
+def test_the_wait_for_compilers_is_one_line_in_a_file(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(0) as shown:
+        for done in range(1, 41):
+            shown.compiling(done, 40)
+    with Progress(0, shown=False) as shown:
+        shown.compiling(1, 40)
+    assert capsys.readouterr().err == "compiling 40 kernels for the GPU\n"
+
+
+def test_the_wait_for_compilers_is_counted_on_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, clock: Clock
+) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(progress.sys, "stderr", terminal)
+    with Progress(0) as shown:
+        for done in range(1, 5):
+            shown.compiling(done, 4)
+            clock.now += 0.06
+    lines = terminal.drawings()
+    assert [line.split()[-1] for line in lines] == ["1/4", "3/4", "4/4", "4/4"]
+    assert lines[0] == "compiling kernels for the GPU  1/4"

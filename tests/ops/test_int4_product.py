@@ -17,6 +17,27 @@ ROUNDING = {dtypes.float32: 1e-6, dtypes.bfloat16: 2**-7, dtypes.float16: 2**-10
 BATCH, LENGTH, OUTPUTS, INPUTS, BLOCK = 2, 17, 37, 96, 32
 
 
+def weight_of(kind, outputs=OUTPUTS, inputs=INPUTS, block=BLOCK, seed=0):
+    """Random packed numbers of a kind and the weight in float64: ([packed, ...], weight)."""
+    if kind == "4 bits":
+        *packed, weight = packed_weight(outputs, inputs, block, seed)
+        return packed, weight
+    rng = np.random.default_rng(seed)
+    scales = np.exp(rng.uniform(-12, 0, (outputs, inputs // block))).astype(np.float16)
+    spread = np.repeat(scales.astype(np.float64), block, axis=1)
+    if kind == "8 bits":
+        q = rng.integers(-128, 128, (outputs, inputs)).astype(np.int8)
+        return [q, scales], q * spread
+    q = rng.integers(0, 16, (outputs, inputs))
+    minima = -(8 * scales).astype(np.float16)
+    weight = (q * spread + np.repeat(minima.astype(np.float64), block, axis=1)).astype(np.float32)
+    packed = (q[:, 0::2] | q[:, 1::2] << 4).astype(np.uint8)
+    return [packed, scales, minima], weight.astype(np.float64)
+
+
+KINDS = ["4 bits", "4 bits with minima", "8 bits"]
+
+
 def packed_weight(outputs=OUTPUTS, inputs=INPUTS, block=BLOCK, seed=0):
     """Every q from -8 to 7 and scales of all sizes: (packed, scales, the weight in float64)."""
     rng = np.random.default_rng(seed)
@@ -36,13 +57,13 @@ def input_like(shape, dtype, seed):
     return Tensor(values).cast(dtype).realize()
 
 
-def product_and_gradient(dtype, form):
+def product_and_gradient(dtype, form, kind):
     """y, dx and what numpy gets for them from the very inputs."""
-    packed, scales, weight = packed_weight()
+    packed, weight = weight_of(kind)
     with forms.forced(form):
         x = input_like((BATCH, LENGTH, INPUTS), dtype, 1)
         dy = input_like((BATCH, LENGTH, OUTPUTS), dtype, 2)
-        y = int4_linear(x, *tensors(packed, scales))
+        y = int4_linear(x, *tensors(*packed))
         (dx,) = y.gradient(x, gradient=dy)
         assert y.dtype == dx.dtype == dtype
         found = y.float().numpy(), dx.float().numpy()
@@ -52,20 +73,22 @@ def product_and_gradient(dtype, form):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", TYPES, ids=lambda d: d.name)
-def test_product_and_gradient_of_the_input_are_those_of_the_weight_it_stands_for(dtype, form):
-    y, dx, expected_y, expected_dx = product_and_gradient(dtype, form)
+@pytest.mark.parametrize("kind", KINDS)
+def test_product_and_gradient_of_the_input_are_those_of_the_weight_it_stands_for(kind, dtype, form):
+    y, dx, expected_y, expected_dx = product_and_gradient(dtype, form, kind)
     assert np.abs(y - expected_y).max() < ROUNDING[dtype] * np.abs(expected_y).max()
     assert np.abs(dx - expected_dx).max() < ROUNDING[dtype] * np.abs(expected_dx).max()
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=lambda d: d.name)
 @pytest.mark.parametrize(("rows", "inputs", "block"), [(1, 192, 64), (8, 96, 32), (3, 132, 6)])
-def test_few_rows_are_multiplied_without_packing(rows, inputs, block, dtype):
+@pytest.mark.parametrize("kind", KINDS)
+def test_few_rows_are_multiplied_without_packing(kind, rows, inputs, block, dtype):
     """As in generation; groups of whole vectors, and of 6, in a row that ends in half a vector."""
-    packed, scales, weight = packed_weight(inputs=inputs, block=block)
+    packed, weight = weight_of(kind, inputs=inputs, block=block)
     with forms.forced("cpu"):
         x = input_like((rows, inputs), dtype, 1)
-        y = int4_linear(x, *tensors(packed, scales)).float().numpy()
+        y = int4_linear(x, *tensors(*packed)).float().numpy()
     expected = x.float().numpy().astype(np.float64) @ weight.T
     assert np.abs(y - expected).max() < ROUNDING[dtype] * np.abs(expected).max()
 
@@ -85,19 +108,21 @@ def test_gradient_is_the_slope_of_the_product(form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_dequantized_weight_is_exact(form):
-    packed, scales, weight = packed_weight()
+@pytest.mark.parametrize("kind", KINDS)
+def test_dequantized_weight_is_exact(kind, form):
+    packed, weight = weight_of(kind)
     with forms.forced(form):
-        assert (dequantize(*tensors(packed, scales)).numpy() == weight).all()
+        assert (dequantize(*tensors(*packed)).numpy() == weight).all()
 
 
-def test_kernel_gives_the_bits_of_the_dense_product():
+@pytest.mark.parametrize("kind", KINDS)
+def test_kernel_gives_the_bits_of_the_dense_product(kind):
     """Widening where a panel is packed changes nothing: same panels, same order of the sums."""
-    packed, scales, weight = packed_weight()
+    packed, weight = weight_of(kind)
     with forms.forced("cpu"):
         x = input_like((LENGTH, INPUTS), dtypes.float32, 6)
         dense = linear(x, Tensor(weight.astype(np.float32)).realize()).numpy()
-        assert (int4_linear(x, *tensors(packed, scales)).numpy() == dense).all()
+        assert (int4_linear(x, *tensors(*packed)).numpy() == dense).all()
 
 
 @pytest.mark.parametrize("form", FORMS)

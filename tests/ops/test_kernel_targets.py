@@ -15,7 +15,7 @@ import pytest
 from tinygrad.runtime.support.compiler_cpu import ClangJITCompiler
 
 from tinyllama.config import config_from_toml
-from tinyllama.runtime import kernel
+from tinyllama.runtime import c_kernel
 from tinyllama.train.memory_estimate import blank_step, estimate_memory
 
 # Architecture and processor by tinygrad's names, and an instruction that only this set has.
@@ -51,8 +51,8 @@ def sources(amx: bool = False) -> dict[str, str]:
     """C texts of the kernels of full training and QLoRA, one of each kind, with or without AMX."""
     found: dict[str, str] = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernel, "has_bf16_products", lambda: True)
-        patch.setattr(kernel, "has_amx", lambda: amx)
+        patch.setattr(c_kernel, "has_bf16_products", lambda: True)
+        patch.setattr(c_kernel, "has_amx", lambda: amx)
         for run, words in RUNS.items():
             config = config_from_toml(MODEL + words, run)
             step = blank_step(config)

@@ -1,38 +1,19 @@
 """How GPU launches are cut up, and what is refused; the kernels themselves run in tests/ops/gpu."""
 
 import re
-import subprocess
-import sys
 
 import pytest
-from runs_helpers import environment
 
+from tinyllama.ops.gpu import gemm
+from tinyllama.ops.gpu.attention import PASSES, Cut, attention
+from tinyllama.ops.gpu.gemm import Packed, Tile, best_split, product
 from tinyllama.runtime import blocks
-from tinyllama.runtime.blocks import (
-    LIMITS,
-    PASSES,
-    Cut,
-    Limits,
-    Packed,
-    Tile,
-    UnsupportedSize,
-    attention,
-    best_split,
-    product,
-)
+from tinyllama.runtime.blocks import LIMITS, Limits, UnsupportedSize
 
 
 def macro(text: str, name: str) -> str | None:
     found = re.search(rf"^#define {name} (.*)$", text, re.MULTILINE)
     return found[1] if found else None
-
-
-def test_tinygrad_is_not_needed() -> None:
-    code = "import sys, tinyllama.runtime.blocks; print('tinygrad' in sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment(), check=True
-    )
-    assert done.stdout == "False\n"
 
 
 def test_a_product_is_cut_into_blocks_that_cover_it() -> None:
@@ -108,7 +89,7 @@ def test_larger_tiles_are_taken_where_there_is_memory() -> None:
     ],
 )
 def test_a_product_whose_rows_are_not_aligned_is_refused(
-    layout: blocks.Layout, sizes: tuple[int, int, int], dtype: blocks.DType, words: str
+    layout: gemm.Layout, sizes: tuple[int, int, int], dtype: blocks.DType, words: str
 ) -> None:
     with pytest.raises(UnsupportedSize, match=re.escape(words)):
         product("cuda", layout, *sizes, dtype)

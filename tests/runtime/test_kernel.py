@@ -6,7 +6,8 @@ from tinygrad import Tensor, dtypes
 
 from tinyllama.ops import forms
 from tinyllama.ops.matmul import linear
-from tinyllama.runtime.kernel import TYPE_CODE, Call, Kernel, empty, run, with_gradient
+from tinyllama.runtime.c_kernel import Kernel, run
+from tinyllama.runtime.kernel import TYPE_CODE, Call, empty, with_gradient
 
 
 def tensor(*shape, seed=0):
@@ -31,7 +32,7 @@ def test_a_gradient_gets_outputs_and_inputs_in_the_shapes_they_were_passed():
     with forms.forced("cpu"):
         x, weight, up = tensor(6, 5), tensor(8, 5, seed=1), tensor(2, 3, 8, seed=2)
         gate = linear(x, weight).reshape(2, 3, 8)
-        y = run(swiglu_kernel(48, 8), [empty(2, 3, 8)], [gate, up], gradient)[0]
+        y = run(swiglu_kernel(48, 8), [empty(2, 3, 8, device="CPU")], [gate, up], gradient)[0]
         dx, dup = y.gradient(x, up, gradient=Tensor.full(y.shape, 2.0))
         assert [t.shape for t in (*calls[0].outputs, *calls[0].inputs)] == [(2, 3, 8)] * 3
         found = [t.numpy() for t in (y, dx, dup)]
@@ -46,7 +47,9 @@ def test_a_gradient_gets_outputs_and_inputs_in_the_shapes_they_were_passed():
 def test_a_gradient_of_another_number_of_inputs_is_refused():
     with forms.forced("cpu"):
         gate, up = tensor(4, 8), tensor(4, 8, seed=1)
-        y = run(swiglu_kernel(32, 8), [empty(4, 8)], [gate, up], lambda dy, call: [dy])[0]
+        y = run(
+            swiglu_kernel(32, 8), [empty(4, 8, device="CPU")], [gate, up], lambda dy, call: [dy]
+        )[0]
         with pytest.raises(ValueError, match="longer"):
             y.gradient(gate, gradient=Tensor.ones(4, 8))
 

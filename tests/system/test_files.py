@@ -9,10 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from tinyllama.system import partials
 from tinyllama.system.files import (
     atomic_directory,
     atomic_write,
+    held,
+    make_folder,
     naming_file,
+    private_folder,
+    read_file,
     remove_partials,
     sha256_file,
 )
@@ -175,3 +180,102 @@ def test_a_full_disk_names_the_file_that_is_written(tmp_path):
     with pytest.raises(FileNotFoundError) as missing, naming_file(file):
         open("nowhere")
     assert missing.value.filename == "nowhere"
+
+
+def test_write_that_follows_no_link_replaces_it(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / "digests.json").symlink_to(victim)
+    atomic_write(tmp_path / "digests.json", b"ours", links=False)
+    assert victim.read_text() == "precious"
+    assert not (tmp_path / "digests.json").is_symlink()
+    assert (tmp_path / "digests.json").read_text() == "ours"
+
+
+def test_a_partial_name_that_was_planted_is_not_written_through(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    names = iter([tmp_path / ".a.partial-foreseen"])
+    names_of = partials._new_name
+    monkeypatch.setattr(partials, "_new_name", lambda final: next(names, None) or names_of(final))
+    (tmp_path / ".a.partial-foreseen").symlink_to(victim)
+    with pytest.raises(FileExistsError):
+        atomic_write(tmp_path / "a", b"new")
+    assert victim.read_text() == "precious" and not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("planted", ["link", "dangling link", "pipe"])
+def test_a_lock_that_was_planted_is_refused(tmp_path: Path, planted: str) -> None:
+    lock, victim = tmp_path / "run" / ".lock", tmp_path / "victim"
+    lock.parent.mkdir()
+    if planted == "pipe":
+        os.mkfifo(lock)
+    else:
+        lock.symlink_to(victim)
+    if planted == "link":
+        victim.write_text("precious")
+    with pytest.raises(OSError) as refused, held(lock.parent):
+        pytest.fail("the block must not run")
+    assert refused.value.filename == str(lock)
+    assert victim.exists() == (planted == "link")
+
+
+def test_only_regular_files_of_bounded_size_are_read(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"12345")
+    (tmp_path / "link").symlink_to("file")
+    os.mkfifo(tmp_path / "pipe")
+    assert read_file(tmp_path / "file", 5) == read_file(tmp_path / "link", 5) == b"12345"
+    for path, words in (
+        (tmp_path / "file", "Has 5 bytes, at most 4 are read"),
+        (tmp_path / "pipe", "Is not a regular file"),
+        (Path("/dev/zero"), "Is not a regular file"),
+    ):
+        with pytest.raises(OSError, match=words) as refused:
+            read_file(path, 4)
+        assert refused.value.filename == str(path)
+    with pytest.raises(OSError):
+        read_file(tmp_path / "link", 5, links=False)
+    with pytest.raises(OSError):
+        read_file(tmp_path, 5)
+
+
+def test_a_private_folder_is_closed_to_others(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "b"
+    private_folder(folder)
+    private_folder(folder)
+    assert folder.stat().st_mode & 0o777 == 0o700
+    folder.chmod(0o720)
+    with pytest.raises(PermissionError, match="Other users may write"):
+        private_folder(folder)
+    (tmp_path / "link").symlink_to(folder)
+    with pytest.raises(NotADirectoryError):
+        private_folder(tmp_path / "link")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_a_private_folder_of_another_user_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    os.chown(tmp_path / "a", 12345, 12345)
+    with pytest.raises(PermissionError, match="Belongs to another user"):
+        private_folder(tmp_path / "a")
+
+
+def test_the_names_of_new_folders_are_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced, fsync = [], os.fsync
+
+    def recorded(descriptor: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", recorded)
+    make_folder(tmp_path / "a" / "b" / "c")
+    assert synced == [str(tmp_path), str(tmp_path / "a"), str(tmp_path / "a" / "b")]
+    make_folder(tmp_path / "a" / "b")
+    assert len(synced) == 3
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError):
+        make_folder(tmp_path / "file")

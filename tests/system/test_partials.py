@@ -219,18 +219,6 @@ def test_discarding_is_locked_and_a_kill_within_leaves_a_partial(
     assert contents(tmp_path) == []
 
 
-def test_what_another_user_left_is_left_to_that_user(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def denied(path: Path) -> None:
-        raise PermissionError(13, "Permission denied", str(path))
-
-    partial = left_behind(tmp_path, name(dead_process_id()))
-    monkeypatch.setattr(partials, "_delete", denied)
-    assert remove_partials(tmp_path) == []
-    assert partial.is_dir()
-
-
 def test_discarding_a_link_leaves_its_target(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "precious").touch()
@@ -239,22 +227,60 @@ def test_discarding_a_link_leaves_its_target(tmp_path: Path) -> None:
     assert contents(tmp_path) == ["data", "data/precious"]
 
 
-def test_names_of_earlier_versions_are_removed_if_their_process_is_gone(tmp_path: Path) -> None:
+def test_names_that_are_not_ours_to_the_end_are_left(tmp_path: Path) -> None:
     dead = dead_process_id()
-    folder = left_behind(tmp_path, f".step-1.partial-{dead}")
-    removed = [folder]
-    for earlier in (f".config.toml.partial-{dead}", f".a.partial-{2**80}"):
-        (tmp_path / earlier).touch()
-        removed.append(tmp_path / earlier)
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "precious").touch()
-    removed.append(tmp_path / f".own.partial-{os.getpid()}")
-    removed[-1].symlink_to("data")
-    kept = [f".b.partial-{os.getppid()}", ".c.partial-note", f"d.partial-{dead}", "step-1"]
+    kept = [
+        f".step-1.partial-{dead}",
+        f".a.partial-{2**80}",
+        ".c.partial-note",
+        f"d.partial-{dead}",
+        f"{name(dead)}.mp4",
+        "step-1",
+    ]
     for other in kept:
         (tmp_path / other).touch()
-    assert sorted(remove_partials(tmp_path)) == sorted(removed)
-    assert contents(tmp_path) == sorted([*kept, "data", "data/precious"])
+    assert remove_partials(tmp_path) == []
+    assert contents(tmp_path) == sorted(kept)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_what_another_user_owns_is_left_to_that_user(tmp_path: Path) -> None:
+    partial = left_behind(tmp_path, name(dead_process_id()))
+    os.chown(partial, 12345, 12345)
+    assert remove_partials(tmp_path) == []
+    os.chown(partial, 0, 0)
+    assert remove_partials(tmp_path) == [partial]
+
+
+def test_what_cannot_be_removed_is_reported_and_the_others_are_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (
+        left_behind(tmp_path, name(dead_process_id()).replace("step-1", word)) for word in "ab"
+    )
+    delete = partials._delete
+
+    def busy(path: Path) -> None:
+        if path == first:
+            raise OSError(16, "Device or resource busy", ".nfs0001")
+        delete(path)
+
+    monkeypatch.setattr(partials, "_delete", busy)
+    refused: list[OSError] = []
+    assert remove_partials(tmp_path, refused.append) == [second]
+    assert [error.filename for error in refused] == [str(first)]
+    assert first.is_dir()
+
+
+def test_a_file_is_not_made_where_a_link_was_planted(tmp_path: Path) -> None:
+    victim, planted = tmp_path / "victim", tmp_path / "planted"
+    planted.symlink_to(victim)
+    with pytest.raises(FileExistsError):
+        partials.create_file(planted)
+    victim.write_text("precious")
+    with pytest.raises(FileExistsError):
+        partials.create_file(planted)
+    assert victim.read_text() == "precious"
 
 
 def test_a_killed_process_leaves_one_partial_that_two_cleaners_remove_once(tmp_path: Path) -> None:

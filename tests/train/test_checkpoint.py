@@ -17,7 +17,8 @@ from types import SimpleNamespace
 import pytest
 
 from tinyllama.errors import CheckpointError
-from tinyllama.train import checkpoint
+from tinyllama.system import partials
+from tinyllama.train import checkpoint, manifest
 from tinyllama.train.checkpoint import (
     latest_valid,
     list_checkpoints,
@@ -374,7 +375,11 @@ def test_recovery_rules_for_a_kill_between_the_renames(tmp_path):
 def test_recovery_removes_partials_of_dead_processes_and_nothing_else(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    for name in (f".final.partial-{dead.pid}", f".step-00000001.partial-{os.getpid()}"):
+    place = f"{partials._boot()}-{partials._namespace()}-0123abcd"
+    for name in (
+        f".final.partial-{dead.pid}-{place}",
+        f".step-00000001.partial-{os.getpid()}-{place}",
+    ):
         (tmp_path / name).mkdir()
         (tmp_path / name / "half").write_text("x")
     foreign = [".mine.old", ".mine.next", f".final.partial-{os.getppid()}", "mine"]
@@ -382,6 +387,126 @@ def test_recovery_removes_partials_of_dead_processes_and_nothing_else(tmp_path):
         (tmp_path / name).mkdir()
     save(tmp_path, 1, "final")
     assert names(tmp_path) == sorted([*foreign, "final"])
+
+
+@pytest.mark.parametrize("fails", ["rename", "delete"])
+def test_an_old_checkpoint_that_cannot_be_removed_costs_one_notice(
+    tmp_path, monkeypatch, capsys, fails
+):
+    """As an immutable folder, or on NFS one with a reader."""
+    save(tmp_path, 1)
+    rename, delete = os.rename, partials._delete
+
+    def refuse(path):
+        if "step-00000001" in str(path):
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), "inner")
+
+    if fails == "rename":
+        monkeypatch.setattr(os, "rename", lambda a, b: (refuse(a), rename(a, b)))
+    monkeypatch.setattr(partials, "_delete", lambda path: (refuse(path), delete(path)))
+    for step in (2, 3, 4):
+        verify(save(tmp_path, step, keep_last_n=1))
+    assert [n for n in names(tmp_path) if "step-00000001" not in n] == ["step-00000004"]
+    assert capsys.readouterr().err == (
+        f"{tmp_path}/step-00000001: cannot be removed and stays: Device or resource busy; "
+        "the run goes on\n"
+    )
+    recover(tmp_path)
+    monkeypatch.undo()
+    if fails == "delete":
+        recover(tmp_path)
+        assert names(tmp_path) == ["step-00000004"]
+
+
+def test_a_replaced_checkpoint_that_cannot_be_removed_is_replaced(tmp_path, monkeypatch, capsys):
+    save(tmp_path, 1, "final")
+
+    def busy(path):
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
+
+    monkeypatch.setattr(partials, "_delete", busy)
+    assert read_state(save(tmp_path, 2, "final"))["step"] == 2
+    assert "cannot be removed and stays" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name", ["../outside", "/etc/passwd", "a/../../outside", "a//b", "", ".", "a\x1b[2J", "a\\b"]
+)
+def test_a_manifest_that_names_files_elsewhere_is_refused(tmp_path, name):
+    folder = save(tmp_path, 1)
+    (tmp_path / "outside").write_text("x")
+    entry = {"sha256": hashlib.sha256(b"x").hexdigest(), "size": 1}
+    spelled = manifest._spelled({"format": "tinyllama-checkpoint-1", "files": {name: entry}})
+    (folder / "manifest.json").write_bytes(spelled)
+    with pytest.raises(CheckpointError, match="is not the name of a file in the folder") as error:
+        verify(folder)
+    assert "\x1b" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        [],
+        {"sha256": "0" * 64},
+        {"sha256": 5, "size": 1},
+        {"sha256": "0" * 63, "size": 1},
+        {"sha256": "0" * 64, "size": "1"},
+        {"sha256": "0" * 64, "size": -1},
+        {"sha256": "0" * 64, "size": 10**400},
+        {"sha256": "0" * 64, "size": 1, "x" * 10**6: 1},
+    ],
+)
+def test_a_manifest_with_values_of_other_kinds_is_refused_in_a_short_line(tmp_path, entry):
+    folder = save(tmp_path, 1)
+    spelled = manifest._spelled({"format": "tinyllama-checkpoint-1", "files": {"a": entry}})
+    (folder / "manifest.json").write_bytes(spelled)
+    with pytest.raises(CheckpointError, match=r"manifest\.json: ") as error:
+        verify(folder)
+    assert len(str(error.value)) < len(str(folder)) + 250
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"step": True},
+        {"step": -1},
+        {"step": 10**30},
+        {"step": 1.5},
+        {"data": []},
+        {"data": {"epoch": [0]}},
+        {"micro_batch_size": "4"},
+        {"micro_batch_size": 0},
+        {"made_with": {"training.seed": {}}},
+        {"schedule_anchor": {"step": 3}},
+        {"schedule_anchor": {"step": 3, "share": "all"}},
+        {"unvalidated": 1},
+        {"was_last": "no"},
+    ],
+)
+def test_a_state_with_values_of_other_kinds_is_refused(tmp_path, changes):
+    text = json.dumps({"step": 1, "added by a later version": {"x": [1]}})
+    (tmp_path / "training_state.json").write_text(text)
+    assert read_state(tmp_path) == json.loads(text)
+    (tmp_path / "training_state.json").write_text(json.dumps({"step": 1} | changes))
+    with pytest.raises(CheckpointError, match=r"training_state\.json: "):
+        read_state(tmp_path)
+
+
+@pytest.mark.parametrize("data", [b"[" * 10**6, b'{"step": 1' + b"0" * 10**6 + b"}", b"\xff"])
+def test_a_state_of_any_bytes_is_refused_in_a_short_line(tmp_path, data):
+    (tmp_path / "training_state.json").write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"training_state\.json: ") as error:
+        read_state(tmp_path)
+    assert len(str(error.value)) < len(str(tmp_path)) + 350
+
+
+def test_a_disk_that_is_full_when_the_folder_is_made_says_so(tmp_path, monkeypatch):
+    def full(path, mode=0o777):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(os, "mkdir", full)
+    with pytest.raises(CheckpointError, match=r"run/final: not enough space: needs about 9 bytes"):
+        save(tmp_path / "new" / "run", 1, "final", needed_bytes=9)
 
 
 def test_too_little_space_is_told_before_anything_is_written(tmp_path, monkeypatch):
@@ -432,7 +557,7 @@ def test_disk_that_is_full_at_the_last_fsync_is_told_too(tmp_path, monkeypatch):
 
 def test_other_errors_of_the_system_name_the_checkpoint(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match=r"file/final: cannot be saved: .*File exists"):
+    with pytest.raises(CheckpointError, match=r"file/final: cannot be saved: .*Not a directory"):
         save(tmp_path / "file", 1, "final")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -111,3 +112,35 @@ def test_a_stride_that_would_leave_tokens_out_is_refused(capsys):
     words = ["evaluate", "--model", finished_run() / "final", "--data", *VAL_FILES]
     assert cli(*words, "--context", 24, "--stride", 25) == 2
     assert "--stride: got 25, must be at most the context, 24" in capsys.readouterr().err
+
+
+def damaged_copy(folder, name, place=-9):
+    """The folder of a checkpoint in which one bit of a file is another one."""
+    shutil.copytree(finished_run() / "final", folder)
+    data = bytearray((folder / name).read_bytes())
+    data[place] ^= 1
+    (folder / name).write_bytes(data)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.model", "config.json"])
+@pytest.mark.parametrize("command", ["evaluate", "generate"])
+def test_a_checkpoint_with_a_flipped_bit_is_refused_before_a_result(
+    tmp_path, capsys, command, name
+):
+    folder = damaged_copy(tmp_path / "model", name)
+    words = {"evaluate": ["--data", *VAL_FILES], "generate": ["--max-new-tokens", 2]}
+    assert cli(command, "--model", folder, *words[command]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    lines = err.splitlines()
+    assert f"{folder / name}: changed: SHA-256 is " in lines[-2]
+    assert lines[-1].startswith(f"{folder}: not loaded: ")
+    (folder / "manifest.json").unlink()  # then it is a model of somebody else's
+    if name == "model.safetensors":
+        assert cli(command, "--model", folder, *words[command]) == 0
+
+
+def test_damage_of_what_only_training_reads_keeps_nobody_from_evaluating(tmp_path, capsys):
+    folder = damaged_copy(tmp_path / "model", "optimizer.safetensors")
+    assert cli("evaluate", "--model", folder, "--data", *VAL_FILES) == 0

@@ -16,12 +16,12 @@ from lora_helpers import (
 from model_helpers import (
     random_batch,
 )
-from runs_helpers import cli
+from runs_helpers import cli, configuration, finished_run
 from tinygrad import Tensor
 
 from tinyllama.cli.app import main
 from tinyllama.data.corpus import prepare
-from tinyllama.errors import ConfigError, WeightsError
+from tinyllama.errors import CheckpointError, ConfigError, WeightsError
 from tinyllama.formats.peft import AdapterFolder, Placement
 from tinyllama.formats.safetensors import SafetensorsFile
 from tinyllama.model.build import load_model
@@ -218,6 +218,16 @@ def test_resuming_on_another_base_is_refused_by_its_fingerprint(run, tmp_path):
     message = error(WeightsError, config, resume=run.final)
     assert message.startswith(f"{run.final}: was made for another base ({run.base}, fingerprint ")
     assert f"than {other} (fingerprint " in message
+
+
+def test_a_base_of_ours_with_a_flipped_bit_is_refused_at_the_start(tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(finished_run() / "final", base)
+    data = bytearray((base / "model.safetensors").read_bytes())
+    data[-9] ^= 1
+    (base / "model.safetensors").write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"model\.base: .*model\.safetensors: changed"):
+        with_base(configuration(tmp_path / "run", f"model.base={base}"))
 
 
 def test_a_rope_base_that_the_adapter_could_not_carry_is_refused(run):

@@ -421,6 +421,32 @@ def test_free_memory_is_what_the_system_or_a_container_leaves(tmp_path):
     assert memory.free_bytes(tmp_path, groups) == 995
 
 
+def test_the_least_of_nested_control_groups_counts(tmp_path):
+    def group(folder, limit, used, version=2):
+        names = ("memory.max", "memory.current")
+        if version == 1:
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, number in zip(names, (limit, used), strict=True):
+            (folder / name).write_text(f"{number}\n")
+
+    groups, outside = tmp_path / "groups", tmp_path
+    (tmp_path / "meminfo").write_text("MemAvailable:    2000 kB\n")
+    (tmp_path / "self").mkdir()
+    (tmp_path / "self" / "cgroup").write_text("4:cpu,memory:/old/inner\n0::/pod/job/step\n")
+    group(outside, 1, 0)  # above the root: not a control group
+    group(groups / "pod", "max", 9_000)
+    group(groups / "pod" / "job", 9_000, 4_000)
+    group(groups / "pod" / "job" / "step", 8_000, 10)
+    group(groups / "other", 7, 0)
+    assert memory.free_bytes(tmp_path, groups) == 5_000
+    (groups / "pod" / "job" / "memory.stat").write_text("file 300\n")
+    assert memory.free_bytes(tmp_path, groups) == 5_300
+    group(groups / "memory" / "old", 4_000, 1_000, version=1)
+    group(groups / "memory" / "old" / "inner", 2**63 - 4096, 900, version=1)
+    assert memory.free_bytes(tmp_path, groups) == 3_000
+
+
 def test_free_memory_without_linux_is_the_machines():
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert memory.free_bytes(Path("/nowhere"), Path("/nowhere")) == pages

@@ -2,7 +2,7 @@
 
 import errno
 import shutil
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 import pytest
@@ -13,6 +13,7 @@ from runs_helpers import (
     config_file,
     configuration,
     finished_run,
+    left_behind,
     metrics,
     names,
     numbers,
@@ -27,10 +28,11 @@ from tinyllama.errors import (
     DataError,
     TinyllamaError,
 )
+from tinyllama.observe.metrics import MetricsLog
 from tinyllama.system import device
 from tinyllama.system.files import held
 from tinyllama.tokenizers.sentencepiece import train_tokenizer
-from tinyllama.train.checkpoint import read_state, step_name, write_state
+from tinyllama.train.checkpoint import read_state, step_name, verify, write_state
 from tinyllama.train.manifest import write_manifest
 from tinyllama.train.prepare import (
     differences,
@@ -38,6 +40,7 @@ from tinyllama.train.prepare import (
     resume_folder,
     with_micro_batch_of,
 )
+from tinyllama.train.run_folder import held_alone
 
 VALIDATED = f"data.val_path={VAL_FILES!r}"
 
@@ -134,7 +137,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path):
 
 def test_what_a_kill_left_half_done_is_settled_before_resuming(tmp_path):
     run = part_of(finished_run(), tmp_path / "run", step_name(3), step_name(4))
-    (run / step_name(3)).rename(run / f".{step_name(3)}.partial-999999999")
+    (run / step_name(3)).rename(left_behind(run, step_name(3)))
     (run / step_name(4)).rename(run / f".{step_name(4)}.next")
     assert resume_folder(configuration(run), "latest", print) == run / step_name(4)
     assert [path.name for path in run.iterdir() if path.is_dir()] == [step_name(4)]
@@ -476,3 +479,76 @@ def test_a_checkpoint_of_another_text_is_refused(tmp_path):
         match="the checkpoint: it was trained on a different text or",
     ):
         trainer(config, resume=finished_run() / "final")
+
+
+def test_metrics_that_a_disk_damaged_do_not_keep_a_checkpoint_from_being_resumed(tmp_path, capsys):
+    run = part_of(finished_run(), tmp_path / "run", step_name(4))
+    file = run / "metrics.jsonl"
+    whole = file.read_text().splitlines(keepends=True)
+    file.write_text("".join([whole[0], whole[1][:20] + "\n", *whole[2:4]]))
+    train(configuration(run, f"data.val_path={VAL_FILES!r}"), resume=run / step_name(4))
+    said = capsys.readouterr().err
+    assert f"{file}: a line is damaged and left out" in said and f"{file}: lacks step 2" in said
+    assert sorted(metrics(run)) == sorted(set(metrics(finished_run())) - {2})
+    same = {s: line["loss"] for s, line in metrics(run).items() if s != 2}
+    assert same == {s: line["loss"] for s, line in metrics(finished_run()).items() if s != 2}
+
+
+def during(run, step, action):
+    """A trainer of this run that does `action` after a step."""
+    made = trainer(configuration(run, "checkpointing.save_every=2"))
+    one_step = made._one_step
+
+    def acting(*args):
+        one_step(*args)
+        if made.step == step:
+            action()
+
+    made._one_step = acting
+    return made
+
+
+def test_metrics_are_on_disk_before_each_checkpoint(tmp_path, monkeypatch):
+    synced, sync = [], MetricsLog.sync
+    monkeypatch.setattr(MetricsLog, "sync", lambda log: (synced.append(log.path), sync(log)))
+    outcome = during(tmp_path / "run", 0, list).run()
+    saves = (outcome.step - 1) // 2 + 1
+    assert len(synced) == saves + 1  # and when the file is closed
+
+
+@pytest.mark.parametrize("step", [3, 4])
+def test_a_run_whose_folder_is_removed_goes_on_and_says_so(tmp_path, capsys, step):
+    run = tmp_path / "run"
+    outcome = during(run, step, lambda: shutil.rmtree(run)).run()
+    assert outcome.finished and outcome.checkpoint == run / "final"
+    verify(run / "final")
+    said = capsys.readouterr().err
+    assert said.startswith(f"{run} was removed while training: the run goes on and saves in {run},")
+    assert said.count("\n") == 1
+    assert (run / "config.toml").is_file()
+    assert sorted(metrics(run)) == list(range(step + 1, outcome.step + 1))
+    last = read_state(finished_run() / "final")["step"]
+    assert outcome.step == last and outcome.loss == metrics(finished_run())[last]["loss"]
+
+
+def test_a_run_whose_folder_another_run_took_saves_beside_it(tmp_path, capsys):
+    run = tmp_path / "run"
+    others = ExitStack()
+
+    def take():
+        shutil.rmtree(run)
+        run.mkdir()
+        others.enter_context(held_alone(run))
+
+    with others:
+        outcome = during(run, 3, take).run()
+    assert outcome.checkpoint == tmp_path / "run.aside-1" / "final"
+    verify(outcome.checkpoint)
+    assert [path.name for path in run.iterdir()] == [".lock"]
+
+
+def test_metrics_that_are_removed_while_training_are_begun_anew(tmp_path, capsys):
+    run = tmp_path / "run"
+    outcome = during(run, 3, (run / "metrics.jsonl").unlink).run()
+    assert f"{run}/metrics.jsonl was removed while training: begun anew" in capsys.readouterr().err
+    assert sorted(metrics(run)) == list(range(4, outcome.step + 1))

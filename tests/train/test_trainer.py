@@ -2,6 +2,7 @@
 
 import errno
 import math
+import os
 import re
 import time
 
@@ -14,6 +15,7 @@ from runs_helpers import (
     config_file,
     configuration,
     finished_run,
+    left_behind,
     metrics,
     names,
     steps_per_epoch,
@@ -362,7 +364,7 @@ def test_text_that_is_trained_on_and_validated_on_is_noticed(tmp_path):
 
 
 def test_what_a_killed_run_left_is_settled_before_a_new_one(tmp_path):
-    left = tmp_path / "run" / ".step-00000003.partial-999999999"
+    left = left_behind(tmp_path / "run", "step-00000003")
     left.mkdir(parents=True)
     check_fresh(configuration(tmp_path / "run"))
     assert not left.exists()
@@ -378,6 +380,36 @@ def test_a_tokenizer_is_trained_on_the_training_text_once(tmp_path):
     written = file.stat().st_mtime_ns
     assert trainer(config).tokenizer.fingerprint == first.fingerprint
     assert file.stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize("damage", ["a letter", "cut", "no sum", "other sum", "empty", "a pipe"])
+def test_a_damaged_trained_tokenizer_is_trained_again(tmp_path, capsys, damage):
+    overrides = ["data.tokenizer=train", "data.tokenizer_vocab_size=350"]
+    overrides += [f"data.cache_dir={tmp_path / 'cache'}"]
+    config = configuration(tmp_path / "run", *overrides)
+    first = trainer(config).tokenizer
+    (file,) = (tmp_path / "cache").glob("tokenizer-*/tokenizer.model")
+    sums = file.with_name("tokenizer.model.sha256")
+    assert capsys.readouterr().err == ""
+    if damage == "a letter":
+        assert b"\x01e\x15" in first.model  # the piece "e"
+        file.write_bytes(first.model.replace(b"\x01e\x15", b"\x01E\x15", 1))
+    elif damage == "cut":
+        file.write_bytes(first.model[:500])
+    elif damage == "empty":
+        file.write_bytes(b"")
+    elif damage == "a pipe":
+        file.unlink()
+        os.mkfifo(file)
+    elif damage == "no sum":
+        sums.unlink()
+    else:
+        sums.write_text("0" * 64 + "\n")
+    assert trainer(config).tokenizer.model == first.model == file.read_bytes()
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and said.endswith("; the tokenizer is trained again\n")
+    assert trainer(config).tokenizer.model == first.model
+    assert capsys.readouterr().err == ""
 
 
 def test_a_tokenizer_that_cannot_be_made_names_its_option_and_the_text(tmp_path):

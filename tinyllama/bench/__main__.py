@@ -29,7 +29,7 @@ from tinyllama.bench.runner import (
     speed_ratio,
     summarise,
 )
-from tinyllama.config import Config, load_config
+from tinyllama.config import Config, LlamaConfig, load_config
 from tinyllama.errors import ConfigError, TinyllamaError
 from tinyllama.model.counts import model_flops
 from tinyllama.system import device
@@ -114,6 +114,16 @@ def make_spec(config: Config, options: argparse.Namespace, data_file: Path) -> S
     )
 
 
+def check_peer_computes(model: LlamaConfig) -> None:
+    """Raise ConfigError for a variant of the model that the torch peer does not have."""
+    own = (model.head_size, model.scaling, model.sliding_window, model.biased or None)
+    if any(part is not None for part in own):
+        raise ConfigError(
+            "--peer: the peer computes no head_dim, rope_scaling, sliding_window, attention_bias "
+            "or mlp_bias of [model]: leave them out, or measure without --peer"
+        )
+
+
 def peer_spec(spec: Spec, config: Config, options: argparse.Namespace) -> Spec:
     """The same for the peer, with --peer-dtype; with --peer lora, the base is not packed.
 
@@ -121,6 +131,7 @@ def peer_spec(spec: Spec, config: Config, options: argparse.Namespace) -> Spec:
     """
     dtype = options.peer_dtype or spec.dtype
     if options.peer != "lora":
+        check_peer_computes(config.model)
         return dataclasses.replace(spec, dtype=dtype)
     if config.lora is None or config.qlora is None or not config.qlora.quantize_base:
         raise ConfigError("--peer lora: compares QLoRA with LoRA: set [lora] and [qlora]")

@@ -226,7 +226,7 @@ def _functions(
 def _product(layout: str, a: Tensor, b: Tensor) -> Tensor:
     if layout == "NT":
         return linear(a, b)
-    if forms.chosen(a, b) == "cpu":
+    if forms.chosen(a, b) != "portable":
         return gemm({"NN": NN, "TN": TN}[layout], a, b, dtype=a.dtype)
     left = a if layout == "NN" else a.transpose()
     return (left @ b.cast(a.dtype)).contiguous()

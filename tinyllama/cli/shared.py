@@ -85,20 +85,41 @@ def model_folder(folder: Path) -> Path:
 def load(folder: Path, base: Path | None) -> "tuple[Tokenizer, Llama]":
     """The tokenizer and the model of a folder, an adapter's on `base` or on the base that it names.
 
-    Raises ConfigError if they do not fit.
+    Sums are checked while the model is read. Raises ConfigError if they do not fit, and
+    CheckpointError for a checkpoint of ours that is damaged.
     """
+    from concurrent.futures import ThreadPoolExecutor
+
     from tinyllama.model.build import load_model, tokenizer_folder
     from tinyllama.tokenizers.sentencepiece import load_tokenizer
 
     folder = model_folder(folder)
-    tokenizer = load_tokenizer(tokenizer_folder(folder, base))
-    model = load_model(folder, base=base)
+    with ThreadPoolExecutor(1) as checking:
+        checked = checking.submit(verify_model, folder, base)
+        try:
+            tokenizer = load_tokenizer(tokenizer_folder(folder, base))
+            model = load_model(folder, base=base)
+        finally:  # what is damaged is the reason, whatever else it led to
+            checked.result()
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ConfigError(
             f"{folder}: its tokenizer has {tokenizer.vocab_size} entries, must be at most the "
             f"model's {model.config.vocab_size}"
         )
     return tokenizer, model
+
+
+def verify_model(folder: Path, base: Path | None = None, *, remembered: bool = True) -> None:
+    """Compare a model, and the base of an adapter, with the sums that checkpoints of ours have.
+
+    Raises CheckpointError.
+    """
+    from tinyllama.formats.peft import AdapterFolder, is_adapter
+    from tinyllama.train.manifest import verify_loaded
+
+    verify_loaded(folder, remembered=remembered)
+    if is_adapter(folder):
+        verify_loaded(base or AdapterFolder(folder).base_folder(), remembered=remembered)
 
 
 def to_stderr(message: str) -> None:

@@ -8,6 +8,7 @@ from tinyllama.config.config import (
     option_table,
 )
 from tinyllama.config.loader import config_from_toml, load_config
+from tinyllama.config.rope_scaling import RopeScaling
 from tinyllama.config.sections import (
     ALL_LINEAR,
     CheckpointingConfig,
@@ -29,6 +30,7 @@ __all__ = [
     "LlamaConfig",
     "LoraConfig",
     "QloraConfig",
+    "RopeScaling",
     "TrainingConfig",
     "config_from_toml",
     "defaults_notice",

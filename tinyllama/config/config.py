@@ -42,7 +42,7 @@ SECTIONS: dict[str, type] = {
 OPTIONAL_SECTIONS = ("lora", "qlora")
 # Keys of [model] that may differ from those of a base checkpoint; the others are shapes of its
 # weights.
-OVERRIDABLE = ("max_seq_len", "rope_theta", "rms_norm_eps")
+OVERRIDABLE = ("max_seq_len", "rope_theta", "rope_scaling", "sliding_window", "rms_norm_eps")
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,8 @@ class Config:
     def with_base(self, base: LlamaConfig, source: str) -> "Config":
         """This configuration with the sizes `base` of its base checkpoint, read from `source`.
 
-        A size that was set must be the checkpoint's. max_seq_len, rope_theta and rms_norm_eps may
-        be set to other values. Raises ConfigError.
+        A size that was set must be the checkpoint's. Those of OVERRIDABLE may be set to other
+        values. Raises ConfigError.
         """
         sizes = asdict(base) | {"num_kv_heads": base.kv_heads, "base": self.model.base}
         problems = []
@@ -106,6 +106,8 @@ class Config:
                 continue
             if name in OVERRIDABLE:
                 sizes[name] = mine
+                if name == "rope_scaling" and mine is not None:
+                    sizes[name] = mine.trained_on(_trained_length(base))
             elif mine != sizes[name]:
                 must_be = f"{shown(sizes[name])} as in {source}"
                 problems.append(f"{self.where(key)}: {got(mine, must_be)}")
@@ -173,7 +175,16 @@ def section_problems(values: dict[str, Any]) -> list[str]:
     return []
 
 
+def _trained_length(base: LlamaConfig) -> int:
+    """Tokens of the rows that a model was first trained on."""
+    stated = base.scaling and base.scaling.original_max_position_embeddings
+    return stated or base.max_seq_len
+
+
 def _section_text(name: str, section: Any) -> str:
-    pairs = ((o.name, getattr(section, o.name)) for o in options_of(name, SECTIONS[name]))
+    pairs = (
+        (o.key.rpartition(".")[2], getattr(section, o.name))
+        for o in options_of(name, SECTIONS[name])
+    )
     lines = [f"{key} = {to_toml(value)}\n" for key, value in pairs if value is not None]
     return "".join([f"[{name}]\n", *lines])

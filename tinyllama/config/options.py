@@ -32,7 +32,8 @@ _DECIMAL_BITS = 4096  # Python refuses to write far larger integers in decimal
 
 
 class Option(NamedTuple):
-    """One key of one section: `key` is dotted, `hint` the type with its limits."""
+    """One key of one section: `key` is dotted, `name` the field, `hint` the type with its
+    limits."""
 
     key: str
     name: str
@@ -69,9 +70,10 @@ def problems_of(
     return [f"{label(keys)}: {problem}" for keys, problem in checked if problem]
 
 
-def option(default: Any, help_text: str) -> Any:
-    """A dataclass field with its default and its help text."""
-    return dataclasses.field(default=default, metadata={"help": help_text})
+def option(default: Any, help_text: str, key: str | None = None) -> Any:
+    """A dataclass field with its default and its help text; `key` where it is not the field's
+    name."""
+    return dataclasses.field(default=default, metadata={"help": help_text, "key": key})
 
 
 @functools.cache
@@ -80,7 +82,7 @@ def options_of(section: str, cls: type) -> tuple[Option, ...]:
     hints = get_type_hints(cls, include_extras=True)
     return tuple(
         Option(
-            f"{section}.{field.name}",
+            f"{section}.{field.metadata['key'] or field.name}",
             field.name,
             field.default,
             hints[field.name],
@@ -97,6 +99,8 @@ def convert(value: object, hint: Any) -> Any:
     Raises ValueError for another type, a value outside the limits, an infinity, a NaN, and text
     that no file could hold (a NUL or half of a surrogate pair).
     """
+    if isinstance(value, msgspec.Struct):  # made in Python, where nothing was checked
+        value = msgspec.structs.asdict(value)
     try:
         converted = msgspec.convert(value, hint)
     except msgspec.ValidationError as error:
@@ -119,6 +123,8 @@ def _is_storable(value: object) -> bool:
         return "\0" not in value and not any("\ud800" <= char <= "\udfff" for char in value)
     if isinstance(value, tuple):
         return all(map(_is_storable, value))
+    if isinstance(value, msgspec.Struct):
+        return all(map(_is_storable, msgspec.structs.astuple(value)))
     return True
 
 
@@ -133,7 +139,14 @@ def allowed(hint: Any) -> str:
         return listed(map(to_toml, arguments))
     if origin is tuple:
         return f"a list, each item {allowed(arguments[0])}"
-    return _NOUNS[hint]
+    return _table(hint) if issubclass(hint, msgspec.Struct) else _NOUNS[hint]
+
+
+def _table(cls: type[msgspec.Struct]) -> str:
+    """A table of keys: what its first one allows, and the names of the others."""
+    first, *others = msgspec.structs.fields(cls)
+    kinds = allowed(get_type_hints(cls, include_extras=True)[first.name])
+    return f"a table with {first.name} ({kinds}) and {', '.join(other.name for other in others)}"
 
 
 def _limited(base: Any, meta: msgspec.Meta) -> str:
@@ -185,6 +198,9 @@ def to_toml(value: object) -> str:
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, int) and value.bit_length() > _DECIMAL_BITS:
         return hex(value)
+    if isinstance(value, msgspec.Struct):
+        fields = msgspec.structs.asdict(value)
+        value = {name: item for name, item in fields.items() if item is not None}
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(to_toml, value))}]"
     if isinstance(value, dict):

@@ -22,6 +22,7 @@ from tinyllama.config.options import (
     options_of,
     problems_of,
 )
+from tinyllama.config.rope_scaling import RULES, RopeScaling
 from tinyllama.errors import ConfigError
 
 # Sizes have no upper limit: parameters are counted exactly, also of models too large to build.
@@ -37,8 +38,12 @@ Texts = Text | Annotated[tuple[Text, ...], Meta(min_length=1)]
 LinearName = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LinearNames = Literal["all-linear"] | Annotated[tuple[LinearName, ...], Meta(min_length=1)]
 
+HeadDim = Annotated[int, Meta(ge=2, multiple_of=2)]
+AttentionBias = bool | Literal["qkv"]
+
 ATTENTION_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj")
-ALL_LINEAR = (*ATTENTION_LINEAR, "gate_proj", "up_proj", "down_proj")
+MLP_LINEAR = ("gate_proj", "up_proj", "down_proj")
+ALL_LINEAR = (*ATTENTION_LINEAR, *MLP_LINEAR)
 
 
 @dataclass(frozen=True)
@@ -54,9 +59,26 @@ class LlamaConfig:
         "key and value heads per layer; fewer than num_heads is grouped-query attention;"
         " when not set, num_heads",
     )
+    head_size: HeadDim | None = option(
+        None,
+        "width of one query, key or value head; when not set, hidden_size / num_heads",
+        key="head_dim",
+    )
     intermediate_size: Count = option(3072, "width of the SwiGLU feed-forward layer")
     max_seq_len: Count = option(2048, "longest sequence, in tokens")
     rope_theta: Positive = option(10000.0, "base of the rotary embedding's frequencies")
+    rope_scaling: RopeScaling | None = option(
+        None,
+        "scaling of those frequencies for longer contexts, with the parameters of its type under"
+        " Hugging Face's names",
+    )
+    sliding_window: Count | None = option(
+        None, "a token attends to so many tokens, itself included; when not set, to all before it"
+    )
+    attention_bias: AttentionBias = option(
+        False, 'biases of q_proj, k_proj, v_proj and o_proj; "qkv": of the first three (Qwen 2)'
+    )
+    mlp_bias: bool = option(False, "biases of gate_proj, up_proj and down_proj")
     rms_norm_eps: Positive = option(1e-5, "epsilon that RMSNorm adds to the mean square")
     tie_word_embeddings: bool = option(False, "use the embedding matrix as the output head")
     base: Place | None = option(
@@ -65,6 +87,8 @@ class LlamaConfig:
 
     def __post_init__(self) -> None:
         _validate("model", self)
+        if self.rope_scaling is not None and self.rope_scaling.rope_type == "default":
+            object.__setattr__(self, "rope_scaling", None)
 
     @property
     def kv_heads(self) -> int:
@@ -73,8 +97,19 @@ class LlamaConfig:
 
     @property
     def head_dim(self) -> int:
-        """Width of one head, the same for every query, key and value head."""
-        return self.hidden_size // self.num_heads
+        """Width of every query, key and value head: head_size, or hidden_size / num_heads."""
+        return self.hidden_size // self.num_heads if self.head_size is None else self.head_size
+
+    @property
+    def scaling(self) -> RopeScaling | None:
+        """rope_scaling with the length of the first training, max_seq_len where it states none."""
+        return None if self.rope_scaling is None else self.rope_scaling.trained_on(self.max_seq_len)
+
+    @property
+    def biased(self) -> tuple[str, ...]:
+        """Names of the linear layers that have a bias."""
+        attention = ATTENTION_LINEAR[:3] if self.attention_bias == "qkv" else ATTENTION_LINEAR
+        return (attention if self.attention_bias else ()) + (MLP_LINEAR if self.mlp_bias else ())
 
     @classmethod
     def toy_124m(cls) -> Self:
@@ -235,6 +270,11 @@ class QloraConfig:
     block_size: Annotated[int, Meta(ge=2, multiple_of=2)] = option(
         64, "consecutive weights of a row that share one scale"
     )
+    requantize: bool = option(
+        False,
+        "pack also what a GGUF base holds in blocks that no layer multiplies by (Q4_K, Q6_K, ...),"
+        " which rounds it a second time; when false, it is widened",
+    )
 
     def __post_init__(self) -> None:
         _validate("qlora", self)
@@ -242,19 +282,32 @@ class QloraConfig:
 
 RELATIONS = (
     Relation(
-        ("model.hidden_size", "model.num_heads"),
-        lambda hidden, heads: hidden % heads == 0,
+        ("model.hidden_size", "model.num_heads", "model.head_dim"),
+        lambda hidden, heads, width: width is not None or hidden % heads == 0,
         "divisible by model.num_heads, which is {1}",
     ),
     Relation(
-        ("model.hidden_size", "model.num_heads"),
-        lambda hidden, heads: hidden % heads or hidden // heads % 2 == 0,
+        ("model.hidden_size", "model.num_heads", "model.head_dim"),
+        lambda hidden, heads, width: width or hidden % heads or hidden // heads % 2 == 0,
         "an even multiple of model.num_heads, which is {1}: rotary embeddings turn pairs",
     ),
     Relation(
         ("model.num_heads", "model.num_kv_heads"),
         lambda heads, kv_heads: kv_heads is None or heads % kv_heads == 0,
         "divisible by model.num_kv_heads, which is {1}",
+    ),
+    *(
+        Relation(
+            ("model.rope_scaling",),
+            lambda scaling, holds=holds: scaling is None or holds(scaling),
+            words,
+        )
+        for holds, words in RULES
+    ),
+    Relation(
+        ("model.sliding_window", "model.attention_bias", "model.mlp_bias"),
+        lambda window, attention, mlp: window is None or not (attention is True or mlp),
+        "not set where model.attention_bias or model.mlp_bias is true: no format holds both",
     ),
     Relation(
         ("training.micro_batch_size", "training.batch_size"),

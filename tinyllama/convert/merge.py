@@ -16,6 +16,7 @@ import math
 import os
 import shutil
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,9 +38,6 @@ from tinyllama.formats.huggingface import (
     INDEX,
     STORED,
     WEIGHTS,
-    HfFolder,
-    open_folder,
-    read_json,
 )
 from tinyllama.formats.int4 import (
     Weights,
@@ -47,10 +45,13 @@ from tinyllama.formats.int4 import (
     check_block_size,
     row_parts,
 )
+from tinyllama.formats.models import ModelSource, open_model
 from tinyllama.formats.peft import PARTS, AdapterConfig, AdapterFolder
 from tinyllama.formats.safetensors import LazyArray, write_safetensors
+from tinyllama.formats.untrusted import read_json
 from tinyllama.system.files import atomic_directory, remove_partials
 from tinyllama.tokenizers.sentencepiece import MODEL_FILE, load_tokenizer
+from tinyllama.train.manifest import verify_loaded
 
 Stored = Literal["keep", "fp32", "bf16", "fp16"]
 AS_TRAINED: Literal["as trained"] = "as trained"
@@ -133,12 +134,13 @@ def merge(
     `packing` is the block size with which the base is packed into 4 bits first: the one that the
     adapters were trained on, a number, or None for the base as it is.
     `unmerge` subtracts adapters from a base that they were merged into; nothing is packed, and only
-    shapes can show whether it is the right base. Raises ConfigError and WeightsError, and then
-    leaves no `out`.
+    shapes can show whether it is the right base. Checkpoints of ours are always read in full and
+    compared with their sums. Raises ConfigError, WeightsError and CheckpointError, and then leaves
+    no `out`.
     """
     base, out = Path(base), Path(out)
     _refuse_place(base, out)
-    folder = open_folder(base)
+    folder = open_model(base)
     sign = -1.0 if unmerge else 1.0
     parts = [_part(folder, path, sign * weight, check=not unmerge) for path, weight in adapters]
     _check_tokenizer(base, parts)
@@ -147,11 +149,19 @@ def merge(
         check_block_size(folder.config, block_size)
     try:
         remove_partials(out.parent)  # of merges that were killed
-        with atomic_directory(out) as unfinished:
+        with ThreadPoolExecutor(1) as pool, atomic_directory(out) as unfinished:
+            sums = pool.submit(_verify, [base, *(Path(path) for path, _ in adapters)])
             _copy_files(base, unfinished, None if dtype == "keep" else _TYPES[dtype])
-            return _write_weights(_Reader(folder, block_size), parts, unfinished, dtype)
+            merged = _write_weights(_Reader(folder, block_size), parts, unfinished, dtype)
+            sums.result()
+            return merged
     except OSError as error:
         raise WeightsError(f"{out}: cannot be written: {error}") from error
+
+
+def _verify(folders: Sequence[Path]) -> None:
+    for folder in folders:
+        verify_loaded(folder, remembered=False)
 
 
 def parse_adapter(text: str) -> tuple[Path, float]:
@@ -175,7 +185,7 @@ def _refuse_place(base: Path, out: Path) -> None:
         raise WeightsError(f"{out}: exists already: name a new folder")
 
 
-def _part(base: HfFolder, path: str | Path, weight: float, *, check: bool) -> _Part:
+def _part(base: ModelSource, path: str | Path, weight: float, *, check: bool) -> _Part:
     adapter = AdapterFolder(path)
     if check:
         adapter.check_base(base)
@@ -242,7 +252,7 @@ def _write_weights(reader: "_Reader", parts: Sequence[_Part], out: Path, dtype: 
 class _Reader:
     """Reads the base's tensors; the memory of one is released when the next is read."""
 
-    def __init__(self, base: HfFolder, block_size: int | None) -> None:
+    def __init__(self, base: ModelSource, block_size: int | None) -> None:
         """With a block_size, tensors are as a QLoRA run holds them, and `lost` is noted."""
         self.base, self.block_size = base, block_size
         self.lost: list[Lost] = []

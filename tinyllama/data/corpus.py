@@ -4,16 +4,20 @@
 
 The texts are cut into chunks of about 1 MiB, tokenized by several processes and written in their
 order as they come, so memory does not grow with the text.
+
+Both files of such a folder have sums, which are checked before a token is used; a folder that is
+damaged, or was put there by a stranger, is made again.
 """
 
 import hashlib
 import os
-import shutil
+import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 import numpy as np
@@ -29,7 +33,15 @@ from tinyllama.data.files import (
     read_chunk,
 )
 from tinyllama.errors import DataError, reason
-from tinyllama.system.files import atomic_directory, remove_partials
+from tinyllama.system import checked
+from tinyllama.system.files import (
+    atomic_directory,
+    discard,
+    make_folder,
+    pieces_digest,
+    remove_partials,
+)
+from tinyllama.system.json_files import read_json_file
 from tinyllama.system.processes import ordered_map
 from tinyllama.tokenizers.sentencepiece import Tokenizer
 
@@ -77,7 +89,8 @@ def prepare(
     They are tokenized once: the folder's name is a digest of the texts and of the tokenizer, and
     it appears only when it is whole. The tokens do not depend on the number of `workers` (None:
     one per processor, or none for a few MB), the memory does not depend on the size of the texts.
-    `progress` shows a bar. Raises DataError for texts that cannot be read, or a folder that
+    Tokens whose sums do not hold are made again, which standard error says in one line. `progress`
+    shows a bar. Raises DataError for texts that cannot be read, or a folder that
     cannot be written.
     """
     sources = find_sources(patterns)
@@ -88,16 +101,16 @@ def prepare(
     cache = Path(cache_dir)
     try:
         folder = cache / _make_key(content_digests(sources, cache), sources, tokenizer)
-        dataset = _open(folder)
+        dataset = _opened(folder, tokenizer)
         if dataset is None:
+            make_folder(cache, 0o700)
             remove_partials(cache)
-            shutil.rmtree(folder, ignore_errors=True)  # a damaged one
             try:
                 _build(folder, sources, tokenizer, workers, progress)
             except FileExistsError:
-                if _open(folder) is None:  # else another run made it meanwhile
+                if _opened(folder, tokenizer) is None:  # else another run made it meanwhile
                     raise
-            dataset = _open(folder)
+            dataset = _opened(folder, tokenizer)
     except OSError as error:
         raise DataError(f"{cache}: cannot keep the tokens there: {reason(error)}") from error
     if dataset is None:
@@ -107,16 +120,25 @@ def prepare(
     return replace(dataset, name=name)
 
 
-class _Meta(msgspec.Struct):
-    """The contents of meta.json."""
+_Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
 
-    dtype: str
-    n_tokens: int
-    n_documents: int
-    n_empty: int
-    text_bytes: int
-    bos_id: int
-    eos_id: int
+
+class _Meta(msgspec.Struct):
+    """The contents of meta.json; `digest` is that of the tokens, `sum` that of all the rest."""
+
+    dtype: Literal["uint16", "uint32"]
+    n_tokens: _Count
+    n_documents: _Count
+    n_empty: _Count
+    text_bytes: _Count
+    bos_id: _Count
+    eos_id: _Count
+    digest: str
+    sum: str
+
+    def summed(self) -> str:
+        rest = msgspec.json.encode(msgspec.structs.replace(self, sum=""))
+        return hashlib.blake2b(rest, digest_size=32).hexdigest()
 
 
 class _Encoded(NamedTuple):
@@ -168,8 +190,8 @@ def _build(
     folder: Path, sources: Sequence[Source], tokenizer: Tokenizer, workers: int, progress: bool
 ) -> None:
     """Tokenize the sources into `folder`, which appears only when it is whole."""
-    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-    meta = _Meta(dtype, 0, 0, 0, 0, tokenizer.bos_id, tokenizer.eos_id)
+    dtype: Literal["uint16", "uint32"] = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+    meta = _Meta(dtype, 0, 0, 0, 0, tokenizer.bos_id, tokenizer.eos_id, "", "")
     chunks = (chunk for source in sources for chunk in cut(source))
     with atomic_directory(folder) as made, progress_bar(sources, "Tokenizing", progress) as bar:
         with open(made / _TOKENS_FILE, "wb") as file:
@@ -182,21 +204,43 @@ def _build(
                 bar.update(part.read_bytes)
         for source in sources:
             source.check_unchanged()
+        meta.digest = pieces_digest(made / _TOKENS_FILE)
+        meta.sum = meta.summed()
         (made / _META_FILE).write_bytes(msgspec.json.encode(meta))
 
 
-def _open(folder: Path) -> TokenDataset | None:
-    """The dataset in `folder`; None if it is missing or damaged."""
+def _opened(folder: Path, tokenizer: Tokenizer) -> TokenDataset | None:
+    """The dataset in `folder`; None if there is none, or a damaged one, which is removed."""
+    if not os.path.lexists(folder):
+        return None
     try:
-        meta = msgspec.json.decode((folder / _META_FILE).read_bytes(), type=_Meta)
-        size = (folder / _TOKENS_FILE).stat().st_size
-    except (FileNotFoundError, NotADirectoryError, msgspec.DecodeError):
+        return _open(folder, tokenizer)
+    except DataError as error:
+        print(f"{error}; the text is tokenized again", file=sys.stderr)
+        with suppress(FileNotFoundError):  # another run removes it too
+            discard(folder)
         return None
-    if size != meta.n_tokens * np.dtype(meta.dtype).itemsize:
-        return None
+
+
+def _open(folder: Path, tokenizer: Tokenizer) -> TokenDataset:
+    """The dataset in `folder`. Raises DataError where it is not as `_build` wrote it."""
+    file = folder / _TOKENS_FILE
+    meta = read_json_file(folder / _META_FILE, _Meta, DataError)
+    if meta.sum != meta.summed():
+        raise DataError(f"{folder / _META_FILE}: damaged: its sum of itself does not hold")
+    if folder.is_symlink() or file.is_symlink() or not file.is_file():
+        raise DataError(f"{file}: missing, or a link")
+    if file.stat().st_size != meta.n_tokens * np.dtype(meta.dtype).itemsize:
+        raise DataError(f"{file}: damaged: {file.stat().st_size} bytes for {meta.n_tokens} tokens")
+    bound = tokenizer.vocab_size
+    if max(meta.bos_id, meta.eos_id) >= bound:
+        raise DataError(f"{folder / _META_FILE}: not of this tokenizer")
+    take = partial(_digest, file, meta.dtype, bound)
+    if checked.digest(f"tokens below {bound}", [file], take) != meta.digest:
+        raise DataError(f"{file}: damaged: its sum does not hold")
     tokens: npt.NDArray[Any] = np.zeros(0, meta.dtype)
-    if size:
-        tokens = np.memmap(folder / _TOKENS_FILE, meta.dtype, mode="r")
+    if meta.n_tokens:
+        tokens = np.memmap(file, meta.dtype, mode="r")
     return TokenDataset(
         path=folder,
         tokens=tokens,
@@ -207,3 +251,15 @@ def _open(folder: Path) -> TokenDataset | None:
         eos_id=meta.eos_id,
         name=str(folder),
     )
+
+
+def _digest(file: Path, dtype: str, bound: int) -> str:
+    """The digest of a file of tokens. A sum proves no origin, and an id past the vocabulary would
+    be read past the embeddings: raises DataError for one of `bound` or more."""
+
+    def check(data: memoryview) -> None:
+        ids = np.frombuffer(data, dtype)
+        if len(ids) and ids.max() >= bound:
+            raise DataError(f"{file}: not of this tokenizer: it holds the id {ids.max()}")
+
+    return pieces_digest(file, check)

@@ -11,14 +11,16 @@ byte order mark at the start is dropped.
 """
 
 import glob
+import hashlib
 import os
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import BinaryIO
+from typing import Annotated, BinaryIO
 
 import msgspec
 from tqdm import tqdm
@@ -27,7 +29,8 @@ from tinyllama.data import json_array, table
 from tinyllama.data.detect import BOM, HEAD_BYTES, SUFFIXES, Format, detect
 from tinyllama.data.jsonl import parse_row
 from tinyllama.errors import DataError, reason
-from tinyllama.system.files import atomic_write, sha256_file
+from tinyllama.system.files import atomic_write, make_folder, read_file, sha256_file
+from tinyllama.system.json_files import MOST_BYTES, parse_json
 
 CHUNK_BYTES = 1 << 20
 MAX_ROW_BYTES = 64 << 20  # a row is parsed whole, so it bounds the memory
@@ -168,11 +171,7 @@ def content_digests(sources: Iterable[Source], folder: Path) -> list[str]:
     ctime cannot be set back, and a file younger than two seconds is never remembered: a write
     that follows could leave all four as they are (git's index has the same rule).
     """
-    memory = folder / _DIGESTS_FILE
-    try:
-        known = msgspec.json.decode(memory.read_bytes(), type=dict[str, tuple[list[int], str]])
-    except (FileNotFoundError, msgspec.DecodeError):  # it only saves time: start over
-        known = {}
+    known = _remembered(folder / _DIGESTS_FILE)
     digests, is_new = [], False
     for source in sources:
         name, signature = os.path.realpath(source.path), list(source.signature)
@@ -186,9 +185,42 @@ def content_digests(sources: Iterable[Source], folder: Path) -> list[str]:
         else:
             digests.append(known[name][1])
     if is_new:
-        folder.mkdir(parents=True, exist_ok=True)
-        atomic_write(memory, msgspec.json.encode(known))
+        remembered = _Digests(known, "")
+        remembered.sum = remembered.summed()
+        make_folder(folder, 0o700)
+        atomic_write(folder / _DIGESTS_FILE, msgspec.json.encode(remembered), links=False)
     return digests
+
+
+_Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+
+
+class _Digests(msgspec.Struct, forbid_unknown_fields=True):
+    """The contents of digests.json: by path, what the file system said of a file, and its digest;
+    and a sum of that."""
+
+    files: dict[str, tuple[list[int], _Digest]]
+    sum: str
+
+    def summed(self) -> str:
+        return hashlib.blake2b(msgspec.json.encode(self.files), digest_size=32).hexdigest()
+
+
+def _remembered(file: Path) -> dict[str, tuple[list[int], str]]:
+    """Digests that were kept; none where they are damaged, since they only save time."""
+    if not os.path.lexists(file):
+        return {}
+    try:
+        kept = parse_json(read_file(file, MOST_BYTES, links=False), _Digests, DataError, str(file))
+        if kept.sum == kept.summed():
+            return kept.files
+        what = f"{file}: damaged: its sum does not hold"
+    except OSError as error:
+        what = f"{file}: cannot be read: {reason(error)}"
+    except DataError as error:
+        what = str(error)
+    print(f"{what}; the texts are read again", file=sys.stderr)
+    return {}
 
 
 def _hash_source(source: Source) -> str:

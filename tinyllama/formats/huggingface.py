@@ -1,7 +1,7 @@
 """A Hugging Face LLaMA folder, in and out: names, config.json, safetensors (whole or in shards).
 
 names    parameter names and shapes of a LLaMA, and their check
-config   config.json, generation_config.json, the tokenizer's files
+config   config.json (model_config.py), generation_config.json, the tokenizer's files
 read     one safetensors file or shards with an index, opened lazily
 write    the same, one tensor at a time
 """
@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tinyllama.config import LlamaConfig
-from tinyllama.errors import ConfigError, TinyllamaError, WeightsError, reason
+from tinyllama.errors import ConfigError, WeightsError
 from tinyllama.formats.dtypes import (
     BITS,
     FLOATS,
@@ -27,6 +27,8 @@ from tinyllama.formats.dtypes import (
     RawArray,
     dtype_name,
 )
+from tinyllama.formats.model_config import Ids, config_from_hf, config_to_hf
+from tinyllama.formats.packed import PackedForm, PackedRows
 from tinyllama.formats.safetensors import (
     FileDigest,
     LazyArray,
@@ -35,6 +37,7 @@ from tinyllama.formats.safetensors import (
     read_header,
     write_safetensors,
 )
+from tinyllama.formats.untrusted import printable, read_json, shown_shape, some_of
 
 STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -50,7 +53,7 @@ def llama_shapes(config: LlamaConfig) -> dict[str, Shape]:
     shapes: dict[str, Shape] = {EMBEDDING: (config.vocab_size, hidden)}
     layer = _layer_shapes(config)
     for number in range(config.num_layers):
-        shapes |= {f"model.layers.{number}.{name}.weight": layer[name] for name in layer}
+        shapes |= {f"model.layers.{number}.{name}": layer[name] for name in layer}
     shapes["model.norm.weight"] = (hidden,)
     if not config.tie_word_embeddings:
         shapes[HEAD] = (config.vocab_size, hidden)
@@ -59,13 +62,12 @@ def llama_shapes(config: LlamaConfig) -> dict[str, Shape]:
 
 def linear_shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
     """Name ("q_proj") -> (out, in) of the linear layers of one layer."""
-    linears = ((n, s) for n, s in _layer_shapes(config).items() if len(s) == 2)
-    return {name.rpartition(".")[2]: (shape[0], shape[1]) for name, shape in linears}
+    return {path.rpartition(".")[2]: shape for path, shape in _linears(config).items()}
 
 
 def linear_shapes_by_path(config: LlamaConfig) -> dict[str, Shape]:
     """Path ("model.layers.0.self_attn.q_proj") -> (out, in) of those of all layers."""
-    linears = {name: shape for name, shape in _layer_shapes(config).items() if len(shape) == 2}
+    linears = _linears(config)
     return {
         f"model.layers.{number}.{name}": shape
         for number in range(config.num_layers)
@@ -73,27 +75,32 @@ def linear_shapes_by_path(config: LlamaConfig) -> dict[str, Shape]:
     }
 
 
-def _layer_shapes(config: LlamaConfig) -> dict[str, Shape]:
-    """Name and shape of every parameter of one layer."""
+def _linears(config: LlamaConfig) -> dict[str, tuple[int, int]]:
+    """Path within a layer -> (out, in) of its linear layers."""
     hidden, inner = config.hidden_size, config.intermediate_size
     heads, kv = config.num_heads * config.head_dim, config.kv_heads * config.head_dim
     return {
-        "input_layernorm": (hidden,),
         "self_attn.q_proj": (heads, hidden),
         "self_attn.k_proj": (kv, hidden),
         "self_attn.v_proj": (kv, hidden),
         "self_attn.o_proj": (hidden, heads),
-        "post_attention_layernorm": (hidden,),
         "mlp.gate_proj": (inner, hidden),
         "mlp.up_proj": (inner, hidden),
         "mlp.down_proj": (hidden, inner),
     }
 
 
-def weights_bytes(config: LlamaConfig, dtype: str) -> int:
-    """Bytes that a folder's tensors take when stored as `dtype`."""
-    values = sum(math.prod(shape) for shape in llama_shapes(config).values())
-    return values * BITS[STORED[dtype]] // 8
+def _layer_shapes(config: LlamaConfig) -> dict[str, Shape]:
+    """Name and shape of every parameter of one layer."""
+    norm: Shape = (config.hidden_size,)
+    shapes: dict[str, Shape] = {"input_layernorm.weight": norm}
+    for path, (outputs, inputs) in _linears(config).items():
+        if path == "mlp.gate_proj":
+            shapes["post_attention_layernorm.weight"] = norm
+        shapes[f"{path}.weight"] = (outputs, inputs)
+        if path.rpartition(".")[2] in config.biased:
+            shapes[f"{path}.bias"] = (outputs,)
+    return shapes
 
 
 def check_names(
@@ -104,97 +111,23 @@ def check_names(
     Raises WeightsError that names every tensor that is missing, extra, misshapen or not floating.
     """
     problems = [f"{name}: missing" for name in expected if name not in stored]
-    problems += [f"{name}: extra, no such parameter" for name in stored if name not in expected]
+    problems += [
+        f"{printable(name)}: extra, no such parameter" for name in stored if name not in expected
+    ]
     for name in expected.keys() & stored.keys():
         dtype, shape = stored[name]
         if shape != expected[name]:
-            problems.append(f"{name}: shape {shape}, must be {expected[name]}")
+            problems.append(f"{name}: shape {shown_shape(shape)}, must be {expected[name]}")
         if dtype not in FLOATS:
             problems.append(f"{name}: type {dtype}, must be one of {', '.join(FLOATS)}")
     if problems:
-        raise WeightsError("\n".join(f"{source}: {problem}" for problem in sorted(problems)))
+        raise WeightsError(some_of(problems, source))
 
 
-# Hugging Face's names of our fields; the second group may be absent, and then means its default.
-_REQUIRED = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "hidden_size",
-    "intermediate_size": "intermediate_size",
-    "num_hidden_layers": "num_layers",
-    "num_attention_heads": "num_heads",
-}
-_OPTIONAL = {
-    "num_key_value_heads": ("num_kv_heads", None),
-    "max_position_embeddings": ("max_seq_len", 2048),
-    "rms_norm_eps": ("rms_norm_eps", 1e-6),
-    "tie_word_embeddings": ("tie_word_embeddings", False),
-}
-# Fields of which this package supports one value; an absent one has that value.
-_ONLY = {
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "quantization_config": None,
-    "partial_rotary_factor": 1.0,
-}
-_DEFAULT_THETA = 10000.0
-
-Ids = int | Sequence[int] | None
-
-
-def config_to_hf(config: LlamaConfig, bos_id: Ids, eos_id: Ids, dtype: str) -> dict[str, Any]:
-    """The config.json of a model whose weights are stored as `dtype` ("float32", ...)."""
-    ours = {key: getattr(config, field) for key, field in _REQUIRED.items()}
-    ours |= {key: getattr(config, field) for key, (field, _) in _OPTIONAL.items()}
-    return {
-        **ours,
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_dim,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "mlp_bias": False,
-        "initializer_range": 0.02,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": None,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "dtype": dtype,
-        "torch_dtype": dtype,
-        "bos_token_id": bos_id,
-        "eos_token_id": eos_id,
-        "pad_token_id": None,
-        "pretraining_tp": 1,
-        "use_cache": True,
-    }
-
-
-def config_from_hf(values: Mapping[str, Any], source: str) -> LlamaConfig:
-    """The model that a parsed config.json describes; `source` is the file's name for messages.
-
-    Raises ConfigError with every problem, one per line.
-    """
-    theta, problems = _rope_theta(values)
-    problems = [*_unsupported(values), *problems]
-    problems += [f"{key}: missing" for key in _REQUIRED if values.get(key) is None]
-    if problems:
-        raise ConfigError("\n".join(f"{source}: {problem}" for problem in problems))
-    fields = {field: values[key] for key, field in _REQUIRED.items()}
-    for key, (field, default) in _OPTIONAL.items():
-        fields[field] = default if values.get(key) is None else values[key]
-    try:
-        config = LlamaConfig(**fields, rope_theta=theta)
-    except ConfigError as error:
-        raise ConfigError(
-            "\n".join(f"{source}: {line}" for line in str(error).split("\n"))
-        ) from None
-    if values.get("head_dim") not in (None, config.head_dim):
-        raise ConfigError(
-            f"{source}: head_dim: got {values['head_dim']}, must be hidden_size / "
-            f"num_attention_heads = {config.head_dim}"
-        )
-    return config
+def weights_bytes(config: LlamaConfig, dtype: str) -> int:
+    """Bytes that a folder's tensors take when stored as `dtype`."""
+    values = sum(math.prod(shape) for shape in llama_shapes(config).values())
+    return values * BITS[STORED[dtype]] // 8
 
 
 def generation_config(bos_id: Ids, eos_id: Ids) -> dict[str, Any]:
@@ -232,60 +165,6 @@ def special_ids(folder: Path, values: Mapping[str, Any]) -> tuple[int | None, tu
     return bos, tuple(stops)
 
 
-def read_json(path: Path, wrong: type[TinyllamaError] = ConfigError) -> dict[str, Any]:
-    """A JSON object from a file; raises `wrong`, naming the file."""
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise wrong(f"{path}: missing") from None
-    except OSError as error:
-        raise wrong(f"{path}: cannot be read: {reason(error)}") from error
-    except (ValueError, RecursionError) as error:
-        raise wrong(f"{path}: not JSON, so it is damaged or truncated: {error}") from error
-    if not isinstance(value, dict):
-        raise wrong(f"{path}: must be a JSON object")
-    return value
-
-
-def _unsupported(values: Mapping[str, Any]) -> Iterator[str]:
-    if values.get("model_type") != "llama":
-        yield f"model_type: got {values.get('model_type')!r}, must be 'llama'"
-    for key, only in _ONLY.items():
-        value = values.get(key)
-        if value is not None and value != only:
-            allowed = "absent" if only is None else repr(only)
-            yield f"{key}: got {value!r}, must be {allowed}: nothing else can be computed here"
-
-
-def _rope_theta(values: Mapping[str, Any]) -> tuple[Any, list[str]]:
-    """(base of the rotary frequencies, problems), from either form of the file."""
-    problems: list[str] = []
-    thetas = {"rope_theta": values.get("rope_theta")}
-    for key in ("rope_parameters", "rope_scaling"):
-        form = values.get(key) or {}
-        kind = (
-            form.get("rope_type", form.get("type", "default")) if isinstance(form, dict) else form
-        )
-        if not isinstance(form, dict) or kind != "default":
-            problems.append(f"{key}: got {kind!r}, must be 'default': no scaling can be computed")
-            continue
-        if form.get("partial_rotary_factor") not in (None, 1.0):
-            factor = form["partial_rotary_factor"]
-            problems.append(f"{key}.partial_rotary_factor: got {factor!r}, must be 1.0")
-        if nested := [name for name, value in form.items() if isinstance(value, dict)]:
-            problems.append(f"{key}: got one for each of {nested}, must be one for all layers")
-        thetas[f"{key}.rope_theta"] = form.get("rope_theta")
-    stated = {key: theta for key, theta in thetas.items() if theta is not None}
-    if len(set(map(repr, map(_as_float, stated.values())))) > 1:
-        problems.append(f"rope_theta: got {stated}, which contradict each other")
-    return next(iter(stated.values()), _DEFAULT_THETA), problems
-
-
-def _as_float(value: Any) -> Any:
-    """10000 and 10000.0 are the same base."""
-    return float(value) if type(value) is int else value
-
-
 _COMPUTED = ".rotary_emb.inv_freq"  # a table that old folders carry; it follows from rope_theta
 
 
@@ -296,9 +175,9 @@ class HfFolder:
         self.path = Path(folder)
         if not self.path.is_dir():
             raise WeightsError(f"{self.path}: not a folder")
-        values = read_json(self.path / "config.json")
-        self.config = config_from_hf(values, str(self.path / "config.json"))
-        self.bos_id, self.eos_ids = special_ids(self.path, values)
+        self.entries: Mapping[str, Any] = read_json(self.path / "config.json")
+        self.config = config_from_hf(self.entries, str(self.path / "config.json"))
+        self.bos_id, self.eos_ids = special_ids(self.path, self.entries)
         self._files: dict[str, SafetensorsFile] = {}
         self._file_of = self._locate()
 
@@ -323,6 +202,27 @@ class HfFolder:
     def array(self, name: str) -> NumpyArray:
         """A read-only view of a tensor as it is stored; bfloat16 comes as uint16."""
         return self._open(name).array(name)
+
+    def raw(self, name: str) -> NumpyArray:
+        """The elements of a tensor as they are stored, flat."""
+        return self.array(name).reshape(-1)
+
+    def rows(self, name: str, rows: slice) -> RawArray:
+        """Some rows of a tensor as it is stored."""
+        values = self.array(name)[rows]
+        return RawArray(self.dtype(name), values.shape, values)
+
+    def is_quantized(self, name: str) -> bool:
+        """Whether a tensor is stored in blocks of integers: never here."""
+        return False
+
+    def packed_form(self, name: str) -> PackedForm | None:
+        """The form of such blocks: none."""
+        return None
+
+    def packed(self, name: str, rows: slice) -> PackedRows:
+        """Some rows of a tensor that has a `packed_form`. Raises WeightsError: none has."""
+        raise WeightsError(f"{self.path}: {name}: is not packed")
 
     def float32(self, name: str) -> npt.NDArray[np.float32]:
         """A tensor as float32, exactly."""
@@ -418,22 +318,25 @@ def save_folder(
     files: Mapping[str, bytes],
     bos_id: int | None,
     eos_id: Ids,
+    base: Mapping[str, Any] | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> dict[str, FileDigest]:
     """Fill a folder that transformers loads; returns the digests of the files, for a manifest.
 
     `dtype` ("float32", "bfloat16", "float16") is what is stored, whatever floats the sources
-    give; each source is loaded once, when its turn comes. `files` are the tokenizer's, by name; a
-    tokenizer.model without tokenizer_config.json gets one. Not atomic by itself: hand it the
-    folder of `save_checkpoint` or `atomic_directory`. Raises WeightsError, also where the folder
-    holds weights already (stale shards would be loaded with the new ones), and OSError.
+    give; each source is loaded once, when its turn comes. `base` is the config.json of the model
+    that this one began as: what it says and is still true is kept. `files` are the
+    tokenizer's, by name; a tokenizer.model without tokenizer_config.json gets one. Not atomic by
+    itself: hand it the folder of `save_checkpoint` or `atomic_directory`. Raises WeightsError, also
+    where the folder holds weights already (stale shards would be loaded with the new ones), and
+    OSError.
     """
     folder = Path(folder)
     if dtype not in STORED:
         raise WeightsError(f"{folder}: dtype: got {dtype!r}, must be one of {', '.join(STORED)}")
     lazy = _stored_as(STORED[dtype], llama_shapes(config), tensors, str(folder))
     documents: dict[str, Mapping[str, Any]] = {
-        "config.json": config_to_hf(config, bos_id, eos_id, dtype),
+        "config.json": config_to_hf(config, bos_id, eos_id, dtype, base),
         "generation_config.json": generation_config(bos_id, eos_id),
     }
     if "tokenizer.model" in files and "tokenizer_config.json" not in files:

@@ -5,14 +5,17 @@ q     = w / scale, rounded to nearest even, -7 .. 7           |w - q scale| <= s
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from tinyllama.config import LlamaConfig
 from tinyllama.errors import ConfigError, WeightsError
-from tinyllama.formats.huggingface import llama_shapes
+from tinyllama.formats.huggingface import linear_shapes, linear_shapes_by_path
+from tinyllama.formats.models import ModelSource
+from tinyllama.formats.packed import PackedForm
 
 LARGEST_Q = 7
 # Elements that a thread handles at once: their float64 copy stays in the processor's cache.
@@ -49,9 +52,32 @@ def as_packed(label: str, weight: Weights, block_size: int) -> Weights:
     return dequantized
 
 
-def check_block_size(config: LlamaConfig, block_size: int) -> None:
-    """Raise ConfigError naming each kind of layer whose inputs `block_size` does not divide."""
-    inputs = {n.split(".")[-2]: s[1] for n, s in llama_shapes(config).items() if "_proj" in n}
+class Packing(NamedTuple):
+    """How the linear layers of a base are packed: in 4 bits in groups of `block_size`.
+
+    Those that a GGUF file holds in blocks stay as they are where layers can multiply by them, and
+    are widened otherwise, or with `requantize` packed in 4 bits as well.
+    """
+
+    block_size: int
+    requantize: bool = False
+
+    def stored(self, source: ModelSource | None) -> dict[str, PackedForm | None]:
+        """Path of each layer that is held as `source` has it -> its form; None: it is widened."""
+        if source is None:
+            return {}
+        names = [n for n in source.names if "_proj.weight" in n and source.is_quantized(n)]
+        forms = {n.removesuffix(".weight"): source.packed_form(n) for n in names}
+        return {path: form for path, form in forms.items() if form or not self.requantize}
+
+
+def check_block_size(config: LlamaConfig, block_size: int, stored: Collection[str] = ()) -> None:
+    """Raise ConfigError naming each kind of layer whose inputs `block_size` does not divide.
+
+    Layers of the paths `stored` are not packed in such blocks.
+    """
+    shapes = linear_shapes_by_path(config)
+    inputs = {p.rpartition(".")[2]: shape[1] for p, shape in shapes.items() if p not in stored}
     wrong = [f"{name} has {count}" for name, count in inputs.items() if count % block_size]
     if wrong:
         raise ConfigError(
@@ -62,7 +88,7 @@ def check_block_size(config: LlamaConfig, block_size: int) -> None:
 
 def largest_block(config: LlamaConfig, limit: int) -> int:
     """The largest block size up to `limit` that divides the inputs of every linear layer."""
-    common = math.gcd(*(s[1] for n, s in llama_shapes(config).items() if "_proj" in n))
+    common = math.gcd(*(shape[1] for shape in linear_shapes(config).values()))
     return max(size for size in range(1, min(limit, common) + 1) if common % size == 0)
 
 

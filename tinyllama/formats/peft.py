@@ -15,6 +15,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,20 +25,22 @@ import numpy.typing as npt
 
 from tinyllama.config import LlamaConfig
 from tinyllama.errors import ConfigError, WeightsError
-from tinyllama.formats.dtypes import FLOATS
+from tinyllama.formats.dtypes import FLOATS, NumpyArray
 from tinyllama.formats.huggingface import (
-    HfFolder,
     Shape,
     linear_shapes_by_path,
-    open_folder,
-    read_json,
 )
+from tinyllama.formats.int4 import Packing
+from tinyllama.formats.models import ModelSource, open_model
 from tinyllama.formats.safetensors import (
     FileDigest,
     SafetensorsFile,
     Source,
     write_safetensors,
 )
+from tinyllama.formats.untrusted import read_json
+from tinyllama.system import checked
+from tinyllama.system.json_files import short
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -65,7 +68,7 @@ class AdapterConfig:
     """The adapters of a model: `placed` by the layer's path.
 
     base is the base's folder, base_fingerprint what `fingerprint` gives for it, if known;
-    block_size that of a base which was packed in 4 bits when the adapters were trained on it,
+    block_size and requantize those of a base which was packed when the adapters were trained on it,
     tokenizer_digest that of the vocabulary (`Tokenizer.vocabulary_digest`) they were trained with.
     """
 
@@ -75,6 +78,7 @@ class AdapterConfig:
     base: str | None = None
     base_fingerprint: str | None = None
     block_size: int | None = None
+    requantize: bool = False
     tokenizer_digest: str | None = None
 
     def scale(self, path: str) -> float:
@@ -208,8 +212,11 @@ PARTS = ("lora_A", "lora_B")
 _PREFIX = "base_model.model."
 _FINGERPRINT = "base_fingerprint"
 _BLOCK_SIZE = "base_int4_block_size"
+_REQUANTIZE = "base_int4_requantized"  # present or not
 _TOKENIZER = "tokenizer_vocabulary_sha256"
 _SAMPLE_ELEMENTS = 1024
+_WHOLE = "blake2b-256:"  # begins a fingerprint of all bytes
+_PART_ELEMENTS = 1 << 20
 
 
 class AdapterFolder:
@@ -241,9 +248,9 @@ class AdapterFolder:
     def _named_folder(self) -> Path | None:
         named = Path(str(self._entries.get("base_model_name_or_path") or ""))
         if named.is_absolute():
-            return named if named.is_dir() else None
+            return named if named.exists() else None
         paths = ((self.path / named).resolve(), named) if named.parts else ()
-        return next((path for path in paths if path.is_dir()), None)
+        return next((path for path in paths if path.exists()), None)
 
     def config(self, model: LlamaConfig) -> AdapterConfig:
         """The adapters on a model of these sizes.
@@ -270,6 +277,7 @@ class AdapterFolder:
             base,
             made_for.get(_FINGERPRINT),
             self.block_size(),
+            _REQUANTIZE in made_for,
             self.tokenizer_digest,
         )
 
@@ -287,7 +295,14 @@ class AdapterFolder:
             )
         return None if text is None else int(text)
 
-    def check_base(self, base: HfFolder) -> None:
+    def packing(self) -> Packing | None:
+        """How the base was packed that the adapters were trained on; None if it was not."""
+        block_size = self.block_size()
+        if block_size is None:
+            return None
+        return Packing(block_size, _REQUANTIZE in self._file.metadata)
+
+    def check_base(self, base: ModelSource) -> None:
         """Raise WeightsError if the adapter was not made for this base.
 
         Folders written here carry their base's fingerprint. For others it is computed from the base
@@ -295,13 +310,13 @@ class AdapterFolder:
         """
         made_for = self._file.metadata.get(_FINGERPRINT)
         named = self._named_folder()
-        if made_for is None and named and (named / "config.json").is_file():
-            made_for = fingerprint(open_folder(named))  # without a tied head, as `base` is
-        if made_for is not None and made_for != (digest := fingerprint(base)):
+        if made_for is None and named and (named.is_file() or (named / "config.json").is_file()):
+            made_for = fingerprint(open_model(named))  # without a tied head, as `base` is
+        if made_for is not None and made_for != (digest := _as(made_for, base)):
             there = named or self._entries.get("base_model_name_or_path")
             raise WeightsError(
-                f"{self.path}: was made for another base ({there}, fingerprint {made_for[:12]}) "
-                f"than {base.path} (fingerprint {digest[:12]})"
+                f"{self.path}: was made for another base ({there}, fingerprint {_begin(made_for)}) "
+                f"than {base.path} (fingerprint {_begin(digest)})"
             )
 
     def matrix(self, path: str, part: str) -> npt.NDArray[np.float32]:
@@ -348,13 +363,13 @@ def is_adapter(folder: str | os.PathLike[str]) -> bool:
 
 def open_adapter(
     folder: str | os.PathLike[str], base: str | os.PathLike[str] | None = None
-) -> tuple[AdapterFolder, HfFolder]:
+) -> tuple[AdapterFolder, ModelSource]:
     """An adapter's folder, and its base: the folder `base`, or else the one that it names.
 
     Raises WeightsError where that is not the base that the adapter was made for.
     """
     adapter = AdapterFolder(folder)
-    opened = open_folder(adapter.base_folder() if base is None else base)
+    opened = open_model(adapter.base_folder() if base is None else base)
     adapter.check_base(opened)
     return adapter, opened
 
@@ -382,6 +397,8 @@ def save_adapter(
         metadata[_FINGERPRINT] = config.base_fingerprint
     if config.block_size is not None:
         metadata[_BLOCK_SIZE] = str(config.block_size)
+        if config.requantize:
+            metadata[_REQUANTIZE] = "true"
     if config.tokenizer_digest is not None:
         metadata[_TOKENIZER] = config.tokenizer_digest
     named = {f"{_PREFIX}{name}": source for name, source in tensors.items()}
@@ -401,15 +418,50 @@ def _path_from(folder: Path, base: str | None) -> str | None:
     return Path(os.path.relpath(there, here)).as_posix()
 
 
-def fingerprint(folder: HfFolder) -> str:
-    """SHA-256 over the name, type, shape and three samples of every tensor of a model.
+def fingerprint(folder: ModelSource) -> str:
+    """BLAKE2b-256 over the name, type, shape and all bytes of every tensor of a model.
 
-    It distinguishes bases without reading all of them, and does not depend on their shards.
+    It does not depend on their shards. Several threads take it; of large files it is remembered
+    for a day (system/checked.py).
     """
+    path = folder.path
+    files = [path] if path.is_file() else [path / name for name in sorted(set(folder.files))]
+    return checked.digest("fingerprint", files, lambda: f"{_WHOLE}{_whole_fingerprint(folder)}")
+
+
+def _whole_fingerprint(folder: ModelSource) -> str:
+    names = sorted(folder.names)
+    arrays = [folder.array(name).reshape(-1) for name in names]  # maps of files: nothing is read
+
+    def summed(name: str, values: NumpyArray) -> bytes:
+        digest = hashlib.blake2b(digest_size=32)
+        digest.update(f"{name} {folder.dtype(name)} {folder.shape(name)}\n".encode())
+        for start in range(0, values.size, _PART_ELEMENTS):
+            digest.update(values[start : start + _PART_ELEMENTS].view(np.uint8).data)
+        folder.forget(name)
+        return digest.digest()
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        sums = pool.map(summed, names, arrays)
+        return hashlib.blake2b(b"".join(sums), digest_size=32).hexdigest()
+
+
+def _begin(digest: str) -> str:
+    return short(digest.removeprefix(_WHOLE), 12)
+
+
+def _as(made_for: str, base: ModelSource) -> str:
+    """A base's fingerprint, taken like the one that an adapter carries."""
+    return fingerprint(base) if made_for.startswith(_WHOLE) else _sampled_fingerprint(base)
+
+
+def _sampled_fingerprint(folder: ModelSource) -> str:
+    """SHA-256 over the name, type, shape and three samples of every tensor, as adapters of earlier
+    versions carry it."""
     digest = hashlib.sha256()
     for name in sorted(folder.names):
         digest.update(f"{name} {folder.dtype(name)} {folder.shape(name)}\n".encode())
-        values = folder.array(name).reshape(-1)
+        values = folder.raw(name)
         for start in (0, values.size // 2, max(0, values.size - _SAMPLE_ELEMENTS)):
             digest.update(values[start : start + _SAMPLE_ELEMENTS].tobytes())
         folder.forget(name)

@@ -1,10 +1,11 @@
 """Text from a model, one token at a time, with a cache of keys and values.
 
-The prompt is read in chunks of PROMPT_CHUNK tokens and continued one token at a time. That takes
-two compiled graphs for all lengths; a layer is scheduled once per graph (runtime/stage.py).
+The prompt is read in chunks of LONG_CHUNK tokens, its rest in chunks of PROMPT_CHUNK, and continued
+one token at a time. That takes three compiled graphs at most for all lengths; a layer is scheduled
+once per graph (runtime/stage.py).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from tinyllama.errors import ConfigError
 from tinyllama.generate.sampling import Sampling, sample
 from tinyllama.model.layers import named_tensors, structure
 from tinyllama.model.llama import Block, Function, Llama
+from tinyllama.ops.cached_attention import LANES, new_cache
+from tinyllama.ops.embedding import embedding
 from tinyllama.runtime.capture import captured
 from tinyllama.runtime.kernel import in_memory
 from tinyllama.runtime.stage import Stage
@@ -22,7 +25,7 @@ from tinyllama.runtime.storage import Inputs, alias
 
 __all__ = ["PROMPT_CHUNK", "Generator", "Sampling"]
 
-PROMPT_CHUNK = 32
+PROMPT_CHUNK, LONG_CHUNK = 32, 256
 
 
 class Generator:
@@ -37,15 +40,15 @@ class Generator:
         """
         config = model.config
         self.length = min(length or config.max_seq_len, config.max_seq_len)
-        self._slots = -(-self.length // PROMPT_CHUNK) * PROMPT_CHUNK
-        shape = (2, 1, self._slots, config.kv_heads, config.head_dim)
+        self._slots = -(-self.length // LANES) * LANES
         self.model, self.vocabulary, self._stage = model, vocabulary, Stage()
+        self._table = model.rotations(self._slots, self.length)
         self._caches = [
-            Tensor.zeros(*shape, dtype=model.dtype).contiguous().realize()
+            new_cache(config.kv_heads, self._slots, config.head_dim, model.dtype)
             for _ in range(config.num_layers)
         ]
         self._inputs = Inputs()
-        self._prompt, self._next = captured(self._forward), captured(self._forward)
+        self._graphs = {size: captured(self._forward) for size in (1, PROMPT_CHUNK, LONG_CHUNK)}
 
     def tokens(
         self, prompt: Sequence[int], new_tokens: int, sampling: Sampling, stop: Sequence[int] = ()
@@ -69,39 +72,48 @@ class Generator:
                 return
             yield token
             if position + 1 < len(prompt) + new_tokens:
-                logits = self._run(self._next, [token], position)[0]
+                logits = self._run([token], position)
 
     def _read_prompt(self, prompt: Sequence[int]) -> npt.NDArray[np.float32]:
         """Logits (vocab,) that follow the prompt. Padding of the last chunk writes cache slots
         past the prompt, which the tokens to come overwrite before anything attends to them."""
-        for start in range(0, len(prompt), PROMPT_CHUNK):
-            part = list(prompt[start : start + PROMPT_CHUNK])
-            padded = part + [0] * (PROMPT_CHUNK - len(part))
-            logits: npt.NDArray[np.float32] = self._run(self._prompt, padded, start)[len(part) - 1]
+        start = 0
+        while start < len(prompt):
+            left = len(prompt) - start
+            size = LONG_CHUNK if left > LONG_CHUNK - PROMPT_CHUNK else PROMPT_CHUNK
+            logits = self._run(prompt[start : start + size], start, size)
+            start += size
         return logits
 
-    def _run(
-        self, graph: Callable[..., Tensor], tokens: list[int], position: int
-    ) -> npt.NDArray[np.float32]:
-        inputs = self._inputs(np.array([tokens], np.int32), np.array([position], np.int32))
-        logits: npt.NDArray[np.float32] = graph(*inputs).numpy()[0]
+    def _run(self, tokens: Sequence[int], position: int, size: int = 1) -> npt.NDArray[np.float32]:
+        """Logits (vocab,) that follow `tokens`, at most `size`, the first at `position`."""
+        padded = [*tokens, *[0] * (size - len(tokens))]
+        numbers = [padded], [position], [[len(tokens) - 1]]
+        inputs = self._inputs(*(np.array(part, np.int32) for part in numbers))
+        logits: npt.NDArray[np.float32] = self._graphs[size](*inputs).numpy()[0, 0]
         return logits
 
-    def _forward(self, tokens: Tensor, position: Tensor) -> Tensor:
-        """Logits (1, T, vocab) of tokens (1, T) at positions position, position + 1, ..."""
-        model, table, caches = self.model, self.model.rotations(self._slots), iter(self._caches)
+    def _forward(self, tokens: Tensor, position: Tensor, last: Tensor) -> Tensor:
+        """Logits (1, 1, vocab) after the token `last` (1, 1) of tokens (1, T), which stand at
+        positions position, position + 1, ..."""
+        model, table, caches = self.model, self._table, iter(self._caches)
+        T = tokens.shape[1]
 
         def turns() -> list[Tensor]:
-            index = position + Tensor.arange(tokens.shape[1], device=tokens.device)
-            return [part[index].contiguous() for part in table]
+            index = (position + Tensor.arange(T, device=tokens.device)).reshape(1, T)
+            return [in_memory(embedding(index, part, part.dtype)[0]) for part in table]
 
-        cos, sin = self._stage([*table, position], turns, ("turns", tokens.shape[1]))
+        cos, sin = self._stage([*table, position], turns, ("turns", T))
 
         def through(block: Block, x: Tensor) -> Tensor:
-            return self._run_part(Block.cached, block, x, cos, sin, next(caches), position)
+            return self._run_part(Block.cached, block, x, cos, sin, *next(caches), position)
+
+        def head() -> list[Tensor]:
+            row = x if T == 1 else embedding(last, x[0], x.dtype)
+            return [in_memory(model.head(row))]
 
         x, weight = model.walk(tokens, through, self._run_part), model.head_weight()
-        return self._stage([x, weight], lambda: [in_memory(model.head(x))], "head")[0]
+        return self._stage([x, weight, *[last][: T > 1]], head, ("head", T))[0]
 
     def _run_part(self, function: Function, module: Any, *inputs: Tensor) -> Tensor:
         """function(module, *inputs), scheduled once for all modules of its structure."""

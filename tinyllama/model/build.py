@@ -19,9 +19,11 @@ from tinygrad import Tensor, dtypes
 from tinygrad.dtype import DType
 
 from tinyllama.config import Config, LlamaConfig, LoraConfig
-from tinyllama.config.options import got, shown
+from tinyllama.config.options import got, options_of, shown
 from tinyllama.errors import ConfigError
-from tinyllama.formats.huggingface import HfFolder, llama_shapes, open_folder
+from tinyllama.formats.huggingface import llama_shapes
+from tinyllama.formats.int4 import Packing
+from tinyllama.formats.models import ModelSource, open_model
 from tinyllama.formats.peft import (
     AdapterConfig,
     AdapterFolder,
@@ -57,18 +59,20 @@ def build(config: Config, resume: Path | None = None) -> Built:
     source = config.model.base if config.lora else resume or config.model.base
     if source is None:
         return _assemble(config, lambda model: model.initialize_later(seed), seed)
-    folder = open_folder(source)
+    folder = open_model(source)
     # An adapter's folder holds no sizes: its base's must be the ones it was trained with.
     if resume is not None or config.lora is not None:
         _check_sizes(config, folder.config, source)
-    built = _assemble(config, lambda model: _read(model, folder), seed)
+    packing = _packing(config)
+    built = _assemble(config, lambda model: _read(model, folder, packing), seed, folder)
     if built.adapter is None:
         return built
     adapter = replace(
         built.adapter,
         base=str(folder.path.absolute()),
         base_fingerprint=fingerprint(folder),
-        block_size=_block_size(config),
+        block_size=packing and packing.block_size,
+        requantize=packing is not None and packing.requantize,
     )
     if resume is not None:
         _restore_adapters(built.model, adapter, resume, folder)
@@ -77,19 +81,19 @@ def build(config: Config, resume: Path | None = None) -> Built:
 
 def build_blank(config: Config) -> Built:
     """The model that a configuration trains, its tensors without memory: for planning a run."""
-    return _assemble(config, lambda model: None, None)
+    return _assemble(config, lambda model: None, None, _base(config))
 
 
 def build_random(config: Config, seed: int) -> Built:
     """The model with random weights, also those of a base: what a step costs is the same."""
 
     def fill(model: Llama) -> None:
-        if _block_size(config) is None:
+        if _packing(config) is None:
             model.initialize_later(seed)
         else:
             _fill_packed_at_random(model, seed)
 
-    return _assemble(config, fill, seed)
+    return _assemble(config, fill, seed, _base(config))
 
 
 def load_model(
@@ -104,8 +108,9 @@ def load_model(
         _refuse_base(folder, base)
         return Llama.from_pretrained(folder, dtype=dtype)
     adapter, opened = open_adapter(folder, base)
-    model = _layers(opened.config, dtype, adapter.block_size())
-    _read(model, opened)
+    packing = adapter.packing()
+    model = _layers(opened.config, dtype, packing, opened)
+    _read(model, opened, packing)
     lora.attach(model, adapter.config(model.config), None)
     lora.read_adapters(model, adapter)
     return model
@@ -121,10 +126,18 @@ def tokenizer_folder(folder: Path, base: str | Path | None = None) -> Path:
 # ---- what all of them share
 
 
-def _assemble(config: Config, fill: Callable[[Llama], None], seed: int | None) -> Built:
-    """Layers, weights by `fill`, adapters from the seed (None: without memory)."""
+def _assemble(
+    config: Config,
+    fill: Callable[[Llama], None],
+    seed: int | None,
+    base: ModelSource | None = None,
+) -> Built:
+    """Layers, weights by `fill`, adapters from the seed (None: without memory).
+
+    What a packed base holds in blocks decides the form of those layers.
+    """
     dtype = getattr(dtypes, config.training.dtype)
-    model = _layers(config.model, dtype, _block_size(config))
+    model = _layers(config.model, dtype, _packing(config), base)
     model.checkpoint_activations = config.training.checkpoint_activations
     fill(model)
     if config.lora is None:
@@ -134,24 +147,37 @@ def _assemble(config: Config, fill: Callable[[Llama], None], seed: int | None) -
     return Built(model, lora.adapter_tensors(model), adapter)
 
 
-def _block_size(config: Config) -> int | None:
-    """Of the 4 bits that [qlora] packs the base in; None where nothing is packed."""
+def _packing(config: Config) -> Packing | None:
+    """How [qlora] packs the base; None where nothing is packed."""
     qlora = config.qlora
-    return qlora.block_size if qlora is not None and qlora.quantize_base else None
+    if qlora is None or not qlora.quantize_base:
+        return None
+    return Packing(qlora.block_size, qlora.requantize)
 
 
-def _layers(sizes: LlamaConfig, dtype: DType, block_size: int | None) -> Llama:
-    """A model without memory; `block_size` is that of linear layers in 4 bits."""
+def _base(config: Config) -> ModelSource | None:
+    """The base, opened, where the form of its tensors decides the form of layers."""
+    if _packing(config) is None or config.model.base is None:
+        return None
+    return open_model(config.model.base)
+
+
+def _layers(
+    sizes: LlamaConfig, dtype: DType, packing: Packing | None, base: ModelSource | None
+) -> Llama:
+    """A model without memory, its linear layers packed if `packing` says so."""
     model = Llama(sizes, dtype=dtype, seed=None)
-    return model if block_size is None else int4.packed_linears(model, block_size)
+    if packing is None:
+        return model
+    return int4.packed_linears(model, packing.block_size, packing.stored(base))
 
 
-def _read(model: Llama, folder: HfFolder) -> None:
-    """Give a model without adapters the weights of a folder, packing what the model packs."""
-    if int4.is_packed(model):
-        int4.read_packed(model, folder)
-    else:
+def _read(model: Llama, folder: ModelSource, packing: Packing | None) -> None:
+    """Give a model without adapters the weights of a base, packing what the model packs."""
+    if packing is None:
         model.read_weights(folder)
+    else:
+        int4.read_packed(model, folder)
 
 
 def _fill_packed_at_random(model: Llama, seed: int) -> None:
@@ -173,7 +199,7 @@ def _placed(section: LoraConfig, model: Llama) -> AdapterConfig:
 
 
 def _restore_adapters(
-    model: Llama, adapter: AdapterConfig, checkpoint: Path, base: HfFolder
+    model: Llama, adapter: AdapterConfig, checkpoint: Path, base: ModelSource
 ) -> None:
     """Read a checkpoint's adapters, which must be placed like `adapter` on the same base."""
     saved = AdapterFolder(checkpoint)
@@ -181,7 +207,7 @@ def _restore_adapters(
     stored = saved.config(model.config)
     if (stored.placed, stored.use_rslora) != (adapter.placed, adapter.use_rslora):
         raise ConfigError(f"[lora] differs from {checkpoint}: {stored.summary()} is saved there")
-    if stored.block_size != adapter.block_size:
+    if (stored.block_size, stored.requantize) != (adapter.block_size, adapter.requantize):
         raise ConfigError(
             f"[qlora] differs from {checkpoint}: it was trained on {_base_form(stored)}, and this "
             f"configuration has {_base_form(adapter)}"
@@ -192,17 +218,20 @@ def _restore_adapters(
 def _base_form(adapter: AdapterConfig) -> str:
     if adapter.block_size is None:
         return "a base that is not packed"
-    return f"a base in 4 bits with block_size {adapter.block_size}"
+    requantized = ", requantized" if adapter.requantize else ""
+    return f"a base in 4 bits with block_size {adapter.block_size}{requantized}"
 
 
 def _check_sizes(config: Config, saved: LlamaConfig, source: str | Path) -> None:
     """Raise ConfigError if the sizes in a folder are not those of [model]."""
     sizes, file = config.model, f"{source}/config.json"
-    mine = asdict(replace(sizes, num_kv_heads=sizes.kv_heads))
-    theirs = asdict(saved) | {"num_kv_heads": saved.kv_heads}
+    mine, theirs = (
+        asdict(replace(c, num_kv_heads=c.kv_heads, rope_scaling=c.scaling)) for c in (sizes, saved)
+    )
+    keys = {option.name: option.key for option in options_of("model", LlamaConfig)}
     theirs |= {"base": sizes.base, "max_seq_len": sizes.max_seq_len}
     problems = [
-        f"{config.where(f'model.{name}')}: {got(mine[name], f'{shown(value)} as in {file}')}"
+        f"{config.where(keys[name])}: {got(mine[name], f'{shown(value)} as in {file}')}"
         for name, value in theirs.items()
         if mine[name] != value
     ]

@@ -1,7 +1,7 @@
 """Parameters, bytes and floating-point operations of a model, by formula and by its tensors.
 
     embedding v h, head v h (none where it is the embedding), norms (2 L + 1) h
-    attention L (2 h^2 + 2 h kv D), feed-forward L 3 h i
+    attention L (2 h n D + 2 h kv D), feed-forward L 3 h i, with biases the outputs of each layer
     adapters  r (in + out) for each linear layer that has one
 
 All counts are Python integers, exact for models of any size. tinygrad is not needed.
@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tinyllama.config import LlamaConfig, LoraConfig
-from tinyllama.formats.huggingface import linear_shapes, open_folder
+from tinyllama.config.sections import ATTENTION_LINEAR, MLP_LINEAR
+from tinyllama.formats.huggingface import linear_shapes
+from tinyllama.formats.models import open_model
 from tinyllama.formats.peft import is_adapter, open_adapter
 
 # Bits per weight that are supported.
@@ -64,14 +66,31 @@ class Parameters:
 
 
 def attention_parameters(config: LlamaConfig) -> int:
-    """Weights of one layer's q, k, v and o: 2 h^2 + 2 h kv D, which is 4 h^2 without groups."""
-    kv = config.kv_heads * config.head_dim
-    return 2 * config.hidden_size**2 + 2 * config.hidden_size * kv
+    """Weights of one layer's q, k, v and o: 2 h n D + 2 h kv D, which is 4 h^2 without groups and
+    with heads that divide h; and their biases."""
+    return attention_weights(config) + _biases(config, ATTENTION_LINEAR)
+
+
+def attention_weights(config: LlamaConfig) -> int:
+    """The same without biases: what is in matrix products."""
+    heads = config.num_heads + config.kv_heads
+    return 2 * config.hidden_size * heads * config.head_dim
 
 
 def feed_forward_parameters(config: LlamaConfig) -> int:
-    """Weights of one layer's gate, up and down: 3 h i."""
+    """Weights of one layer's gate, up and down: 3 h i; and their biases."""
+    return feed_forward_weights(config) + _biases(config, MLP_LINEAR)
+
+
+def feed_forward_weights(config: LlamaConfig) -> int:
+    """The same without biases: 3 h i."""
     return 3 * config.hidden_size * config.intermediate_size
+
+
+def _biases(config: LlamaConfig, names: Iterable[str]) -> int:
+    """Biases of those layers of one block: one per output."""
+    shapes = linear_shapes(config)
+    return sum(shapes[name][0] for name in names if name in config.biased)
 
 
 def layer_parameters(config: LlamaConfig) -> int:
@@ -121,7 +140,7 @@ def folder_parameters(folder: str | Path) -> Parameters:
     By the tensors in the files; only headers are read. Raises ConfigError and WeightsError.
     """
     if not is_adapter(folder):
-        opened = open_folder(folder)
+        opened = open_model(folder)
         return parameters_of((name, prod(opened.shape(name))) for name in opened.names)
     adapter, opened = open_adapter(folder)
     shapes = {name: opened.shape(name) for name in opened.names}
@@ -162,17 +181,19 @@ def training_bytes(count: int) -> int:
 
 def product_parameters(config: LlamaConfig) -> int:
     """Weights in matrix products: those of the layers and the head (tied or not)."""
-    layer = attention_parameters(config) + feed_forward_parameters(config)
+    layer = attention_weights(config) + feed_forward_weights(config)
     return config.num_layers * layer + config.vocab_size * config.hidden_size
 
 
 def attention_flops(config: LlamaConfig, tokens: int, context: int) -> int:
     """Forward and backward of causal attention over rows of `context` tokens.
 
-    q k^T and p v are 4 T h per token forward, 12 T h with the backward pass, halved because a
-    causal model needs only half of them.
+    q k^T and p v are 4 T n D per token forward, 12 T n D with the backward pass, halved because a
+    causal model needs only half of them. A sliding window W leaves W (2 T - W) of the T^2.
     """
-    return 6 * config.num_layers * config.hidden_size * context * tokens
+    window = min(config.sliding_window or context, context)
+    width = config.num_heads * config.head_dim
+    return 6 * config.num_layers * width * window * (2 * context - window) * tokens // context
 
 
 def model_flops(

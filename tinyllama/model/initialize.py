@@ -1,10 +1,10 @@
 """The weights a new model starts from.
 
 Normal with standard deviation 0.02, the two projections that write into the residual stream
-0.02 / sqrt(2 L) (GPT-2, Radford et al. 2019), norms 1. Numbers come from numpy, from the seed and
-the parameter's name alone, so that runs on every backend and with any number of threads start with
-the same weights. Each number is one of 65,536 quantiles of the normal distribution, chosen by 16
-random bits, which takes a sixth of the time of numpy's normal numbers.
+0.02 / sqrt(2 L) (GPT-2, Radford et al. 2019), norms 1, biases 0. Numbers come from numpy,
+from the seed and the parameter's name alone, so that runs on every backend and with any number of
+threads start with the same weights. Each number is one of 65,536 quantiles of the normal
+distribution, chosen by 16 random bits, which takes a sixth of the time of numpy's normal numbers.
 """
 
 import functools
@@ -47,7 +47,7 @@ def _fill(
     values: npt.NDArray[np.float32], name: str, num_layers: int, seed: int, pool: Executor
 ) -> None:
     if values.ndim == 1:
-        values.fill(1)
+        values.fill(0 if name.endswith(".bias") else 1)
         return
     deviation = STANDARD_DEVIATION
     if name.endswith(RESIDUAL_PROJECTIONS):

@@ -1,14 +1,14 @@
 """A frozen base in 4 bits (QLoRA, Dettmers et al. 2023, arXiv:2305.14314), packed while read.
 
 Groups of `block_size` neighbours of a row share a scale (formats/int4.py). Every linear layer of
-the blocks is packed. The embedding and the head are held in bfloat16 and the norms in float32. A
-checkpoint is read one tensor at a time, in groups of rows, so that loading needs little more memory
-than the result.
+the blocks is packed; what a GGUF file holds in blocks of 4 or 8 bits stays as it is. The embedding
+and the head are held in bfloat16 and the norms in float32. A checkpoint is read one tensor at a
+time, in groups of rows, so that loading needs little more memory than the result.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 from tinygrad import Tensor, dtypes
@@ -16,78 +16,93 @@ from tinygrad import Tensor, dtypes
 from tinyllama.errors import ConfigError, WeightsError
 from tinyllama.formats.dtypes import (
     Array,
-    RawArray,
     convert,
     to_float32,
 )
-from tinyllama.formats.huggingface import HfFolder, llama_shapes
+from tinyllama.formats.huggingface import llama_shapes
 from tinyllama.formats.int4 import check_block_size, quantize_rows, row_parts
-from tinyllama.model.layers import Embedding, Linear, block_linears
+from tinyllama.formats.models import ModelSource
+from tinyllama.formats.packed import PackedForm, PackedRows
+from tinyllama.model.layers import Embedding, Linear, block_linears, with_bias
 from tinyllama.model.llama import Llama
 from tinyllama.ops.int4 import dequantize, int4_linear
 from tinyllama.runtime.storage import filling
 from tinyllama.system import device
 
 # Some rows of a tensor, as they are stored.
-Rows = Callable[[slice], Array]
+Rows = Callable[[slice], Array | PackedRows]
 
 
 class Int4Linear:
-    """y = x W^T with W in 4 bits, without bias and without a gradient of W.
+    """y = x W^T, or x W^T + b, with W in 4 or 8 bits and without a gradient of W and b.
 
-    packed: (out_features, in_features / 2) uint8; scales: (out_features, in_features / block_size)
-    float16; both as ops/int4.py reads them. Raises ConfigError if block_size does not divide.
+    packed, scales and minima (None without them) as ops/int4.py reads them; bias: (out_features,)
+    float32 or None. Raises ConfigError if the block size does not divide in_features.
     """
 
-    def __init__(self, in_features: int, out_features: int, block_size: int) -> None:
-        if in_features % block_size or block_size % 2:
+    def __init__(
+        self, in_features: int, out_features: int, form: PackedForm, *, bias: bool = False
+    ) -> None:
+        if in_features % form.block_size or form.block_size % 2:
             raise ConfigError(
-                f"qlora.block_size: got {block_size}, must be an even divisor of {in_features}, "
-                "the inputs of a linear layer"
+                f"qlora.block_size: got {form.block_size}, must be an even divisor of "
+                f"{in_features}, the inputs of a linear layer"
             )
-        self.in_features, self.out_features = in_features, out_features
-        self.block_size = block_size
-        self.packed = Tensor.empty(out_features, in_features // 2, dtype=dtypes.uint8)
-        self.scales = Tensor.empty(out_features, in_features // block_size, dtype=dtypes.float16)
+        self.in_features, self.out_features, self.form = in_features, out_features, form
+        width, q = in_features * form.bits // 8, dtypes.uint8 if form.bits == 4 else dtypes.int8
+        groups = (out_features, in_features // form.block_size)
+        self.packed = Tensor.empty(out_features, width, dtype=q)
+        self.scales = Tensor.empty(*groups, dtype=dtypes.float16)
+        self.minima = Tensor.empty(*groups, dtype=dtypes.float16) if form.minima else None
+        self.bias = Tensor.empty(out_features) if bias else None
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (..., in_features) -> (..., out_features)."""
-        return int4_linear(x, self.packed, self.scales)
+        return with_bias(int4_linear(x, self.packed, self.scales, self.minima), self.bias)
 
     def dense_weight(self) -> Tensor:
         """The weight (out_features, in_features) float32 that this layer multiplies by, exactly."""
-        return dequantize(self.packed, self.scales)
+        return dequantize(self.packed, self.scales, self.minima)
 
 
-def is_packed(model: Llama) -> bool:
-    """Whether a model without adapters has its linear layers in 4 bits."""
-    layers = (getattr(owner, name) for _, owner, name in block_linears(model.model.layers))
-    return any(isinstance(layer, Int4Linear) for layer in layers)
-
-
-def packed_linears(model: Llama, block_size: int) -> Llama:
+def packed_linears(
+    model: Llama, block_size: int, stored: Mapping[str, PackedForm | None] | None = None
+) -> Llama:
     """Make every linear layer of the blocks an Int4Linear, and embedding and head bfloat16.
 
-    In place; no tensor has memory or values yet. Raises ConfigError.
+    Layers whose paths are in `stored` get that form, or stay dense where it is None: in bfloat16
+    where the activations are, else in float32. In place; no tensor has memory or values yet. Raises
+    ConfigError.
     """
-    check_block_size(model.config, block_size)
-    for _, owner, name in list(block_linears(model.model.layers)):
-        layer = getattr(owner, name)
-        setattr(owner, name, Int4Linear(layer.in_features, layer.out_features, block_size))
-    tables: list[Embedding | Linear] = [model.model.embed_tokens]
+    stored = stored or {}
+    check_block_size(model.config, block_size, stored)
+    narrow: list[Embedding | Linear] = [model.model.embed_tokens]
     if not model.config.tie_word_embeddings:
-        tables.append(model.lm_head)
-    for table in tables:
+        narrow.append(model.lm_head)
+    for path, owner, name in list(block_linears(model.model.layers)):
+        layer, form = getattr(owner, name), stored.get(path, PackedForm(4, block_size))
+        if form is not None:
+            sizes, bias = (layer.in_features, layer.out_features), layer.bias is not None
+            setattr(owner, name, Int4Linear(*sizes, form, bias=bias))
+        elif model.dtype == dtypes.bfloat16:
+            narrow.append(layer)
+    for table in narrow:
         table.weight = Tensor.empty(*table.weight.shape, dtype=dtypes.bfloat16)
     return model
 
 
-def read_packed(model: Llama, folder: HfFolder) -> None:
-    """Give a model of `packed_linears` the weights of a Hugging Face folder.
+def read_packed(model: Llama, source: ModelSource) -> None:
+    """Give a model of `packed_linears` the weights of an opened model.
 
     Raises WeightsError (also for a value that 4 bits cannot hold).
     """
-    fill_packed(model, str(folder.path), lambda name: partial(_rows, folder, name), folder.forget)
+
+    def read(name: str) -> Rows:
+        as_stored = source.packed_form(name) is not None and "_proj.weight" in name
+        return partial(source.packed if as_stored else source.rows, name)
+
+    model.remember(source)
+    fill_packed(model, str(source.path), read, source.forget)
 
 
 def fill_packed(
@@ -107,29 +122,41 @@ def fill_packed(
     with ThreadPoolExecutor(device.threads()) as pool:
         for name, shape in llama_shapes(model.config).items():
             layer, label = linears.get(name.removesuffix(".weight")), f"{source}: {name}"
-            if layer is None:
-                fill = _store(label, tensors[name], read(name))
+            if isinstance(layer, Int4Linear):
+                fill = _pack(label, layer, read(name))
             else:
-                fill = _quantize(label, layer, read(name))
+                fill = _store(label, tensors[name], read(name))
             with fill as part:
                 list(pool.map(part, row_parts(shape)))
             done(name)
 
 
 @contextmanager
-def _quantize(label: str, layer: Int4Linear, read: Rows) -> Iterator[Callable[[slice], None]]:
+def _pack(label: str, layer: Int4Linear, read: Rows) -> Iterator[Callable[[slice], None]]:
     """Yield a function that packs some rows of a tensor into a layer."""
-    with filling(layer.packed) as packed, filling(layer.scales) as scales:
+    with ExitStack() as memories:
+        packed = memories.enter_context(filling(layer.packed))
+        scales = memories.enter_context(filling(layer.scales))
+        minima = None
+        if layer.minima is not None:
+            minima = memories.enter_context(filling(layer.minima))
 
         def part(rows: slice) -> None:
-            try:
-                packed[rows], scales[rows] = quantize_rows(
-                    to_float32(label, read(rows)), layer.block_size
-                )
-            except ValueError as error:
-                raise WeightsError(f"{label}: {error}") from error
+            values = read(rows)
+            if not isinstance(values, PackedRows):
+                values = _quantized(label, values, layer.form.block_size)
+            packed[rows], scales[rows] = values.packed, values.scales
+            if minima is not None:
+                minima[rows] = values.minima
 
         yield part
+
+
+def _quantized(label: str, rows: Array, block_size: int) -> PackedRows:
+    try:
+        return PackedRows(*quantize_rows(to_float32(label, rows), block_size), None)
+    except ValueError as error:
+        raise WeightsError(f"{label}: {error}") from error
 
 
 @contextmanager
@@ -139,11 +166,8 @@ def _store(label: str, tensor: Tensor, read: Rows) -> Iterator[Callable[[slice],
     with filling(tensor) as values:
 
         def part(rows: slice) -> None:
-            values[rows] = convert(label, read(rows), stored)
+            part = read(rows)
+            assert not isinstance(part, PackedRows)
+            values[rows] = convert(label, part, stored)
 
         yield part
-
-
-def _rows(folder: HfFolder, name: str, rows: slice) -> RawArray:
-    values = folder.array(name)[rows]
-    return RawArray(folder.dtype(name), values.shape, values)

@@ -31,19 +31,26 @@ class LinearLike(Protocol):
 
 
 class Linear:
-    """y = x W^T, without bias. weight: (out_features, in_features) float32."""
+    """y = x W^T, or x W^T + b. weight: (out_features, in_features), bias: (out_features,), both
+    float32."""
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    def __init__(self, in_features: int, out_features: int, *, bias: bool = False) -> None:
         self.in_features, self.out_features = in_features, out_features
         self.weight = Tensor.empty(out_features, in_features)
+        self.bias = Tensor.empty(out_features) if bias else None
 
     def __call__(self, x: Tensor, addend: Tensor | None = None) -> Tensor:
         """x (..., in_features) -> (..., out_features), plus an `addend` like the result."""
-        return linear(x, self.weight, addend)
+        return with_bias(linear(x, self.weight, addend), self.bias)
 
     def dense_weight(self) -> Tensor:
         """The weight (out_features, in_features) this layer multiplies by."""
         return self.weight
+
+
+def with_bias(out: Tensor, bias: Tensor | None) -> Tensor:
+    """out (..., out_features) + bias (out_features,), where there is one, in the type of out."""
+    return out if bias is None else out + bias.cast(out.dtype)
 
 
 class Embedding:
@@ -91,7 +98,7 @@ def structure(module: Any) -> tuple[tuple[str, object], ...]:
     children = enumerate(module) if isinstance(module, list) else vars(module).items()
     for name, child in children:
         if isinstance(child, Tensor):
-            entries.append((str(name), None))
+            entries.append((str(name), Tensor))
         elif isinstance(child, list) or hasattr(child, "__dict__"):
             entries.append((str(name), structure(child)))
         else:

@@ -19,7 +19,8 @@ from tinygrad import Tensor, dtypes
 from tinygrad.dtype import DType
 
 from tinyllama.config import LlamaConfig
-from tinyllama.formats.huggingface import HfFolder, open_folder, save_folder
+from tinyllama.formats.huggingface import save_folder
+from tinyllama.formats.models import ModelSource, open_model
 from tinyllama.formats.safetensors import FileDigest
 from tinyllama.model.initialize import initialize
 from tinyllama.model.layers import (
@@ -29,7 +30,8 @@ from tinyllama.model.layers import (
     RMSNorm,
     named_tensors,
 )
-from tinyllama.ops.attention import attention, masked_attention
+from tinyllama.ops.attention import attention
+from tinyllama.ops.cached_attention import Cache, cached_attention
 from tinyllama.ops.cross_entropy import linear_cross_entropy
 from tinyllama.ops.matmul import linear
 from tinyllama.ops.rope import rope, tables
@@ -51,10 +53,13 @@ class Attention:
     def __init__(self, config: LlamaConfig) -> None:
         hidden, self.head_dim = config.hidden_size, config.head_dim
         self.heads, self.kv_heads = config.num_heads, config.kv_heads
-        self.q_proj: LinearLike = Linear(hidden, self.heads * self.head_dim)
-        self.k_proj: LinearLike = Linear(hidden, self.kv_heads * self.head_dim)
-        self.v_proj: LinearLike = Linear(hidden, self.kv_heads * self.head_dim)
-        self.o_proj: LinearLike = Linear(self.heads * self.head_dim, hidden)
+        self.window = config.sliding_window
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        biased = config.biased
+        self.q_proj: LinearLike = Linear(hidden, queries, bias="q_proj" in biased)
+        self.k_proj: LinearLike = Linear(hidden, keys, bias="k_proj" in biased)
+        self.v_proj: LinearLike = Linear(hidden, keys, bias="v_proj" in biased)
+        self.o_proj: LinearLike = Linear(queries, hidden, bias="o_proj" in biased)
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, hidden) -> q (B, T, H, D), k and v (B, T, KV, D), q and k rotated."""
@@ -70,32 +75,15 @@ class Attention:
         return self.o_proj(attention(q, k, v, starts).flatten(2))  # (B, T, H * D)
 
     def cached(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, position: Tensor
+        self, x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, position: Tensor
     ) -> Tensor:
         """Like a call for T tokens at positions position .. position + T - 1 of one sequence.
 
-        cache (2, 1, S, KV, D) holds the keys and values so far and is updated in place;
-        position is an int32 tensor (1,), so that one compiled step serves every position.
+        keys and values are those of a cache (ops/cached_attention.py), which is updated in place.
         """
         q, k, v = self.project(x, cos, sin)
-        T, S = x.shape[1], cache.shape[2]
-        slots = Tensor.arange(S, device=x.device)
-        fresh = slots.reshape(1, 1, S, 1, 1) - position.reshape(1, 1, 1, 1, 1)  # index into k, v
-        pair = Tensor.stack(k, v)  # (2, 1, T, KV, D)
-        placed = pair if T == S else _scatter_rows(pair, slots, position)
-        inside = (fresh >= 0) & (fresh < T)
-        keys_values = cache.assign(inside.where(placed, cache).cast(cache.dtype).contiguous())
-        queries = position.reshape(1, 1) + Tensor.arange(T, device=x.device).reshape(T, 1)
-        mask = (slots.reshape(1, S) <= queries).reshape(1, T, S)
-        out = masked_attention(q, keys_values[0], keys_values[1], mask)
-        return self.o_proj(out.flatten(2))
-
-
-def _scatter_rows(pair: Tensor, slots: Tensor, position: Tensor) -> Tensor:
-    """pair (2, 1, T, KV, D) laid at slots position, position + 1, ...: (2, 1, S, KV, D)."""
-    T = pair.shape[2]
-    index = (slots - position).clip(0, T - 1)
-    return pair.permute(2, 0, 1, 3, 4)[index].permute(1, 2, 0, 3, 4)
+        out = cached_attention(q, k, v, Cache(keys, values), position, self.window)
+        return self.o_proj(out.flatten(2))  # (1, T, H * D)
 
 
 class MLP:
@@ -103,9 +91,9 @@ class MLP:
 
     def __init__(self, config: LlamaConfig) -> None:
         hidden, inner = config.hidden_size, config.intermediate_size
-        self.gate_proj: LinearLike = Linear(hidden, inner)
-        self.up_proj: LinearLike = Linear(hidden, inner)
-        self.down_proj: LinearLike = Linear(inner, hidden)
+        self.gate_proj: LinearLike = Linear(hidden, inner, bias=config.mlp_bias)
+        self.up_proj: LinearLike = Linear(hidden, inner, bias=config.mlp_bias)
+        self.down_proj: LinearLike = Linear(inner, hidden, bias=config.mlp_bias)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (B, T, hidden) -> (B, T, hidden)."""
@@ -127,10 +115,11 @@ class Block:
         return h + self.mlp(self.post_attention_layernorm(h))
 
     def cached(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, position: Tensor
+        self, x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, position: Tensor
     ) -> Tensor:
         """One sequence's next tokens, see Attention.cached."""
-        h = x + self.self_attn.cached(self.input_layernorm(x), cos, sin, cache, position)
+        cache = keys, values, position
+        h = x + self.self_attn.cached(self.input_layernorm(x), cos, sin, *cache)
         return h + self.mlp(self.post_attention_layernorm(h.contiguous()))
 
 
@@ -165,7 +154,9 @@ class Llama:
         """dtype is the type of activations; with seed None no weight has memory or a value yet."""
         self.config, self.dtype = config, dtype
         self.checkpoint_activations = False
-        self._rotations: dict[int, tuple[Tensor, Tensor]] = {}
+        # config.json of the model that the weights were read from, and its special ids.
+        self.base_entries: dict[str, Any] = {}
+        self._rotations: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self.model = LlamaModel(config)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size)
@@ -192,7 +183,16 @@ class Llama:
     def hidden(self, tokens: Tensor, starts: Tensor) -> Tensor:
         """tokens, starts (B, T) int32 -> the last norm's output (B, T, hidden)."""
         cos, sin = self.rotations(tokens.shape[1])
+        starts = self.first_visible(starts)
         return self.walk(tokens, lambda block, x: block(x, cos, sin, starts))
+
+    def first_visible(self, starts: Tensor) -> Tensor:
+        """The first position that each one attends to, (B, T): that of its document in `starts`,
+        or of its sliding window where that is later."""
+        T, window = starts.shape[1], self.config.sliding_window
+        if window is None or window >= T:
+            return starts
+        return starts.maximum(Tensor.arange(T, device=starts.device) - (window - 1)).contiguous()
 
     def walk(
         self, tokens: Tensor, through: Callable[[Block, Tensor], Tensor], run: Run = _directly
@@ -225,17 +225,22 @@ class Llama:
             x.reshape(-1, x.shape[-1]), self.head_weight(), targets.reshape(-1)
         )
 
-    def rotations(self, length: int) -> tuple[Tensor, Tensor]:
-        """cos and sin of the rotary angles of positions 0 .. length - 1, each (length, D/2)."""
-        if length not in self._rotations:
-            pair = tables(self.config.head_dim, self.config.rope_theta, length)
+    def rotations(self, length: int, rows: int | None = None) -> tuple[Tensor, Tensor]:
+        """cos and sin of the rotary angles of positions 0 .. length - 1, each (length, D/2).
+
+        `rows` is the length of the longest row, which dynamic scaling depends on, if it is not
+        `length`.
+        """
+        c, key = self.config, (length, rows or length)
+        if key not in self._rotations:
+            pair = tables(c.head_dim, c.rope_theta, length, c.scaling, rows)
             # Written immediately: a step that is being captured would record a copy as one of its
             # own kernels, and keep the table in memory that only the step may read.
             cos, sin = (Tensor.empty(*table.shape) for table in pair)
             write_new(cos, pair[0])
             write_new(sin, pair[1])
-            self._rotations[length] = (cos, sin)
-        return self._rotations[length]
+            self._rotations[key] = (cos, sin)
+        return self._rotations[key]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Every weight by its Hugging Face name."""
@@ -251,16 +256,22 @@ class Llama:
 
         Raises WeightsError, naming every tensor that is missing, extra or misshapen.
         """
-        folder = open_folder(path)
+        folder = open_model(path)
         model = cls(folder.config, dtype=dtype, seed=None)
         model.read_weights(folder)
         return model
 
-    def read_weights(self, folder: HfFolder) -> None:
+    def read_weights(self, folder: ModelSource) -> None:
         """Overwrite every weight by that of a folder, converted to float32."""
+        self.remember(folder)
         for name, tensor in self.state_dict().items():
             write(tensor, folder.float32(name))
             folder.forget(name)
+
+    def remember(self, folder: ModelSource) -> None:
+        """Keep what a folder's config.json says, for the one that is written."""
+        ids = {"bos_token_id": folder.bos_id, "eos_token_id": list(folder.eos_ids)}
+        self.base_entries = {**folder.entries, **ids}
 
     def save_pretrained(
         self, path: str | Path, tokenizer: Tokenizer | None = None, *, dtype: str = "float32"
@@ -276,14 +287,16 @@ class Llama:
         self, folder: Path, tokenizer: Tokenizer | None, *, dtype: str = "float32"
     ) -> dict[str, FileDigest]:
         """Fill `folder` as `save_pretrained` does; returns the digests of its files."""
+        base = self.base_entries
         return save_folder(
             folder,
             self.config,
             {name: partial(read, tensor) for name, tensor in self.state_dict().items()},
             dtype=dtype,
             files={} if tokenizer is None else {MODEL_FILE: tokenizer.model},
-            bos_id=None if tokenizer is None else tokenizer.bos_id,
-            eos_id=() if tokenizer is None else tokenizer.eos_id,
+            bos_id=base.get("bos_token_id") if tokenizer is None else tokenizer.bos_id,
+            eos_id=base.get("eos_token_id", ()) if tokenizer is None else tokenizer.eos_id,
+            base=base,
         )
 
     def count_parameters(self) -> int:

@@ -44,6 +44,17 @@ class Progress:
         if self._shown and not self._is_terminal:
             self._write(f"step {self._done}, validation loss {val_loss:.4f}\n")
 
+    def compiling(self, done: int, total: int) -> None:
+        """Show that `done` of `total` kernels for a GPU are compiled."""
+        if not self._shown:
+            return
+        if self._is_terminal:
+            self._line = f"compiling kernels for the GPU  {done}/{total}"[: _columns() - 1]
+            if done in (1, total) or self._is_time_to_draw():
+                self._draw()
+        elif done == 1:
+            self._write(f"compiling {total} kernels for the GPU\n")
+
     def after_step(
         self,
         step: int,
@@ -64,7 +75,7 @@ class Progress:
             if self._val_loss is not None:
                 parts.insert(2, f"val {self._val_loss:.4f}")
             self._line = fitting(parts, _columns() - 1)
-            if now - self._written >= _SECONDS_BETWEEN_DRAWINGS:
+            if self._is_time_to_draw():
                 self._draw()
         elif (
             val_loss is not None
@@ -76,6 +87,9 @@ class Progress:
             if val_loss is not None:
                 parts.insert(2, f"validation loss {val_loss:.4f}")
             self._write(", ".join(parts) + "\n")
+
+    def _is_time_to_draw(self) -> bool:
+        return time.monotonic() - self._written >= _SECONDS_BETWEEN_DRAWINGS
 
     def _draw(self, end: str = "") -> None:
         self._write(f"\r\x1b[K{self._line}{end}")

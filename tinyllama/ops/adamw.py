@@ -12,7 +12,7 @@ Only 2-D weights decay. Both changes are summed before p changes, so that a deca
 from tinygrad import Tensor, dtypes
 
 from tinyllama.ops import forms
-from tinyllama.runtime.kernel import Kernel, per_thread, run
+from tinyllama.runtime.c_kernel import Kernel, per_thread, run
 
 # Order of the numbers that an update reads: one float32 tensor on the device.
 SCALARS = (

@@ -3,8 +3,8 @@
     S = q k^T / sqrt(D),  P = softmax(S) over starts[t] <= s <= t,  out = P v
 
 `starts` keeps documents that are packed into one row from attending to each other. With
-grouped-query attention, H query heads share KV key/value heads, H / KV each. The CPU kernels save
-only out and the log-sum-exp of S; no T x T matrix exists. The portable form computes S and P of one
+grouped-query attention, H query heads share KV key/value heads, H / KV each. The kernels save only
+out and the log-sum-exp of S; no T x T matrix exists. The portable form computes S and P of one
 layer at a time, and computes them again for the gradient. Backward (delta = rowsum(dout out)):
     dv = P^T dout,  dS = P (dout v^T - delta),  dq = dS k / sqrt(D),  dk = dS^T q / sqrt(D)
 """
@@ -14,14 +14,19 @@ import math
 from tinygrad import Tensor, dtypes
 
 from tinyllama.ops import forms
-from tinyllama.runtime.kernel import TYPE_CODE, Call, Kernel, empty, run
+from tinyllama.ops.gpu.attention import PASSES
+from tinyllama.ops.gpu.attention import attention as gpu_attention
+from tinyllama.runtime import blocks
+from tinyllama.runtime.c_kernel import Kernel, run
+from tinyllama.runtime.kernel import TYPE_CODE, Call, empty
 from tinyllama.runtime.stage import recomputed
 from tinyllama.system import device
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> Tensor:
     """q (B, T, H, D), k and v (B, T, KV, D), starts (B, T) integers -> (B, T, H, D) like q."""
-    return forms.choose(q, k, v, portable=_portable, cpu=_cpu)(q, k, v, starts.cast(dtypes.int32))
+    form = forms.choose(q, k, v, portable=_portable, cpu=_cpu, gpu=_gpu)
+    return form(q, k, v, starts.cast(dtypes.int32))
 
 
 def _portable(q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> Tensor:
@@ -59,15 +64,41 @@ def _cpu(q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> Tensor:
     def gradient(dout: Tensor, call: Call) -> list[Tensor | None]:
         out, lse, _ = call.outputs
         q, k, v, starts = call.inputs
-        grads = [empty(*t.shape, dtype=t.dtype) for t in (q, k, v)]
-        scratch = empty(_scratch_floats(T, D, 4, 5, 2))
+        grads = [empty(*t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v)]
+        scratch = empty(_scratch_floats(T, D, 4, 5, 2), device=q.device)
         inputs = [dout, out, lse, q, k, v, starts]
         dq, dk, dv, _ = run(backward, [*grads, scratch], inputs)
         return [dq, dk, dv, None]
 
-    scratch = empty(_scratch_floats(T, D, 2, 3, 1))
-    outputs = [empty(B, T, H, D, dtype=q.dtype), empty(B, H, T), scratch]
+    scratch = empty(_scratch_floats(T, D, 2, 3, 1), device=q.device)
+    out = empty(B, T, H, D, dtype=q.dtype, device=q.device)
+    outputs = [out, empty(B, H, T, device=q.device), scratch]
     return run(forward, outputs, [q, k, v, starts], gradient)[0]
+
+
+def _gpu(q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> Tensor:
+    B, T, H, D = q.shape
+    dialect = blocks.dialect_of(q.device)
+    assert dialect is not None
+    forward, gradient_q, gradient_kv = (
+        gpu_attention(dialect, which, B, T, H, k.shape[2], D, blocks.TYPE_NAME[q.dtype])
+        for which in PASSES
+    )
+
+    def like(*tensors: Tensor) -> list[Tensor]:
+        return [empty(*t.shape, dtype=t.dtype, device=t.device) for t in tensors]
+
+    def gradient(dout: Tensor, call: Call) -> list[Tensor | None]:
+        out, lse = call.outputs
+        q, k, v, starts = call.inputs
+        delta = (dout.float() * out.float()).sum(-1).permute(0, 2, 1).contiguous()  # (B, H, T)
+        inputs = [q, k, v, dout, lse, delta, starts]
+        dq = blocks.run(gradient_q, like(q), inputs)[0]
+        dk, dv = blocks.run(gradient_kv, like(k, v), inputs)
+        return [dq, dk, dv, None]
+
+    outputs = [*like(q), empty(B, H, T, device=q.device)]
+    return blocks.run(forward, outputs, [q, k, v, starts], gradient)[0]
 
 
 def _scratch_floats(T: int, D: int, sequences: int, tiles: int, scores: int) -> int:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from tinygrad import Tensor, dtypes
 
 from tinyllama.ops import forms
+from tinyllama.ops.gpu import cross_entropy as gpu
 from tinyllama.ops.matmul import (
     NN,
     NT,
@@ -21,10 +22,14 @@ from tinyllama.ops.matmul import (
     gemm,
     linear,
 )
-from tinyllama.runtime.kernel import TYPE_CODE, Call, Kernel, after, empty, run, with_gradient
+from tinyllama.runtime import blocks
+from tinyllama.runtime.c_kernel import Kernel, run
+from tinyllama.runtime.kernel import TYPE_CODE, Call, after, empty, with_gradient
 
-# Largest chunk of logits, in elements: 64 MB of float32.
+# Largest chunk of logits, in elements: 64 MB of float32. GPU_CHUNKS as many on a GPU, whose kernels
+# need more rows to be fast.
 CHUNK_ELEMENTS = 16 * 1024 * 1024
+GPU_CHUNKS = 8
 
 
 def linear_cross_entropy(
@@ -55,13 +60,14 @@ class _Form(NamedTuple):
     x_gradient: Callable[[Tensor, Tensor], Tensor]
     # dlogits (N, V), rows (N, H), what it is added to (V, H) -> dW (V, H)
     weight_gradient: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    chunks: int = 1  # of CHUNK_ELEMENTS that a chunk may have
 
 
 def token_losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """The loss of each token, for evaluation: shapes as above -> (N,) float32 nats."""
-    form = forms.choose(x, weight, portable=_PORTABLE, cpu=_CPU)
+    form = _FORMS[forms.chosen(x, weight)]
     parts, targets = [], targets.cast(dtypes.int32)
-    for begin, end in _chunks(x.shape[0], weight.shape[0]):
+    for begin, end in _chunks(x.shape[0], weight.shape[0], form.chunks):
         logits = form.logits(x[begin:end].contiguous(), weight, None)
         loss, _ = form.softmax_loss(logits, targets[begin:end], False)
         parts.append(loss)
@@ -72,10 +78,10 @@ def loss_and_gradients(
     x: Tensor, weight: Tensor, targets: Tensor, weight_gradient: bool
 ) -> tuple[Tensor, ...]:
     """Summed loss, its gradient of x and, with `weight_gradient`, of the weight: one pass."""
-    form = forms.choose(x, weight, portable=_PORTABLE, cpu=_CPU)
+    form = _FORMS[forms.chosen(x, weight)]
     losses, dxs, dw, free = [], [], None, None
     targets = targets.cast(dtypes.int32)
-    for begin, end in _chunks(x.shape[0], weight.shape[0]):
+    for begin, end in _chunks(x.shape[0], weight.shape[0], form.chunks):
         rows = x[begin:end].contiguous()
         logits = form.logits(rows, weight, free)
         loss, dlogits = form.softmax_loss(logits, targets[begin:end], True)
@@ -89,9 +95,9 @@ def loss_and_gradients(
     return (total, dx, dw) if dw is not None else (total, dx)
 
 
-def _chunks(tokens: int, vocab_size: int) -> list[tuple[int, int]]:
-    """Row ranges whose logits stay under CHUNK_ELEMENTS, all of one size but the last."""
-    count = -(-tokens // max(1, CHUNK_ELEMENTS // vocab_size))
+def _chunks(tokens: int, vocab_size: int, chunks: int = 1) -> list[tuple[int, int]]:
+    """Row ranges whose logits stay under `chunks` CHUNK_ELEMENTS, all of one size but the last."""
+    count = -(-tokens // max(1, chunks * CHUNK_ELEMENTS // vocab_size))
     size = -(-tokens // count)
     return [(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
@@ -127,7 +133,7 @@ def _weight_gradient_portable(dlogits: Tensor, rows: Tensor, onto: Tensor | None
     return (product if onto is None else onto + product).contiguous()
 
 
-def _logits_cpu(rows: Tensor, weight: Tensor, free: Tensor | None) -> Tensor:
+def _logits_kernel(rows: Tensor, weight: Tensor, free: Tensor | None) -> Tensor:
     """Written over `free`, so that chunks run one after another; otherwise tinygrad would compute
     the logits of all chunks first."""
     fits = free is not None and free.shape == (rows.shape[0], weight.shape[0])
@@ -138,19 +144,29 @@ def _softmax_loss_cpu(logits: Tensor, targets: Tensor, gradient: bool) -> tuple[
     N, V = logits.shape
     defines = {"N": N, "V": V, "ACT": TYPE_CODE[logits.dtype], "GRADIENT": int(gradient)}
     softmax_loss = Kernel("cross_entropy.c", defines, flops=6 * N * V, updates=True)
-    dlogits, loss = run(softmax_loss, [logits, empty(N)], [targets])
+    dlogits, loss = run(softmax_loss, [logits, empty(N, device=logits.device)], [targets])
     return loss, dlogits
 
 
-def _x_gradient_cpu(dlogits: Tensor, weight: Tensor) -> Tensor:
+def _softmax_loss_gpu(logits: Tensor, targets: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
+    N, V = logits.shape
+    dialect, dtype = blocks.language(logits)
+    launch = gpu.softmax_loss(dialect, N, V, dtype, gradient=gradient)
+    dlogits, loss = blocks.run(launch, [logits, empty(N, device=logits.device)], [targets])
+    return loss, dlogits
+
+
+def _x_gradient_kernel(dlogits: Tensor, weight: Tensor) -> Tensor:
     return gemm(NN, dlogits, weight, dtype=dlogits.dtype)
 
 
-def _weight_gradient_cpu(dlogits: Tensor, rows: Tensor, onto: Tensor | None) -> Tensor:
+def _weight_gradient_kernel(dlogits: Tensor, rows: Tensor, onto: Tensor | None) -> Tensor:
     return gemm(TN, dlogits, rows, onto=onto)
 
 
 _PORTABLE = _Form(
     _logits_portable, _softmax_loss_portable, _x_gradient_portable, _weight_gradient_portable
 )
-_CPU = _Form(_logits_cpu, _softmax_loss_cpu, _x_gradient_cpu, _weight_gradient_cpu)
+_CPU = _Form(_logits_kernel, _softmax_loss_cpu, _x_gradient_kernel, _weight_gradient_kernel)
+_GPU = _CPU._replace(softmax_loss=_softmax_loss_gpu, chunks=GPU_CHUNKS)
+_FORMS: dict[forms.Form, _Form] = {"portable": _PORTABLE, "cpu": _CPU, "gpu": _GPU}

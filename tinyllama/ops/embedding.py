@@ -2,14 +2,19 @@
 
 With N tokens, V entries and H columns, tinygrad's own gradient is a product with one-hot rows:
 N V H multiplications. The portable form here first sums over the tokens of each id, N N H, and then
-copies the sums to their rows.
+copies the sums to their rows. On a GPU a kernel sorts the tokens by id, and a second one sums.
 """
+
+from collections.abc import Callable
 
 from tinygrad import Tensor, dtypes
 from tinygrad.dtype import DType
 
 from tinyllama.ops import forms
-from tinyllama.runtime.kernel import TYPE_CODE, Call, Kernel, empty, run, with_gradient
+from tinyllama.ops.gpu import embedding as gpu
+from tinyllama.runtime import blocks
+from tinyllama.runtime.c_kernel import Kernel, run
+from tinyllama.runtime.kernel import TYPE_CODE, Call, empty, empty_like, with_gradient
 
 
 def embedding(ids: Tensor, weight: Tensor, dtype: DType) -> Tensor:
@@ -17,14 +22,24 @@ def embedding(ids: Tensor, weight: Tensor, dtype: DType) -> Tensor:
 
     A weight that is trained is float32; a frozen one may be narrower.
     """
-    form = forms.choose(weight, portable=_portable, cpu=_cpu)
+    form = forms.choose(weight, portable=_portable, cpu=_cpu, gpu=_gpu)
     return form(ids.cast(dtypes.int32), weight, dtype)
 
 
 def _portable(ids: Tensor, weight: Tensor, dtype: DType) -> Tensor:
+    return _looked_up(ids, weight, dtype, scattered)
+
+
+def _gpu(ids: Tensor, weight: Tensor, dtype: DType) -> Tensor:
+    return _looked_up(ids, weight, dtype, _scattered_gpu)
+
+
+def _looked_up(
+    ids: Tensor, weight: Tensor, dtype: DType, scatter: Callable[[Tensor, Tensor, int], Tensor]
+) -> Tensor:
     def gradient(dout: Tensor, call: Call) -> list[Tensor | None]:
         weight, ids = call.inputs
-        return [scattered(dout, ids, weight.shape[0]), None]
+        return [scatter(dout, ids, weight.shape[0]), None]
 
     def lookup(weight: Tensor, ids: Tensor) -> Tensor:
         return weight[ids].cast(dtype)
@@ -47,6 +62,16 @@ def scattered(grad: Tensor, ids: Tensor, vocab_size: int) -> Tensor:
     return (last > 0).reshape(-1, 1).where(of_last, 0).contiguous()
 
 
+def _scattered_gpu(grad: Tensor, ids: Tensor, vocab_size: int) -> Tensor:
+    N, H = ids.numel(), grad.shape[-1]
+    dialect, dtype = blocks.language(grad)
+    order = gpu.order(dialect, N, vocab_size)
+    backward = gpu.backward(dialect, N, vocab_size, H, dtype)
+    sorted_ids = blocks.run(order, empty_like(*[ids.reshape(-1)] * 2), [ids])
+    outputs = [empty(vocab_size, H, device=grad.device)]
+    return blocks.run(backward, outputs, [grad, *sorted_ids])[0]
+
+
 def _cpu(ids: Tensor, weight: Tensor, dtype: DType) -> Tensor:
     vocab_size, width = weight.shape
     defines = {"N": ids.numel(), "V": vocab_size, "H": width, "ACT": TYPE_CODE[dtype]}
@@ -55,7 +80,8 @@ def _cpu(ids: Tensor, weight: Tensor, dtype: DType) -> Tensor:
 
     def gradient(dout: Tensor, call: Call) -> list[Tensor | None]:
         _, ids = call.inputs
-        dw = run(backward, [empty(vocab_size, width, dtype=dtypes.float32)], [dout, ids])[0]
-        return [dw, None]
+        outputs = [empty(vocab_size, width, device=dout.device)]
+        return [run(backward, outputs, [dout, ids])[0], None]
 
-    return run(forward, [empty(*ids.shape, width, dtype=dtype)], [weight, ids], gradient)[0]
+    outputs = [empty(*ids.shape, width, dtype=dtype, device=weight.device)]
+    return run(forward, outputs, [weight, ids], gradient)[0]

@@ -1,82 +1,140 @@
-"""y = x W^T with a frozen W stored in 4 bits, and the gradient of x.
+"""y = x W^T with a frozen W stored in 4 or 8 bits, and the gradient of x.
 
-    W[o, i] = q[o, i] scale[o, i // block_size]        q in -8 .. 7, scale float16
+    W[o, i] = q[o, i] scale[o, i // block_size]                            q signed
+    W[o, i] = q[o, i] scale[o, i // block_size] + minimum[o, i // block_size]    q unsigned
 
-Two q share a byte as signed 4-bit numbers, the one with the even i in the low half. The CPU kernel
-widens W when it packs a panel of it (`cpu/int4.h`); the portable form widens W into a buffer of one
+q of 8 bits are int8. Of 4 bits, two share a byte of uint8, the one with the even i in the low half.
+Scales and minima are float16. The CPU kernel widens W when it packs a panel of it (`cpu/int4.h`),
+the GPU's when it loads a tile (`gpu/gemm.c`); the portable form widens W into a buffer of one
 layer.
 """
+
+from collections.abc import Sequence
+from typing import Literal
 
 from tinygrad import Tensor, dtypes
 from tinygrad.dtype import DType
 
 from tinyllama.ops import forms, sums
-from tinyllama.ops.matmul import (
-    NN,
-    NT,
-    gemm_headers,
-    gemm_macros,
-)
-from tinyllama.runtime.kernel import Call, Gradient, Kernel, empty, per_thread, run
+from tinyllama.ops.gpu.gemm import Packed
+from tinyllama.ops.matmul import NN, NT, gemm, gemm_headers, gemm_macros, gpu_product
+from tinyllama.runtime import blocks
+from tinyllama.runtime.blocks import UnsupportedSize
+from tinyllama.runtime.c_kernel import Kernel, per_thread, run
+from tinyllama.runtime.kernel import Call, Gradient, empty
 
 
-def int4_linear(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
-    """x (..., in), packed (out, in / 2) uint8, scales (out, in / block) float16 -> (..., out).
+def int4_linear(x: Tensor, packed: Tensor, scales: Tensor, minima: Tensor | None = None) -> Tensor:
+    """x (..., in) -> (..., out) of the type of x. Only x has a gradient.
 
-    The result is of the type of x. Only x has a gradient.
+    packed (out, in / 2) uint8 or (out, in) int8; scales and minima (out, in / block) float16.
     """
-    return forms.choose(x, scales, portable=_portable, cpu=_cpu)(x, packed, scales)
+    form = forms.choose(x, scales, portable=_portable, cpu=_kernel, gpu=_kernel)
+    return form(x, packed, scales, minima)
 
 
-def _portable(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
-    weight = dequantize(packed, scales).cast(x.dtype).contiguous().detach()
+def _portable(x: Tensor, packed: Tensor, scales: Tensor, minima: Tensor | None) -> Tensor:
+    weight = dequantize(packed, scales, minima).cast(x.dtype).contiguous().detach()
     return (x.contiguous() @ weight.transpose()).contiguous().contiguous_backward()
 
 
-def dequantize(packed: Tensor, scales: Tensor) -> Tensor:
-    """packed (out, in / 2) uint8, scales (out, in / block) float16 -> (out, in) float32, exact."""
+def dequantize(packed: Tensor, scales: Tensor, minima: Tensor | None = None) -> Tensor:
+    """The weight (out, in) float32 that packed numbers stand for, as `int4_linear` has them."""
     rows, groups = scales.shape
-    q = Tensor.stack(packed & 15, packed >> 4, dim=-1) ^ 8  # (out, in / 2, 2), each 8 too large
-    values = q.reshape(rows, groups, -1).cast(dtypes.float32) - 8
-    return (values * scales.cast(dtypes.float32).unsqueeze(-1)).reshape(rows, -1)
+    q = packed
+    if packed.dtype == dtypes.uint8:
+        q = Tensor.stack(packed & 15, packed >> 4, dim=-1)  # (out, in / 2, 2)
+    values = q.reshape(rows, groups, -1).cast(dtypes.float32)
+    if packed.dtype == dtypes.uint8 and minima is None:
+        values = (q ^ 8).reshape(rows, groups, -1).cast(dtypes.float32) - 8
+    values = values * scales.cast(dtypes.float32).unsqueeze(-1)
+    if minima is not None:
+        values = values + minima.cast(dtypes.float32).unsqueeze(-1)
+    return values.reshape(rows, -1)
 
 
-def _cpu(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
+def _kernel(x: Tensor, packed: Tensor, scales: Tensor, minima: Tensor | None) -> Tensor:
     def gradient(dy: Tensor, call: Call) -> list[Tensor | None]:
-        x, packed, scales = call.inputs
-        return [_product(NN, dy, packed, scales, x.dtype), None, None]
+        x, *weight = call.inputs
+        return [_product(NN, dy, weight, x.dtype), *[None for _ in weight]]
 
     rows = x.reshape(-1, x.shape[-1])  # (N, in)
-    out = _product(NT, rows, packed, scales, x.dtype, gradient)
+    weight = [packed, scales] if minima is None else [packed, scales, minima]
+    out = _product(NT, rows, weight, x.dtype, gradient)
     return out.reshape(*x.shape[:-1], packed.shape[0])
 
 
 def _product(
     layout: int,
     a: Tensor,
-    packed: Tensor,
-    scales: Tensor,
+    weight: Sequence[Tensor],
     dtype: DType,
     gradient: Gradient | None = None,
     addend: Tensor | None = None,
 ) -> Tensor:
-    """a (M, in) W^T (NT), or a (M, out) W (NN), of type `dtype`, plus an `addend` like it."""
-    rows, columns = packed.shape[0], 2 * packed.shape[1]  # of W
+    """a (M, in) W^T (NT), or a (M, out) W (NN), of type `dtype`, plus an `addend` like it.
+
+    weight: packed, scales and, where there are some, minima.
+    """
+    compute = _product_cpu if blocks.dialect_of(a.device) is None else _product_gpu
+    result = compute(layout, a, weight, dtype, gradient, addend)
+    if gradient is not None or addend is not None:
+        return result
+
+    def adding(a: Tensor, *others: Tensor) -> Tensor:
+        *weight, addend = others
+        return _product(layout, a, weight, dtype, addend=addend)
+
+    return sums.remember(result, [a, *weight], adding)
+
+
+def _sizes(packed: Tensor) -> tuple[Literal[4, 8], int, int]:
+    """Bits, and the rows and columns of W."""
+    bits: Literal[4, 8] = 4 if packed.dtype == dtypes.uint8 else 8
+    return bits, packed.shape[0], packed.shape[1] * 8 // bits
+
+
+def _product_gpu(
+    layout: int,
+    a: Tensor,
+    weight: Sequence[Tensor],
+    dtype: DType,
+    gradient: Gradient | None,
+    addend: Tensor | None,
+) -> Tensor:
+    bits, rows, columns = _sizes(weight[0])
+    form = Packed(bits, columns // weight[1].shape[1], minimum=len(weight) > 2)
+    n = rows if layout == NT else columns
+    try:
+        return gpu_product(
+            layout, a, [*weight], (a.shape[0], n, a.shape[1]), dtype,
+            packed=form, gradient=gradient, addend=addend,
+        )  # fmt: skip
+    except UnsupportedSize:
+        if gradient is not None:
+            raise
+    widened = dequantize(*weight).cast(a.dtype).contiguous()
+    return gemm(layout, a, widened, dtype=dtype, addend=addend)
+
+
+def _product_cpu(
+    layout: int,
+    a: Tensor,
+    weight: Sequence[Tensor],
+    dtype: DType,
+    gradient: Gradient | None,
+    addend: Tensor | None,
+) -> Tensor:
+    packed, scales = weight[:2]
+    bits, rows, columns = _sizes(packed)
     m, k = a.shape
     n = rows if layout == NT else columns
     defines, sizes = gemm_macros(layout, m, n, k, a.dtype, dtypes.float32, dtype)
-    defines["BLOCK"] = columns // scales.shape[1]
+    defines |= {"BLOCK": columns // scales.shape[1], "BITS": bits, "MINIMA": len(weight) - 2}
     if addend is not None:
         defines["ADDEND"] = 1
     headers = gemm_headers(defines, "int4.h")
     product = Kernel("gemm.c", defines, sizes, headers, flops=2 * m * n * k)
-    written = [empty(m, n, dtype=dtype), per_thread(sizes["SCRATCH_FLOATS"])]
-    inputs = [a, packed, scales] if addend is None else [a, packed, scales, addend]
-    result = run(product, written, inputs, gradient)[0]
-    if gradient is not None or addend is not None:
-        return result
-
-    def adding(a: Tensor, packed: Tensor, scales: Tensor, addend: Tensor) -> Tensor:
-        return _product(layout, a, packed, scales, dtype, addend=addend)
-
-    return sums.remember(result, [a, packed, scales], adding)
+    written = [empty(m, n, dtype=dtype, device=a.device), per_thread(sizes["SCRATCH_FLOATS"])]
+    inputs = [a, *weight] if addend is None else [a, *weight, addend]
+    return run(product, written, inputs, gradient)[0]

@@ -1,20 +1,23 @@
 """y = x W^T, the matrix product of every linear layer, with its two gradients.
 
-Backward: dx = dy W and dW = dy^T x. On the CPU all three are one blocked kernel (`cpu/gemm.c`).
-The portable form is tinygrad's own product; its inputs are put into memory first, or the scheduler
-would compute them again for each element of the result.
+Backward: dx = dy W and dW = dy^T x. All three are one blocked kernel, `cpu/gemm.c` on the CPU and
+`gpu/gemm.c` on a GPU. The portable form is tinygrad's own product; its inputs are put into memory
+first, or the scheduler would compute them again for each element of the result.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from tinygrad import Tensor, dtypes
 from tinygrad.dtype import DType
 
 from tinyllama.ops import forms, sums
-from tinyllama.runtime import kernel
-from tinyllama.runtime.kernel import TYPE_CODE, Call, Gradient, Kernel, empty, per_thread, run
+from tinyllama.ops.gpu.gemm import FLOPS, LAYOUTS, Packed, best_split, default_tile, product
+from tinyllama.runtime import blocks, c_kernel
+from tinyllama.runtime.blocks import UnsupportedSize
+from tinyllama.runtime.c_kernel import Kernel, per_thread, run
+from tinyllama.runtime.kernel import TYPE_CODE, Call, Gradient, empty
 
-# Layouts of cpu/gemm.c: C[M,N] = A[M,K] B[N,K]^T, A[M,K] B[K,N], A[K,M]^T B[K,N].
+# Layouts of gemm.c: C[M,N] = A[M,K] B[N,K]^T, A[M,K] B[K,N], A[K,M]^T B[K,N].
 NT, NN, TN = 0, 1, 2
 # Up to this many rows of A, each number of rows is compiled separately (SKINNY of cpu/gemm.c).
 FEW_ROWS = 8
@@ -25,7 +28,8 @@ def linear(x: Tensor, weight: Tensor, addend: Tensor | None = None) -> Tensor:
 
     An `addend`, like the result, is added to it.
     """
-    return forms.choose(x, weight, portable=_portable, cpu=_cpu)(x, weight, addend)
+    form = forms.choose(x, weight, portable=_portable, cpu=_kernel, gpu=_kernel)
+    return form(x, weight, addend)
 
 
 def _portable(x: Tensor, weight: Tensor, addend: Tensor | None) -> Tensor:
@@ -34,11 +38,13 @@ def _portable(x: Tensor, weight: Tensor, addend: Tensor | None) -> Tensor:
     return out if addend is None else out + addend
 
 
-def _cpu(x: Tensor, weight: Tensor, addend: Tensor | None) -> Tensor:
+def _kernel(x: Tensor, weight: Tensor, addend: Tensor | None) -> Tensor:
+    weight_type = weight.dtype
+
     def gradient(dy: Tensor, call: Call) -> list[Tensor | None]:
-        x, weight, *addends = call.inputs
+        x, weight, *addends = call.inputs  # on a GPU the weight has the type of x here
         dx = gemm(NN, dy, weight, dtype=x.dtype)
-        dw = gemm(TN, dy, x, dtype=weight.dtype)
+        dw = gemm(TN, dy, x, dtype=weight_type)
         return [dx, dw, *[dy for _ in addends]]
 
     rows = x.reshape(-1, x.shape[-1])  # (N, in)
@@ -59,30 +65,119 @@ def gemm(
     over: Tensor | None = None,
     addend: Tensor | None = None,
 ) -> Tensor:
-    """One product on the CPU: a and b in the shapes of `layout`, result (M, N) of type `dtype`.
+    """One product by a kernel: a and b in the shapes of `layout`, result (M, N) of type `dtype`.
 
     With `onto`, a float32 (M, N), the product is added to that in place; with `over`, an (M, N) of
     type `dtype`, it is written there. An `addend`, (M, N) of type `dtype`, is added to the result.
+
+    On a GPU, b is cast to the type of a. Sizes that its kernel does not take are computed in
+    portable form, to a new tensor; with `gradient` they raise UnsupportedSize.
     """
-    m, k = a.shape[::-1] if layout == TN else a.shape
-    n = b.shape[0] if layout == NT else b.shape[1]
-    given = over if onto is None else onto
-    out = empty(m, n, dtype=dtype) if given is None else given
-    defines, sizes = gemm_macros(layout, m, n, k, a.dtype, b.dtype, out.dtype)
-    defines["ACCUMULATE"] = int(onto is not None)
-    if addend is not None:
-        defines["ADDEND"] = 1
-    updates, headers = onto is not None, gemm_headers(defines)
-    product = Kernel("gemm.c", defines, sizes, headers, flops=2 * m * n * k, updates=updates)
-    inputs = [a, b] if addend is None else [a, b, addend]
-    result = run(product, [out, per_thread(sizes["SCRATCH_FLOATS"])], inputs, gradient)[0]
-    if gradient is not None or given is not None or addend is not None:
+    compute = _gemm_cpu if blocks.dialect_of(a.device) is None else _gemm_gpu
+    result = compute(layout, a, b, dtype, gradient, onto, over, addend)
+    if gradient is not None or onto is not None or over is not None or addend is not None:
         return result
 
     def adding(a: Tensor, b: Tensor, addend: Tensor) -> Tensor:
         return gemm(layout, a, b, dtype=dtype, addend=addend)
 
     return sums.remember(result, [a, b], adding)
+
+
+def _sizes(layout: int, a: Tensor, b: Tensor) -> tuple[int, int, int]:
+    """M, N and K of a product."""
+    m, k = a.shape[::-1] if layout == TN else a.shape
+    return m, b.shape[0] if layout == NT else b.shape[1], k
+
+
+def _gemm_gpu(
+    layout: int,
+    a: Tensor,
+    b: Tensor,
+    dtype: DType,
+    gradient: Gradient | None,
+    onto: Tensor | None,
+    over: Tensor | None,
+    addend: Tensor | None,
+) -> Tensor:
+    b = b.cast(a.dtype)
+    given = over if onto is None else onto
+    accumulate = onto is not None
+    try:
+        return gpu_product(
+            layout, a, [b], _sizes(layout, a, b), dtype, gradient=gradient, given=given,
+            accumulate=accumulate, addend=addend,
+        )  # fmt: skip
+    except UnsupportedSize:
+        if gradient is not None:
+            raise
+    a, b = a.contiguous(), b.contiguous()
+    left, right = a.transpose() if layout == TN else a, b.transpose() if layout == NT else b
+    result = left.matmul(right, dtype=dtypes.float32).cast(dtype)
+    for term in (onto, addend):
+        if term is not None:
+            result = result.contiguous() + term
+    return result.contiguous()
+
+
+def gpu_product(
+    layout: int,
+    a: Tensor,
+    b: Sequence[Tensor],
+    sizes: tuple[int, int, int],
+    dtype: DType,
+    *,
+    packed: Packed | None = None,
+    gradient: Gradient | None = None,
+    given: Tensor | None = None,
+    accumulate: bool = False,
+    addend: Tensor | None = None,
+) -> Tensor:
+    """A product of these sizes (M, N, K) on a GPU, written to `given` if it is; see `gemm`.
+
+    b is one matrix of a's type, or with `packed` integers and what scales them. Raises
+    UnsupportedSize.
+    """
+    m, n, k = sizes
+    dialect, type_name = blocks.dialect_of(a.device), blocks.TYPE_NAME[a.dtype]
+    assert dialect is not None
+    tile = default_tile(dialect, m, n, type_name)
+    split = 1
+    if given is None and gradient is None and addend is None:
+        flops = FLOPS[blocks.fragments(dialect, type_name)]
+        split = best_split(m, n, k, tile, blocks.multiprocessors(a.device), flops)
+    launch = product(
+        dialect, LAYOUTS[layout], m, n, k, type_name, blocks.TYPE_NAME[dtype], tile=tile,
+        addend=addend is not None, accumulate=accumulate, packed=packed, split=split,
+    )  # fmt: skip
+    shape, out_type = ((m, n), dtype) if split == 1 else ((split, m, n), dtypes.float32)
+    out = empty(*shape, dtype=out_type, device=a.device) if given is None else given
+    inputs = [a, *b] if addend is None else [a, *b, addend]
+    result = blocks.run(launch, [out], inputs, gradient)[0]
+    return result if split == 1 else result.sum(0).cast(dtype).contiguous()
+
+
+def _gemm_cpu(
+    layout: int,
+    a: Tensor,
+    b: Tensor,
+    dtype: DType,
+    gradient: Gradient | None,
+    onto: Tensor | None,
+    over: Tensor | None,
+    addend: Tensor | None,
+) -> Tensor:
+    m, n, k = _sizes(layout, a, b)
+    given = over if onto is None else onto
+    out = empty(m, n, dtype=dtype, device=a.device) if given is None else given
+    defines, sizes = gemm_macros(layout, m, n, k, a.dtype, b.dtype, out.dtype)
+    defines["ACCUMULATE"] = int(onto is not None)
+    if addend is not None:
+        defines["ADDEND"] = 1
+    updates, headers = onto is not None, gemm_headers(defines)
+    kernel = Kernel("gemm.c", defines, sizes, headers, flops=2 * m * n * k, updates=updates)
+    inputs = [a, b] if addend is None else [a, b, addend]
+    return run(kernel, [out, per_thread(sizes["SCRATCH_FLOATS"])], inputs, gradient)[0]
 
 
 def gemm_macros(
@@ -92,9 +187,9 @@ def gemm_macros(
     few = layout == NT and m <= FEW_ROWS
     defines = {"LAYOUT": layout}
     defines |= {"A_T": TYPE_CODE[a], "B_T": TYPE_CODE[b], "C_T": TYPE_CODE[c]}
-    defines["COMPUTE_BF16"] = int(a == dtypes.bfloat16 and kernel.has_bf16_products())
+    defines["COMPUTE_BF16"] = int(a == dtypes.bfloat16 and c_kernel.has_bf16_products())
     defines |= {"M": m} if few else {"MANY_ROWS": 1}
-    amx = not few and bool(defines["COMPUTE_BF16"]) and kernel.has_amx()
+    amx = not few and bool(defines["COMPUTE_BF16"]) and c_kernel.has_amx()
     if amx:
         defines["TILE_AMX"] = 1
     sizes = {} if few else {"M": m}

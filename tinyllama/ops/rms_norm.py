@@ -7,12 +7,15 @@ With r = 1/sqrt(mean(x^2) + eps) and n = x r, the gradient is
 from tinygrad import Tensor
 
 from tinyllama.ops import forms
-from tinyllama.runtime.kernel import TYPE_CODE, Call, Kernel, empty, per_thread, run
+from tinyllama.ops.gpu import rms_norm as gpu
+from tinyllama.runtime import blocks
+from tinyllama.runtime.c_kernel import Kernel, per_thread, run
+from tinyllama.runtime.kernel import TYPE_CODE, Call, empty, empty_like
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x (..., H) in the activation type, weight (H,) -> like x; arithmetic in float32."""
-    return forms.choose(x, weight, portable=_portable, cpu=_cpu)(x, weight, eps)
+    return forms.choose(x, weight, portable=_portable, cpu=_cpu, gpu=_gpu)(x, weight, eps)
 
 
 def _portable(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -31,9 +34,28 @@ def _cpu(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     def gradient(dy: Tensor, call: Call) -> list[Tensor | None]:
         _, rstd = call.outputs
         x, weight = call.inputs
-        outputs = [empty(*x.shape, dtype=x.dtype), per_thread(width)]
+        outputs = [empty(*x.shape, dtype=x.dtype, device=x.device), per_thread(width)]
         dx, partial = run(backward, outputs, [dy, x, rstd, weight])
         return [dx, partial.sum(0)]
 
-    outputs = [empty(*x.shape, dtype=x.dtype), empty(rows)]
+    outputs = [empty(*x.shape, dtype=x.dtype, device=x.device), empty(rows, device=x.device)]
     return run(forward, outputs, [x, weight.float()], gradient)[0]
+
+
+def _gpu(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    rows, width = x.numel() // x.shape[-1], x.shape[-1]
+    dialect, dtype = blocks.language(x)
+    forward = gpu.forward(dialect, rows, width, dtype, eps)
+    backward = gpu.backward(dialect, rows, width, dtype)
+    partial_rows = gpu.partial_rows(rows)
+
+    def gradient(dy: Tensor, call: Call) -> list[Tensor | None]:
+        _, rstd = call.outputs
+        x, weight = call.inputs
+        outputs = [*empty_like(x), empty(partial_rows, width, device=x.device)]
+        dx, partial = blocks.run(backward, outputs, [dy, x, rstd, weight])
+        column_sum = gpu.column_sum(dialect, partial_rows, width)
+        return [dx, blocks.run(column_sum, empty_like(weight), [partial])[0]]
+
+    outputs = [*empty_like(x), empty(rows, device=x.device)]
+    return blocks.run(forward, outputs, [x, weight.float()], gradient)[0]

@@ -2,7 +2,7 @@
 
 The gradient of a tensor that several layers read is a sum: dx = dq Wq + dk Wk + dv Wv, with twice
 as many terms if there are adapters. Each term is the result of a kernel that can add another tensor
-while it writes its own (ADDEND of cpu/gemm.c), which saves a pass over memory.
+while it writes its own (ADDEND of gemm.c), which saves a pass over memory.
 
 In the portable form tinygrad would put all the products of a sum into one kernel, and a kernel with
 several products cannot use tensor cores: on an NVIDIA H200 such kernels reached 5 TFLOPS in
@@ -25,13 +25,19 @@ _adding: WeakKeyDictionary[UOp, Adding] = WeakKeyDictionary()
 
 
 def remember(result: Tensor, inputs: Sequence[Tensor], adding: Adding) -> Tensor:
-    """Note how to compute a kernel's result plus another tensor; returns the result."""
+    """Note how to compute a kernel's result plus another tensor; returns the result.
+
+    Nothing is noted of what no kernel of ours wrote.
+    """
+    written = kernel.written(result).uop
+    if written.op is not Ops.AFTER:
+        return result
     shapes = [t.shape for t in (*inputs, result)]  # in a graph the buffers are flat
 
     def adding_flat(*given: Tensor) -> Tensor:
         return adding(*(t.reshape(shape) for t, shape in zip(given, shapes, strict=True)))
 
-    _adding[_call(kernel.written(result).uop).src[0]] = adding_flat
+    _adding[_call(written).src[0]] = adding_flat
     return result
 
 

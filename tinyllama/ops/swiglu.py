@@ -7,12 +7,15 @@ Backward, with s = 1 / (1 + exp(-gate)):
 from tinygrad import Tensor
 
 from tinyllama.ops import forms
-from tinyllama.runtime.kernel import TYPE_CODE, Call, Kernel, empty, run
+from tinyllama.ops.gpu import swiglu as gpu
+from tinyllama.runtime import blocks
+from tinyllama.runtime.c_kernel import Kernel, run
+from tinyllama.runtime.kernel import TYPE_CODE, Call, empty, empty_like
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """gate, up (..., I) in the activation type -> like them; arithmetic in float32."""
-    return forms.choose(gate, up, portable=_portable, cpu=_cpu)(gate, up)
+    return forms.choose(gate, up, portable=_portable, cpu=_cpu, gpu=_gpu)(gate, up)
 
 
 def _portable(gate: Tensor, up: Tensor) -> Tensor:
@@ -28,8 +31,22 @@ def _cpu(gate: Tensor, up: Tensor) -> Tensor:
 
     def gradient(dy: Tensor, call: Call) -> list[Tensor | None]:
         gate, up = call.inputs
-        outputs = [empty(*gate.shape, dtype=gate.dtype) for _ in range(2)]
+        outputs = [empty(*gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(2)]
         dgate, dup = run(backward, outputs, [dy, gate, up])
         return [dgate, dup]
 
-    return run(forward, [empty(*gate.shape, dtype=gate.dtype)], [gate, up], gradient)[0]
+    outputs = [empty(*gate.shape, dtype=gate.dtype, device=gate.device)]
+    return run(forward, outputs, [gate, up], gradient)[0]
+
+
+def _gpu(gate: Tensor, up: Tensor) -> Tensor:
+    dialect, dtype = blocks.language(gate)
+    forward = gpu.forward(dialect, gate.numel(), dtype)
+    backward = gpu.backward(dialect, gate.numel(), dtype)
+
+    def gradient(dy: Tensor, call: Call) -> list[Tensor | None]:
+        gate, up = call.inputs
+        dgate, dup = blocks.run(backward, empty_like(gate, up), [dy, gate, up])
+        return [dgate, dup]
+
+    return blocks.run(forward, empty_like(gate), [gate, up], gradient)[0]

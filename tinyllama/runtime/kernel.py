@@ -1,17 +1,12 @@
-"""C kernels inside tinygrad's graph: assembled here, compiled and run by tinygrad.
+"""Kernels of our own inside tinygrad's graph: what those for the CPU and for a GPU share.
 
-A kernel is a C file of `ops/cpu/` that macros complete. tinygrad compiles it with clang, caches
-the object by its text, and calls it on every thread with that thread's number (`core_id`). See
-`ops/cpu/common.h` for the rules that a kernel follows.
-
-Sizes that the compiler need not know are constants of the object that are written when it is
-loaded (patches/kernel_sizes.py), so that clang runs once for all sizes.
+A kernel is a text that tinygrad compiles for a device and caches. `runtime/c_kernel.py` completes
+and launches those of the CPU, one call per thread; `runtime/blocks.py` those of a GPU, in blocks of
+threads. Both read and write flat memory: buffers in, buffers out.
 """
 
-import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from importlib import resources
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from tinygrad import Tensor, dtypes
@@ -21,57 +16,9 @@ from tinygrad.renderer import Estimates
 from tinygrad.uop.ops import KernelInfo, Ops, ProgramInfo, UOp
 
 from tinyllama.runtime.patches import install
-from tinyllama.runtime.patches.kernel_sizes import MARK
-from tinyllama.system import device, processor
 
-# Type codes shared with ops/cpu/common.h.
+# Type codes shared with ops/cpu/common.h and ops/gpu/common.h.
 TYPE_CODE = {dtypes.float32: 0, dtypes.bfloat16: 1, dtypes.float16: 2}
-
-
-def has_bf16_products() -> bool:
-    """Whether kernels multiply bfloat16 directly; otherwise they widen it to float32 first."""
-    return processor.multiplies_bf16(device.instruction_set())
-
-
-def has_amx() -> bool:
-    """Whether kernels multiply bfloat16 in AMX."""
-    return device.instruction_set() == "AMX"
-
-
-@functools.cache
-def source(file: str) -> str:
-    """Text of a file of `ops/cpu/`."""
-    return (resources.files("tinyllama.ops") / "cpu" / file).read_text()
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """A C file of `ops/cpu/` and what completes it.
-
-    `headers` are put before the file. `defines` are macros; `sizes` are too, but their numbers are
-    put in when the kernel is loaded, so that the compiler does not know them. `flops` are the
-    floating-point operations of one run, for tinygrad's statistics. With `updates` the kernel also
-    reads its outputs.
-    """
-
-    file: str
-    defines: Mapping[str, int | float | str]
-    sizes: Mapping[str, int] = field(default_factory=dict)
-    headers: Sequence[str] = ()
-    flops: int = 0
-    updates: bool = False
-
-    @property
-    def name(self) -> str:
-        """The function's name in C; the same for all sizes."""
-        return _joined(self.file, self.defines.values())
-
-    def text(self) -> str:
-        """The whole C text: sizes and macros, the headers, the file."""
-        macros = {"NT": device.threads(), **self.defines, "KERNEL": self.name}
-        lines = [f"#define {key} {value}" for key, value in macros.items()]
-        files = map(source, ("common.h", *self.headers, self.file))
-        return "\n".join([*_declared(self.sizes), *lines, *files])
 
 
 @dataclass(frozen=True)
@@ -91,26 +38,33 @@ Gradient = Callable[[Tensor, Call], Sequence[Tensor | None]]
 
 
 def run(
-    kernel: Kernel,
+    launch: ProgramInfo,
+    code: str,
+    flops: int,
     outputs: Sequence[Tensor],
     inputs: Sequence[Tensor],
     gradient: Gradient | None = None,
 ) -> list[Tensor]:
-    """Run a kernel as KERNEL(outputs..., inputs..., core_id); returns the written outputs.
+    """Run a text as tinygrad's PROGRAM on the outputs' device, whose compiler takes it.
 
-    outputs are buffers to write: `empty(...)`, or existing tensors that are updated in place.
+    Its arguments are outputs, inputs and the variables of `launch`. Returns the written outputs.
+    `flops` are the floating-point operations of one run, for tinygrad's statistics.
     """
     install()
-    code, sizes = kernel.text(), tuple(kernel.sizes.values())
-    name = _joined(kernel.file, (*sizes, *kernel.defines.values()))
     moved = sum(t.numel() * t.dtype.itemsize for t in (*outputs, *inputs))
-    writes = tuple(range(len(outputs)))
-    reads = tuple(range(0 if kernel.updates else len(outputs), len(outputs) + len(inputs)))
-    info = KernelInfo(name=name, estimates=Estimates(ops=kernel.flops, lds=moved, mem=moved))
-    places = [written(t) for t in (*outputs, *inputs)]
+    estimates = Estimates(ops=flops, lds=moved, mem=moved)
+    info = KernelInfo(name=launch.name, estimates=estimates)
+    device = outputs[0].device
+
+    def program(*buffers: UOp) -> UOp:
+        sink = UOp.sink(*buffers, *launch.vars, arg=info)
+        linear = UOp(Ops.LINEAR, src=(*sink.src, sink))
+        parts = (sink, UOp(Ops.DEVICE, arg=device), linear, UOp(Ops.SOURCE, arg=code))
+        return UOp(Ops.PROGRAM, src=parts, arg=launch)
+
     results = Tensor.custom_kernel(
-        *places,
-        fxn=lambda *buffers: _program(info, code, buffers, writes, reads, sizes),
+        *(written(t) for t in (*outputs, *inputs)),
+        fxn=program,
         grad_fxn=gradient and _kernel_gradient(gradient, outputs, inputs),
     )
     return [r.reshape(t.shape) for r, t in zip(results, outputs, strict=False)]
@@ -152,43 +106,6 @@ def with_gradient(
     return function(forward, grad_fxn=run_gradient)  # type: ignore[no-any-return]
 
 
-def _declared(sizes: Mapping[str, int]) -> list[str]:
-    """C lines that declare each size as a constant whose value the compiler does not know."""
-    if not sizes:
-        return []
-    words = [".section .rodata", ".balign 8", f".quad {MARK:#x}"]
-    lines = []
-    for key, value in sizes.items():
-        lines.append(f'extern const long size_{key} __attribute__((visibility("hidden")));')
-        cast = "(int)" if value < 1 << 31 else ""
-        lines.append(f"#define {key} ({cast}size_{key})")
-        words.append(f"size_{key}: .quad 0")
-    text = "\\n".join([*words, ".text"])
-    lines.append(f'__asm__("{text}");')
-    return lines
-
-
-def _program(
-    info: KernelInfo,
-    code: str,
-    buffers: tuple[UOp, ...],
-    writes: tuple[int, ...],
-    reads: tuple[int, ...],
-    sizes: tuple[int, ...],
-) -> UOp:
-    """A C text as tinygrad's PROGRAM, which each thread runs once with its number."""
-    threads = device.threads()
-    core = UOp.variable("core_id", 0, threads - 1, dtypes.int)
-    everything = tuple(range(len(buffers)))
-    launch = ProgramInfo(
-        info.name, (threads, 1, 1), (1, 1, 1), (core,), everything, writes, reads, sizes
-    )  # fmt: skip
-    sink = UOp.sink(*buffers, core, arg=info)
-    linear = UOp(Ops.LINEAR, src=(*sink.src, sink))
-    parts = (sink, UOp(Ops.DEVICE, arg="CPU"), linear, UOp(Ops.SOURCE, arg=code))
-    return UOp(Ops.PROGRAM, src=parts, arg=launch)
-
-
 def buffers_of(call: UOp) -> tuple[tuple[UOp, ...], tuple[UOp, ...]]:
     """The outputs and the inputs of a kernel's call, in the order in which they were passed."""
     outputs = len(call.src[0].arg.outs)  # after the kernel itself
@@ -219,17 +136,11 @@ def in_memory(tensor: Tensor) -> Tensor:
     return tensor if written(tensor).uop.op is Ops.AFTER else tensor.contiguous()
 
 
-def empty(*shape: int, dtype: DType = dtypes.float32) -> Tensor:
+def empty_like(*tensors: Tensor) -> list[Tensor]:
+    """New buffers for a kernel to write, of the shapes, types and devices of tensors."""
+    return [empty(*t.shape, dtype=t.dtype, device=t.device) for t in tensors]
+
+
+def empty(*shape: int, device: str, dtype: DType = dtypes.float32) -> Tensor:
     """A new buffer for a kernel to write; the layout of the step gives it memory."""
-    return Tensor.invalids(*shape, dtype=dtype, device="CPU")
-
-
-def _joined(file: str, values: Iterable[int | float | str]) -> str:
-    """A C name of a file's name and the values of macros."""
-    text = "_".join([file.removesuffix(".c"), *map(str, values)])
-    return "".join(c if c.isalnum() else "_" for c in text)
-
-
-def per_thread(width: int) -> Tensor:
-    """A buffer with one row of `width` floats for each thread."""
-    return empty(device.threads(), width)
+    return Tensor.invalids(*shape, dtype=dtype, device=device)

@@ -58,18 +58,24 @@ def plan(
     """
     # Buffers are numbered in the order they are made: the step's own come after this number.
     before = UOp.unique().arg
+    pieces, result = recorded(function, inputs)
+    kernels = UOp(Ops.LINEAR, src=tuple(call for piece in pieces for call in piece.src))
+    held = {result.uop.base} if isinstance(result, Tensor) else set()
+    every = {buffer for call in kernels.src for buffer in used_buffers(call.src[1:])}
+    held |= {b for b in every if b.src[0].arg < before or b in buffers}
+    gradient_buffers = {tensor.uop.base for tensor in gradients()}
+    return Plan(laid_out_bytes(kernels, held), *_purposes(pieces, held, gradient_buffers))
+
+
+def recorded(function: Callable[..., Any], inputs: Sequence[Tensor]) -> tuple[list[UOp], Any]:
+    """The pieces (LINEARs of kernels' calls) of the step `function(*inputs)`, and its result."""
     recorder = _Recorder()
     capturing.append(recorder)
     try:
         result = function(*inputs)
     finally:
         capturing.clear()
-    kernels = UOp(Ops.LINEAR, src=tuple(call for piece in recorder.pieces for call in piece.src))
-    held = {result.uop.base} if isinstance(result, Tensor) else set()
-    every = {buffer for call in kernels.src for buffer in used_buffers(call.src[1:])}
-    held |= {b for b in every if b.src[0].arg < before or b in buffers}
-    gradient_buffers = {tensor.uop.base for tensor in gradients()}
-    return Plan(laid_out_bytes(kernels, held), *_purposes(recorder.pieces, held, gradient_buffers))
+    return recorder.pieces, result
 
 
 def _purposes(

@@ -37,16 +37,17 @@ class _Template:
         assert not variables
         self.outputs = [(_buffer(t), t.shape) for t in outputs]
         used = {u for u in self.kernels.toposort() if u.op is Ops.BUFFER}
-        self.sources = {u.arg for u in self.kernels.toposort() if u.op is Ops.SOURCE}
+        self.is_compiling = False
         self.internal = used - set(self.inputs)
 
     def run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Run the piece on these tensors; outputs are new tensors, or inputs that it updates."""
         places = dict(zip(self.inputs, _buffers(tensors), strict=True))
         places |= {b: UOp.new_buffer(b.device, b.arg, b.dtype) for b in self.internal}
+        if precompile.is_capturing() and not self.is_compiling:
+            self.kernels, self.is_compiling = precompile.start(self.kernels), True
         kernels = self.kernels.substitute(places, walk=True)
         if capturing:
-            precompile.start(self.sources)
             capturing[0].add_linear(kernels, {})
         else:
             finish_background_writes()

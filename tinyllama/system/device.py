@@ -11,11 +11,12 @@ import os
 import shutil
 import subprocess
 from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from tinyllama.errors import DeviceError
-from tinyllama.system import processor
-from tinyllama.system.gpu_driver import cuda_name, opencl_is_processor
+from tinyllama.system import nvrtc, processor
+from tinyllama.system.gpu_driver import cuda_name, opencl_is_processor, try_cuda
 
 # What GPU=1 tries, in this order.
 GPU_ORDER = ("METAL", "CUDA", "NV", "AMD", "CL")
@@ -27,7 +28,7 @@ TRIED = ("CUDA", "NV")
 INSTALL = {
     "CPU": "a C compiler: `apt-get install clang` (Debian), `xcode-select --install` (macOS)",
     "METAL": "macOS on Apple Silicon",
-    "CUDA": "an NVIDIA driver and the CUDA toolkit (libcuda, libnvrtc)",
+    "CUDA": f"an NVIDIA driver, and {nvrtc.INSTALL}",
     "NV": "an NVIDIA card whose driver files /dev/nvidia* are open to you",
     "AMD": "an AMD card with the amdgpu driver (/dev/kfd)",
     "CL": "an OpenCL driver: your card's own, or for the processor"
@@ -107,8 +108,16 @@ def select(
         from tinygrad.helpers import DEV
 
         DEV.value = environ["DEV"] = target
+        if target == "CPU" and "NVRTC" in failures.get("CUDA", ""):
+            return replace(choice, reason=f"{reason}; CUDA: {failures['CUDA']}")
         return choice
     raise _refused(candidates, reason, failures)
+
+
+def environment_of(target: str) -> dict[str, str]:
+    """The environment for a process that selects `target` (DEV=), whatever is selected here."""
+    kept = {name: value for name, value in os.environ.items() if name not in (*FLAGS, "GPU")}
+    return kept | {"DEV": target}
 
 
 def available() -> list[DeviceChoice]:
@@ -130,6 +139,8 @@ def _refused(candidates: tuple[str, ...], reason: str, failures: Mapping[str, st
     there = ", ".join(choice.device for choice in choices) or "none"
     if "CPU" in candidates[1:]:  # none was requested, and not even the processor works
         return DeviceError(f"CPU: {failures['CPU']}; to use it, install {INSTALL['CPU']}")
+    if len(candidates) > 1 and "NVRTC" in failures.get("CUDA", ""):
+        return DeviceError(f"GPU=1: the card's CUDA does not work ({failures['CUDA']})")
     if len(candidates) > 1:
         opencl = any(choice.is_opencl_processor for choice in choices)
         return DeviceError(
@@ -163,6 +174,12 @@ def _open(target: str, reason: str) -> DeviceChoice:
     from tinygrad.device import Device
     from tinygrad.helpers import Context
 
+    if name == "CL" and kernels_enabled_everywhere():
+        # pocl 3.1 runs kernels with large private arrays wrongly on two threads. Only pocl reads
+        # this, when it is loaded.
+        os.environ["POCL_MAX_PTHREAD_COUNT"] = "1"
+    if name in TRIED or rest.upper().startswith("CUDA"):
+        _name_nvrtc()
     try:
         with Context(DEV=target):
             opened = Device[name]
@@ -174,8 +191,23 @@ def _open(target: str, reason: str) -> DeviceChoice:
     # permission); each means that the device cannot be used, and the text is shown.
     except Exception as error:
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DeviceError(first_line[:160]) from error
+        limit = None if isinstance(error, DeviceError) else 160
+        raise DeviceError(first_line[:limit]) from error
     return DeviceChoice(name, renderer, _describe(name, opened), reason, on_processor)
+
+
+@functools.cache
+def nvrtc_library() -> nvrtc.Nvrtc | None:
+    """CUDA's compiler, loaded; None if it is not installed (system/nvrtc.py says where)."""
+    folders = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    toolkits = [Path(folder) for folder in (*folders, "/usr/local/cuda", "/opt/cuda")]
+    return nvrtc.find(os.environ.get("NVRTC_PATH", ""), toolkits)
+
+
+def _name_nvrtc() -> None:
+    """Let tinygrad load the NVRTC that we found; it does not look into packages."""
+    if (found := nvrtc_library()) is not None:
+        os.environ["NVRTC_PATH"] = found.path
 
 
 def _find_compiler() -> None:
@@ -192,9 +224,17 @@ def _find_compiler() -> None:
 def _compute(name: str) -> None:
     """Raise whatever a small computation raises, or RuntimeError if its result is wrong."""
     from tinygrad import Tensor
+    from tinygrad.device import Device
+    from tinygrad.helpers import DEV, Context
 
-    numbers = Tensor([float(i) for i in range(64)], device=name).realize()
-    if (result := (2 * numbers).contiguous().sum().item()) != 4032:
+    if name == "CUDA" and not DEV.target(name).renderer:  # by NVRTC, as our kernels are
+        try_cuda(Device[name], nvrtc_library())
+        return
+    # Without tinygrad's cache, which must not be opened, and must not answer for the compiler.
+    with Context(CACHELEVEL=0):
+        numbers = Tensor([float(i) for i in range(64)], device=name).realize()
+        result = (2 * numbers).contiguous().sum().item()
+    if result != 4032:
         raise RuntimeError(f"computes wrong results: {result} instead of 4032")
 
 
@@ -207,7 +247,8 @@ def _describe(name: str, opened: object) -> str:
             words.append(f"AMX {off}")
         return ", ".join(words)
     if name == "CUDA":
-        return cuda_name(opened)
+        compiler = nvrtc_library()
+        return f"{cuda_name(opened)}, {compiler.line() if compiler else 'no NVRTC'}"
     return str(getattr(opened, "device_name", None) or getattr(opened, "arch", None) or name)
 
 
@@ -263,6 +304,14 @@ def kernels_enabled() -> bool:
     return os.environ.get("TINYLLAMA_KERNELS", "1") != "0"
 
 
+def kernels_enabled_everywhere() -> bool:
+    """True when TINYLLAMA_KERNELS=all uses kernels for a GPU also in OpenCL on the processor.
+
+    There the portable form is faster: this is for tests.
+    """
+    return os.environ.get("TINYLLAMA_KERNELS", "1") == "all"
+
+
 @functools.cache
 def check_tinygrad() -> None:
     """Raise DeviceError unless tinygrad is TINYGRAD or TINYLLAMA_ANY_TINYGRAD=1 is set."""
@@ -280,6 +329,28 @@ def check_tinygrad() -> None:
             f"{installed}, must be {TINYGRAD}, which our patches of it are written for: "
             f"`pip install tinygrad=={TINYGRAD}`"
         )
+
+
+def compiler_identity() -> str:
+    """tinygrad's C compiler: its file, size and date, which an update changes; "" if absent."""
+    found = shutil.which(os.environ.get("CC", "clang"))
+    if found is None:
+        return ""
+    file = os.path.realpath(found)
+    status = os.stat(file)
+    return f"{file} {status.st_size} {status.st_mtime_ns}"
+
+
+def cache_folder() -> Path:
+    """What of ours is kept for all of a user's runs: tinyllama in XDG_CACHE_HOME (~/.cache)."""
+    caches = os.environ.get("XDG_CACHE_HOME", "") or os.path.expanduser("~/.cache")
+    return Path(caches).absolute() / "tinyllama"
+
+
+def kernel_cache_folder() -> Path:
+    """Where compiled kernels are kept: TINYLLAMA_KERNEL_CACHE, or kernels in `cache_folder`."""
+    named = os.environ.get("TINYLLAMA_KERNEL_CACHE", "")
+    return Path(named).absolute() if named else cache_folder() / "kernels"
 
 
 def patches_off() -> tuple[str, ...]:

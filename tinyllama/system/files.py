@@ -9,8 +9,11 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import stat
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from io import RawIOBase
 from pathlib import Path
 
 from tinyllama.system import partials
@@ -23,7 +26,11 @@ __all__ = [
     "discard",
     "fsync_path",
     "held",
+    "make_folder",
     "naming_file",
+    "pieces_digest",
+    "private_folder",
+    "read_file",
     "remove_partials",
     "sha256_file",
 ]
@@ -34,6 +41,7 @@ class InUseError(Exception):
 
 
 _READ_BYTES = 1 << 20
+_PIECE_BYTES, _BLOCK_BYTES = 8 << 20, 256 << 10
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:
@@ -45,20 +53,116 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
-def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
+def pieces_digest(
+    path: str | os.PathLike[str], look: Callable[[memoryview], None] = lambda data: None
+) -> str:
+    """Hex BLAKE2b-256 over the BLAKE2b-256 of each 8 MiB of a file, which several threads take
+    at once. `look` is called with each 256 KiB. Raises OSError."""
+    size = os.stat(path).st_size
+
+    def piece(start: int) -> bytes:
+        digest, block = hashlib.blake2b(digest_size=32), memoryview(bytearray(_BLOCK_BYTES))
+        with open(path, "rb", buffering=0) as file:
+            file.seek(start)
+            for _ in range(_PIECE_BYTES // _BLOCK_BYTES):
+                data = block[: _filled(file, block)]
+                digest.update(data)
+                look(data)
+        return digest.digest()
+
+    starts = range(0, size, _PIECE_BYTES)
+    if len(starts) < 2:
+        return hashlib.blake2b(b"".join(map(piece, starts)), digest_size=32).hexdigest()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return hashlib.blake2b(b"".join(pool.map(piece, starts)), digest_size=32).hexdigest()
+
+
+def _filled(file: RawIOBase, block: memoryview) -> int:
+    """Fill a block, but for the end of a file; returns its bytes. A read may give fewer."""
+    at = 0
+    while at < len(block) and (count := file.readinto(block[at:])):
+        at += count
+    return at
+
+
+def read_file(path: str | os.PathLike[str], most_bytes: int, *, links: bool = True) -> bytes:
+    """All bytes of a regular file. Raises OSError, also for anything else that a name may stand
+    for (a folder, a pipe, a device) and for a file of more than `most_bytes`; `links` says whether
+    a link is followed."""
+    # Without O_NONBLOCK, opening a pipe waits for its writer.
+    flags = os.O_RDONLY | _flag("O_NONBLOCK") | _flag("O_BINARY")
+    handle = os.open(path, flags if links else flags | _flag("O_NOFOLLOW"))
+    with open(handle, "rb") as file:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "Is not a regular file", os.fspath(path))
+        if status.st_size > most_bytes:
+            message = f"Has {status.st_size} bytes, at most {most_bytes} are read"
+            raise OSError(errno.EFBIG, message, os.fspath(path))
+        return file.read(most_bytes)  # no more, although it may grow
+
+
+def private_folder(folder: Path) -> None:
+    """Make a folder that only this user can enter, unless it is there.
+
+    Raises OSError, also where the folder is a link or others own it or may write to it: what they
+    put there would be believed.
+    """
+    make_folder(folder.parent)
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+        fsync_path(folder.parent)
+    if not hasattr(os, "geteuid"):  # Windows: the user's profile is private
+        return
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode):
+        raise NotADirectoryError(errno.ENOTDIR, "Is not a folder", str(folder))
+    if status.st_uid != os.geteuid():
+        raise PermissionError(errno.EPERM, "Belongs to another user", str(folder))
+    if status.st_mode & 0o022:
+        message = "Other users may write to it: `chmod go-w` it once you trust what it holds"
+        raise PermissionError(errno.EPERM, message, str(folder))
+
+
+def make_folder(folder: Path, mode: int = 0o777) -> None:
+    """Make a folder, with this mode, and those above it that are missing; their names are on disk
+    then.
+
+    Raises OSError that says what failed: Path.mkdir says "no such folder" of a full disk.
+    """
+    missing = [folder]
+    while not missing[-1].exists() and missing[-1].parent != missing[-1]:
+        missing.append(missing[-1].parent)
+    for path in reversed(missing[:-1]):
+        try:
+            os.mkdir(path, mode if path == folder else 0o777)
+        except FileExistsError:
+            continue  # another process made it
+        fsync_path(path.parent)
+    if not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+
+
+def _flag(name: str) -> int:
+    """A flag of open(2), 0 on a system without it."""
+    return int(getattr(os, name, 0))
+
+
+def atomic_write(path: str | os.PathLike[str], data: bytes, *, links: bool = True) -> None:
     """Replace `path` by `data`: a reader, or a crash, sees the old bytes or the new ones.
 
-    The folder must exist. A link is followed, and the permissions of a file that is replaced
-    are kept. Raises OSError, and then leaves `path` as it was.
+    The folder must exist. The permissions of a file that is replaced are kept. A link is followed,
+    or itself replaced where `links` is false: what a stranger may have planted leads nowhere.
+    Raises OSError, and then leaves `path` as it was.
     """
-    final = Path(os.path.realpath(path))
+    final = Path(os.path.realpath(path) if links else path)
     # Created as any file is, so that it has the permissions of one.
-    with naming_file(final), partials.unfinished(final, lambda path: path.touch()) as partial:
+    with naming_file(final), partials.unfinished(final, partials.create_file) as partial:
         try:
-            with open(partial, "wb") as file:
+            with open(os.open(partial, os.O_WRONLY | partials.NO_LINKS), "wb") as file:
                 file.write(data)
                 file.flush()
-                if final.exists():
+                if final.exists() and not final.is_symlink():
                     os.chmod(partial, final.stat().st_mode & 0o7777)
                 os.fsync(file.fileno())
             os.replace(partial, final)
@@ -88,7 +192,7 @@ def atomic_directory(final: str | os.PathLike[str]) -> Iterator[Path]:
     """
     final = Path(final)
     _refuse_existing(final)
-    final.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(final.parent)
     with partials.unfinished(final, Path.mkdir) as partial:
         try:
             yield partial
@@ -106,18 +210,25 @@ def atomic_directory(final: str | os.PathLike[str]) -> Iterator[Path]:
 def held(folder: Path) -> Iterator[None]:
     """Hold a folder for this process alone, by a lock on `.lock` in it.
 
-    Raises InUseError if another process does. Without locks in the file system, it is not held.
+    Raises InUseError if another process does, and OSError where `.lock` is a link or no file.
+    Without locks in the file system, it is not held.
     """
-    (folder / ".lock").touch()
+    path = folder / ".lock"
+    with naming_file(path):
+        flags = os.O_RDWR | os.O_CREAT | _flag("O_NOFOLLOW") | _flag("O_NONBLOCK")
+        handle = os.open(path, flags, 0o666)
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            os.close(handle)
+            raise OSError(errno.EINVAL, "Is not a regular file: remove it", str(path))
     try:
-        handle = partials.lock(folder / ".lock")
+        kept = partials.locked(handle)
     except BlockingIOError:
         raise InUseError from None
     try:
         yield
     finally:
-        if handle is not None:
-            os.close(handle)
+        if kept is not None:
+            os.close(kept)
 
 
 def _refuse_existing(final: Path) -> None:

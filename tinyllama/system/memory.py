@@ -66,7 +66,7 @@ def free_bytes(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")
         return gpu_driver.cuda_bytes(Device["CUDA"])
     if Device.DEFAULT != "CPU":
         return None
-    limits = [_container_bytes(cgroup), _system_bytes(proc)]
+    limits = [_container_bytes(proc, cgroup), _system_bytes(proc)]
     return min((limit for limit in limits if limit is not None), default=None)
 
 
@@ -81,17 +81,42 @@ def _system_bytes(proc: Path) -> int | None:
     return pages * os.sysconf("SC_PAGE_SIZE") if pages > 0 else None
 
 
-def _container_bytes(cgroup: Path) -> int | None:
-    """What a control group's limit (version 2 or 1) leaves; its file cache counts as free."""
+def _container_bytes(proc: Path, cgroup: Path) -> int | None:
+    """The least that the limits of the process's control group and of those around it leave, in
+    version 2 or 1; their file cache counts as free. None without a limit."""
     v2 = ("memory.max", "memory.current", "memory.stat", "file")
-    v1 = ("limit_in_bytes", "usage_in_bytes", "stat", "total_cache")
-    for limit, used, stat, cache in (v2, tuple(f"memory/memory.{name}" for name in v1)):
-        numbers = [_lines(cgroup / name) for name in (limit, used)]
-        if all(lines and lines[0].isdigit() for lines in numbers):  # "max" is no limit
-            words = (line.split() for line in _lines(cgroup / stat))
-            cached = sum(int(number) for key, number in words if key == cache.rpartition(".")[2])
-            return int(numbers[0][0]) - int(numbers[1][0]) + cached
-    return None
+    v1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat", "total_cache")
+    left = [
+        _left_bytes(group, *names)
+        for names, root, path in (
+            (v2, cgroup, _group(proc, "")),
+            (v1, cgroup / "memory", _group(proc, "memory")),
+        )
+        for group in (root / path, *(root / path).parents)
+        if group == root or root in group.parents
+    ]
+    return min((bytes_ for bytes_ in left if bytes_ is not None), default=None)
+
+
+def _group(proc: Path, controller: str) -> str:
+    """The path of the process's control group, from its controller's root ("" in version 2)."""
+    for line in _lines(proc / "self" / "cgroup"):
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if controller in controllers.split(","):
+            # A process that was moved out of its container's root sees "/../other".
+            return "/".join(part for part in path.split("/") if part not in ("", "..", "."))
+    return ""
+
+
+def _left_bytes(group: Path, limit: str, used: str, stat: str, cache: str) -> int | None:
+    """What the limit of one control group leaves; None where it has none ("max")."""
+    numbers = [_lines(group / name) for name in (limit, used)]
+    if not all(lines and lines[0].isdigit() for lines in numbers):
+        return None
+    words = (line.split() for line in _lines(group / stat))
+    cached = sum(int(number) for key, number in words if key == cache)
+    return int(numbers[0][0]) - int(numbers[1][0]) + cached
 
 
 def _lines(file: Path) -> list[str]:

@@ -13,7 +13,9 @@ holds a lock (flock) on it for as long as it is incomplete. A cleaning process r
     another boot, so perhaps      a day after the last write, since not every network file system
     another host                  passes locks on
 
-and a `.NAME.partial-PID` of an earlier version if no process PID is here.
+and never one that another user owns, or whose name is not of this form to its end. Each is made
+where nothing was before and never opened through a link, so that a name that was planted leads
+nowhere.
 """
 
 import errno
@@ -36,8 +38,9 @@ except ImportError:  # Windows
 
 # Errors of a file system without locks; NFS gives EBADF for folders, which cannot be written.
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL, errno.EBADF)
+NO_LINKS = getattr(os, "O_NOFOLLOW", 0)  # Windows has no such flag
 ABANDONED_SECONDS = 24 * 3600
-_NAME = re.compile(r"\..*\.partial-(\d+)(?:-([0-9a-f]{8})-(\d+)-[0-9a-f]{8})?", re.DOTALL)
+_NAME = re.compile(r"\..*\.partial-(\d+)-([0-9a-f]{8})-(\d+)-[0-9a-f]{8}", re.DOTALL)
 
 # What this process is writing, for where there are no locks.
 _ours: set[str] = set()
@@ -71,9 +74,27 @@ def discard(path: Path) -> None:
         _delete(partial)
 
 
-def remove_partials(parent: str | os.PathLike[str]) -> list[Path]:
-    """Remove what killed processes left half-written directly in `parent`; returns the paths."""
-    return [path for path in sorted(Path(parent).glob(".*.partial-*")) if _remove_abandoned(path)]
+def create_file(path: Path) -> None:
+    """Make an empty file where nothing is, not even a link. Raises OSError."""
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NO_LINKS, 0o666))
+
+
+def remove_partials(
+    parent: str | os.PathLike[str], refused: Callable[[OSError], None] = lambda error: None
+) -> list[Path]:
+    """Remove what killed processes left half-written directly in `parent`; returns the paths.
+
+    `refused` is called with the error of each that cannot be removed, and it stays.
+    """
+    gone = []
+    for path in sorted(Path(parent).glob(".*.partial-*")):
+        try:
+            if _remove_abandoned(path):
+                gone.append(path)
+        except OSError as error:
+            error.filename = str(path)
+            refused(error)
+    return gone
 
 
 def has_locks() -> bool:
@@ -88,19 +109,27 @@ def lock(path: Path) -> int | None:
     """
     if fcntl is None or path.is_symlink():
         return None
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # NFS locks what it writes
+    flags = os.O_RDONLY if path.is_dir() else os.O_RDWR  # NFS locks what it writes
+    return locked(os.open(path, flags | NO_LINKS))
+
+
+def locked(handle: int) -> int | None:
+    """The descriptor once it holds its file's lock; None, and it is closed, where there are no
+    locks. Raises BlockingIOError if another descriptor holds it."""
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if fcntl is not None:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return handle
     except OSError as error:
-        os.close(handle)
-        if error.errno in NO_LOCKS:
-            return None
-        raise
-    return handle
+        if error.errno not in NO_LOCKS:
+            os.close(handle)
+            raise
+    os.close(handle)
+    return None
 
 
 class _Owner(NamedTuple):
-    """Who writes a partial, by its name; boot and namespace are "" in names of earlier versions."""
+    """Who writes a partial, by its name."""
 
     process: int
     boot: str
@@ -109,13 +138,13 @@ class _Owner(NamedTuple):
 
 def _owner(path: Path) -> _Owner | None:
     match = _NAME.fullmatch(path.name)
-    return _Owner(int(match[1]), match[2] or "", match[3] or "") if match else None
+    return _Owner(int(match[1]), match[2], match[3]) if match else None
 
 
 def _remove_abandoned(path: Path) -> bool:
     """Remove a partial whose process is gone; whether it was removed."""
     owner = _owner(path)
-    if owner is None:  # a hidden file of another program
+    if owner is None or not _is_own(path):  # of another program or user
         return False
     try:
         handle = lock(path)
@@ -126,15 +155,11 @@ def _remove_abandoned(path: Path) -> bool:
             return False
         _delete(path)
         return True
-    except PermissionError:  # another user's: left to that user
-        return False
     finally:
         _close(handle)
 
 
 def _is_abandoned(path: Path, owner: _Owner, is_locked: bool) -> bool:
-    if not owner.boot:
-        return owner.process == os.getpid() or not _is_alive(owner.process)
     if owner.boot == _boot():
         if is_locked:
             return True
@@ -142,6 +167,14 @@ def _is_abandoned(path: Path, owner: _Owner, is_locked: bool) -> bool:
             is_ours = owner.process == os.getpid()
             return path.name not in _ours if is_ours else not _is_alive(owner.process)
     return time.time() - _last_write(path) > ABANDONED_SECONDS
+
+
+def _is_own(path: Path) -> bool:
+    """Whether this user owns a file; where there are no owners, yes."""
+    try:
+        return not hasattr(os, "geteuid") or path.lstat().st_uid == os.geteuid()
+    except FileNotFoundError:
+        return False
 
 
 def _new_name(final: Path) -> Path:

@@ -11,6 +11,8 @@ checkpoints, only hidden names, which `recover` (called by every save) completes
     .NAME.next          whole, was about to replace NAME: takes the name if NAME is absent
     .NAME.old           whole, was replaced by .NAME.next: likewise, after it
 
+What cannot be deleted (an immutable file, NFS with a reader) costs a notice, never the save.
+
 Replacing is one exchange of names where the system can do that (Linux), so that NAME is never
 absent; elsewhere two renames, between which only .NAME.old and .NAME.next exist.
 """
@@ -25,11 +27,19 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from tinyllama.errors import CheckpointError
-from tinyllama.formats.huggingface import read_json
-from tinyllama.system.files import atomic_directory, discard, fsync_path, remove_partials
+import msgspec
+
+from tinyllama.errors import CheckpointError, reason
+from tinyllama.system.files import (
+    atomic_directory,
+    discard,
+    fsync_path,
+    make_folder,
+    remove_partials,
+)
+from tinyllama.system.json_files import read_json_file
 from tinyllama.train.manifest import (
     MANIFEST,
     Digests,
@@ -57,6 +67,10 @@ __all__ = [
 STATE = "training_state.json"
 _STEP = re.compile(r"step-(\d{8,})")
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_STEPS = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
+_Value = str | int | float | bool | None
+
+_not_removed: set[str] = set()  # what was said to be there still
 
 
 def step_name(step: int) -> str:
@@ -106,15 +120,15 @@ def recover(root: str | os.PathLike[str]) -> list[Path]:
 
     Only the process that saves there may call it: for a reader, a save may be in progress.
     """
-    gone = remove_partials(root)
+    gone = remove_partials(root, _say_it_stays)
     for role in ("next", "old"):
         for path in sorted(Path(root).glob(f".*.{role}")):
             if not (path / MANIFEST).is_file():  # a hidden file that is not ours
                 continue
             final = path.with_name(path.name[1 : -len(role) - 1])
             if final.exists():
-                discard(path)
-                gone.append(path)
+                if _discarded(path):
+                    gone.append(path)
             else:
                 os.rename(path, final)
                 fsync_path(final.parent)
@@ -168,9 +182,28 @@ def write_state(folder: Path, state: Mapping[str, Any]) -> None:
     (folder / STATE).write_text(f"{text}\n", encoding="utf-8")
 
 
+class _Anchor(msgspec.Struct):
+    step: _STEPS
+    share: Annotated[float, msgspec.Meta(ge=0, le=1)]
+
+
+class _State(msgspec.Struct):
+    """What is checked of training_state.json; other keys may stand beside these."""
+
+    step: _STEPS
+    data: dict[str, str | int | bool] | None = None
+    micro_batch_size: Annotated[int, msgspec.Meta(ge=1, le=1 << 53)] | None = None
+    made_with: dict[str, _Value | list[str]] | None = None
+    schedule_anchor: _Anchor | None = None
+    unvalidated: dict[str, _Value] | None = None
+    was_last: bool = False
+
+
 def read_state(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """What `write_state` wrote. Raises CheckpointError."""
-    return read_json(Path(folder) / STATE, CheckpointError)
+    """What `write_state` wrote, checked. Raises CheckpointError."""
+    path = Path(folder) / STATE
+    read_json_file(path, _State, CheckpointError)
+    return read_json_file(path, dict[str, Any], CheckpointError)
 
 
 def _fill(
@@ -205,7 +238,29 @@ def _prune(saved: Path, keep_last_n: int | None) -> None:
     whole = [path for path in steps if looks_whole(path)]
     for path in whole[: -keep_last_n if keep_last_n else 0]:
         if path != saved:  # after going back, older steps are saved than those there
-            discard(path)
+            _discarded(path)
+
+
+def _discarded(path: Path) -> bool:
+    """Delete a folder; where that fails, say so once and leave it: what was saved is saved."""
+    try:
+        discard(path)
+    except OSError as error:
+        error.filename = str(path)
+        _say_it_stays(error)
+        return False
+    return True
+
+
+def _say_it_stays(error: OSError) -> None:
+    # A folder that could be renamed but not deleted has a partial name from then on.
+    name = str(error.filename).partition(".partial-")[0].replace("/.", "/")
+    if name not in _not_removed:
+        _not_removed.add(name)
+        print(
+            f"{name}: cannot be removed and stays: {reason(error)}; the run goes on",
+            file=sys.stderr,
+        )
 
 
 def _replace(final: Path, new: Path) -> None:
@@ -218,7 +273,7 @@ def _replace(final: Path, new: Path) -> None:
         os.rename(new, final)
     fsync_path(final.parent)
     if ours:
-        discard(old)
+        _discarded(old)
 
 
 def _exchange(first: Path, second: Path) -> bool:
@@ -248,13 +303,19 @@ def _hidden(final: Path, role: str) -> Path:
 
 
 def _check_space(final: Path, needed_bytes: int) -> None:
-    final.parent.mkdir(parents=True, exist_ok=True)
-    if shutil.disk_usage(final.parent).free < needed_bytes:
+    make_folder(final.parent)
+    if _free_bytes(final) < needed_bytes:
         raise _no_space(final, needed_bytes)
 
 
+def _free_bytes(final: Path) -> int:
+    """Free bytes where `final` is to lie: its folder may be what could not be made."""
+    there = next(path for path in final.absolute().parents if path.exists())
+    return shutil.disk_usage(there).free
+
+
 def _no_space(final: Path, needed_bytes: int, written_bytes: int = 0) -> CheckpointError:
-    free_bytes = shutil.disk_usage(final.parent).free + written_bytes
+    free_bytes = _free_bytes(final) + written_bytes
     low = needed_bytes <= written_bytes  # the estimate was
     needed = f"more than {written_bytes}" if low else f"about {needed_bytes}"
     return CheckpointError(

@@ -45,7 +45,7 @@ class _Stages:
 
     def __init__(self) -> None:
         self.forward, self.backward = Stage(), Stage()
-        self.head, self.sum = Stage(), Stage()
+        self.head, self.sum, self.starts = Stage(), Stage(), Stage()
 
 
 class StagedLoss:
@@ -90,6 +90,7 @@ class StagedLoss:
         tape: list[Record] = []
         recompute = self.model.checkpoint_activations or not save
         cos, sin = self.model.rotations(tokens.shape[1])
+        starts = self._first_visible(starts)
 
         def run(function: Function, module: Any, *inputs: Tensor) -> Tensor:
             tape.append(self._run(function, module, inputs, recompute))
@@ -99,6 +100,17 @@ class StagedLoss:
             tokens, lambda block, x: run(Block.__call__, block, x, cos, sin, starts), run
         )
         return tape
+
+    def _first_visible(self, starts: Tensor) -> Tensor:
+        """The first position that each one attends to (B, T), by document and sliding window."""
+
+        def build() -> list[Tensor]:
+            return [self.model.first_visible(starts)]
+
+        window = self.model.config.sliding_window
+        if window is None or window >= starts.shape[1]:
+            return starts
+        return self.stages.starts([starts], build, "window")[0]
 
     def _trained(self, part: Record) -> list[Tensor]:
         """The weights of a part that get gradients."""

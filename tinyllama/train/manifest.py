@@ -9,15 +9,20 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any
+
+import msgspec
 
 from tinyllama.errors import CheckpointError, reason
-from tinyllama.formats.huggingface import read_json
+from tinyllama.system import checked
 from tinyllama.system.files import sha256_file
+from tinyllama.system.json_files import read_json_file, short
 
 MANIFEST = "manifest.json"
 _FORMAT = "tinyllama-checkpoint-1"
+_OF_TRAINING = ("optimizer.safetensors", "training_state.json")
 
 # Name -> (SHA-256 in hex, bytes).
 Digests = Mapping[str, tuple[str, int]]
@@ -53,6 +58,35 @@ def verify(folder: str | os.PathLike[str]) -> None:
         raise CheckpointError("\n".join(problems))
 
 
+def verify_loaded(folder: str | os.PathLike[str], *, remembered: bool = True) -> None:
+    """Compare with the manifest what is loaded of a model's folder: all but the optimizer's state.
+
+    A folder without a manifest is not one of ours, and has no sums. With `remembered`, a large file
+    that is as it was when its sum held, within a day, is not read. Raises CheckpointError.
+    """
+    folder = Path(folder)
+    if not os.path.lexists(folder / MANIFEST):
+        return
+    # What is absent is missed where it is needed: an adapter works without a tokenizer of its own.
+    files = {
+        name: file
+        for name, file in read_manifest(folder).items()
+        if name not in _OF_TRAINING and os.path.lexists(folder / name)
+    }
+    with ThreadPoolExecutor() as pool:
+        found = pool.map(
+            lambda name: _damage(folder / name, *files[name], deep=True, remembered=remembered),
+            files,
+        )
+        problems = [problem for problem in found if problem]
+    if problems:
+        problems.append(
+            f"{folder}: not loaded: the disk damaged it, or it was edited after it was saved, and "
+            f"then: delete its {MANIFEST}"
+        )
+        raise CheckpointError("\n".join(problems))
+
+
 def looks_whole(folder: Path) -> bool:
     """The manifest is intact and every file has its size; nothing else is read."""
     try:
@@ -62,15 +96,46 @@ def looks_whole(folder: Path) -> bool:
     return not any(_damage(folder / name, *files[name], deep=False) for name in files)
 
 
+class _File(msgspec.Struct, forbid_unknown_fields=True):
+    sha256: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+    size: Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
+
+
+class _Manifest(msgspec.Struct, forbid_unknown_fields=True):
+    """The contents of manifest.json."""
+
+    format: str
+    files: dict[str, _File]
+    sha256: str
+
+
+class _Format(msgspec.Struct):
+    format: str = ""
+
+
 def read_manifest(folder: Path) -> dict[str, tuple[str, int]]:
-    """Name -> (SHA-256, bytes); raises CheckpointError unless it is exactly as it was written."""
+    """Name -> (SHA-256, bytes); raises CheckpointError unless it is exactly as it was written, and
+    for names of files that are not in the folder."""
     path = folder / MANIFEST
-    manifest = read_json(path, CheckpointError)
-    if manifest.get("format") != _FORMAT:
-        raise CheckpointError(f"{path}: format: got {manifest.get('format')!r}, must be {_FORMAT}")
-    if path.read_bytes() != _spelled(manifest):
+    kind = read_json_file(path, _Format, CheckpointError).format
+    if kind != _FORMAT:
+        raise CheckpointError(f"{path}: format: got {short(repr(kind), 40)}, must be {_FORMAT}")
+    manifest = read_json_file(path, _Manifest, CheckpointError)
+    if path.read_bytes() != _spelled(msgspec.to_builtins(manifest)):
         raise CheckpointError(f"{path}: edited or damaged: its SHA-256 of itself does not hold")
-    return {name: (file["sha256"], file["size"]) for name, file in manifest["files"].items()}
+    for name in manifest.files:
+        if not _is_inside(name):
+            raise CheckpointError(
+                f"{path}: {short(repr(name), 80)} is not the name of a file in the folder"
+            )
+    return {name: (file.sha256, file.size) for name, file in manifest.files.items()}
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a name leads to a file in its own folder or one below: no `..`, nothing absolute."""
+    path = PurePosixPath(name)
+    is_plain = name.isprintable() and "\\" not in name and path.as_posix() == name
+    return is_plain and not path.is_absolute() and ".." not in path.parts and path.name != ""
 
 
 def files_below(folder: Path) -> Iterator[Path]:
@@ -85,8 +150,10 @@ def _spelled(manifest: Mapping[str, Any]) -> bytes:
     return (json.dumps(rest | {"sha256": sha256}, indent=2, sort_keys=True) + "\n").encode()
 
 
-def _damage(path: Path, sha256: str, size_bytes: int, *, deep: bool) -> str | None:
-    """What is wrong with a file, or None; `deep` reads it."""
+def _damage(
+    path: Path, sha256: str, size_bytes: int, *, deep: bool, remembered: bool = False
+) -> str | None:
+    """What is wrong with a file, or None; `deep` reads it, unless a check is `remembered`."""
     try:
         if not path.is_file():
             return f"{path}: missing"
@@ -94,8 +161,15 @@ def _damage(path: Path, sha256: str, size_bytes: int, *, deep: bool) -> str | No
         if actual != size_bytes:
             wrong = "truncated" if actual < size_bytes else "too long"
             return f"{path}: {wrong}: {actual} bytes, the manifest says {size_bytes}"
-        if deep and (digest := sha256_file(path)) != sha256:
+        if deep and (digest := _digest(path, remembered)) != sha256:
             return f"{path}: changed: SHA-256 is {digest}, the manifest says {sha256}"
     except OSError as error:
         return f"{path}: cannot be read: {reason(error)}"
     return None
+
+
+def _digest(path: Path, remembered: bool) -> str:
+    def take() -> str:
+        return sha256_file(path)
+
+    return checked.digest("sha256", [path], take) if remembered else take()

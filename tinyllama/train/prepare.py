@@ -1,6 +1,8 @@
 """What a run starts from: the checkpoint it resumes, its base's sizes, its tokenizer."""
 
 import hashlib
+import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +11,7 @@ from typing import Any
 
 from tinygrad import Device
 
-from tinyllama.config import Config
+from tinyllama.config import Config, RopeScaling
 from tinyllama.config.options import got, shown
 from tinyllama.data.files import Source, content_digests, find_sources, read_texts
 from tinyllama.errors import (
@@ -20,8 +22,9 @@ from tinyllama.errors import (
     naming,
     reason,
 )
-from tinyllama.formats.huggingface import open_folder
+from tinyllama.formats.models import open_model
 from tinyllama.system import device
+from tinyllama.system.files import atomic_write, make_folder, read_file
 from tinyllama.tokenizers.sentencepiece import (
     MODEL_FILE,
     TRAINING,
@@ -31,6 +34,9 @@ from tinyllama.tokenizers.sentencepiece import (
 )
 from tinyllama.train import run_folder
 from tinyllama.train.checkpoint import latest_valid, list_checkpoints, verify
+from tinyllama.train.manifest import verify_loaded
+
+_MOST_TOKENIZER_BYTES = 64 << 20
 
 
 def check_fresh(config: Config) -> None:
@@ -178,11 +184,13 @@ def with_base(config: Config, notice: Callable[[str], None] = lambda line: None)
     """The configuration with the sizes of `model.base`, if there is one.
 
     `notice` is called with a line for each value of the base that the configuration overrides.
+    Raises CheckpointError where the base is a checkpoint of ours whose sums do not hold.
     """
     if config.model.base is None:
         return config
     with naming("model.base"):
-        folder = open_folder(config.model.base)
+        folder = open_model(config.model.base)
+        verify_loaded(folder.path)
     source = str(folder.path / "config.json")
     config = config.with_base(folder.config, source)
     for line in config.overridden(folder.config, source):
@@ -206,7 +214,14 @@ def made_with(config: Config) -> dict[str, Any]:
     options = {k: v for k, v in config.values().items() if not k.startswith(_FREE_OF_NUMBERS)}
     options[_MICRO_BATCH] = config.training.micro_batch
     values = options | {"device": Device.DEFAULT, "threads": device.threads()}
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+    return {k: _as_json(v) for k, v in values.items()}
+
+
+def _as_json(value: Any) -> Any:
+    """The value of an option as the state's JSON gives it back."""
+    if isinstance(value, RopeScaling):
+        return value.stated()
+    return list(value) if isinstance(value, tuple) else value
 
 
 def differences(config: Config, checkpoint: Path) -> str | None:
@@ -271,12 +286,38 @@ def _new_tokenizer(config: Config, show: bool) -> Tokenizer:
     made_of = [f"{TRAINING} {config.tokenizer_vocab_size}", *content_digests(sources, cache)]
     digest = hashlib.sha256("\n".join(made_of).encode()).hexdigest()[:32]
     file = cache / f"tokenizer-{digest}" / MODEL_FILE
-    if file.exists():
-        return load_tokenizer(file)
+    if (kept := _kept_tokenizer(file)) is not None:
+        return kept
     what = f"data.tokenizer_vocab_size, for a tokenizer of {config.data.train_path}"
     with naming(what, TokenizerError):  # an error in the texts names its own place
         texts = read_texts(sources, progress=show)
-        return train_tokenizer(texts, config.tokenizer_vocab_size, file)
+        tokenizer = train_tokenizer(texts, config.tokenizer_vocab_size)
+    make_folder(cache, 0o700)
+    make_folder(file.parent)
+    atomic_write(file, tokenizer.model, links=False)
+    atomic_write(_sum_file(file), f"{tokenizer.fingerprint}\n".encode(), links=False)
+    return tokenizer
+
+
+def _kept_tokenizer(file: Path) -> Tokenizer | None:
+    """The tokenizer that was trained before; None if there is none or its sum does not hold: the
+    same texts give the same one again."""
+    if not os.path.lexists(file):
+        return None
+    try:
+        model = read_file(file, _MOST_TOKENIZER_BYTES, links=False)
+        said = read_file(_sum_file(file), 100, links=False)
+        if said == f"{hashlib.sha256(model).hexdigest()}\n".encode():
+            return Tokenizer(model, str(file))
+        why = "damaged: its sum does not hold"
+    except (OSError, TokenizerError) as error:
+        why = reason(error) if isinstance(error, OSError) else "damaged"
+    print(f"{file}: {why}; the tokenizer is trained again", file=sys.stderr)
+    return None
+
+
+def _sum_file(file: Path) -> Path:
+    return file.with_name(f"{file.name}.sha256")
 
 
 def _tokenizer_of(checkpoint: Path, config: Config) -> Tokenizer:

@@ -17,6 +17,7 @@ from tinygrad import Tensor
 
 from tinyllama.data.batches import Batch
 from tinyllama.model.llama import Llama
+from tinyllama.runtime.account import Account, account
 from tinyllama.runtime.capture import captured
 from tinyllama.runtime.plan import Plan, plan
 from tinyllama.runtime.stage import Stage
@@ -93,6 +94,11 @@ class TrainStep:
             self._plan(self._accumulate_step, *batch),
             self._plan(self._update_step, hyperparameters),
         ]
+
+    def account(self, *batch: Tensor, hyperparameters: Tensor, compiling: bool = False) -> Account:
+        """What a step costs that is one graph, for its three tensors; nothing runs."""
+        assert self.micro_batches == 1
+        return account(self._whole_step, [*batch, hyperparameters], compiling)
 
     def _plan(self, function: Callable[..., Any], *inputs: Tensor) -> Plan:
         self._planned_gradients = []

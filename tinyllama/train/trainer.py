@@ -8,27 +8,31 @@ tensors of a checkpoint, so a run that is resumed continues bit for bit.
 """
 
 import math
+import os
 import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tinyllama.config import Config
 from tinyllama.data.batches import Batch, Batches, prepare
-from tinyllama.errors import TrainingError
+from tinyllama.errors import CheckpointError, TrainingError
 from tinyllama.model.build import build
 from tinyllama.model.counts import parameters
 from tinyllama.model.lora import dropping
 from tinyllama.observe.metrics import MetricsLog
 from tinyllama.observe.progress import Progress
+from tinyllama.runtime import precompile
 from tinyllama.system import lacking
+from tinyllama.system.files import make_folder
 from tinyllama.system.memory import memory_in_use_bytes
 from tinyllama.system.signals import stopping_on_signals
 from tinyllama.train import run_folder
+from tinyllama.train.checkpoint import name_aside
 from tinyllama.train.evaluate import Evaluator
 from tinyllama.train.optimizer import AdamW
 from tinyllama.train.prepare import (
@@ -107,6 +111,7 @@ class Trainer:
         # The metrics of a step whose validation was interrupted by a signal.
         self._unvalidated: dict[str, Any] | None = state.get("unvalidated")
         self._last_line: dict[str, Any] = {}  # of metrics
+        self._metrics: MetricsLog | None = None  # while the run goes on
         if state.get("was_last") and budget_seconds is not None:
             self.total_steps = self.step  # the budget was used up there
         self._resumed = self.saved = resume
@@ -115,9 +120,10 @@ class Trainer:
 
     def run(self) -> Outcome:
         """Train until the schedule ends; a signal stops the run after the current step."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         try:
-            with run_folder.held_alone(self.folder):
+            with ExitStack() as self._holding:
+                self._hold_folder()
                 return self._run()
         except KeyboardInterrupt as interrupt:
             raise type(interrupt)(self._so_far()) from None
@@ -133,6 +139,7 @@ class Trainer:
             Progress(self.step, self.show) as progress,
             self._open_metrics(stopping) as metrics,
         ):
+            precompile.show_waiting(progress.compiling)
             self._validate_first(metrics, progress, stopping)
             while self.step < self.total_steps and not stopping():
                 self._one_step(metrics, progress, begun, stopping)
@@ -143,6 +150,11 @@ class Trainer:
                 self.save(folder.name)
         losses = (self._last_line.get(name) for name in ("loss", "val_loss"))
         return Outcome(folder, self.step, finished, 0 if finished else stopping(), *losses)
+
+    def _hold_folder(self) -> None:
+        """Keep other processes from training in the run's folder until the run ends."""
+        self._holding.enter_context(run_folder.held_alone(self.folder))
+        self._held = self.folder.stat()
 
     def _so_far(self) -> str:
         return run_folder.so_far(self.step, self.saved)
@@ -164,14 +176,42 @@ class Trainer:
         line, first = self._unvalidated, self.step + 1
         if line is not None:
             line, first = self._validate(line, stopping), self.step
-        with closing(MetricsLog(self.folder / run_folder.METRICS, first)) as metrics:
+        path, resumed = self.folder / run_folder.METRICS, self._resumed
+        is_ours = resumed is not None and resumed.resolve().parent == self.folder.resolve()
+        with closing(MetricsLog(path, first, is_expected=is_ours)) as metrics:
+            self._metrics = metrics
             if line is not None:
                 self._write(metrics, line)
             yield metrics
 
     def _write(self, metrics: MetricsLog, line: dict[str, Any]) -> None:
+        if metrics.is_gone():
+            self._find_folder_again(metrics)
         metrics.write(line)
         self._last_line = line
+
+    def _find_folder_again(self, metrics: MetricsLog) -> None:
+        """Go on where somebody removed metrics.jsonl, or the run's folder, while training."""
+        if not self.folder.is_dir() or not os.path.samestat(self.folder.stat(), self._held):
+            make_folder(self.folder)
+            was = self.folder
+            try:
+                self._hold_folder()
+            except CheckpointError:  # another run trains there now
+                self.folder = name_aside(was)
+                make_folder(self.folder)
+                self._hold_folder()
+            run_folder.write_config(self.folder, self.config)
+            self.saved = self.saved if self.saved and self.saved.is_dir() else None
+            print(
+                f"{was} was removed while training: the run goes on and saves in {self.folder}, "
+                "and what is lost is what was there; to save at once and stop, press Ctrl-C",
+                file=sys.stderr,
+            )
+        else:
+            print(f"{metrics.path} was removed while training: begun anew", file=sys.stderr)
+        metrics.path = self.folder / run_folder.METRICS
+        metrics.reopen()
 
     def _validate_first(
         self, metrics: MetricsLog, progress: Progress, stopping: Callable[[], int]
@@ -309,6 +349,10 @@ class Trainer:
         """Save the run as it stands under `name`. TrainingError if its weights are not finite."""
         if broken := run_folder.not_finite(self.optimizer.parameters):
             raise self._broken(self.step, f"{broken}: the weights are no longer finite")
+        if self._metrics is not None:
+            if self._metrics.is_gone():
+                self._find_folder_again(self._metrics)
+            self._metrics.sync()
         folder, keep = self.folder / name, self.config.checkpointing.keep_last_n
         try:
             run_folder.save(

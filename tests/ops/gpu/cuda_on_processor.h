@@ -97,6 +97,7 @@ static inline float widen_f16(unsigned short x) { return emulator::float16_to_fl
 // Vector accesses of a GPU must be aligned.
 static inline void aligned(const void *p, int bytes) { if ((unsigned long)p % bytes) __builtin_trap(); }
 static inline void load16(u32 *r, const void *p) { aligned(p, 16); emulator::copy_bytes(r, p, 16); }
+static inline void load8(u32 *r, const void *p) { aligned(p, 8); emulator::copy_bytes(r, p, 8); }
 static inline void store16(void *to, u32 a, u32 b, u32 c, u32 d) {
   const u32 v[4] = {a, b, c, d};
   aligned(to, 16);
@@ -119,4 +120,5 @@ static inline float exchanged(float x, int mask, float *, int) {
 }
 #define EXP2(x) emulator::exp2(x)
 #define LOG2(x) emulator::log2(x)
+#define SQRT(x) emulator::sqrt(x)
 static inline float MAXF(float a, float b) { return a > b ? a : b; }

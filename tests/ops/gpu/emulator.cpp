@@ -202,4 +202,5 @@ unsigned short float_to_float16(float f) {
 }
 float exp2(float x) { return exp2f(x); }
 float log2(float x) { return log2f(x); }
+float sqrt(float x) { return sqrtf(x); }
 }  // namespace emulator

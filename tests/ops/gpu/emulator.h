@@ -28,6 +28,7 @@ float float16_to_float(unsigned short x);
 unsigned short float_to_float16(float x);
 float exp2(float x);
 float log2(float x);
+float sqrt(float x);
 
 // Calls a kernel with addresses as its arguments; Metal's last two are indices.
 template <class X> struct Argument {

@@ -1,6 +1,6 @@
 """The GPU kernels' texts as OpenCL under oclgrind, which reports data races: `make gpu-races`.
 
-The name of this file keeps it out of a run of all tests: it needs another package, and a minute.
+The name of this file keeps it out of a run of all tests: it needs another package, and two minutes.
 oclgrind interprets each instruction, so sizes are small.
 """
 
@@ -11,13 +11,15 @@ from pathlib import Path
 
 import gpu_kernels
 import pytest
+from gpu_rows import CASES
 from runs_helpers import ROOT, environment
 
 DRIVER = os.environ.get("OCLGRIND", "/usr/lib/oclgrind/liboclgrind-rt-icd.so")
 SCRIPT = """
 import gpu_kernels
+import gpu_rows
 from gpu_on_opencl import run
-from tinyllama.runtime.blocks import Packed
+from tinyllama.ops.gpu.gemm import Packed
 """
 RUN = 'print("largest error", '
 PRODUCTS = {
@@ -61,6 +63,14 @@ def test_attention_has_no_data_race(name: str) -> None:
     error, report = under_oclgrind(f"{RUN}max({found}.values()))")
     assert "race" not in report, report[:2000]
     assert error <= gpu_kernels.ATTENTION_ERROR[name.split(",")[0]]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_kernel_of_rows_has_no_data_race(name: str) -> None:
+    code = f'found = gpu_rows.CASES[{name!r}](run, "opencl", gpu_rows.same)\n'
+    error, report = under_oclgrind(f'{code}print("largest error", len(found))')
+    assert "race" not in report, report[:2000]
+    assert error == 0
 
 
 def test_a_missing_barrier_is_reported() -> None:

@@ -8,7 +8,9 @@ import gpu_kernels
 import pytest
 from gpu_kernels import ATTENTION, PRODUCTS, emulate
 
-from tinyllama.runtime.blocks import FMA, PASSES, Limits, Tile, attention, product
+from tinyllama.ops.gpu.attention import PASSES, attention
+from tinyllama.ops.gpu.gemm import Tile, product
+from tinyllama.runtime.blocks import FMA, Limits
 
 DIALECTS = ("cuda", "metal")
 

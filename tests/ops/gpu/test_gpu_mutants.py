@@ -7,7 +7,8 @@ import gpu_kernels
 import pytest
 from gpu_kernels import Wrong, emulate
 
-from tinyllama.runtime.blocks import Tile, source
+from tinyllama.ops.gpu.gemm import Tile
+from tinyllama.runtime.blocks import source
 
 NT, NN = "NT bfloat16", "NN float16"
 INT4 = "NT bfloat16, 4 bits by 64"

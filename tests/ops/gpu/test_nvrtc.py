@@ -2,14 +2,13 @@
 
 import nvrtc
 import pytest
+from nvrtc import ARCHITECTURES, RESERVED
 
-from tinyllama.runtime.blocks import FMA, PASSES, Launch, Limits, Packed, Tile, attention, product
+from tinyllama.ops.gpu.attention import PASSES, attention
+from tinyllama.ops.gpu.gemm import Packed, Tile, product
+from tinyllama.runtime.blocks import FMA, Launch, Limits
 
-pytestmark = pytest.mark.skipif(
-    nvrtc.library() is None, reason="NVRTC is missing: pip install nvidia-cuda-nvrtc"
-)
-ARCHITECTURES = ("sm_80", "sm_90")
-RESERVED = {"sm_80": 0, "sm_90": 1024}  # bytes of shared memory that the card takes per block
+pytestmark = nvrtc.needed
 SIZES = (8192, 768, 3072)  # of the 124m model at 8 x 1024 tokens
 
 

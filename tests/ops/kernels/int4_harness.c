@@ -11,6 +11,16 @@
 // variants: -DTILE_AMX -DTILE_IN_C -DLAYOUT=0 -DCOMPUTE_BF16=1 -DA_T=1 -DC_T=1 -DBLOCKS
 // variants: -DTILE_AMX -DTILE_IN_C -DLAYOUT=1 -DCOMPUTE_BF16=1 -DA_T=1
 // variants: -DTILE_AMX -DLAYOUT=0 -DCOMPUTE_BF16=1 -DA_T=1
+// variants: -DLAYOUT=0 -DMINIMA=1; -DLAYOUT=1 -DMINIMA=1 -DBLOCKS; -DLAYOUT=0 -DBITS=8 -DBLOCKS
+// variants: -DLAYOUT=1 -DBITS=8; -DLAYOUT=0 -DMINIMA=1 -DCOMPUTE_BF16=1 -DA_T=1 -DC_T=1
+// variants: -DLAYOUT=0 -DVW=16 -DTILE_AVX512 -DMINIMA=1; -DLAYOUT=1 -DVW=16 -DTILE_AVX512 -DBITS=8
+// variants: -DLAYOUT=0 -DVW=4 -DTILE_NEON -DMINIMA=1; -DLAYOUT=0 -DVW=4 -DTILE_NEON -DBITS=8
+// variants: -DLAYOUT=1 -DVW=8 -DTILE_AVX2 -DMINIMA=1; -DLAYOUT=0 -DVW=8 -DTILE_AVX2 -DBITS=8
+// variants: -DTILE_AMX -DTILE_IN_C -DLAYOUT=0 -DCOMPUTE_BF16=1 -DA_T=1 -DMINIMA=1
+// variants: -DTILE_AMX -DTILE_IN_C -DLAYOUT=1 -DCOMPUTE_BF16=1 -DA_T=1 -DBITS=8
+// variants: -DFIXED -DLAYOUT=0 -DM=1 -DN=70 -DK=704 -DBLOCK=32 -DNT=2 -DMINIMA=1
+// variants: -DFIXED -DLAYOUT=0 -DM=3 -DN=70 -DK=704 -DBLOCK=32 -DNT=2 -DBITS=8 -DA_T=1
+// variants: -DFIXED -DLAYOUT=0 -DM=8 -DN=70 -DK=704 -DBLOCK=32 -DNT=2 -DMINIMA=1 -DA_T=2
 // variants: -DFIXED -DLAYOUT=0 -DM=50 -DN=70 -DK=704 -DBLOCK=64 -DNT=2 -DC_T=1
 // variants: -DFIXED -DLAYOUT=1 -DM=50 -DN=192 -DK=701 -DBLOCK=64 -DNT=2 -DA_T=2
 
@@ -94,15 +104,20 @@ static float bf16(float x) { return bf16_decode(bf16_encode(vset(x)))[0]; }
 
 /* W[rows, width]: bytes, scales (one in eight subnormal) and the values that are multiplied. */
 static void random_weight(int rows, int width, unsigned char *packed, unsigned short *scales,
-                          double *value) {
-  for (long i = 0; i < (long)rows * width / 2; i++) packed[i] = rand();
-  for (long i = 0; i < (long)rows * (width / BLOCK); i++)
+                          unsigned short *minima, double *value) {
+  for (long i = 0; i < (long)rows * width * BITS / 8; i++) packed[i] = rand();
+  for (long i = 0; i < (long)rows * (width / BLOCK); i++) {
     scales[i] = rand() % 8 ? 0x1c00 + rand() % 0x800 : rand() % 0x400;
+    minima[i] = 0x9c00 + rand() % 0x800;
+  }
   for (int r = 0; r < rows; r++)
     for (int i = 0; i < width; i++) {
-      int byte = packed[((long)r * width + i) / 2], q = i % 2 ? byte >> 4 : byte & 15;
-      float scale = fp16_decode((vh){0} + scales[(long)r * (width / BLOCK) + i / BLOCK])[0];
-      float w = (float)(q < 8 ? q : q - 16) * scale;
+      int byte = packed[((long)r * width + i) * BITS / 8];
+      int q = BITS == 8 ? byte : i % 2 ? byte >> 4 : byte & 15;
+      if (!MINIMA && q >= 1 << (BITS - 1)) q -= 1 << BITS;
+      long group = (long)r * (width / BLOCK) + i / BLOCK;
+      float w = (float)q * fp16_decode((vh){0} + scales[group])[0];
+      if (MINIMA) w += fp16_decode((vh){0} + minima[group])[0];
       value[(long)r * width + i] = ROUNDS ? bf16(w) : w;
     }
 }
@@ -136,23 +151,24 @@ static int check(const ELEM(C_T) *out, const double *a, const double *w) {
 static int run(int m, int rows, int width, int block) {
   int n = LAYOUT == 0 ? rows : width, k = LAYOUT == 0 ? width : rows, wrong = 0;
   CHOOSE(m, n, k, block, 1);
-  unsigned char *packed = allocate((size_t)rows * width / 2, 1);
+  unsigned char *packed = allocate((size_t)rows * width * BITS / 8, 1);
   unsigned short *scales = allocate((size_t)rows * (width / block), 2);
+  unsigned short *minima = allocate((size_t)rows * (width / block), 2);
   double *w = allocate((size_t)rows * width, sizeof(double));
   double *a = allocate((size_t)m * k, sizeof(double));
   ELEM(A_T) *stored = allocate((size_t)m * k, sizeof(*stored));
-  random_weight(rows, width, packed, scales, w);
+  random_weight(rows, width, packed, scales, minima, w);
   random_input(stored, a, (long)m * k);
   for (int t = 0; t < LENGTH(threads); t++) {
     CHOOSE(m, n, k, block, threads[t]);
     ELEM(C_T) *out = allocate((size_t)m * n, sizeof(*out));
     float *scratch = allocate((size_t)NT * SCRATCH_FLOATS, 4);
-    for (int core = 0; core < NT; core++) gemm(out, scratch, stored, packed, scales, core);
+    for (int core = 0; core < NT; core++) gemm(out, scratch, stored, B_ARGS, core);
     wrong += check(out, a, w);
     free(out);
     free(scratch);
   }
-  free(packed), free(scales), free(w), free(a), free(stored);
+  free(packed), free(scales), free(minima), free(w), free(a), free(stored);
   return wrong;
 }
 

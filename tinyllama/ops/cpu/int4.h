@@ -1,31 +1,58 @@
-/* The matrix B of gemm.c stored in 4 bits and widened when a panel of it is packed, so that at most
-   a thread's block of panels is in full precision. Placed before gemm.c.
+/* The matrix B of gemm.c stored in 4 or 8 bits and widened when a panel of it is packed, so that at
+   most a thread's block of panels is in full precision. Placed before gemm.c.
 
-     W[row, i] = q[row, i] * scale[row, i / BLOCK]      exact in float32: 4 bits times 11
+     W[row, i] = q[row, i] * scale[row, i / BLOCK] (+ minimum[row, i / BLOCK] with MINIMA)
 
-   packed  [rows][WIDTH / 2] bytes, two signed q each: that of an even i in the low half, that of
-           i + 1 in the high half
+   The product is exact in float32 (8 bits times 11), so a sum is rounded once.
+
+   packed  [rows][WIDTH * BITS / 8] bytes: q, or two q of 4 bits each: that of an even i in the low
+           half, that of i + 1 in the high half; signed, or unsigned with MINIMA
    scales  [rows][WIDTH / BLOCK] float16
+   minima  like scales
    LAYOUT 0: W is B[N,K], WIDTH is K.  LAYOUT 1: W is B[K,N], WIDTH is N.
-   Macros: BLOCK (even, divides WIDTH) and those of gemm.c, of which COMPUTE_BF16 must be set and
-   B_T is unused. */
+   Macros: BLOCK (even, divides WIDTH), BITS (4 unless set), MINIMA (0 unless set) and those of
+   gemm.c, of which COMPUTE_BF16 must be set and B_T is unused. */
+
+#ifndef BITS
+#define BITS 4
+#endif
+#ifndef MINIMA
+#define MINIMA 0
+#endif
 
 #define B_IS_PACKED_OTHERWISE
+#if MINIMA
+#define B_PARAMS                                                                     \
+  const unsigned char *restrict packed, const unsigned short *restrict scales, \
+      const unsigned short *restrict minima
+#define B_ARGS packed, scales, minima
+#else
 #define B_PARAMS const unsigned char *restrict packed, const unsigned short *restrict scales
 #define B_ARGS packed, scales
+#endif
 #ifndef B_T
 #define B_T 0
 #endif
 #define INT4_WIDTH (LAYOUT == 0 ? K : N)
 #define INT4_STEP 64 /* slots of a row that are widened at a time */
+/* The byte of slot i of a row, and the group of slot i. */
+#define INT4_BYTE(row, i) (packed + ((row) * INT4_WIDTH + (i)) * BITS / 8)
+#define INT4_GROUP(row, i) ((row) * (INT4_WIDTH / BLOCK) + (i) / BLOCK)
 
 typedef unsigned short int4_half __attribute__((aligned(1), may_alias));
 typedef unsigned int4_word __attribute__((aligned(1), may_alias));
 typedef unsigned short int4_pair __attribute__((may_alias));
+typedef signed char int4_bytes __attribute__((vector_size(VW)));
+typedef unsigned char int4_unsigned __attribute__((vector_size(VW)));
+typedef int4_bytes int4_bytes_mem __attribute__((aligned(1), may_alias));
 
-/* q of the VW values that begin with the low half of *p: each is shifted to the top of its lane and
-   back down with its sign. This needs a single constant, so the tile keeps its registers. */
+/* q of VW values from p on. Of 4 bits, each is shifted to the top of its lane and back down with its
+   sign, or without. This needs a single constant, so the tile keeps its registers. */
 INLINE vf int4_values(const unsigned char *p) {
+#if BITS == 8
+  int4_bytes q = *(const int4_bytes_mem *)p;
+  return MINIMA ? __builtin_convertvector((int4_unsigned)q, vf) : __builtin_convertvector(q, vf);
+#else
 #if VW == 4
   vu word = (vu){0} + *(const int4_half *)p;
   vu top = word << (vu){28, 24, 20, 16};
@@ -37,20 +64,44 @@ INLINE vf int4_values(const unsigned char *p) {
   vu word = __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
   vu top = word << (vu){28, 24, 20, 16, 12, 8, 4, 0, 28, 24, 20, 16, 12, 8, 4, 0};
 #endif
-  return __builtin_convertvector((vi)top >> 28, vf);
+  return __builtin_convertvector(MINIMA ? (vi)(top >> 28) : (vi)top >> 28, vf);
+#endif
 }
+
+/* q of slot i of a row. */
+INLINE float int4_value(const unsigned char *p, int i) {
+#if BITS == 8
+  return MINIMA ? (float)*p : (float)(signed char)*p;
+#else
+  unsigned top = (unsigned)*p << (28 - i % 2 * 4);
+  return MINIMA ? (float)(top >> 28) : (float)((int)top >> 28);
+#endif
+}
+
+/* Scale and minimum of a group, in every lane; and W from q. */
+typedef struct {
+  vf scale, minimum;
+} int4_group;
+INLINE int4_group int4_group_at(B_PARAMS, long group) {
+  int4_group g = {vset(LOAD1(2, scales + group)), {0}};
+#if MINIMA
+  g.minimum = vset(LOAD1(2, minima + group));
+#endif
+  return g;
+}
+INLINE vf int4_weight(vf q, int4_group g) { return MINIMA ? vfma(q, g.scale, g.minimum) : q * g.scale; }
 
 /* W[row, i .. i + count] for an even i. */
 INLINE void int4_run(float *restrict out, B_PARAMS, long row, int i, int count) {
-  const unsigned char *byte = packed + row * (INT4_WIDTH / 2);
-  const unsigned short *scale = scales + row * (INT4_WIDTH / BLOCK);
   for (int end = i + count; i < end;) {
-    int group = i / BLOCK, left = (group + 1) * BLOCK;
+    int left = (i / BLOCK + 1) * BLOCK;
     int stop = left < end ? left : end;
-    vf s = vset(LOAD1(2, scale + group));
-    for (; i + VW <= stop; i += VW, out += VW) vstore(out, int4_values(byte + i / 2) * s);
+    int4_group g = int4_group_at(B_ARGS, INT4_GROUP(row, i));
+    for (; i + VW <= stop; i += VW, out += VW)
+      vstore(out, int4_weight(int4_values(INT4_BYTE(row, i)), g));
 #pragma clang loop vectorize(disable) unroll(disable)
-    for (; i < stop; i++) *out++ = (float)((int)((unsigned)byte[i / 2] << (28 - i % 2 * 4)) >> 28) * s[0];
+    for (; i < stop; i++)
+      *out++ = int4_weight(vset(int4_value(INT4_BYTE(row, i), i)), g)[0];
   }
 }
 
@@ -89,9 +140,9 @@ INLINE void int4_pack(float *restrict out, B_PARAMS, int k0, int depth, int n0, 
 /* NR columns of row k of W from n0 on; those past N stay as they are. */
 INLINE void int4_columns(float *restrict out, B_PARAMS, long k, int n0) {
   if (BLOCK % NR == 0 && N % NR == 0) { /* all in one group */
-    const unsigned char *byte = packed + (k * N + n0) / 2;
-    vf s = vset(LOAD1(2, scales + (k * N + n0) / BLOCK));
-    for (int j = 0; j < NR; j += VW) vstore(out + j, int4_values(byte + j / 2) * s);
+    int4_group g = int4_group_at(B_ARGS, INT4_GROUP(k, n0));
+    for (int j = 0; j < NR; j += VW)
+      vstore(out + j, int4_weight(int4_values(INT4_BYTE(k, n0 + j)), g));
     return;
   }
   int4_run(out, B_ARGS, k, n0, N - n0 < NR ? N - n0 : NR);
@@ -147,20 +198,19 @@ INLINE void int4_dots(vf *sum, int rows, const ELEM(A_T) *restrict A, B_PARAMS, 
     }
     return;
   }
-  const unsigned char *byte = packed + row * (K / 2);
-  const unsigned short *scale = scales + row * (K / BLOCK);
-  for (int group = 0; group < K / BLOCK; group++) { /* sum q A, then multiply by the scale */
-    vf part[8];
+  for (int i = 0; i < K;) {
+    int4_group g = int4_group_at(B_ARGS, INT4_GROUP(row, i));
+    vf part[8]; /* of q A, which is multiplied by the scale once; with minima of W A */
 #pragma clang loop unroll(full)
     for (int m = 0; m < rows; m++) part[m] = (vf){0};
-    for (int i = group * BLOCK; i < (group + 1) * BLOCK; i += VW) {
-      vf q = int4_values(byte + i / 2);
+    for (int end = i + BLOCK; i < end; i += VW) {
+      vf q = int4_values(INT4_BYTE(row, i)), w = MINIMA ? int4_weight(q, g) : q;
 #pragma clang loop unroll(full)
-      for (int m = 0; m < rows; m++) part[m] = vfma(LOAD(A_T, A + (long)m * K + i), q, part[m]);
+      for (int m = 0; m < rows; m++) part[m] = vfma(LOAD(A_T, A + (long)m * K + i), w, part[m]);
     }
-    vf s = vset(LOAD1(2, scale + group));
 #pragma clang loop unroll(full)
-    for (int m = 0; m < rows; m++) sum[m] = vfma(part[m], s, sum[m]);
+    for (int m = 0; m < rows; m++)
+      sum[m] = MINIMA ? sum[m] + part[m] : vfma(part[m], g.scale, sum[m]);
   }
 }
 #define DOT_B(sum, rows, A, row) int4_dots(sum, rows, A, B_ARGS, row)

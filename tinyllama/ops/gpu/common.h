@@ -1,6 +1,6 @@
 /* Names of the numbers that choose among a kernel's code, and macros that pick by a type's code.
    tinyllama/runtime/blocks.py puts a kernel's text together: its macros, this file, the header of a
-   dialect (cuda.h says what one gives), tile.h, the kernel. */
+   dialect (cuda.h says what one gives), tile.h or rows.h, the kernel. */
 #define NT 0 /* LAYOUT: A B^T */
 #define NN 1 /* A B */
 #define TN 2 /* A^T B */
@@ -13,6 +13,7 @@
 #define FORWARD 0 /* PASS of attention */
 #define GRADIENT_Q 1
 #define GRADIENT_KV 2
+#define BACKWARD 1 /* PASS of other operations, beside FORWARD */
 
 #define JOIN_(a, b) a##b
 #define JOIN(a, b) JOIN_(a, b)

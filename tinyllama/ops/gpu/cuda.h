@@ -5,6 +5,8 @@
      copy16 COMMIT WAIT    16 bytes from global to local memory, perhaps asynchronously
      ELEM WIDEN STORE2     element types by code: 0 float32, 1 bfloat16, 2 float16
      store_chunk           floats into 16 bytes of local memory
+     load_words store_words  words of 4 bytes, in as few accesses as their number allows
+     bits_of float_of      a float's bits;  pack_1 pack_2 widen_f16: 16-bit floats and their bits
      exchanged             a lane's number as seen by the lane whose index differs in `mask`
      LANE_ROW LANE_COL     which numbers of a 16 x 8 result a lane holds (see tile.h)
    The tests define EMULATED and give what stands under it as C++ that runs on a processor. */
@@ -70,6 +72,10 @@ INLINE void load16(u32 *r, const void *p) {
   uint4 x = *(const uint4 *)p;
   r[0] = x.x; r[1] = x.y; r[2] = x.z; r[3] = x.w;
 }
+INLINE void load8(u32 *r, const void *p) {
+  uint2 x = *(const uint2 *)p;
+  r[0] = x.x; r[1] = x.y;
+}
 INLINE void store16(void *to, u32 a, u32 b, u32 c, u32 d) { *(uint4 *)to = make_uint4(a, b, c, d); }
 INLINE void store8(void *to, u32 a, u32 b) { *(uint2 *)to = make_uint2(a, b); }
 INLINE float exchanged(float x, int mask, float *, int) {
@@ -81,6 +87,7 @@ INLINE float EXP2(float x) { /* error of 2 units in the last place; subnormals b
   return r;
 }
 #define LOG2(x) log2f(x)
+#define SQRT(x) sqrtf(x)
 #define MAXF(a, b) fmaxf(a, b)
 #endif
 
@@ -126,6 +133,16 @@ INLINE void store_chunk(void *to, const float *x) {
 INLINE void load_words(u32 *r, const uchar *p, int count) {
   if (count % 4 == 0)
     for (int i = 0; i < count; i += 4) load16(r + i, p + 4 * i);
+  else if (count == 2)
+    load8(r, p);
   else
     for (int i = 0; i < count; i++) r[i] = ((const u32 *)p)[i];
+}
+INLINE void store_words(uchar *p, const u32 *r, int count) {
+  if (count % 4 == 0)
+    for (int i = 0; i < count; i += 4) store16(p + 4 * i, r[i], r[i + 1], r[i + 2], r[i + 3]);
+  else if (count == 2)
+    store8(p, r[0], r[1]);
+  else
+    for (int i = 0; i < count; i++) ((u32 *)p)[i] = r[i];
 }

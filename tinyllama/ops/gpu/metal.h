@@ -28,6 +28,7 @@ using namespace metal;
 #define ACROSS_ROW_2 8
 #define EXP2(x) exp2(x)
 #define LOG2(x) log2(x)
+#define SQRT(x) sqrt(x)
 #define MAXF(a, b) fmax(a, b)
 
 typedef uint u32;
@@ -50,8 +51,31 @@ INLINE void copy16(LOCAL void *to, GLOBAL const void *from, int valid) {
 INLINE void store_chunk(LOCAL ELEM(TYPE) *to, PRIVATE const float *x) {
   for (int i = 0; i < 16 / (int)sizeof(ELEM(TYPE)); i++) to[i] = ELEM(TYPE)(x[i]);
 }
+INLINE float float_of(u32 x) { return as_type<float>(x); }
+INLINE u32 bits_of(float x) { return as_type<u32>(x); }
+INLINE float widen_f16(ushort x) { return float(as_type<half>(x)); }
+INLINE u32 pack_1(float lo, float hi) {
+  return as_type<ushort>(bfloat(lo)) | (u32)as_type<ushort>(bfloat(hi)) << 16;
+}
+INLINE u32 pack_2(float lo, float hi) {
+  return as_type<ushort>(half(lo)) | (u32)as_type<ushort>(half(hi)) << 16;
+}
+/* `count` words of 4 bytes; the address is a multiple of 4 count, or of 16. */
 INLINE void load_words(PRIVATE u32 *r, GLOBAL const uchar *p, int count) {
-  for (int i = 0; i < count; i++) r[i] = ((GLOBAL const u32 *)p)[i];
+  if (count % 4 == 0)
+    for (int i = 0; i < count; i += 4) {
+      const uint4 x = *(GLOBAL const uint4 *)(p + 4 * i);
+      r[i] = x.x; r[i + 1] = x.y; r[i + 2] = x.z; r[i + 3] = x.w;
+    }
+  else
+    for (int i = 0; i < count; i++) r[i] = ((GLOBAL const u32 *)p)[i];
+}
+INLINE void store_words(GLOBAL uchar *p, PRIVATE const u32 *r, int count) {
+  if (count % 4 == 0)
+    for (int i = 0; i < count; i += 4)
+      *(GLOBAL uint4 *)(p + 4 * i) = uint4{r[i], r[i + 1], r[i + 2], r[i + 3]};
+  else
+    for (int i = 0; i < count; i++) ((GLOBAL u32 *)p)[i] = r[i];
 }
 INLINE float exchanged(float x, int mask, LOCAL float *, int) {
   return simd_shuffle_xor(x, (ushort)mask);

@@ -24,6 +24,7 @@
 #define ACROSS_ROW_2 2
 #define EXP2(x) exp2(x)
 #define LOG2(x) log2(x)
+#define SQRT(x) sqrt(x)
 #define MAXF(a, b) fmax(a, b)
 
 typedef uint u32;
@@ -61,8 +62,22 @@ INLINE void copy16(LOCAL void *to, GLOBAL const void *from, int valid) {
 INLINE void store_chunk(LOCAL ELEM(TYPE) *to, const float *x) {
   for (int i = 0; i < 16 / (int)sizeof(ELEM(TYPE)); i++) to[i] = JOIN(NARROW_, TYPE)(x[i]);
 }
+INLINE float float_of(u32 x) { return as_float(x); }
+INLINE u32 bits_of(float x) { return as_uint(x); }
+INLINE u32 pack_1(float lo, float hi) { return narrow_bf16(lo) | (u32)narrow_bf16(hi) << 16; }
+INLINE u32 pack_2(float lo, float hi) { return narrow_f16(lo) | (u32)narrow_f16(hi) << 16; }
+/* `count` words of 4 bytes; the address is a multiple of 4 count, or of 16. */
 INLINE void load_words(u32 *r, GLOBAL const uchar *p, int count) {
-  for (int i = 0; i < count; i++) r[i] = ((GLOBAL const u32 *)p)[i];
+  if (count % 4 == 0)
+    for (int i = 0; i < count; i += 4) vstore4(*(GLOBAL const uint4 *)(p + 4 * i), 0, r + i);
+  else
+    for (int i = 0; i < count; i++) r[i] = ((GLOBAL const u32 *)p)[i];
+}
+INLINE void store_words(GLOBAL uchar *p, const u32 *r, int count) {
+  if (count % 4 == 0)
+    for (int i = 0; i < count; i += 4) *(GLOBAL uint4 *)(p + 4 * i) = vload4(0, r + i);
+  else
+    for (int i = 0; i < count; i++) ((GLOBAL u32 *)p)[i] = r[i];
 }
 INLINE float exchanged(float x, int mask, LOCAL float *lanes, int tid) {
   BARRIER;

@@ -10,11 +10,15 @@ import functools
 from tinyllama.errors import DeviceError
 from tinyllama.runtime.patches import (
     bfloat16,
+    cubin,
     free_steps,
     huge_pages,
+    kernel_cache,
     kernel_sizes,
     layout,
     native_launch,
+    opencl_graph,
+    parallel_compilers,
     wait_when_lowered,
 )
 from tinyllama.runtime.patches.patch import Patch
@@ -23,9 +27,13 @@ from tinyllama.system import device
 PATCHES: tuple[Patch, ...] = (
     bfloat16.PATCH,
     kernel_sizes.PATCH,
+    kernel_cache.PATCH,
     huge_pages.PATCH,
     layout.PATCH,
     native_launch.PATCH,
+    cubin.PATCH,
+    parallel_compilers.PATCH,
+    opencl_graph.PATCH,
     free_steps.PATCH,
     wait_when_lowered.PATCH,
 )

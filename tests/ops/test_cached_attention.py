@@ -1,0 +1,71 @@
+"""Attention over a cache: both forms against numpy, in steps of several and of one token."""
+
+import numpy as np
+import pytest
+from tinygrad import Tensor, dtypes
+
+from tinyllama.ops import forms
+from tinyllama.ops.cached_attention import cached_attention, new_cache
+
+FORMS = ["cpu", "portable"]
+ROUNDING = {dtypes.float32: 2e-6, dtypes.bfloat16: 2**-6, dtypes.float16: 2**-9}
+
+
+def expected(q, k, v, window):
+    """q (T, H, D), k, v (T, KV, D) of a whole sequence -> (T, H, D), in float64."""
+    T, H, D = q.shape
+    shared = H // k.shape[1]
+    out = np.empty(q.shape)
+    for t in range(T):
+        first = 0 if window is None else max(0, t + 1 - window)
+        for h in range(H):
+            scores = k[first : t + 1, h // shared] @ q[t, h] / np.sqrt(D)
+            weights = np.exp(scores - scores.max())
+            out[t, h] = weights / weights.sum() @ v[first : t + 1, h // shared]
+    return out
+
+
+SIZES = [(6, 2, 20, None), (3, 3, 64, None), (4, 1, 128, 7), (2, 2, 6, 1)]
+# Other types make no difference to the portable form, which is slow to schedule.
+CASES = [("cpu", dtype, *sizes) for dtype in ROUNDING for sizes in SIZES]
+CASES += [("portable", dtypes.float32, *sizes) for sizes in SIZES[::2]]
+
+
+@pytest.mark.parametrize(("form", "dtype", "heads", "kv_heads", "width", "window"), CASES)
+def test_steps_give_what_the_whole_sequence_gives(form, dtype, heads, kv_heads, width, window):
+    """Steps of 13, 1, 1, 16 and 1 tokens, in 32 slots that held something else before."""
+    rng = np.random.default_rng(0)
+    steps = [13, 1, 1, 16, 1]
+    with forms.forced(form):
+        given = [
+            Tensor(rng.standard_normal((1, 32, n, width)).astype(np.float32)).cast(dtype).realize()
+            for n in (heads, kv_heads, kv_heads)
+        ]
+        cache = new_cache(kv_heads, 32, width, dtype)
+        for part in cache:
+            part.assign(Tensor.full(part.shape, 3e4, dtype=dtype).contiguous()).realize()
+        found, start = [], 0
+        for step in steps:
+            q, k, v = (x[:, start : start + step].contiguous().realize() for x in given)
+            position = Tensor([start], dtype=dtypes.int32).realize()
+            out = cached_attention(q, k, v, cache, position, window)
+            assert out.shape == q.shape and out.dtype == dtype
+            found.append(out.float().numpy()[0])
+            start += step
+        values = [x.float().numpy()[0].astype(np.float64) for x in given]
+    want = expected(*values, window)
+    assert np.abs(np.concatenate(found) - want).max() < ROUNDING[dtype] * np.abs(want).max()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_tokens_past_the_last_slot_are_left_out(form):
+    """The padding of a prompt's last chunk may reach beyond the cache."""
+    rng = np.random.default_rng(0)
+    with forms.forced(form):
+        q, k, v = (Tensor(rng.standard_normal((1, 4, 2, 8)).astype(np.float32)) for _ in range(3))
+        cache = new_cache(2, 16, 8, dtypes.float32)
+        position = Tensor([14], dtype=dtypes.int32)
+        cached_attention(q.realize(), k.realize(), v.realize(), cache, position.realize()).realize()
+        held = cache.values.numpy()
+    assert (held[:, :14] == 0).all()
+    assert (held[:, 14:] == v.numpy()[0, :2].transpose(1, 0, 2)).all()

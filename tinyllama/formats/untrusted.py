@@ -1,0 +1,134 @@
+"""Files that somebody else wrote: opened, read and described without trusting what they say.
+
+Only regular files are opened (a FIFO would block, a device has no end), documents have a largest
+size, and messages stay short and printable whatever the file holds.
+"""
+
+import json
+import os
+import stat
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+import msgspec
+
+from tinyllama.errors import ConfigError, TinyllamaError, reason
+
+T = TypeVar("T")
+
+# A config.json has some kilobytes; parsed JSON takes up to 30 times its bytes.
+MAX_JSON_BYTES = 1 << 20
+_SHOWN_CHARACTERS = 120
+_SHOWN_PROBLEMS = 20
+
+_LFS = b"version https://git-lfs"
+# How files begin that people have in place of another one.
+_BEGINNINGS = {
+    _LFS: "a Git LFS pointer, not the file itself: type git lfs pull, or download it",
+    b"<!doctype html": "a page of HTML, not the file itself: the download did not succeed",
+    b"<html": "a page of HTML, not the file itself: the download did not succeed",
+    b"gguf": "a GGUF file: name it with its ending .gguf",
+    b"pk\x03\x04": "a zip archive, as torch.save writes it: a pickle, which is never read",
+    b"\x80\x02": "a pickle, which can run code and is never read",
+    b"\x80\x04": "a pickle, which can run code and is never read",
+}
+
+
+def printable(text: object, longest: int = _SHOWN_CHARACTERS) -> str:
+    """Text from a file for a message: in one line, without control characters, and cut."""
+    shown = str(text)[: longest + 1]
+    escaped = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in shown)
+    return escaped if len(escaped) <= longest else f"{escaped[:longest]}..."
+
+
+def some_of(problems: Iterable[str], source: object) -> str:
+    """A message of one line per problem, each after `source`; of many, the first."""
+    lines = sorted(problems)
+    shown = [f"{source}: {line}" for line in lines[:_SHOWN_PROBLEMS]]
+    if len(lines) > _SHOWN_PROBLEMS:
+        shown.append(f"{source}: and {len(lines) - _SHOWN_PROBLEMS} more")
+    return "\n".join(shown)
+
+
+def what_it_is(start: bytes) -> str | None:
+    """What a file is that begins with these bytes, where people have it by mistake."""
+    start = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    return next((what for begin, what in _BEGINNINGS.items() if start.startswith(begin)), None)
+
+
+@contextmanager
+def open_regular(
+    path: str | os.PathLike[str], wrong: type[TinyllamaError]
+) -> Iterator[tuple[BinaryIO, int]]:
+    """A regular file, and its size in bytes; links are followed.
+
+    Raises `wrong` for one that is absent, cannot be read or is of another kind.
+    """
+    label = printable(os.fspath(path), 400)
+    try:
+        # Without O_NONBLOCK, opening a FIFO waits for a writer.
+        number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    except FileNotFoundError:
+        raise wrong(f"{label}: missing") from None
+    except (OSError, ValueError) as error:
+        why = reason(error) if isinstance(error, OSError) else str(error)
+        raise wrong(f"{label}: cannot be read: {why}") from error
+    with open(number, "rb") as file:
+        found = os.fstat(number)
+        if not stat.S_ISREG(found.st_mode):
+            raise wrong(f"{label}: is no regular file")
+        try:
+            yield file, found.st_size
+        except OSError as error:
+            raise wrong(f"{label}: cannot be read: {reason(error)}") from error
+
+
+def read_small(
+    path: str | os.PathLike[str], wrong: type[TinyllamaError], most: int = MAX_JSON_BYTES
+) -> bytes:
+    """All bytes of a file, which must not be larger than `most`."""
+    with open_regular(path, wrong) as (file, size):
+        start = file.read(64)
+        if what := what_it_is(start):
+            raise wrong(f"{path}: is {what}")
+        if size > most:
+            raise wrong(f"{path}: {size} bytes, at most {most} are allowed")
+        return start + file.read(most + 1 - len(start))
+
+
+def read_json(path: Path, wrong: type[TinyllamaError] = ConfigError) -> dict[str, Any]:
+    """A JSON object from a file; raises `wrong`, naming the file."""
+    try:
+        value = json.loads(read_small(path, wrong))
+    except (ValueError, RecursionError) as error:
+        raise wrong(
+            f"{path}: not JSON, so it is damaged or truncated: {printable(error)}"
+        ) from error
+    if not isinstance(value, dict):
+        raise wrong(f"{path}: must be a JSON object")
+    return value
+
+
+def typed(
+    values: object, form: type[T], source: object, wrong: type[TinyllamaError] = ConfigError
+) -> T:
+    """Parsed JSON as a msgspec Struct; raises `wrong`, naming the place and what must be there."""
+    try:
+        return msgspec.convert(values, form)
+    except (msgspec.ValidationError, RecursionError) as error:
+        raise wrong(f"{source}: {place_first(error)}") from error
+
+
+def place_first(error: Exception) -> str:
+    """msgspec's message with the place first: `shape[0]: expected an integer, got a string`."""
+    words, _, place = str(error).partition(" - at `$")
+    place = place.removesuffix("`").removeprefix(".")
+    text = f"{words[:1].lower()}{words[1:]}".replace("`", "")
+    return printable(f"{place}: {text}" if place else text)
+
+
+def shown_shape(shape: Sequence[int]) -> str:
+    """A shape for a message."""
+    return printable(tuple(shape[:16]) if len(shape) <= 16 else f"of {len(shape)} sizes")

@@ -1,0 +1,109 @@
+/* Attention of one new token over a cache of keys and values, and its own key and value into it.
+
+   position[0] is the token's place. PASS PARTS: cache (2, S, KV, D) gets k and v (KV, D) there, and
+   block (bx, key/value head bz) takes the PART keys from bx PART on, those up to the position, for
+   the HEADS query heads of q (KV HEADS, D) that share them. parts (KV HEADS, BLOCKS, D + 2) float32
+   are sums of exp2(score - maximum) times value, then those of the exponentials, then the maximum.
+   PASS JOINED: block bx is a query head; out (KV HEADS, D) from its parts.
+
+   The cache is not read at the position: the token's key and value come from k and v, so that no
+   block depends on what another one writes.
+   Macros: S, KV, HEADS, D, SCALE (1 / sqrt(D)), PASS, BLOCKS; THREADS is PART, not less than D. */
+#define PARTS 0
+#define JOINED 1
+#define PART THREADS
+#define WIDTH (D + 2)
+#define LOWEST -1e30f
+#define ACROSS (D / VEC)
+#define SUBSETS (THREADS / ACROSS) /* of keys, in the sum of values */
+#if PASS == PARTS
+KERNEL_BEGIN(GLOBAL Element *cache, GLOBAL float *parts, GLOBAL const Element *q,
+             GLOBAL const Element *k, GLOBAL const Element *v, GLOBAL const int *position)
+  SHARED float scratch[THREADS], query[HEADS * D], weight[HEADS * PART];
+  SHARED float sums[(THREADS + ACROSS) * VEC]; /* the last row is for threads of no subset */
+  const int at = position[0], first = bx * PART, mine = first + tid, seen = mine <= at;
+  const int count = at + 1 - first < PART ? at + 1 - first : PART; /* negative past the position */
+  GLOBAL Element *keys = cache + bz * D, *values = keys + (long)S * KV * D;
+  k += bz * D;
+  v += bz * D;
+  for (int n = tid; n < HEADS * D; n += THREADS)
+    query[n] = WIDEN(TYPE, q[(long)bz * HEADS * D + n]) * (SCALE * LOG2E);
+  BARRIER;
+  float score[HEADS], x[VEC];
+  UNROLL
+  for (int h = 0; h < HEADS; h++) score[h] = 0;
+  GLOBAL const Element *key = mine == at || mine >= S ? k : keys + (long)mine * KV * D;
+  UNROLL_BY(4)
+  for (int d = 0; d < (seen ? D : 0); d += VEC) {
+    LOAD(TYPE, x, key + d);
+    UNROLL
+    for (int h = 0; h < HEADS; h++)
+      UNROLL
+      for (int i = 0; i < VEC; i++) score[h] += x[i] * query[h * D + d + i];
+  }
+  float total[HEADS], highest[HEADS];
+  UNROLL
+  for (int h = 0; h < HEADS; h++) {
+    highest[h] = block_max(seen ? score[h] : LOWEST, scratch, tid);
+    const float e = seen ? EXP2(score[h] - highest[h]) : 0;
+    total[h] = block_sum(e, scratch, tid);
+    weight[h * PART + tid] = e;
+  }
+  BARRIER;
+  const int subset = tid / ACROSS, d = tid % ACROSS * VEC;
+  float sum[HEADS][VEC];
+  UNROLL
+  for (int h = 0; h < HEADS; h++)
+    UNROLL
+    for (int i = 0; i < VEC; i++) sum[h][i] = 0;
+  UNROLL_BY(4)
+  for (int s = subset; s < count; s += SUBSETS) {
+    LOAD(TYPE, x, (first + s == at ? v : values + (long)(first + s) * KV * D) + d);
+    UNROLL
+    for (int h = 0; h < HEADS; h++)
+      UNROLL
+      for (int i = 0; i < VEC; i++) sum[h][i] += weight[h * PART + s] * x[i];
+  }
+  float result[HEADS];
+  const int column = tid < D ? tid : D - 1;
+  UNROLL
+  for (int h = 0; h < HEADS; h++) {
+    BARRIER;
+    UNROLL
+    for (int i = 0; i < VEC; i++) sums[subset * D + d + i] = sum[h][i];
+    BARRIER;
+    result[h] = 0;
+    for (int s = 0; s < SUBSETS; s++) result[h] += sums[s * D + column];
+  }
+  parts += ((long)bz * HEADS * BLOCKS + bx) * WIDTH;
+  UNROLL
+  for (int h = 0; h < HEADS; h++) {
+    if (tid < D) parts[h * BLOCKS * WIDTH + tid] = result[h];
+    if (tid == 0) {
+      parts[h * BLOCKS * WIDTH + D] = total[h];
+      parts[h * BLOCKS * WIDTH + D + 1] = highest[h];
+    }
+  }
+  if (tid < ACROSS && first <= at && at < first + PART) {
+    LOAD(TYPE, x, k + d);
+    STORE(TYPE, keys + (long)at * KV * D + d, x);
+    LOAD(TYPE, x, v + d);
+    STORE(TYPE, values + (long)at * KV * D + d, x);
+  }
+KERNEL_END
+
+#else
+KERNEL_BEGIN(GLOBAL Element *out, GLOBAL const float *parts, GLOBAL const int *position)
+  const int count = position[0] / PART + 1, column = tid < D ? tid : D - 1;
+  float highest = LOWEST, sum = 0, total = 0;
+  parts += (long)bx * BLOCKS * WIDTH;
+  for (int p = 0; p < count; p++) highest = MAXF(highest, parts[p * WIDTH + D + 1]);
+  UNROLL_BY(4)
+  for (int p = 0; p < count; p++) {
+    const float share = EXP2(parts[p * WIDTH + D + 1] - highest);
+    sum += share * parts[p * WIDTH + column];
+    total += share * parts[p * WIDTH + D];
+  }
+  if (tid < D) STORE_ONE(TYPE, out + (long)bx * D + tid, sum / total);
+KERNEL_END
+#endif
