@@ -29,10 +29,11 @@ _CASTS = re.compile(r"\((?:long|int)\)")
 
 
 def proved(claim: z3.BoolRef, *given: z3.BoolRef, seconds: int = 60) -> None:
-    """Raise AssertionError unless `claim` follows from `given`."""
+    """Raise AssertionError unless `claim` follows from `given`, which must be possible."""
     solver = z3.Solver()
     solver.set("timeout", seconds * 1000)
     solver.add(*given)
+    assert solver.check() != z3.unsat, f"proves nothing: the conditions exclude each other: {claim}"
     solver.add(z3.Not(claim))
     found = solver.check()
     if found == z3.sat:
@@ -60,7 +61,9 @@ def values_of(term: Any, *given: z3.BoolRef) -> Iterator[int]:
 
 def quoted(text: str, expression: str) -> str:
     """The expression, which must stand in the text; spaces and line ends do not matter."""
-    assert " ".join(expression.split()) in " ".join(text.split()), f"not in the source: {expression}"
+    assert " ".join(expression.split()) in " ".join(text.split()), (
+        f"not in the source: {expression}"
+    )
     return expression
 
 
@@ -149,8 +152,10 @@ class _Parser:
         first = self.conditional()
         self.take(":")
         second = self.conditional()
-        return z3.If(_true(condition), first, second) if _symbolic(condition) else (
-            first if condition else second
+        return (
+            z3.If(_true(condition), first, second)
+            if _symbolic(condition)
+            else (first if condition else second)
         )
 
     def level(self, number: int) -> Any:

@@ -12,7 +12,16 @@ from typing import Any, NamedTuple
 
 import pytest
 import z3
-from proof_source import CText, least, possible, proved, python_expression, python_term, quoted, values_of
+from proof_source import (
+    CText,
+    least,
+    possible,
+    proved,
+    python_expression,
+    python_term,
+    quoted,
+    values_of,
+)
 
 from tinyllama.ops import matmul
 
@@ -24,7 +33,13 @@ POSITIVE = (M > 0, N > 0, K > 0)
 
 @functools.cache
 def c_text(tile: str, pair: int, c_type: int = 1, layout: int = 0) -> CText:
-    defines = {tile: 1, "VW": TILES[tile], "LAYOUT": layout, "COMPUTE_BF16": pair - 1, "C_T": c_type}
+    defines = {
+        tile: 1,
+        "VW": TILES[tile],
+        "LAYOUT": layout,
+        "COMPUTE_BF16": pair - 1,
+        "C_T": c_type,
+    }
     return CText(FILES, defines | {"A_T": 1, "B_T": 0, "MANY_ROWS": 1})
 
 
@@ -173,7 +188,7 @@ def test_what_python_allocates_is_the_sum_of_its_parts(bound: int) -> None:
     proved(total >= block + room + partial)
 
 
-@pytest.mark.parametrize("tile,pair", forms())
+@pytest.mark.parametrize("tile,pair", [*forms()])
 def test_scratch_is_as_large_as_the_kernel_needs(tile: str, pair: int) -> None:
     """B_SLOTS + A_SLOTS + PARTIAL_FLOATS <= the SCRATCH_FLOATS that Python computes.
 
@@ -212,9 +227,7 @@ BOUNDS = (
 )  # fmt: skip
 
 
-def _prove_scratch(
-    text: CText, python: Bound, depth: int, count: int, given: list[Any]
-) -> None:
+def _prove_scratch(text: CText, python: Bound, depth: int, count: int, given: list[Any]) -> None:
     theirs = python_term(python.function, M, N, K, True)
     columns = z3.Int("columns")
     block = {"DEPTH": depth, "BLOCK_PANELS": count}
