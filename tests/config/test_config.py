@@ -130,6 +130,7 @@ def test_defaults_are_those_a_person_would_choose() -> None:
             "context_length": None,
             "tokenizer": None,
             "tokenizer_vocab_size": None,
+            "special_tokens": True,
             "replace_tokenizer": False,
             "train_on": "all",
             "cache_dir": ".cache/tinyllama",
@@ -146,7 +147,7 @@ def test_defaults_are_those_a_person_would_choose() -> None:
             "target_modules": ("q_proj", "k_proj", "v_proj", "o_proj"),
             "use_rslora": False,
         },
-        "qlora": {"quantize_base": True, "bits": 4, "block_size": 64},
+        "qlora": {"quantize_base": True, "bits": 4, "block_size": 64, "requantize": False},
     }
     model = Config().model
     assert (model.rms_norm_eps, model.tie_word_embeddings, model.base) == (1e-5, False, None)

@@ -84,7 +84,8 @@ def test_to_toml_writes_every_key_that_is_set_and_ends_its_last_line() -> None:
     assert "max_steps" not in text
     assert "[lora]" not in text
     assert "\n\n[training]\nlearning_rate = 0.0003\n" in text
-    assert text.endswith("\n[qlora]\nquantize_base = false\nbits = 4\nblock_size = 64\n")
+    lines = "quantize_base = false\nbits = 4\nblock_size = 64\nrequantize = false\n"
+    assert text.endswith(f"\n[qlora]\n{lines}")
 
 
 def test_option_table_has_a_row_for_every_key_with_default_limits_and_help() -> None:

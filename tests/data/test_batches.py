@@ -17,7 +17,7 @@ from tinyllama.data.batches import (
     sequential,
 )
 from tinyllama.errors import DataError
-from tinyllama.tokenizers.sentencepiece import Tokenizer
+from tinyllama.tokenizers.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")

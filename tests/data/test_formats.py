@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tinyllama.data import corpus, files, json_array
 from tinyllama.data.detect import HEAD_BYTES, detect
 from tinyllama.errors import DataError
-from tinyllama.tokenizers.sentencepiece import Tokenizer
+from tinyllama.tokenizers.tokenizer import Tokenizer, write_files
 
 TEXTS = ["one", 'two "quoted", [x] {y}', "three\r\nlines\n", "  é😀\\ \0", "", "]}", " "]
 
@@ -325,13 +325,13 @@ def test_memory_does_not_grow_with_an_array_or_a_table(tokenizer: Tokenizer) -> 
     for name, rows in (("small", 40), ("large", 300)):
         write(f"{name}.json", json.dumps([{"text": line * 1000}] * rows, indent=1))
         write(f"{name}.csv", table([line * 1000] * rows))
-    tokenizer.save(".")
+    write_files(tokenizer, ".")
     process = run_python("""
         from pathlib import Path
         from tinyllama.data import batches, files
-        from tinyllama.tokenizers.sentencepiece import load_tokenizer
+        from tinyllama.tokenizers.opening import open_tokenizer
         files.CHUNK_BYTES = 1 << 16
-        tokenizer = load_tokenizer(".")
+        tokenizer = open_tokenizer(".")
         for name in ("small.json", "small.csv", "large.json", "large.csv"):
             Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
             batches.prepare(name, tokenizer, "cache", workers=1, progress=False)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinyllama.data import corpus, files
+from tinyllama.data.files import find_sources, read_texts
 from tinyllama.errors import DataError
-from tinyllama.tokenizers.sentencepiece import Tokenizer
+from tinyllama.tokenizers.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -202,12 +204,12 @@ def test_a_long_text_is_cut_without_loss_and_stays_one_document(
         texts = [text for chunk in chunks for text in files.read_chunk(chunk)]
         assert "".join(texts) == text
         assert all(chunk.end - chunk.start <= 2 * size + 3 for chunk in chunks)
-        encoder = corpus._Encoder(tokenizer.model, "uint16")
+        encoder = corpus._Encoder(tokenizer.sources, "uint16")
         parts = [encoder(chunk) for chunk in chunks]
     ids = np.concatenate([part.tokens for part in parts]).tolist()
     assert ids[0] == tokenizer.bos_id and ids.index(tokenizer.eos_id) == len(ids) - 1
     assert tokenizer.decode(ids) == text
-    assert sum(part.n_documents for part in parts) == 1
+    assert sum(len(part.starts) for part in parts) == 1
     assert sum(part.text_bytes for part in parts) == path.stat().st_size
 
 
@@ -232,3 +234,19 @@ def test_a_row_past_the_limit_is_refused(
     write("a.jsonl", ["x" * 900, "y" * 2000])
     with pytest.raises(DataError, match=r"a\.jsonl: a row after byte \d+ is longer than 1000 b"):
         load(tokenizer, "a.jsonl")
+
+
+def test_a_row_of_many_values_is_refused_before_it_takes_memory(tmp_path: Path) -> None:
+    """45 MB of brackets took 1.3 GB, and a message of 60 MB."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"text": 5, "x": [' + "[]," * 2_000_000 + "[]]}\n")
+    tracemalloc.start()
+    with pytest.raises(DataError, match="more than 1000000 values in one row") as error:
+        list(read_texts(find_sources(str(file))))
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak_bytes < 40e6 and len(str(error.value)) < 300
+    file.write_text('{"' + "k" * 10**6 + '": 1, "\\u001b[2J": 1}\n')
+    with pytest.raises(DataError, match="keys found") as error:
+        list(read_texts(find_sources(str(file))))
+    assert len(str(error.value)) < 300 and "\x1b" not in str(error.value)

@@ -153,17 +153,14 @@ def test_each_lazy_source_is_loaded_once_and_any_float_is_accepted(tmp_path):
     ).read_bytes()
 
 
-def test_tokenizer_files_are_copied_and_get_a_tokenizer_config(tmp_path):
-    save(tmp_path / "a", files={"tokenizer.model": b"\x00\x01"})
-    assert (tmp_path / "a/tokenizer.model").read_bytes() == b"\x00\x01"
-    config = json.loads((tmp_path / "a/tokenizer_config.json").read_text())
-    assert config["tokenizer_class"] == "LlamaTokenizer"
-    assert (config["bos_token"], config["model_max_length"]) == ("<s>", 64)
-    files = {"tokenizer.model": b"", "tokenizer_config.json": b"{}", "chat_template.jinja": b"x"}
-    save(tmp_path / "b", files=files)
-    assert {name: (tmp_path / "b" / name).read_bytes() for name in files} == files
-    save(tmp_path / "c", files={"tokenizer.json": b"{}"})
-    assert not (tmp_path / "c/tokenizer_config.json").exists()
+def test_tokenizer_files_are_written_byte_for_byte(tmp_path):
+    files = {"tokenizer.model": b"\0", "tokenizer_config.json": b"{}", "chat_template.jinja": b"x"}
+    files["generation_config.json"] = b'{"temperature": 0.6}'
+    save(tmp_path / "a", files=files)
+    assert {name: (tmp_path / "a" / name).read_bytes() for name in files} == files
+    save(tmp_path / "b", eos_id=(2, 3))
+    assert json.loads((tmp_path / "b/generation_config.json").read_text())["eos_token_id"] == [2, 3]
+    assert json.loads((tmp_path / "b/config.json").read_text())["eos_token_id"] == [2, 3]
 
 
 def test_config_json_has_both_forms_of_what_transformers_renamed():

@@ -18,6 +18,7 @@ from lora_helpers import randomize, write_base
 from tinygrad import Tensor
 
 from tinyllama.config import ALL_LINEAR, LlamaConfig
+from tinyllama.convert.merge import merge
 from tinyllama.errors import ConfigError
 from tinyllama.formats.huggingface import open_folder
 from tinyllama.formats.peft import AdapterConfig, AdapterFolder, Placement
@@ -169,12 +170,69 @@ def test_an_adapter_read_from_peft_is_written_back_as_the_same_tensors(base, tmp
     [
         ({"use_dora": True}, "use_dora: got True, must be absent or empty"),
         ({"bias": "lora_only"}, "bias: got 'lora_only', must be 'none'"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save: got ['lm_head'], must be absent"),
     ],
-    ids=["dora", "bias", "modules_to_save"],
+    ids=["dora", "bias"],
 )
 def test_what_peft_can_do_and_we_cannot_is_refused_by_name(base, tmp_path, options, expected):
     save_theirs(base, tmp_path, target_modules=["q_proj"], **options)
     with pytest.raises(ConfigError) as caught:
         load_model(tmp_path)
     assert str(caught.value).startswith(f"{tmp_path}/adapter_config.json: {expected}")
+
+
+def trained(base, folder, **options):
+    """An adapter of PEFT's whose every trained tensor has moved; its logits, and those of its
+    merged model."""
+    torch.manual_seed(0)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, **options)
+    model = peft.get_peft_model(LlamaForCausalLM.from_pretrained(base), config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(folder)
+    logits = their_logits(model)
+    return logits, their_logits(model.merge_and_unload())
+
+
+OUTSIDE = {
+    "lm_head": {"target_modules": ["q_proj", "lm_head"]},
+    "embed_tokens": {"target_modules": ["v_proj", "embed_tokens"]},
+    "embed_tokens and lm_head": {"target_modules": ["embed_tokens", "lm_head"]},
+    "modules_to_save": {
+        "target_modules": ["q_proj", "up_proj"],
+        "modules_to_save": ["lm_head", "embed_tokens"],
+    },
+    "norms as a whole": {"target_modules": ["o_proj"], "modules_to_save": ["input_layernorm"]},
+    "a layer as a whole": {"target_modules": ["o_proj"], "modules_to_save": ["mlp"]},
+    "an expression": {"target_modules": r"lm_head|.*\.(q_proj|down_proj)"},
+}
+
+
+@pytest.mark.parametrize("case", OUTSIDE)
+def test_what_an_adapter_changes_outside_of_its_layers_is_loaded_and_merged(
+    base, their_base, tmp_path, case
+):
+    theirs, merged = trained(base, tmp_path / "a", **OUTSIDE[case])
+    assert_alike(our_logits(load_model(tmp_path / "a")), theirs, their_base)
+    merge(base, [(tmp_path / "a", 1.0)], tmp_path / "out")
+    assert_alike(our_logits(Llama.from_pretrained(tmp_path / "out")), merged, their_base)
+    again = their_logits(LlamaForCausalLM.from_pretrained(tmp_path / "out"))
+    assert np.abs(again - merged).max() < 1e-4
+
+
+@pytest.mark.parametrize("case", ["lm_head", "embed_tokens", "modules_to_save"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_tied_head_that_an_adapter_changes_becomes_a_matrix_of_its_own(tmp_path, case):
+    """As the adapted model computes. PEFT's own merge adds to the one tied matrix, and so to both
+    its uses, which is another model: it warns of that."""
+    config = LlamaConfig(**{**CONFIG.__dict__, "tie_word_embeddings": True})
+    base = write_base(tmp_path / "base", config)
+    theirs, _ = trained(base, tmp_path / "a", **OUTSIDE[case])
+    without = their_logits(LlamaForCausalLM.from_pretrained(base))
+    assert_alike(our_logits(load_model(tmp_path / "a")), theirs, without)
+    merge(base, [(tmp_path / "a", 1.0)], tmp_path / "out")
+    assert_alike(our_logits(Llama.from_pretrained(tmp_path / "out")), theirs, without)
+    again = LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    assert not again.config.tie_word_embeddings
+    assert_alike(their_logits(again), theirs, without)

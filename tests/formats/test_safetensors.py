@@ -240,7 +240,7 @@ EIGHT = b"\0" * 8
 DAMAGED = {
     "empty": (b"", "0 bytes, too short"),
     "seven bytes": (b"\0" * 7, "7 bytes, too short"),
-    "header too large": ((MAX_HEADER_BYTES + 1).to_bytes(8, "little"), "a header of 100000001"),
+    "header too large": ((MAX_HEADER_BYTES + 1).to_bytes(8, "little"), "a header of 4000001"),
     "header beyond the end": (file_bytes({"w": entry()}, EIGHT)[:40], "truncated: the header ends"),
     "not utf-8": (file_bytes(b'{"\xff":1}'), "the header is not JSON"),
     "not json": (file_bytes(b"{"), "the header is not JSON"),
@@ -299,7 +299,7 @@ def test_repeated_name_is_refused(tmp_path):
 
 
 def test_absent_file_is_named(tmp_path):
-    with pytest.raises(WeightsError, match=r"none.safetensors: cannot be read: No such file"):
+    with pytest.raises(WeightsError, match=r"none.safetensors: missing$"):
         SafetensorsFile(tmp_path / "none.safetensors")
 
 

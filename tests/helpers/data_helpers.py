@@ -9,7 +9,8 @@ import textwrap
 from pathlib import Path
 
 from tinyllama.data.corpus import TokenDataset, prepare
-from tinyllama.tokenizers.sentencepiece import Tokenizer, train_tokenizer
+from tinyllama.tokenizers.sentencepiece import train_tokenizer
+from tinyllama.tokenizers.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 LINE = "def add(first, second):  # some code\n"

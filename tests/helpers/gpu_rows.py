@@ -15,6 +15,7 @@ from gpu_kernels import Runner, error, loaded, packed_matrix, replaced, stored, 
 
 from tinyllama.ops.gpu import (
     adamw,
+    attention,
     cached_attention,
     cross_entropy,
     embedding,
@@ -150,6 +151,15 @@ def rope_case(
     return wrong({"y": (y, turned(1)), "back": (back, turned(-1))}, dtype)
 
 
+def attention_delta_case(
+    run: Runner, dialect: str, change: Change, B: int, T: int, H: int, D: int, dtype: str
+) -> dict[str, float]:
+    dout, out = (normal(i, B, T, H, D, dtype=dtype) for i in range(2))
+    found = empty32(B, H, T)
+    start(run, attention.delta(dialect, B, T, H, D, dtype), change, found, dout, out)
+    return wrong({"delta": (found, (loaded(dout) * loaded(out)).sum(-1).swapaxes(1, 2))}, dtype)
+
+
 def embedding_case(
     run: Runner, dialect: str, change: Change, N: int, V: int, H: int, dtype: str
 ) -> dict[str, float]:
@@ -239,29 +249,35 @@ def cached_attention_case(
     D: int,
     dtype: str,
     positions: Sequence[int],
+    window: int | None = None,
 ) -> dict[str, float]:
     """What the cache holds past a position is not a number."""
     result: dict[str, float] = {}
     launches = [
-        form(dialect, S, H, KV, D, dtype)
-        for form in (cached_attention.parts, cached_attention.joined)
+        cached_attention.parts(dialect, S, H, KV, D, dtype, window),
+        cached_attention.joined(dialect, S, H, KV, D, dtype),
     ]
     for at in positions:
-        cache = normal(0, 2, S, KV, D, dtype=dtype)
-        cache[:, at:] = stored(np.float32([np.nan]), dtype)
+        keys, values = (normal(i, KV, S, D, dtype=dtype) for i in (4, 5))
+        keys[:, at:] = values[:, at:] = stored(np.float32([np.nan]), dtype)
         q, k, v = (normal(i, n, D, dtype=dtype) for i, n in ((1, H), (2, KV), (3, KV)))
         parts = empty32(H, cached_attention.blocks(S), D + 2)
         out, position = unwritten((H, D), dtype), np.array([at], np.int32)
-        wanted = loaded(cache)
-        wanted[:, at] = loaded(k), loaded(v)
-        start(run, launches[0], change, cache, parts, q, k, v, position)
+        wanted = [loaded(keys), loaded(values)]
+        wanted[0][:, at], wanted[1][:, at] = loaded(k), loaded(v)
+        by_lanes = np.ascontiguousarray(keys.reshape(KV, S // 16, 16, D).swapaxes(2, 3))
+        start(run, launches[0], change, by_lanes, values, parts, q, k, v, position)
         start(run, launches[1], change, out, parts, position)
-        keys, values = (np.repeat(x[: at + 1], H // KV, 1) for x in wanted)
-        scores = np.einsum("hd,shd->hs", loaded(q), keys) / math.sqrt(D)
+        keys = by_lanes.swapaxes(2, 3).reshape(KV, S, D)
+        cached = zip((keys, values), wanted, strict=True)
+        kept = all(np.array_equal(loaded(a), b, equal_nan=True) for a, b in cached)
+        begin = max(0, at + 1 - (window or S))
+        seen = [np.repeat(x[:, begin : at + 1], H // KV, 0) for x in wanted]
+        scores = np.einsum("hd,hsd->hs", loaded(q), seen[0]) / math.sqrt(D)
         p = np.exp(scores - scores.max(1, keepdims=True))
         p /= p.sum(1, keepdims=True)
-        found = wrong({"out": (out, np.einsum("hs,shd->hd", p, values))}, dtype)
-        if not np.array_equal(loaded(cache), wanted, equal_nan=True):
+        found = wrong({"out": (out, np.einsum("hs,hsd->hd", p, seen[1]))}, dtype)
+        if not kept:
             found["cache"] = math.inf
         result |= {f"{name} at {at}": value for name, value in found.items()}
     return result
@@ -289,6 +305,8 @@ CASES: dict[str, Case] = {
         "rope: float32": {"B": 2, "T": 3, "H": 2, "D": 32, "dtype": "float32"},
         "rope: bfloat16": {"B": 1, "T": 9, "H": 8, "D": 64, "dtype": "bfloat16"},
         "rope: float16, odd": {"B": 2, "T": 5, "H": 3, "D": 6, "dtype": "float16"},
+        "attention delta: float32": {"B": 2, "T": 9, "H": 3, "D": 80, "dtype": "float32"},
+        "attention delta: bfloat16": {"B": 1, "T": 40, "H": 2, "D": 64, "dtype": "bfloat16"},
         "embedding: float32": {"N": 300, "V": 97, "H": 40, "dtype": "float32"},
         "embedding: bfloat16": {"N": 257, "V": 64, "H": 264, "dtype": "bfloat16"},
         "embedding: float16, odd": {"N": 31, "V": 129, "H": 33, "dtype": "float16"},
@@ -322,10 +340,14 @@ CASES: dict[str, Case] = {
             "R": 5, "N": 10, "K": 192, "dtype": "float16", "weight": Packed(8, 64, True),
         },
         "cached attention: float32": {
-            "S": 300, "H": 4, "KV": 2, "D": 32, "dtype": "float32", "positions": (0, 127, 128, 299),
+            "S": 304, "H": 4, "KV": 2, "D": 32, "dtype": "float32", "positions": (0, 127, 128, 303),
         },
         "cached attention: bfloat16": {
-            "S": 140, "H": 12, "KV": 4, "D": 64, "dtype": "bfloat16", "positions": (130,),
+            "S": 144, "H": 12, "KV": 4, "D": 64, "dtype": "bfloat16", "positions": (130,),
+        },
+        "cached attention: a window": {
+            "S": 304, "H": 2, "KV": 1, "D": 16, "dtype": "float32", "positions": (3, 160, 303),
+            "window": 40,
         },
         "cached attention: float16, D 80": {
             "S": 64, "H": 8, "KV": 1, "D": 80, "dtype": "float16", "positions": (63,),

@@ -4,6 +4,7 @@ import functools
 
 import numpy as np
 from tinygrad import Tensor, dtypes
+from tinygrad.uop.ops import Ops
 
 from tinyllama.config import LlamaConfig
 from tinyllama.data.batches import Batch
@@ -72,6 +73,12 @@ def random_batch(config, rows=ROWS, length=LENGTH, seed=0):
         targets[row, cut - 1] = -1
         starts[row, cut:] = cut
     return Batch(tokens, targets, starts)
+
+
+def kernel_texts(stage):
+    """The texts of our kernels in all pieces that a stage has scheduled."""
+    nodes = (u for t in stage._templates.values() for u in t.kernels.toposort())
+    return {node.arg for node in nodes if node.op is Ops.SOURCE}
 
 
 def on_device(batch):

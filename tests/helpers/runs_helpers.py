@@ -18,7 +18,8 @@ from tinyllama.cli.app import main
 from tinyllama.config import Config, config_from_toml
 from tinyllama.observe.metrics import read_metrics
 from tinyllama.system import device, partials
-from tinyllama.tokenizers.sentencepiece import Tokenizer, train_tokenizer
+from tinyllama.tokenizers.sentencepiece import train_tokenizer
+from tinyllama.tokenizers.tokenizer import Tokenizer
 from tinyllama.train.checkpoint import list_checkpoints
 from tinyllama.train.trainer import Outcome, Trainer
 
@@ -172,6 +173,14 @@ def run_command(*words: object, **variables: str) -> tuple[int, str, str]:
     process = start(*words, **variables)
     out, err = process.communicate(timeout=300)
     return process.returncode, out, err
+
+
+@functools.cache
+def answering() -> list[str]:
+    """The backends that `python -m tinyllama.backends` finds here."""
+    code, out, err = run_command("backends")
+    assert code == 0, err
+    return [line.split()[0] for line in out.splitlines() if "not available" not in line]
 
 
 def wait_for_steps(process: "subprocess.Popen[str]", run: Path, count: int) -> None:

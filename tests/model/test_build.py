@@ -25,7 +25,7 @@ from tinyllama.model.layers import named_tensors
 from tinyllama.model.llama import Llama
 from tinyllama.model.lora import adapter_tensors, attach, lora_layers, write_adapter
 from tinyllama.runtime.storage import read
-from tinyllama.tokenizers.sentencepiece import MODEL_FILE
+from tinyllama.tokenizers.files import MODEL_FILE
 
 REQUESTED = LoraConfig(
     rank=4, alpha=10.0, dropout=0.25, target_modules=("q_proj", "up_proj"), use_rslora=True
@@ -144,7 +144,8 @@ def test_an_adapter_is_put_on_the_base_that_is_named_instead(base, adapter, tmp_
     folder, saved = adapter
     moved = base.rename(tmp_path / "moved")
     with pytest.raises(
-        WeightsError, match=r"must be the folder of the base model; if .* type --base FOLDER"
+        WeightsError,
+        match=r"must be the folder of the base model; if that has moved, type --base FOLDER",
     ):
         load_model(folder)
     model = load_model(folder, base=moved)

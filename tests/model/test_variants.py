@@ -21,6 +21,7 @@ from model_helpers import (
 from tinygrad import Tensor
 
 from tinyllama import Llama, LlamaConfig
+from tinyllama.bench.__main__ import check_peer_computes
 from tinyllama.config import RopeScaling, config_from_toml
 from tinyllama.errors import ConfigError
 from tinyllama.formats.huggingface import llama_shapes
@@ -33,6 +34,7 @@ from tinyllama.ops import forms
 from tinyllama.runtime.storage import read
 from tinyllama.train.gradients import StagedLoss
 from tinyllama.train.memory_estimate import model_parameters
+from tinyllama.train.prepare import made_with
 
 VARIANTS = {
     "narrow heads": replace(GROUPED, head_size=6),
@@ -219,6 +221,24 @@ def test_a_saved_folder_names_a_model_type_that_computes_it(config, kind, keys, 
     assert written["model_type"] == kind
     assert written.items() >= keys.items()
     assert open_model(tmp_path / "m").config == replace(config, num_kv_heads=2)
+
+
+def test_what_a_run_was_made_with_is_compared_with_its_scaling():
+    """A checkpoint's state holds plain values, by which a resumed run knows another scaling."""
+    scaling = RopeScaling("yarn", 4.0, 64)
+    config = config_from_toml("", "t")
+    plain = made_with(config)
+    scaled = made_with(replace(config, model=replace(config.model, rope_scaling=scaling)))
+    assert json.loads(json.dumps(scaled)) == scaled
+    assert all(isinstance(v, bool | int | float | str | list | None) for v in scaled.values())
+    assert {key for key in plain if plain[key] != scaled[key]} == {"model.rope_scaling"}
+
+
+def test_the_torch_peer_refuses_what_it_does_not_compute():
+    check_peer_computes(GROUPED)
+    for config in VARIANTS.values():
+        with pytest.raises(ConfigError, match=r"^--peer: the peer computes no head_dim"):
+            check_peer_computes(config)
 
 
 def test_what_no_format_holds_is_refused():

@@ -66,6 +66,7 @@ def lines(*steps):
         '{"step": -1}\n',
         '{"step": 2, "loss": "low"}\n',
         '{"step": 2, "loss": NaN}\n',
+        '{"step": 2, "loss": null}\n',
         f'{{"step": {10**400}}}\n',
         "[" * 10**5 + "\n",
         "[]\n",

@@ -376,7 +376,8 @@ def test_adamw(shape, decay, threads):
         device.set_threads(count)
         with forms.forced(form):
             state = [Tensor(a).realize() for a in arrays]
-            changed = adamw.adamw(*state, Tensor(grad), Tensor(SCALARS), decay)
+            parameter = adamw.Parameter(*state, Tensor(grad), decay)
+            changed = adamw.adamw([parameter], Tensor(SCALARS))
             Tensor.realize(*changed)
             found[form] = [t.numpy() for t in state]
     for before, a, b in zip(arrays, found["cpu"], found["portable"], strict=True):

@@ -166,7 +166,16 @@ def test_using_the_model_imports_tinygrad():
     assert "tinygrad" in imported("from tinyllama import Llama, LlamaConfig; Llama.from_pretrained")
 
 
-HEAVY = {"tinygrad", "numpy", "msgspec", "tomli", "sentencepiece", "tqdm", "matplotlib"}
+HEAVY = {
+    "tinygrad",
+    "numpy",
+    "msgspec",
+    "tomli",
+    "sentencepiece",
+    "tokenizers",
+    "tqdm",
+    "matplotlib",
+}
 
 
 def test_the_command_line_starts_without_what_a_command_alone_needs():

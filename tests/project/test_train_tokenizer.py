@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tinyllama.tokenizers.sentencepiece import load_tokenizer
+from tinyllama.tokenizers.opening import open_tokenizer
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 
@@ -29,7 +29,7 @@ def test_the_script_trains_a_tokenizer_that_loads(tmp_path: Path) -> None:
         cwd=tmp_path,
         check=True,
     )
-    tokenizer = load_tokenizer(out)
+    tokenizer = open_tokenizer(out)
     assert tokenizer.vocab_size == 280
     expected = f"{out}: 280 pieces from 2 files, 2550 bytes; sha256 {tokenizer.fingerprint}\n"
     assert done.stdout == expected

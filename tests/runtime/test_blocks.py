@@ -6,7 +6,7 @@ import pytest
 
 from tinyllama.ops.gpu import gemm
 from tinyllama.ops.gpu.attention import PASSES, Cut, attention
-from tinyllama.ops.gpu.gemm import Packed, Tile, best_split, product
+from tinyllama.ops.gpu.gemm import Packed, Tile, best_cut, best_split, product
 from tinyllama.runtime import blocks
 from tinyllama.runtime.blocks import LIMITS, Limits, UnsupportedSize
 
@@ -136,9 +136,25 @@ def test_memory_beyond_what_a_text_may_declare_is_given_by_the_launch() -> None:
 def test_products_of_few_blocks_are_split_until_no_multiprocessor_idles() -> None:
     assert best_split(768, 768, 8192, Tile(), 132, 350e12) == 3
     # 36 blocks on 132 multiprocessors: 3 parts occupy 108, 7 parts 252 of 264 but write more sums.
-    assert best_split(768, 768, 1 << 20, Tile(), 132, 350e12) == 11  # 396 of 396
+    assert best_split(768, 768, 1 << 20, Tile(), 132, 350e12) == 7  # 11 parts save 5 %
+    assert best_split(3072, 768, 8192, Tile(), 132, 350e12) == 2  # 4 parts save 8 %
     assert best_split(8192, 3072, 768, Tile(), 132, 350e12) == 1  # 1536 blocks
     assert best_split(64, 64, 32, Tile(), 132, 350e12) == 1  # a single tile along K
+
+
+def test_smaller_blocks_are_taken_where_they_leave_no_multiprocessor_idle() -> None:
+    def cut(M: int, N: int, K: int, dtype: blocks.DType = "bfloat16") -> tuple[int, int, int]:
+        tile, split = best_cut("cuda", M, N, K, dtype, 132)
+        return tile.bm, tile.bn, split
+
+    # 144 blocks of 128 x 128 need four parts of a sum; 256 of 96 x 96 are two rounds of 132.
+    assert cut(3072, 768, 8192) == (96, 96, 1)
+    assert cut(768, 768, 8192) == (96, 96, 2)  # 128 of 132
+    assert cut(8192, 3072, 768) == (128, 128, 1)  # 1536 blocks, 97 % of 12 rounds
+    tile, _ = best_cut("metal", 3072, 768, 8192, "bfloat16", 16)
+    assert (tile.bm, tile.bn) == (64, 64)
+    tile, _ = best_cut("cuda", 8192, 16, 768, "bfloat16", 132)
+    assert (tile.bm, tile.bn) == (128, 32)
 
 
 def test_metals_library_is_included_before_names_of_sizes() -> None:

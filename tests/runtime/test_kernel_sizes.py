@@ -4,6 +4,7 @@ import struct
 
 import numpy as np
 import pytest
+from model_helpers import kernel_texts
 from tinygrad import Tensor
 from tinygrad.device import Device
 
@@ -36,7 +37,7 @@ def sources(hidden: int, inner: int, batch: int) -> set[str]:
     step = blank_step(config)
     estimate_memory(config, step)
     stages = [*vars(step.staged.stages).values(), *step.optimizer.stages.values()]
-    texts = {code for s in stages for t in s._templates.values() for code in t.sources}
+    texts = {code for stage in stages for code in kernel_texts(stage)}
     names = ("#define KERNEL gemm", "#define KERNEL adamw", "#define KERNEL square_sum")
     return {code for code in texts if any(name in code for name in names)}
 

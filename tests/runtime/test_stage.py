@@ -5,7 +5,7 @@ import pytest
 from tinygrad import Tensor, dtypes
 
 from tinyllama.ops import forms
-from tinyllama.ops.adamw import adamw
+from tinyllama.ops.adamw import Parameter, adamw
 from tinyllama.ops.matmul import linear
 from tinyllama.runtime.capture import captured
 from tinyllama.runtime.stage import (
@@ -73,7 +73,7 @@ def test_updates_in_place_reach_the_tensor_of_the_call(form):
         for state, grad in zip(states, grads, strict=True):
 
             def build(state=state, grad=grad):
-                return adamw(*state, grad, scalars, decay=False)
+                return adamw([Parameter(*state, grad, False)], scalars)
 
             updated = stage([*state, grad, scalars], build)
             assert updated[0].tolist() == state[0].tolist()

@@ -74,10 +74,10 @@ def test_text_is_tokenized_by_several_processes_there(tmp_path: Path) -> None:
     code = f"""
 from tinyllama.config import load_config
 from tinyllama.data.corpus import prepare
-from tinyllama.tokenizers.sentencepiece import load_tokenizer
+from tinyllama.tokenizers.opening import open_tokenizer
 if __name__ == "__main__":
     config = load_config(sys.argv[1])
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    tokenizer = open_tokenizer(config.data.tokenizer)
     for workers in (1, 2):
         cache = {str(tmp_path)!r} + f"/cache{{workers}}"
         print(prepare(config.data.train_path, tokenizer, cache, workers=workers).n_tokens)

@@ -12,7 +12,9 @@ from tinyllama.convert.merge import merge
 from tinyllama.errors import ConfigError, WeightsError
 from tinyllama.formats.peft import AdapterFolder
 from tinyllama.formats.safetensors import SafetensorsFile, write_safetensors
-from tinyllama.tokenizers.sentencepiece import MODEL_FILE, load_tokenizer, train_tokenizer
+from tinyllama.tokenizers.files import MODEL_FILE
+from tinyllama.tokenizers.opening import open_tokenizer
+from tinyllama.tokenizers.sentencepiece import train_tokenizer
 from tinyllama.train.prepare import find_tokenizer, supported, with_base
 from tinyllama.train.trainer import Trainer
 
@@ -73,8 +75,8 @@ def test_the_same_pieces_with_other_ids_are_another_vocabulary(tmp_path):
     first, second = (
         train_tokenizer([text * 20], 268) for text in ("ab ab cd cd cd\n", "cd cd ab ab ab\n")
     )
-    pieces = [sorted(tokenizer._pieces) for tokenizer in (first, second)]
-    assert pieces[0] == pieces[1] and first._pieces != second._pieces
+    pieces = [sorted(tokenizer.pieces) for tokenizer in (first, second)]
+    assert pieces[0] == pieces[1] and first.pieces != second.pieces
     assert first.vocabulary_digest != second.vocabulary_digest
 
 
@@ -90,7 +92,7 @@ def test_a_tokenizer_is_replaced_where_that_is_wanted_and_goes_on_after_a_stop(b
     (tmp_path / "train.txt").write_text(OTHER_TEXT * 100)
     wanted = [f"data.tokenizer={tmp_path}/other", "data.replace_tokenizer=true"]
     final = Trainer(whole(tmp_path, base, *wanted), show=False).run().checkpoint
-    assert load_tokenizer(final).model == other.model
+    assert open_tokenizer(final).model == other.model
     config = whole(tmp_path, base, *wanted, "training.max_steps=5")
     assert Trainer(config, resume=final, show=False).run().step == 5
 

@@ -480,6 +480,7 @@ def test_a_manifest_with_values_of_other_kinds_is_refused_in_a_short_line(tmp_pa
         {"schedule_anchor": {"step": 3}},
         {"schedule_anchor": {"step": 3, "share": "all"}},
         {"unvalidated": 1},
+        {"unvalidated": {"step": 1}},
         {"was_last": "no"},
     ],
 )

@@ -13,6 +13,7 @@ import sys
 import pytest
 from runs_helpers import (
     VAL_FILES,
+    answering,
     config_file,
     environment,
     finished_run,
@@ -57,13 +58,6 @@ def said(*words, **variables):
     code, out, err = run_command(*words, **variables)
     assert code == 0, err
     return out
-
-
-@functools.cache
-def answering() -> list[str]:
-    """The backends that `python -m tinyllama.backends` finds here."""
-    found = said("backends").splitlines()
-    return [line.split()[0] for line in found if "not available" not in line]
 
 
 def test_opencl_answers_where_it_is_installed():

@@ -63,7 +63,7 @@ def run_text(size, kind, folder, bases):
     """A TOML configuration of two steps."""
     model, batch, context = BATCHES[size]
     sizes = {k: v for k, v in model.__dict__.items() if v is not None}
-    sizes["tie_word_embeddings"] = "false"
+    sizes["tie_word_embeddings"] = False
     base = chosen = ""  # a base has its own tokenizer
     if kind == "full":
         tokenizer()
@@ -73,7 +73,7 @@ def run_text(size, kind, folder, bases):
     return f"""
 [model]
 {base}
-{chr(10).join(f"{key} = {value}" for key, value in sizes.items())}
+{chr(10).join(f"{key} = {json.dumps(value)}" for key, value in sizes.items())}
 [training]
 batch_size = {batch}
 max_steps = 2

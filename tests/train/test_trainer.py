@@ -38,7 +38,7 @@ from tinyllama.formats.safetensors import SafetensorsFile
 from tinyllama.model.llama import Llama
 from tinyllama.runtime.storage import read, write
 from tinyllama.system.files import held
-from tinyllama.tokenizers.sentencepiece import load_tokenizer
+from tinyllama.tokenizers.opening import open_tokenizer
 from tinyllama.train.checkpoint import read_state, verify
 from tinyllama.train.prepare import check_fresh
 from tinyllama.train.run_folder import held_alone
@@ -104,7 +104,7 @@ def test_checkpoints_are_hugging_face_folders_with_the_state_to_resume():
             "training_state.json",
         }
     assert read_state(run / "final")["step"] == last
-    assert load_tokenizer(run / "final").fingerprint == tokenizer().fingerprint
+    assert open_tokenizer(run / "final").fingerprint == tokenizer().fingerprint
     assert Llama.from_pretrained(run / "final").config.num_kv_heads == 2
 
 

@@ -131,7 +131,8 @@ def peer_spec(spec: Spec, config: Config, options: argparse.Namespace) -> Spec:
     """
     dtype = options.peer_dtype or spec.dtype
     if options.peer != "lora":
-        check_peer_computes(config.model)
+        if options.peer is not None:
+            check_peer_computes(config.model)
         return dataclasses.replace(spec, dtype=dtype)
     if config.lora is None or config.qlora is None or not config.qlora.quantize_base:
         raise ConfigError("--peer lora: compares QLoRA with LoRA: set [lora] and [qlora]")

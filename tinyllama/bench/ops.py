@@ -18,7 +18,7 @@ from tinyllama.config import Config, LlamaConfig, QloraConfig
 from tinyllama.errors import TrainingError
 from tinyllama.formats.huggingface import linear_shapes
 from tinyllama.ops import forms
-from tinyllama.ops.adamw import SCALARS, adamw
+from tinyllama.ops.adamw import SCALARS, Parameter, adamw
 from tinyllama.ops.attention import attention
 from tinyllama.ops.cross_entropy import linear_cross_entropy
 from tinyllama.ops.embedding import embedding
@@ -220,7 +220,7 @@ def _functions(
         return [_random(dtype, n, sizes["I"]) for _ in range(2)], lambda g, u: [swiglu(g, u)]
     parameters = [_random(dtypes.float32, n, sizes["H"]) for _ in range(4)]
     scalars = _tensor(np.full(len(SCALARS), 0.1), dtypes.float32)
-    return [*parameters, scalars], lambda p, m, v, g, s: adamw(p, m, v, g, s, decay=True)
+    return [*parameters, scalars], lambda p, m, v, g, s: adamw([Parameter(p, m, v, g, True)], s)
 
 
 def _product(layout: str, a: Tensor, b: Tensor) -> Tensor:

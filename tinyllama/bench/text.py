@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from tinyllama.config import Config
 from tinyllama.data.batches import prepare
-from tinyllama.tokenizers.sentencepiece import load_tokenizer
+from tinyllama.tokenizers.opening import open_tokenizer
 
 Rows = NDArray[np.int32]
 
@@ -40,10 +40,13 @@ def _has_text(config: Config) -> bool:
 
 
 def _configured(config: Config, needed: int) -> tuple[NDArray[np.int64], str]:
-    tokenizer = load_tokenizer(config.tokenizer_source)
+    tokenizer = open_tokenizer(config.tokenizer_source)
     patterns = config.data.train_path
     paths = [patterns] if isinstance(patterns, str) else list(patterns)
-    dataset = prepare(paths, tokenizer, config.data.cache_dir, progress=False)
+    data = config.data
+    dataset = prepare(
+        paths, tokenizer, data.cache_dir, special_tokens=data.special_tokens, progress=False
+    )
     return np.asarray(
         dataset.tokens[:needed], np.int64
     ), f"{dataset.name}, {dataset.n_tokens} tokens"

@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> None:
         raise ConfigError(f"--{str(error).replace('_', '-', 1)}") from None
     tokenizer, model = load(options.model, options.base)
     to_stderr(choice.line())
-    prompt = [tokenizer.bos_id, *tokenizer.encode(options.prompt)]
+    prompt = [*tokenizer.begin, *tokenizer.encode(options.prompt, special=True)]
     new_tokens = min(options.max_new_tokens, model.config.max_seq_len - len(prompt))
     if 1 <= new_tokens < options.max_new_tokens:
         to_stderr(f"{new_tokens} new tokens at most: the model's context ends there")
@@ -55,7 +55,9 @@ def run(options: argparse.Namespace) -> None:
         )
     generator = Generator(model, len(prompt) + new_tokens, tokenizer.vocab_size)
     decoder = tokenizer.stream()
-    print("".join(decoder.push(token) for token in prompt), end="", flush=True)
-    for token in generator.tokens(prompt, new_tokens, sampling, stop=[tokenizer.eos_id]):
+    print(options.prompt, end="", flush=True)
+    for token in prompt:
+        decoder.push(token)
+    for token in generator.tokens(prompt, new_tokens, sampling, stop=tokenizer.eos_ids):
         print(decoder.push(token), end="", flush=True)
     print(decoder.flush())

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the command line."""
-    parser.add_argument("--base", required=True, help="Hugging Face folder of the base model")
+    parser.add_argument(
+        "--base", required=True, help="Hugging Face folder or GGUF file of the base model"
+    )
     parser.add_argument(
         "--adapter",
         required=True,

@@ -24,7 +24,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
         nargs="?",
-        help="TOML file, the name of a shipped configuration, or a checkpoint's folder",
+        help="TOML file, the name of a shipped configuration, a checkpoint's folder or a GGUF file",
     )
     parser.add_argument(
         "--published", action="store_true", help="figures once published, and the true ones"
@@ -50,13 +50,14 @@ def run(options: argparse.Namespace) -> None:
 def _count(source: str, overrides: Sequence[str]) -> "Parameters":
     """The parameters of a configuration's model, or of a folder's. Raises TinyllamaError."""
     from tinyllama.config import load_config
+    from tinyllama.formats.models import names_a_model
     from tinyllama.model.counts import folder_parameters
 
-    if Path(source).is_dir():
+    if names_a_model(source):
         if overrides:
+            kind = "a folder, whose files are" if Path(source).is_dir() else "a file, which is"
             raise ConfigError(
-                f"--set {overrides[0]}: {source} is a folder, whose files are counted as they are: "
-                "leave --set out"
+                f"--set {overrides[0]}: {source} is {kind} counted as they are: leave --set out"
             )
         return folder_parameters(model_folder(Path(source)))
     config = load_config(source, overrides)

@@ -11,7 +11,7 @@ from tinyllama.system import device
 
 if TYPE_CHECKING:
     from tinyllama.model.llama import Llama
-    from tinyllama.tokenizers.sentencepiece import Tokenizer
+    from tinyllama.tokenizers.tokenizer import Tokenizer
 
 
 def add_set(parser: argparse.ArgumentParser) -> None:
@@ -60,16 +60,21 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def model_folder(folder: Path) -> Path:
-    """The folder of a model: `folder` itself, or the final or newest checkpoint of a run's folder.
+    """A model's folder or GGUF file: `folder` itself, the final or newest checkpoint of a run's
+    folder, or what a name on the hub stands for.
 
     Raises ConfigError where there is no folder of that name.
     """
+    from tinyllama.formats.models import local_path
+
+    folder = local_path(folder)
+    if folder.is_file() and folder.suffix == ".gguf":
+        return folder
     if not folder.is_dir():
-        problem = (
-            "is a file, must be the folder of a model" if folder.exists() else "no such folder"
-        )
-        raise ConfigError(f"{folder}: {problem}")
-    if any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
+        problem = "is a file, must be the folder of a model or end in .gguf"
+        raise ConfigError(f"{folder}: {problem if folder.exists() else 'no such folder'}")
+    names = ("config.json", "adapter_config.json", "params.json")
+    if any((folder / name).exists() for name in names):
         return folder
     from tinyllama.train.checkpoint import list_checkpoints, looks_whole
 
@@ -91,13 +96,14 @@ def load(folder: Path, base: Path | None) -> "tuple[Tokenizer, Llama]":
     from concurrent.futures import ThreadPoolExecutor
 
     from tinyllama.model.build import load_model, tokenizer_folder
-    from tinyllama.tokenizers.sentencepiece import load_tokenizer
+    from tinyllama.tokenizers.opening import open_tokenizer
+    from tinyllama.train.prepare import unused_rows
 
     folder = model_folder(folder)
     with ThreadPoolExecutor(1) as checking:
         checked = checking.submit(verify_model, folder, base)
         try:
-            tokenizer = load_tokenizer(tokenizer_folder(folder, base))
+            tokenizer = open_tokenizer(tokenizer_folder(folder, base))
             model = load_model(folder, base=base)
         finally:  # what is damaged is the reason, whatever else it led to
             checked.result()
@@ -106,6 +112,8 @@ def load(folder: Path, base: Path | None) -> "tuple[Tokenizer, Llama]":
             f"{folder}: its tokenizer has {tokenizer.vocab_size} entries, must be at most the "
             f"model's {model.config.vocab_size}"
         )
+    if notice := unused_rows(model.config.vocab_size, tokenizer):
+        to_stderr(notice)
     return tokenizer, model
 
 

@@ -17,6 +17,8 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 
 import msgspec
 
+from tinyllama.system.json_files import short
+
 _NOUNS = {int: "an integer", float: "a finite number", bool: "true or false", str: "a string"}
 _LIMITS = {
     "ge": "of {} or more",
@@ -173,9 +175,8 @@ def got(value: object, must_be: str) -> str:
 def shown(value: object) -> str:
     """A value for a message: as in TOML, and shortened if it is long."""
     text = "nothing" if value is None else to_toml(value)
-    if len(text) > _SHOWN_CHARACTERS:
-        return f"{text[:_SHOWN_CHARACTERS]}..."
-    return text
+    cut = text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
+    return short(cut, len(cut))
 
 
 def nearest(word: str, candidates: Iterable[str]) -> str:

@@ -209,6 +209,11 @@ class DataConfig:
     tokenizer_vocab_size: Count | None = option(
         None, "vocabulary of a tokenizer that is trained; when not set, model.vocab_size"
     )
+    special_tokens: bool = option(
+        True,
+        "special tokens such as <|im_start|> that are written in rows of JSON Lines, CSV and the "
+        "like are read as these tokens; false: as text, as they are in plain text files",
+    )
     replace_tokenizer: bool = option(
         False,
         "allow another tokenizer than that of model.base, whose embeddings then mean nothing until "

@@ -1,1 +1,1 @@
-"""Models from models: merging adapters."""
+"""Models from models: merging adapters, and exports for other programs."""

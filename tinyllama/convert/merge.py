@@ -15,7 +15,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -25,11 +25,15 @@ from typing import Any, Literal
 import numpy as np
 
 from tinyllama.errors import WeightsError
+from tinyllama.formats import int4
+from tinyllama.formats.adapted import replaced
 from tinyllama.formats.dtypes import (
     BITS,
     Array,
     RawArray,
+    bits_of,
     convert,
+    dtype_name,
     to_float32,
 )
 from tinyllama.formats.huggingface import (
@@ -38,6 +42,7 @@ from tinyllama.formats.huggingface import (
     INDEX,
     STORED,
     WEIGHTS,
+    generation_config,
 )
 from tinyllama.formats.int4 import (
     Weights,
@@ -45,12 +50,14 @@ from tinyllama.formats.int4 import (
     check_block_size,
     row_parts,
 )
+from tinyllama.formats.model_config import config_to_hf
 from tinyllama.formats.models import ModelSource, open_model
-from tinyllama.formats.peft import PARTS, AdapterConfig, AdapterFolder
+from tinyllama.formats.peft import AdapterConfig, AdapterFolder
 from tinyllama.formats.safetensors import LazyArray, write_safetensors
 from tinyllama.formats.untrusted import read_json
 from tinyllama.system.files import atomic_directory, remove_partials
-from tinyllama.tokenizers.sentencepiece import MODEL_FILE, load_tokenizer
+from tinyllama.tokenizers.opening import holds_tokenizer, open_tokenizer
+from tinyllama.tokenizers.tokenizer import write_files
 from tinyllama.train.manifest import verify_loaded
 
 Stored = Literal["keep", "fp32", "bf16", "fp16"]
@@ -58,6 +65,8 @@ AS_TRAINED: Literal["as trained"] = "as trained"
 Packing = int | Literal["as trained"] | None
 # The names that transformers uses for the types that can be chosen.
 _TYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+_TYPE_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_PART_ELEMENTS = 1 << 20
 # What is copied beside the weights: configuration, tokenizer, templates, licences.
 _COPIED = (".json", ".jinja", ".model", ".txt", ".md")
 # The state of a training run and digests of other files.
@@ -141,18 +150,26 @@ def merge(
     base, out = Path(base), Path(out)
     _refuse_place(base, out)
     folder = open_model(base)
+    base = folder.path
     sign = -1.0 if unmerge else 1.0
     parts = [_part(folder, path, sign * weight, check=not unmerge) for path, weight in adapters]
     _check_tokenizer(base, parts)
+    _check_whole(parts)
+    whole = replaced(folder, ((part.folder, part.config) for part in parts))
     block_size = None if unmerge else _block_size(parts, packing)
+    stored: Collection[str] = ()
     if block_size is not None:
-        check_block_size(folder.config, block_size)
+        requantize = any(part.config.requantize for part in parts)
+        stored = int4.Packing(block_size, requantize).stored(folder)
+        check_block_size(folder.config, block_size, stored)
     try:
         remove_partials(out.parent)  # of merges that were killed
         with ThreadPoolExecutor(1) as pool, atomic_directory(out) as unfinished:
             sums = pool.submit(_verify, [base, *(Path(path) for path, _ in adapters)])
-            _copy_files(base, unfinished, None if dtype == "keep" else _TYPES[dtype])
-            merged = _write_weights(_Reader(folder, block_size), parts, unfinished, dtype)
+            _copy_files(base, unfinished)
+            _write_config(whole, unfinished, None if dtype == "keep" else _TYPES[dtype])
+            reader = _Reader(whole, block_size, stored)
+            merged = _write_weights(reader, parts, unfinished, dtype)
             sums.result()
             return merged
     except OSError as error:
@@ -192,17 +209,36 @@ def _part(base: ModelSource, path: str | Path, weight: float, *, check: bool) ->
     return _Part(adapter, adapter.config(base.config), weight)
 
 
+def _check_whole(parts: Sequence[_Part]) -> None:
+    """Raise WeightsError for tensors in place of the base's that cannot be merged exactly."""
+    seen: dict[str, Path] = {}
+    for part in parts:
+        for name in part.config.saved:
+            if part.weight != 1:
+                raise WeightsError(
+                    f"{part.folder.path}: {name}: stands in place of the base's (modules_to_save), "
+                    f"which a weight of {part.weight:g} cannot be applied to: merge it with 1"
+                )
+            if name in seen:
+                raise WeightsError(
+                    f"{part.folder.path}: {name}: stands in place of the base's (modules_to_save), "
+                    f"and {seen[name]} holds another one: merge one of them"
+                )
+            seen[name] = part.folder.path
+
+
 def _check_tokenizer(base: Path, parts: Sequence[_Part]) -> None:
     """Raise WeightsError if adapters were trained on other tokens than the base's tokenizer gives.
 
-    Adapters without a digest (PEFT's) and bases without a tokenizer.model cannot be compared.
+    Adapters without a digest (PEFT's) and bases without a tokenizer cannot be compared.
     """
     digests = {part.folder.path: part.config.tokenizer_digest for part in parts}
-    if not any(digests.values()) or not (base / MODEL_FILE).is_file():
+    if not any(digests.values()) or not holds_tokenizer(base):
         return
-    own = load_tokenizer(base).vocabulary_digest
+    tokenizer = open_tokenizer(base)
+    own = tokenizer.vocabulary_digest
     for path, digest in digests.items():
-        if digest not in (None, own):
+        if digest is not None and digest not in (own, *tokenizer.older_digests):
             raise WeightsError(
                 f"{path}: was trained with a tokenizer (vocabulary {digest[:12]}) that is not the "
                 f"one of {base} (vocabulary {own[:12]}), which the merged model would be given: "
@@ -236,9 +272,9 @@ def _write_weights(reader: "_Reader", parts: Sequence[_Part], out: Path, dtype: 
         tensors = {}
         for name in names:
             applied = [p for p in parts if name.removesuffix(".weight") in p.config.placed]
-            stored = base.dtype(name) if dtype == "keep" else STORED[_TYPES[dtype]]
+            stored = _kept_type(base, name) if dtype == "keep" else STORED[_TYPES[dtype]]
             tensors[name] = LazyArray(stored, base.shape(name), partial(reader.load, name, applied))
-            changed += bool(applied)
+            changed += bool(applied) or any(name in p.config.saved for p in parts)
             total_bytes += math.prod(base.shape(name)) * BITS[stored] // 8
         write_safetensors(out / file, tensors)
     if set(files) != {WEIGHTS}:
@@ -249,12 +285,20 @@ def _write_weights(reader: "_Reader", parts: Sequence[_Part], out: Path, dtype: 
     return Merged(changed, len(base.names), total_bytes, reader.block_size, lost)
 
 
+def _kept_type(base: ModelSource, name: str) -> str:
+    """The type of a tensor of the base; of one in blocks that of its exact values."""
+    return "F32" if base.is_quantized(name) else base.dtype(name)
+
+
 class _Reader:
     """Reads the base's tensors; the memory of one is released when the next is read."""
 
-    def __init__(self, base: ModelSource, block_size: int | None) -> None:
-        """With a block_size, tensors are as a QLoRA run holds them, and `lost` is noted."""
-        self.base, self.block_size = base, block_size
+    def __init__(
+        self, base: ModelSource, block_size: int | None, stored: Collection[str] = ()
+    ) -> None:
+        """With a block_size, tensors are as a QLoRA run holds them, and `lost` is noted; it packs
+        no layer whose path is in `stored`."""
+        self.base, self.block_size, self.stored = base, block_size, stored
         self.lost: list[Lost] = []
         self._held: str | None = None
 
@@ -263,22 +307,37 @@ class _Reader:
         if self._held is not None:
             self.base.forget(self._held)
         self._held = name
+        path = name.removesuffix(".weight")
         packed = self.block_size is not None and len(self.base.shape(name)) == 2
+        packed = packed and path not in self.stored
         if not parts and not packed:
-            return self.base.source(name).load()
+            array = self.base.source(name).load()
+            self._check_finite(name, array)
+            return array
         original = self.base.float32(name)
         if packed:
             merged = self._in_4_bits(name, original)
         else:
             # A view of the file cannot be written to.
             merged = original if original.flags.writeable else original.copy()
-        path = name.removesuffix(".weight")
         for part in parts:
-            scale = np.float32(part.weight * part.config.scale(path))
-            a, b = (part.folder.matrix(path, which) for which in PARTS)
-            merged += (b * scale) @ a
+            with np.errstate(over="ignore", invalid="ignore"):  # refused below
+                merged += part.folder.delta(path, part.weight * part.config.scale(path))
             part.folder.forget(path)
+        self._check_finite(name, merged)
         return merged
+
+    def _check_finite(self, name: str, array: Array) -> None:
+        """Raise WeightsError for an infinity or a NaN, of the base or of a sum that overflowed."""
+        flat, dtype = bits_of(array).reshape(-1), dtype_name(name, array)
+        for start in range(0, flat.size, _PART_ELEMENTS):
+            part = flat[start : start + _PART_ELEMENTS]
+            finite = (part & 0x7F80) != 0x7F80 if dtype == "BF16" else np.isfinite(part)
+            if not finite.all():
+                raise WeightsError(
+                    f"{self.base.path}: {name}: would hold a value that is not finite in the merged"
+                    " model"
+                )
 
     def _in_4_bits(self, name: str, original: Weights) -> Weights:
         """A matrix as a QLoRA run holds it, in float32; the difference is added to `lost`."""
@@ -300,16 +359,31 @@ class _Reader:
         return held
 
 
-def _copy_files(base: Path, out: Path, dtype: str | None) -> None:
-    """Copy all but weights and the state of a run; with `dtype`, config.json names it."""
-    for path in sorted(base.iterdir()):
+def _copy_files(base: Path, out: Path) -> None:
+    """Copy all but weights and the state of a run, and what transformers needs of a tokenizer."""
+    for path in sorted(base.iterdir()) if base.is_dir() else ():
         copied = path.suffix in _COPIED or path.name.startswith(("LICENSE", "NOTICE"))
         if path.is_file() and copied and path.name not in _LEFT:
             shutil.copyfile(path, out / path.name)
-    if dtype is not None:
-        config = read_json(out / "config.json")
-        # Both names of the type, in the files of transformers 4 and 5.
-        _write_json(out / "config.json", config | {"dtype": dtype, "torch_dtype": dtype})
+    if holds_tokenizer(base):
+        write_files(open_tokenizer(base), out)
+
+
+def _write_config(base: ModelSource, out: Path, dtype: str | None) -> None:
+    """config.json: the base's own, with the chosen type, or one of a base that has none."""
+    path, changes = out / "config.json", dict[str, Any]()
+    if not path.exists():
+        kind = dtype or _TYPE_NAMES[base.dtype("model.norm.weight")]
+        ids = base.bos_id, list(base.eos_ids)
+        _write_json(path, config_to_hf(base.config, *ids, kind))
+        if not (out / "generation_config.json").exists():  # the tokenizer's, with every end
+            _write_json(out / "generation_config.json", generation_config(*ids))
+    elif dtype is not None:  # both names of the type, in the files of transformers 4 and 5
+        changes = {"dtype": dtype, "torch_dtype": dtype}
+    if base.config.tie_word_embeddings is False and base.entries.get("tie_word_embeddings"):
+        changes["tie_word_embeddings"] = False
+    if changes:
+        _write_json(path, read_json(path) | changes)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -16,8 +16,11 @@ import numpy.typing as npt
 
 from tinyllama.data.corpus import TokenDataset, prepare
 from tinyllama.errors import DataError
+from tinyllama.system.json_files import short
 
 __all__ = ["Batch", "Batches", "TokenDataset", "prepare", "sequential"]
+
+_MOST_EPOCHS = 1 << 53
 
 Int32 = npt.NDArray[np.int32]
 
@@ -87,17 +90,19 @@ class Batches:
         """
         for key, ours in self._identity().items():
             if key not in state or state[key] != ours:
-                difference = f"its {key} is {state.get(key)!r}, here it is {ours!r}"
+                found = short(repr(state.get(key)), 80)
+                difference = f"its {key} is {found}, here it is {ours!r}"
                 if key == "data":  # a digest would not help the user
                     difference = "it was trained on a different text or with a different tokenizer"
                 raise DataError(
                     f"{self._dataset.name}: cannot continue from the checkpoint: {difference}"
                 )
         epoch, window = state.get("epoch"), state.get("window")
-        if not isinstance(epoch, int) or not isinstance(window, int):
-            raise DataError(f"the checkpoint holds no position in the data: {state!r}")
-        if epoch < 0 or not 0 <= window < self.n_windows:
-            raise DataError(f"the checkpoint's position is not in the data: {state!r}")
+        shown = short(repr(state))
+        if type(epoch) is not int or type(window) is not int:
+            raise DataError(f"the checkpoint holds no position in the data: {shown}")
+        if not 0 <= epoch < _MOST_EPOCHS or not 0 <= window < self.n_windows:
+            raise DataError(f"the checkpoint's position is not in the data: {shown}")
         self.epoch, self._window, self._order = epoch, window, None
 
     def _identity(self) -> dict[str, int | str | bool]:
@@ -147,9 +152,12 @@ def _make_batch(
         row[: len(window)] = window
     tokens, targets = rows[:, :-1].copy(), rows[:, 1:].copy()  # (B, T)
     is_padding = tokens < 0
-    targets[is_padding | (tokens == dataset.eos_id)] = -1
-    # No text contains BOS, so it marks where a document begins.
-    is_first = is_padding | (tokens == dataset.bos_id)
+    begin_of = np.zeros(rows.shape, bool)  # whether a document begins with this token
+    for first, begin in zip(begin_of, begins, strict=False):
+        low, high = np.searchsorted(dataset.starts, (begin, begin + context_length + 1))
+        first[dataset.starts[low:high] - begin] = True
+    targets[is_padding | begin_of[:, 1:]] = -1  # no document is predicted from another
+    is_first = is_padding | begin_of[:, :-1]
     positions = np.arange(context_length, dtype=np.int32)
     starts = np.maximum.accumulate(np.where(is_first, positions, 0), axis=1).astype(np.int32)
     tokens[is_padding] = dataset.eos_id

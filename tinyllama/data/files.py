@@ -3,6 +3,7 @@
     find_sources     names, folders and globs -> files, in an order that does not change
     cut              one file -> byte ranges of about 1 MiB, cut between rows or after line ends
     read_chunk       one range -> the texts in it
+    read_joined      one range of a document -> its text, cut where a tokenizer may be cut
     content_digests  files -> SHA-256, remembered for as long as a file is untouched
 
 A file has rows of {"text": ...}, each a document (JSON Lines, a JSON array, CSV), or is one
@@ -13,6 +14,7 @@ byte order mark at the start is dropped.
 import glob
 import hashlib
 import os
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -35,6 +37,8 @@ from tinyllama.system.json_files import MOST_BYTES, parse_json
 CHUNK_BYTES = 1 << 20
 MAX_ROW_BYTES = 64 << 20  # a row is parsed whole, so it bounds the memory
 
+_WINDOW = 1 << 14  # characters behind a border in which a joint is looked for
+_BEFORE_BYTES = 8  # two characters
 _VALIDATION = {"val", "valid", "validation", "test"}  # names without their suffix
 _DIGESTS_FILE = "digests.json"
 _SETTLED_SECONDS = 2.0
@@ -145,6 +149,31 @@ def read_chunk(chunk: Chunk) -> list[str]:
     if source.format == "jsonl":
         return _lines(data, chunk)
     return _table_rows(text, chunk)
+
+
+def read_joined(chunk: Chunk, joint: re.Pattern[str]) -> str:
+    """The part of a document from the first joint behind the chunk's start to the first behind its
+    end, so that the parts, cut behind a match of `joint`, make up the document.
+
+    Where there is none for WINDOW characters, the chunk's own border is taken. Raises DataError.
+    """
+    (own,) = read_chunk(chunk)
+    with _open(chunk.source.path) as file:
+        file.seek(max(chunk.start - _BEFORE_BYTES, 0))
+        before = file.read(min(chunk.start, _BEFORE_BYTES)).decode(errors="ignore")
+        file.seek(chunk.end)
+        behind = file.read(4 * _WINDOW).decode(errors="ignore")
+    text = before + own + behind
+    start, end = len(before), len(before) + len(own)
+    return text[_joint_behind(text, start, joint) : _joint_behind(text, end, joint)]
+
+
+def _joint_behind(text: str, at: int, joint: re.Pattern[str]) -> int:
+    """The end of the first match that ends at `at` or behind."""
+    if at == 0 or at == len(text):
+        return at
+    match = joint.search(text, at - 1, at + _WINDOW)
+    return at if match is None else match.end()
 
 
 def read_texts(sources: Iterable[Source], *, progress: bool = False) -> Iterator[str]:

@@ -6,7 +6,9 @@ from collections.abc import Iterable
 import msgspec
 
 from tinyllama.errors import DataError
+from tinyllama.system.json_files import short
 
+_MOST_VALUES = 1_000_000  # that Python's reader makes objects of, 80 bytes each
 _OTHER_ROWS = {"prompt", "completion", "messages", "instruction", "conversations"}
 
 
@@ -34,6 +36,8 @@ def parse_row(data: bytes) -> str:
 def _parse_refused(data: bytes) -> str:
     """A row that the fast decoder refused, for the message; or one that is read all the same, since
     Python's own writer puts NaN into other fields, which JSON does not have."""
+    if sum(map(data.count, (b",", b"[", b"{"))) > _MOST_VALUES:
+        raise DataError(f"not valid JSON, or more than {_MOST_VALUES} values in one row")
     try:
         row = json.loads(data)
     except json.JSONDecodeError as error:
@@ -49,7 +53,7 @@ def _parse_refused(data: bytes) -> str:
     if not isinstance(row, dict):
         raise DataError(f'must be an object {{"text": ...}}, got {type(row).__name__}')
     if "text" not in row:
-        keys = ", ".join(map(repr, list(row)[:8])) or "none"
+        keys = ", ".join(short(repr(key), 40) for key in list(row)[:8]) or "none"
         raise DataError(f'no "text"; keys found: {keys}{other_rows_hint(row)}')
     text = row["text"]
     if not isinstance(text, str):

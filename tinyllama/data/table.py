@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from tinyllama.data.jsonl import other_rows_hint
+from tinyllama.system.json_files import short
 
 _DELIMITERS = {"csv": ",", "tsv": "\t"}
 
@@ -55,7 +56,7 @@ def text_column(header: bytes, kind: str) -> tuple[int, int]:
     """Which column is "text", and how many there are. Raises TableError if none is."""
     names: list[str] = next(_reader(io.StringIO(header.decode(), newline="\n"), kind), [])
     if "text" not in names:
-        listed = ", ".join(map(repr, names[:8])) or "none"
+        listed = ", ".join(short(repr(name), 40) for name in names[:8]) or "none"
         hint = other_rows_hint(names) or '; name the column that holds the text "text"'
         raise TableError(f'no column "text"; columns: {listed}{hint}', 1)
     return names.index("text"), len(names)

@@ -36,6 +36,7 @@ from tinyllama.formats.huggingface import WEIGHTS, Shape, check_names, llama_sha
 from tinyllama.formats.model_config import config_from_hf
 from tinyllama.formats.packed import PackedForm, PackedRows
 from tinyllama.formats.safetensors import LazyArray
+from tinyllama.formats.untrusted import printable, what_it_is
 
 SUFFIX = ".gguf"
 # The largest real headers (a vocabulary of 256 thousand pieces with merges) take 15 MB.
@@ -43,6 +44,7 @@ MAX_HEADER_BYTES = 1 << 26
 MAX_ENTRIES = 1 << 16  # metadata, and tensors
 MAX_STRINGS = 1 << 20  # in all arrays together
 _MAX_DIMENSIONS = 4
+_SHOWN_CHARACTERS = 400
 
 _FLOATS = {0: "F32", 1: "F16", 30: "BF16"}
 _TYPES = _FLOATS | {block.number: name for name, block in BLOCK_TYPES.items()}
@@ -51,12 +53,12 @@ _SCALARS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4"
 _SCALARS |= {10: "<u8", 11: "<i8", 12: "<f8"}
 _STRING, _ARRAY = 8, 9
 
-_TOP_NAMES = {
+TOP_NAMES = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
     "output": "lm_head",
 }
-_LAYER_NAMES = {
+LAYER_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -98,7 +100,8 @@ class _Part:
         self.tensors = self._placed(infos)
 
     def fail(self, problem: str) -> NoReturn:
-        raise WeightsError(f"{self.path}: {problem}")
+        """Raise WeightsError with what is wrong: one short line, whatever the file holds."""
+        raise WeightsError(f"{self.path}: {printable(problem, _SHOWN_CHARACTERS)}")
 
     def _read_start(self) -> int:
         """Magic and version; returns the number of tensors."""
@@ -301,6 +304,11 @@ class GgufFile:
         place = self._place(name)
         return packed_rows(place.info.kind, self._raw_rows(name, rows))
 
+    def stored(self, name: str) -> npt.NDArray[np.uint8]:
+        """The bytes of a tensor as they lie in the file, in GGUF's order of rows."""
+        part, info, _ = self._place(name)
+        return np.frombuffer(part.map, np.uint8, info.size_bytes, info.offset)
+
     def float32(self, name: str) -> npt.NDArray[np.float32]:
         """A tensor as float32, exactly."""
         return to_float32(name, self.rows(name, slice(None)))
@@ -338,6 +346,11 @@ class GgufFile:
         return raw[rows] if heads is None else raw[_half_order(len(raw), heads)[rows]]
 
 
+def read_metadata(path: str | os.PathLike[str]) -> Mapping[str, Any]:
+    """A file's metadata, also of one that holds only a vocabulary. Raises WeightsError."""
+    return _Part(Path(path)).metadata
+
+
 def open_gguf(path: str | os.PathLike[str]) -> GgufFile:
     """Open a file whose tensors are exactly those that its metadata imply.
 
@@ -367,10 +380,8 @@ def _mapped(path: Path) -> mmap.mmap:
 
 def _not_gguf(start: bytes) -> str:
     """What a file is that does not begin like GGUF."""
-    if start.startswith(b"version https://git-lfs"):
-        return "a Git LFS pointer, not the file itself: type `git lfs pull` in its repository"
-    if re.match(rb"\s*<(!doctype|html|\?xml)", start, re.IGNORECASE):
-        return "a web page, not a GGUF file: the download went wrong"
+    if what := what_it_is(start):
+        return what
     return f"begins with {start[:4]!r}, must begin with {b'GGUF'!r}: not a GGUF file"
 
 
@@ -422,12 +433,12 @@ def _other_type(number: int) -> str:
 def _hf_name(name: str) -> str:
     """Hugging Face's name of a tensor; a name that no LLaMA has stays as it is."""
     stem, _, kind = name.rpartition(".")
-    if stem in _TOP_NAMES:
-        return f"{_TOP_NAMES[stem]}.{kind}"
+    if stem in TOP_NAMES:
+        return f"{TOP_NAMES[stem]}.{kind}"
     layer = re.fullmatch(r"blk\.(0|[1-9]\d{0,5})\.(\w+)", stem)
-    if layer is None or layer[2] not in _LAYER_NAMES:
+    if layer is None or layer[2] not in LAYER_NAMES:
         return name
-    return f"model.layers.{layer[1]}.{_LAYER_NAMES[layer[2]]}.{kind}"
+    return f"model.layers.{layer[1]}.{LAYER_NAMES[layer[2]]}.{kind}"
 
 
 def _permuted_heads(name: str, config: LlamaConfig) -> int | None:
@@ -477,7 +488,7 @@ def _hf_values(part: _Part, held: Mapping[str, tuple[_Part, TensorInfo]]) -> dic
     if embedding is None:
         part.fail("token_embd.weight: missing")
     values |= {
-        "model_type": "mistral" if values["sliding_window"] else "llama",
+        "model_type": _model_type(held, values),
         "vocab_size": embedding[1].shape[0],
         "rms_norm_eps": _shortest(part, "attention.layer_norm_rms_epsilon"),
         "rope_theta": _shortest(part, "rope.freq_base"),
@@ -488,6 +499,13 @@ def _hf_values(part: _Part, held: Mapping[str, tuple[_Part, TensorInfo]]) -> dic
     values["head_dim"] = _head_dim(part, values)
     values["rope_scaling"] = _rope_scaling(part, held, values)
     return {key: value for key, value in values.items() if value is not None}
+
+
+def _model_type(held: Mapping[str, tuple[_Part, TensorInfo]], values: Mapping[str, Any]) -> str:
+    """Hugging Face's name for a LLaMA with a sliding window, or with biases of q, k and v alone."""
+    if "blk.0.attn_q.bias" in held and "blk.0.attn_output.bias" not in held:
+        return "qwen2"
+    return "mistral" if values["sliding_window"] else "llama"
 
 
 def _shortest(part: _Part, key: str) -> float | None:

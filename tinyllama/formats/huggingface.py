@@ -27,7 +27,7 @@ from tinyllama.formats.dtypes import (
     RawArray,
     dtype_name,
 )
-from tinyllama.formats.model_config import Ids, config_from_hf, config_to_hf
+from tinyllama.formats.model_config import Ids, config_from_hf, config_to_hf, one_or_list
 from tinyllama.formats.packed import PackedForm, PackedRows
 from tinyllama.formats.safetensors import (
     FileDigest,
@@ -43,6 +43,7 @@ STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_MAX_INDEX_BYTES = 4_000_000  # 30,000 tensors
 
 Shape = tuple[int, ...]
 
@@ -117,7 +118,9 @@ def check_names(
     for name in expected.keys() & stored.keys():
         dtype, shape = stored[name]
         if shape != expected[name]:
-            problems.append(f"{name}: shape {shown_shape(shape)}, must be {expected[name]}")
+            problems.append(
+                f"{name}: shape {shown_shape(shape)}, must be {shown_shape(expected[name])}"
+            )
         if dtype not in FLOATS:
             problems.append(f"{name}: type {dtype}, must be one of {', '.join(FLOATS)}")
     if problems:
@@ -132,23 +135,8 @@ def weights_bytes(config: LlamaConfig, dtype: str) -> int:
 
 def generation_config(bos_id: Ids, eos_id: Ids) -> dict[str, Any]:
     """generation_config.json: where `generate` of transformers starts and stops."""
-    ids = {"bos_token_id": bos_id, "eos_token_id": eos_id}
+    ids = {"bos_token_id": bos_id, "eos_token_id": one_or_list(eos_id)}
     return {key: value for key, value in ids.items() if value is not None}
-
-
-def tokenizer_config(max_seq_len: int) -> dict[str, Any]:
-    """tokenizer_config.json for a SentencePiece tokenizer.model with the usual special pieces."""
-    return {
-        "tokenizer_class": "LlamaTokenizer",
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "unk_token": "<unk>",
-        "add_bos_token": True,
-        "add_eos_token": False,
-        "clean_up_tokenization_spaces": False,
-        "legacy": False,
-        "model_max_length": max_seq_len,
-    }
 
 
 def special_ids(folder: Path, values: Mapping[str, Any]) -> tuple[int | None, tuple[int, ...]]:
@@ -161,7 +149,8 @@ def special_ids(folder: Path, values: Mapping[str, Any]) -> tuple[int | None, tu
     )
     stops = eos if isinstance(eos, list) else [] if eos is None else [eos]
     if not all(type(stop) is int for stop in stops) or not (bos is None or type(bos) is int):
-        raise ConfigError(f"{folder}: bos_token_id {bos!r}, eos_token_id {eos!r}: must be integers")
+        got = printable(f"bos_token_id {bos!r}, eos_token_id {eos!r}")
+        raise ConfigError(f"{folder}: {got}: must be integers")
     return bos, tuple(stops)
 
 
@@ -242,12 +231,17 @@ class HfFolder:
         if self.config.tie_word_embeddings and {HEAD, EMBEDDING} <= self._file_of.keys():
             if np.array_equal(self.array(HEAD), self.array(EMBEDDING)):
                 del self._file_of[HEAD]
+        if self.config.num_layers > len(self._file_of):  # before a name is made for each layer
+            raise WeightsError(
+                f"{self.path / 'config.json'}: num_hidden_layers: got {self.config.num_layers}, "
+                f"but the files hold {len(self._file_of)} tensors"
+            )
         stored = {name: (self.dtype(name), self.shape(name)) for name in self._file_of}
         check_names(llama_shapes(self.config), stored, str(self.path))
 
     def _locate(self) -> dict[str, str]:
         """Name of the file that holds each tensor."""
-        if (self.path / WEIGHTS).exists():
+        if os.path.lexists(self.path / WEIGHTS):
             file_of = dict.fromkeys(_names_in(self.path / WEIGHTS) or (), WEIGHTS)
         elif (self.path / INDEX).exists():
             file_of = self._read_index()
@@ -257,17 +251,17 @@ class HfFolder:
 
     def _read_index(self) -> dict[str, str]:
         path = self.path / INDEX
-        index = read_json(path).get("weight_map")
+        index = read_json(path, most=_MAX_INDEX_BYTES).get("weight_map")
         if not isinstance(index, dict) or not all(_is_plain(file) for file in index.values()):
             raise WeightsError(f"{path}: weight_map: must map names to files of this folder")
         held = {file: _names_in(self.path / file) for file in sorted(set(index.values()))}
-        problems = [f"{file}: missing" for file, names in held.items() if names is None]
+        problems = [f"{printable(f)}: missing" for f, names in held.items() if names is None]
         for name, file in index.items():
             names = held[file]
             if names is not None and name not in names:
-                problems.append(f"{name}: not in {file}")
+                problems.append(f"{printable(name)}: not in {printable(file)}")
         if problems:
-            raise WeightsError("\n".join(f"{path}: {problem}" for problem in problems))
+            raise WeightsError(some_of(problems, path))
         # A shard may hold what the index forgot: kept, so that `check` reports it as extra.
         return {name: file for file, names in held.items() for name in names or ()} | index
 
@@ -292,7 +286,7 @@ def open_folder(folder: str | os.PathLike[str]) -> HfFolder:
 
 def _names_in(file: Path) -> tuple[str, ...] | None:
     """Names of a file's tensors, or None where there is no such file."""
-    return tuple(read_header(file).tensors) if file.is_file() else None
+    return tuple(read_header(file).tensors) if os.path.lexists(file) else None
 
 
 def _is_plain(file: object) -> bool:
@@ -325,11 +319,10 @@ def save_folder(
 
     `dtype` ("float32", "bfloat16", "float16") is what is stored, whatever floats the sources
     give; each source is loaded once, when its turn comes. `base` is the config.json of the model
-    that this one began as: what it says and is still true is kept. `files` are the
-    tokenizer's, by name; a tokenizer.model without tokenizer_config.json gets one. Not atomic by
-    itself: hand it the folder of `save_checkpoint` or `atomic_directory`. Raises WeightsError, also
-    where the folder holds weights already (stale shards would be loaded with the new ones), and
-    OSError.
+    that this one began as: what it says and is still true is kept. `files` are the tokenizer's, by
+    name. Not atomic by itself: hand it the folder of `save_checkpoint` or `atomic_directory`.
+    Raises WeightsError, also where the folder holds weights already (stale shards would be loaded
+    with the new ones), and OSError.
     """
     folder = Path(folder)
     if dtype not in STORED:
@@ -337,10 +330,9 @@ def save_folder(
     lazy = _stored_as(STORED[dtype], llama_shapes(config), tensors, str(folder))
     documents: dict[str, Mapping[str, Any]] = {
         "config.json": config_to_hf(config, bos_id, eos_id, dtype, base),
-        "generation_config.json": generation_config(bos_id, eos_id),
     }
-    if "tokenizer.model" in files and "tokenizer_config.json" not in files:
-        documents["tokenizer_config.json"] = tokenizer_config(config.max_seq_len)
+    if "generation_config.json" not in files:
+        documents["generation_config.json"] = generation_config(bos_id, eos_id)
     _refuse_clashes(folder, files, documents)
     folder.mkdir(parents=True, exist_ok=True)
     digests = {name: _write_file(folder / name, data) for name, data in files.items()}

@@ -268,6 +268,12 @@ def _as_float(value: Any) -> Any:
     return float(value) if type(value) is int and abs(value) < 1 << 64 else value
 
 
+def one_or_list(ids: Ids) -> int | list[int] | None:
+    """A single id as a number, several as a list."""
+    several = [] if ids is None else [ids] if isinstance(ids, int) else [*ids]
+    return several[0] if len(several) == 1 else several or None
+
+
 def config_to_hf(
     config: LlamaConfig,
     bos_id: Ids,
@@ -306,7 +312,7 @@ def config_to_hf(
         "dtype": dtype,
         "torch_dtype": dtype,
         "bos_token_id": bos_id,
-        "eos_token_id": eos_id,
+        "eos_token_id": one_or_list(eos_id),
     }
 
 

@@ -1,7 +1,9 @@
 """Opening a model, in whatever form it lies: one function, and what every form offers.
 
 a folder with config.json      Hugging Face's (huggingface.py)
+a folder with params.json      Meta's (meta.py)
 a file NAME.gguf               llama.cpp's (gguf.py)
+OWNER/NAME                     any of these, by its name on the hub (hub.py)
 """
 
 import os
@@ -13,9 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from tinyllama.config import LlamaConfig
+from tinyllama.formats import hub
 from tinyllama.formats.dtypes import NumpyArray, RawArray
 from tinyllama.formats.gguf import SUFFIX, GgufFile
 from tinyllama.formats.huggingface import HfFolder
+from tinyllama.formats.meta import MetaFolder, is_meta
 from tinyllama.formats.packed import PackedForm, PackedRows
 from tinyllama.formats.safetensors import LazyArray
 
@@ -78,8 +82,21 @@ class ModelSource(Protocol):
 
 
 def local_path(model: str | os.PathLike[str]) -> Path:
-    """The folder or file of a model: `model` itself where that exists."""
-    return Path(model)
+    """The folder or file of a model: `model` itself where that exists, else what its name on the
+    hub stands for. Raises WeightsError if that cannot be fetched."""
+    text = os.fspath(model)
+    # Below a folder that is here, a name is a path, if a mistaken one.
+    if os.path.lexists(text) or os.path.isdir(os.path.dirname(text)) or hub.parse(text) is None:
+        return Path(text)
+    return hub.fetch(text)
+
+
+def names_a_model(text: str) -> bool:
+    """Whether text names a folder, a GGUF file or a model on the hub, and no other file."""
+    path = Path(text)
+    if path.exists() or path.suffix == SUFFIX:
+        return path.is_dir() or path.suffix == SUFFIX
+    return hub.parse(text) is not None and not path.parent.is_dir() and path.suffix != ".toml"
 
 
 def open_model(model: str | os.PathLike[str]) -> ModelSource:
@@ -88,6 +105,10 @@ def open_model(model: str | os.PathLike[str]) -> ModelSource:
     Only headers are read. Raises ConfigError and WeightsError.
     """
     path = local_path(model)
-    opened = GgufFile(path) if path.suffix == SUFFIX else HfFolder(path)
+    opened: ModelSource
+    if path.suffix == SUFFIX and not path.is_dir():
+        opened = GgufFile(path)
+    else:
+        opened = MetaFolder(path) if is_meta(path) else HfFolder(path)
     opened.check()
     return opened

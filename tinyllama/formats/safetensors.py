@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeGuard
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from tinyllama.errors import WeightsError, reason
+from tinyllama.errors import WeightsError
 from tinyllama.formats.dtypes import (
     BITS,
     NUMPY,
@@ -30,8 +31,14 @@ from tinyllama.formats.dtypes import (
     dtype_name,
     to_float32,
 )
+from tinyllama.formats.untrusted import open_regular, place_first, printable, what_it_is
 
-MAX_HEADER_BYTES = 100_000_000  # the official library refuses more
+# Of 30,000 tensors; a LLaMA has some hundred. The official library refuses 25 times as much, whose
+# parsed form takes gigabytes.
+MAX_HEADER_BYTES = 4_000_000
+# Longer ones are checked for their form first: the objects of any JSON text take much longer.
+_LONG_HEADER_BYTES = 100_000
+_MAX_AXES = 64
 _METADATA = "__metadata__"
 
 
@@ -57,11 +64,8 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     Everything the official library refuses is refused, and repeated names as well; WeightsError
     names the file and the tensor.
     """
-    try:
-        with open(path, "rb") as file:
-            return _read_header(file, os.fspath(path), os.fstat(file.fileno()).st_size)
-    except OSError as error:
-        raise WeightsError(f"{os.fspath(path)}: cannot be read: {reason(error)}") from error
+    with open_regular(path, WeightsError) as (file, size):
+        return _read_header(file, os.fspath(path), size)
 
 
 def build_header(
@@ -83,9 +87,12 @@ def build_header(
 
 
 def _read_header(file: BinaryIO, path: str, file_bytes: int) -> Header:
+    first = file.read(64)
+    if what := what_it_is(first):
+        raise WeightsError(f"{path}: is {what}")
     if file_bytes < 8:
         raise WeightsError(f"{path}: {file_bytes} bytes, too short for a safetensors file")
-    header_bytes = int.from_bytes(file.read(8), "little")
+    header_bytes = int.from_bytes(first[:8], "little")
     if header_bytes > MAX_HEADER_BYTES:
         raise WeightsError(
             f"{path}: a header of {header_bytes} bytes, at most {MAX_HEADER_BYTES} are allowed: "
@@ -95,6 +102,7 @@ def _read_header(file: BinaryIO, path: str, file_bytes: int) -> Header:
         raise WeightsError(
             f"{path}: truncated: the header ends at byte {8 + header_bytes} of {file_bytes}"
         )
+    file.seek(8)
     entries = _parse_json(path, file.read(header_bytes))
     metadata = _check_metadata(path, entries.pop(_METADATA, None))
     start = 8 + header_bytes
@@ -105,7 +113,8 @@ def _read_header(file: BinaryIO, path: str, file_bytes: int) -> Header:
         offset = tensors[name].offset
         if offset != end:
             wrong = "a gap before it" if offset > end else "an overlap with the one before"
-            raise WeightsError(f"{path}: {name}: begins at byte {offset}, must be {end} ({wrong})")
+            label = f"{path}: {printable(name)}"
+            raise WeightsError(f"{label}: begins at byte {offset}, must be {end} ({wrong})")
         end += tensors[name].size_bytes
     if end != file_bytes:
         wrong = "truncated" if file_bytes < end else "bytes after the last tensor"
@@ -117,19 +126,26 @@ def _parse_json(path: str, text: bytes) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         entries = dict(pairs)
         if len(entries) != len(pairs):
-            names = [name for name, _ in pairs]
-            repeated = next(name for name in names if names.count(name) > 1)
-            raise WeightsError(f"{path}: {repeated!r} appears twice in the header")
+            seen: set[str] = set()
+            for name, _ in pairs:
+                if name in seen:
+                    break
+                seen.add(name)
+            raise WeightsError(f"{path}: {printable(repr(name))} appears twice in the header")
         return entries
 
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is not JSON")
 
     try:
+        if len(text) > _LONG_HEADER_BYTES:
+            msgspec.json.decode(text, type=dict[str, dict[str, str | list[int]]])
         entries = json.loads(text.decode(), object_pairs_hook=unique, parse_constant=refuse)
         "".join(entries).encode()  # half a surrogate pair is not a name
+    except msgspec.ValidationError as error:
+        raise WeightsError(f"{path}: the header: {place_first(error)}") from error
     except (ValueError, RecursionError) as error:
-        raise WeightsError(f"{path}: the header is not JSON: {error}") from error
+        raise WeightsError(f"{path}: the header is not JSON: {printable(error)}") from error
     if not isinstance(entries, dict):
         raise WeightsError(f"{path}: the header is not a JSON object")
     return entries
@@ -143,28 +159,35 @@ def _check_metadata(path: str, value: Any) -> dict[str, str]:
 
 
 def _check_entry(path: str, name: str, entry: Any, start: int) -> TensorInfo:
+    label = f"{path}: {printable(name)}"
     if not isinstance(entry, dict):
-        raise WeightsError(f"{path}: {name}: must be an object, got {entry!r}")
+        raise WeightsError(f"{label}: must be an object, {_got(entry)}")
     dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or dtype not in BITS:
-        raise WeightsError(
-            f"{path}: {name}: dtype: got {dtype!r}, must be one of {', '.join(BITS)}"
-        )
+        raise WeightsError(f"{label}: dtype: {_got(dtype)}, must be one of {', '.join(BITS)}")
     if not _are_sizes(shape):
-        raise WeightsError(f"{path}: {name}: shape: got {shape!r}, must be a list of sizes")
+        raise WeightsError(f"{label}: shape: {_got(shape)}, must be a list of sizes")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise WeightsError(f"{path}: {name}: data_offsets: got {offsets!r}, must be [begin, end]")
+        raise WeightsError(f"{label}: data_offsets: {_got(offsets)}, must be [begin, end]")
     bits, size_bytes = math.prod(shape) * BITS[dtype], offsets[1] - offsets[0]
     if bits != 8 * size_bytes:
+        takes = f"{bits / 8:g}" if bits < 1 << 70 else "more than any file has"
         raise WeightsError(
-            f"{path}: {name}: {size_bytes} bytes, but {dtype} of shape {shape} takes {bits / 8:g}"
+            f"{label}: {size_bytes} bytes, but {dtype} of shape {printable(shape)} takes {takes}"
         )
     return TensorInfo(dtype, tuple(shape), start + offsets[0], size_bytes)
 
 
+def _got(value: Any) -> str:
+    """What an entry holds, for a message."""
+    return f"got {printable(repr(value))}"
+
+
 def _are_sizes(values: Any) -> TypeGuard[list[int]]:
-    return isinstance(values, list) and all(
-        type(value) is int and 0 <= value < 1 << 64 for value in values
+    return (
+        isinstance(values, list)
+        and len(values) <= _MAX_AXES
+        and all(type(value) is int and 0 <= value < 1 << 64 for value in values)
     )
 
 
@@ -236,8 +259,8 @@ class SafetensorsFile:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self.tensors, self.metadata = read_header(path)
-        with open(path, "rb") as file:
+        with open_regular(path, WeightsError) as (file, size):
+            self.tensors, self.metadata = _read_header(file, os.fspath(path), size)
             # The map lives as long as the last array that looks into it.
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, TypeVar
 import msgspec
 
 from tinyllama.errors import ConfigError, TinyllamaError, reason
+from tinyllama.system.json_files import short
 
 T = TypeVar("T")
 
@@ -38,9 +39,7 @@ _BEGINNINGS = {
 
 def printable(text: object, longest: int = _SHOWN_CHARACTERS) -> str:
     """Text from a file for a message: in one line, without control characters, and cut."""
-    shown = str(text)[: longest + 1]
-    escaped = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in shown)
-    return escaped if len(escaped) <= longest else f"{escaped[:longest]}..."
+    return short(str(text), longest)
 
 
 def some_of(problems: Iterable[str], source: object) -> str:
@@ -75,10 +74,11 @@ def open_regular(
     except (OSError, ValueError) as error:
         why = reason(error) if isinstance(error, OSError) else str(error)
         raise wrong(f"{label}: cannot be read: {why}") from error
+    found = os.fstat(number)
+    if not stat.S_ISREG(found.st_mode):
+        os.close(number)
+        raise wrong(f"{label}: is no regular file")
     with open(number, "rb") as file:
-        found = os.fstat(number)
-        if not stat.S_ISREG(found.st_mode):
-            raise wrong(f"{label}: is no regular file")
         try:
             yield file, found.st_size
         except OSError as error:
@@ -98,10 +98,12 @@ def read_small(
         return start + file.read(most + 1 - len(start))
 
 
-def read_json(path: Path, wrong: type[TinyllamaError] = ConfigError) -> dict[str, Any]:
+def read_json(
+    path: Path, wrong: type[TinyllamaError] = ConfigError, most: int = MAX_JSON_BYTES
+) -> dict[str, Any]:
     """A JSON object from a file; raises `wrong`, naming the file."""
     try:
-        value = json.loads(read_small(path, wrong))
+        value = json.loads(read_small(path, wrong, most))
     except (ValueError, RecursionError) as error:
         raise wrong(
             f"{path}: not JSON, so it is damaged or truncated: {printable(error)}"

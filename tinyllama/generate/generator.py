@@ -112,8 +112,10 @@ class Generator:
             row = x if T == 1 else embedding(last, x[0], x.dtype)
             return [in_memory(model.head(row))]
 
-        x, weight = model.walk(tokens, through, self._run_part), model.head_weight()
-        return self._stage([x, weight, *[last][: T > 1]], head, ("head", T))[0]
+        x = model.walk(tokens, through, self._run_part)
+        weights = [tensor for _, tensor in named_tensors(model.head_layer())]
+        given = [x, *weights] if T == 1 else [x, *weights, last]
+        return self._stage(given, head, ("head", T))[0]
 
     def _run_part(self, function: Function, module: Any, *inputs: Tensor) -> Tensor:
         """function(module, *inputs), scheduled once for all modules of its structure."""

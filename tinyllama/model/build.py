@@ -9,21 +9,26 @@ Training, the memory estimate, the benchmark and loading differ only in where th
 from, so they call the functions below and nothing assembles a model by hand.
 """
 
+import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from tinygrad import Tensor, dtypes
 from tinygrad.dtype import DType
 
 from tinyllama.config import Config, LlamaConfig, LoraConfig
 from tinyllama.config.options import got, options_of, shown
 from tinyllama.errors import ConfigError
+from tinyllama.formats import hub
+from tinyllama.formats.adapted import adapted
 from tinyllama.formats.huggingface import llama_shapes
 from tinyllama.formats.int4 import Packing
-from tinyllama.formats.models import ModelSource, open_model
+from tinyllama.formats.models import ModelSource, local_path, open_model
+from tinyllama.formats.packed import random_rows
 from tinyllama.formats.peft import (
     AdapterConfig,
     AdapterFolder,
@@ -37,7 +42,7 @@ from tinyllama.model.initialize import first_values
 from tinyllama.model.layers import block_linears
 from tinyllama.model.llama import Llama
 from tinyllama.system import device
-from tinyllama.tokenizers.sentencepiece import MODEL_FILE
+from tinyllama.tokenizers.opening import holds_tokenizer
 
 
 class Built(NamedTuple):
@@ -69,7 +74,7 @@ def build(config: Config, resume: Path | None = None) -> Built:
         return built
     adapter = replace(
         built.adapter,
-        base=str(folder.path.absolute()),
+        base=hub.name_of(folder.path) or str(folder.path.absolute()),
         base_fingerprint=fingerprint(folder),
         block_size=packing and packing.block_size,
         requantize=packing is not None and packing.requantize,
@@ -99,27 +104,34 @@ def build_random(config: Config, seed: int) -> Built:
 def load_model(
     folder: str | Path, *, base: str | Path | None = None, dtype: DType = dtypes.float32
 ) -> Llama:
-    """The model of a folder; an adapter's is on its base, packed if it was in training.
+    """The model of a folder or file, its matrices as they are stored; an adapter's is on its base,
+    packed as in training.
 
     An adapter names its base; `base` is another place where that base is. Raises ConfigError and
     WeightsError.
     """
+    folder = local_path(folder)
     if not is_adapter(folder):
         _refuse_base(folder, base)
-        return Llama.from_pretrained(folder, dtype=dtype)
+        return _as_stored(open_model(folder), dtype)
     adapter, opened = open_adapter(folder, base)
+    placed = adapter.config(opened.config)
+    opened = adapted(opened, adapter, placed)
     packing = adapter.packing()
-    model = _layers(opened.config, dtype, packing, opened)
-    _read(model, opened, packing)
-    lora.attach(model, adapter.config(model.config), None)
+    if packing is None:
+        model = _as_stored(opened, dtype)
+    else:
+        model = _layers(opened.config, dtype, packing, opened)
+        int4.read_packed(model, opened)
+    lora.attach(model, placed, None)
     lora.read_adapters(model, adapter)
     return model
 
 
 def tokenizer_folder(folder: Path, base: str | Path | None = None) -> Path:
     """The folder that holds a model's tokenizer: PEFT's adapters have none of their own."""
-    if is_adapter(folder) and not (folder / MODEL_FILE).is_file():
-        return AdapterFolder(folder).base_folder() if base is None else Path(base)
+    if is_adapter(folder) and not holds_tokenizer(folder):
+        return AdapterFolder(folder).base_folder() if base is None else local_path(base)
     return folder
 
 
@@ -155,6 +167,13 @@ def _packing(config: Config) -> Packing | None:
     return Packing(qlora.block_size, qlora.requantize)
 
 
+def _as_stored(source: ModelSource, dtype: DType) -> Llama:
+    """A model with the weights of `source`, each matrix in the type that it is stored in."""
+    model = int4.as_stored(Llama(source.config, dtype=dtype, seed=None), source)
+    int4.read_packed(model, source)
+    return model
+
+
 def _base(config: Config) -> ModelSource | None:
     """The base, opened, where the form of its tensors decides the form of layers."""
     if _packing(config) is None or config.model.base is None:
@@ -182,9 +201,13 @@ def _read(model: Llama, folder: ModelSource, packing: Packing | None) -> None:
 
 def _fill_packed_at_random(model: Llama, seed: int) -> None:
     sizes, shapes = model.config, llama_shapes(model.config)
+    packed = int4.packed_layers(model)
     with ThreadPoolExecutor(device.threads()) as pool:
 
         def read(name: str) -> int4.Rows:
+            if name in packed and not packed[name].form.is_ours:
+                rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+                return random_rows(packed[name].form, shapes[name], rng).part
             values = first_values(name, shapes[name], sizes.num_layers, seed, pool)
             return values.__getitem__
 

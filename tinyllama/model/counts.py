@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from tinyllama.config import LlamaConfig, LoraConfig
 from tinyllama.config.sections import ATTENTION_LINEAR, MLP_LINEAR
-from tinyllama.formats.huggingface import linear_shapes
+from tinyllama.formats.huggingface import EMBEDDING, linear_shapes
 from tinyllama.formats.models import open_model
 from tinyllama.formats.peft import is_adapter, open_adapter
 
@@ -146,7 +146,7 @@ def folder_parameters(folder: str | Path) -> Parameters:
     shapes = {name: opened.shape(name) for name in opened.names}
     placed = adapter.config(opened.config).placed
     for path, place in placed.items():
-        out, into = shapes[f"{path}.weight"]
+        out, into = shapes.get(f"{path}.weight", shapes[EMBEDDING])  # of a tied head
         shapes |= {f"{path}.lora_A": (place.rank, into), f"{path}.lora_B": (out, place.rank)}
     return parameters_of((name, prod(shape)) for name, shape in shapes.items())
 

@@ -30,6 +30,16 @@ class LinearLike(Protocol):
     def dense_weight(self) -> Tensor: ...
 
 
+class TableLike(Protocol):
+    """What the model needs of its embedding; a tied one is the output head as well."""
+
+    def __call__(self, ids: Tensor, dtype: DType) -> Tensor: ...
+
+    def logits(self, x: Tensor) -> Tensor: ...
+
+    def dense_weight(self) -> Tensor: ...
+
+
 class Linear:
     """y = x W^T, or x W^T + b. weight: (out_features, in_features), bias: (out_features,), both
     float32."""
@@ -62,6 +72,14 @@ class Embedding:
     def __call__(self, ids: Tensor, dtype: DType) -> Tensor:
         """ids (B, T) int32 -> (B, T, hidden_size) of type `dtype`."""
         return embedding(ids, self.weight, dtype)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """x (..., hidden_size) times the table, transposed -> (..., vocab_size) like x."""
+        return linear(x, self.weight)
+
+    def dense_weight(self) -> Tensor:
+        """The table (vocab_size, hidden_size)."""
+        return self.weight
 
 
 class RMSNorm:

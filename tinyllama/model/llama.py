@@ -28,12 +28,12 @@ from tinyllama.model.layers import (
     Linear,
     LinearLike,
     RMSNorm,
+    TableLike,
     named_tensors,
 )
 from tinyllama.ops.attention import attention
 from tinyllama.ops.cached_attention import Cache, cached_attention
 from tinyllama.ops.cross_entropy import linear_cross_entropy
-from tinyllama.ops.matmul import linear
 from tinyllama.ops.rope import rope, tables
 from tinyllama.ops.swiglu import swiglu
 from tinyllama.runtime.fills import finish_background_writes
@@ -44,7 +44,7 @@ from tinyllama.runtime.storage import (
     write_new,
 )
 from tinyllama.system.files import atomic_directory
-from tinyllama.tokenizers.sentencepiece import MODEL_FILE, Tokenizer
+from tinyllama.tokenizers.tokenizer import Tokenizer
 
 
 class Attention:
@@ -136,7 +136,7 @@ class LlamaModel:
     """Embedding, layers and the last norm; named as in Hugging Face's checkpoints."""
 
     def __init__(self, config: LlamaConfig) -> None:
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens: TableLike = Embedding(config.vocab_size, config.hidden_size)
         self.layers = [Block(config) for _ in range(config.num_layers)]
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -159,7 +159,7 @@ class Llama:
         self._rotations: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self.model = LlamaModel(config)
         if not config.tie_word_embeddings:
-            self.lm_head = Linear(config.hidden_size, config.vocab_size)
+            self.lm_head: LinearLike = Linear(config.hidden_size, config.vocab_size)
         if seed is not None:
             self.initialize_later(seed)
             finish_background_writes()
@@ -176,7 +176,7 @@ class Llama:
         x = self.hidden(tokens, tokens.zeros_like())
         return self.head(x)
 
-    def embed(self, embed_tokens: Embedding, tokens: Tensor) -> Tensor:
+    def embed(self, embed_tokens: TableLike, tokens: Tensor) -> Tensor:
         """tokens (B, T) int32 -> (B, T, hidden) in the activation type."""
         return embed_tokens(tokens, self.dtype)
 
@@ -210,13 +210,16 @@ class Llama:
 
     def head(self, x: Tensor) -> Tensor:
         """x (B, T, hidden) -> logits (B, T, vocab) float32."""
-        return linear(x, self.head_weight()).float()
+        tied = self.config.tie_word_embeddings
+        return (self.model.embed_tokens.logits(x) if tied else self.lm_head(x)).float()
+
+    def head_layer(self) -> TableLike | LinearLike:
+        """What `head` multiplies by: the embedding itself when tied."""
+        return self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
 
     def head_weight(self) -> Tensor:
-        """The output matrix (vocab, hidden): the embedding itself when tied."""
-        if self.config.tie_word_embeddings:
-            return self.model.embed_tokens.weight
-        return self.lm_head.weight
+        """The output matrix (vocab, hidden)."""
+        return self.head_layer().dense_weight()
 
     def loss(self, tokens: Tensor, targets: Tensor, starts: Tensor) -> Tensor:
         """Cross entropy summed over targets >= 0, in nats: tokens, targets, starts (B, T)."""
@@ -293,9 +296,9 @@ class Llama:
             self.config,
             {name: partial(read, tensor) for name, tensor in self.state_dict().items()},
             dtype=dtype,
-            files={} if tokenizer is None else {MODEL_FILE: tokenizer.model},
+            files={} if tokenizer is None else tokenizer.files,
             bos_id=base.get("bos_token_id") if tokenizer is None else tokenizer.bos_id,
-            eos_id=base.get("eos_token_id", ()) if tokenizer is None else tokenizer.eos_id,
+            eos_id=base.get("eos_token_id", ()) if tokenizer is None else tokenizer.eos_ids,
             base=base,
         )
 

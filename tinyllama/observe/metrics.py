@@ -25,10 +25,10 @@ class _Line(msgspec.Struct):
     """What is checked of a line; it may hold more."""
 
     step: Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
-    loss: float | None = None
-    val_loss: float | None = None
-    lr: float | None = None
-    tokens_per_second: float | None = None
+    loss: float | msgspec.UnsetType = msgspec.UNSET
+    val_loss: float | msgspec.UnsetType = msgspec.UNSET
+    lr: float | msgspec.UnsetType = msgspec.UNSET
+    tokens_per_second: float | msgspec.UnsetType = msgspec.UNSET
 
 
 def to_stderr(line: str) -> None:

@@ -14,11 +14,10 @@ import math
 from tinygrad import Tensor, dtypes
 
 from tinyllama.ops import forms
-from tinyllama.ops.gpu.attention import PASSES
-from tinyllama.ops.gpu.attention import attention as gpu_attention
+from tinyllama.ops.gpu import attention as gpu
 from tinyllama.runtime import blocks
 from tinyllama.runtime.c_kernel import Kernel, run
-from tinyllama.runtime.kernel import TYPE_CODE, Call, empty
+from tinyllama.runtime.kernel import TYPE_CODE, Call, empty, empty_like
 from tinyllama.runtime.stage import recomputed
 from tinyllama.system import device
 
@@ -78,26 +77,23 @@ def _cpu(q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> Tensor:
 
 def _gpu(q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> Tensor:
     B, T, H, D = q.shape
-    dialect = blocks.dialect_of(q.device)
-    assert dialect is not None
+    (dialect, dtype), limits = blocks.language(q), blocks.limits_of(q.device)
     forward, gradient_q, gradient_kv = (
-        gpu_attention(dialect, which, B, T, H, k.shape[2], D, blocks.TYPE_NAME[q.dtype])
-        for which in PASSES
+        gpu.attention(dialect, which, B, T, H, k.shape[2], D, dtype, limits=limits)
+        for which in gpu.PASSES
     )
-
-    def like(*tensors: Tensor) -> list[Tensor]:
-        return [empty(*t.shape, dtype=t.dtype, device=t.device) for t in tensors]
+    gradient_delta = gpu.delta(dialect, B, T, H, D, dtype)
 
     def gradient(dout: Tensor, call: Call) -> list[Tensor | None]:
         out, lse = call.outputs
         q, k, v, starts = call.inputs
-        delta = (dout.float() * out.float()).sum(-1).permute(0, 2, 1).contiguous()  # (B, H, T)
+        delta = blocks.run(gradient_delta, empty_like(lse), [dout, out])[0]
         inputs = [q, k, v, dout, lse, delta, starts]
-        dq = blocks.run(gradient_q, like(q), inputs)[0]
-        dk, dv = blocks.run(gradient_kv, like(k, v), inputs)
+        dq = blocks.run(gradient_q, empty_like(q), inputs)[0]
+        dk, dv = blocks.run(gradient_kv, empty_like(k, v), inputs)
         return [dq, dk, dv, None]
 
-    outputs = [*like(q), empty(B, H, T, device=q.device)]
+    outputs = [*empty_like(q), empty(B, H, T, device=q.device)]
     return blocks.run(forward, outputs, [q, k, v, starts], gradient)[0]
 
 

@@ -15,8 +15,11 @@ from tinygrad.dtype import DType
 
 from tinyllama.ops import forms
 from tinyllama.ops.attention import masked_attention
+from tinyllama.ops.gpu import cached_attention as gpu
+from tinyllama.runtime import blocks
+from tinyllama.runtime.blocks import UnsupportedSize
 from tinyllama.runtime.c_kernel import Kernel, per_thread, run
-from tinyllama.runtime.kernel import TYPE_CODE, empty
+from tinyllama.runtime.kernel import TYPE_CODE, empty, empty_like
 
 LANES = 16  # of cpu/cache.h: a number of slots is a multiple of this
 
@@ -42,7 +45,7 @@ def cached_attention(
     position is an int32 tensor (1,), so that one compiled step serves every position. The cache is
     updated in place. With a `window` a token attends to so many tokens, itself included.
     """
-    form = forms.choose(q, k, v, *cache, portable=_portable, cpu=_cpu)
+    form = forms.choose(q, k, v, *cache, portable=_portable, cpu=_cpu, gpu=_gpu)
     return form(q, k, v, cache, position, window)
 
 
@@ -83,3 +86,18 @@ def _cpu(
     attending = Kernel("cached_attention.c", defines, sizes, ("cache.h",), 2 * T * H * D * S)
     written = [empty(1, T, H, D, dtype=q.dtype, device=q.device), per_thread(rows * S)]
     return run(attending, written, [q, keys, values, position])[0]
+
+
+def _gpu(
+    q: Tensor, k: Tensor, v: Tensor, cache: Cache, position: Tensor, window: int | None
+) -> Tensor:
+    B, T, H, D = q.shape
+    KV, S = cache.values.shape[:2]
+    if B * T != 1:
+        raise UnsupportedSize(f"{B} x {T} new tokens: the kernel takes one")
+    dialect, dtype = blocks.language(q)
+    launch = gpu.parts(dialect, S, H, KV, D, dtype, window)
+    outputs = [*cache, empty(H, gpu.blocks(S), D + 2, device=q.device)]
+    parts = blocks.run(launch, outputs, [q, k, v, position])[2]
+    joined = gpu.joined(dialect, S, H, KV, D, dtype)
+    return blocks.run(joined, empty_like(q), [parts, position])[0]

@@ -21,7 +21,7 @@ from tinyllama.ops.matmul import NN, NT, gemm, gemm_headers, gemm_macros, gpu_pr
 from tinyllama.runtime import blocks
 from tinyllama.runtime.blocks import UnsupportedSize
 from tinyllama.runtime.c_kernel import Kernel, per_thread, run
-from tinyllama.runtime.kernel import Call, Gradient, empty
+from tinyllama.runtime.kernel import TYPE_CODE, Call, Gradient, empty
 
 
 def int4_linear(x: Tensor, packed: Tensor, scales: Tensor, minima: Tensor | None = None) -> Tensor:
@@ -53,6 +53,40 @@ def dequantize(packed: Tensor, scales: Tensor, minima: Tensor | None = None) -> 
     return values.reshape(rows, -1)
 
 
+def int4_embedding(
+    ids: Tensor, packed: Tensor, scales: Tensor, minima: Tensor | None, dtype: DType
+) -> Tensor:
+    """Rows ids (B, T) of a packed table (V, H), as `int4_linear` has it -> (B, T, H) of `dtype`."""
+    form = forms.choose(scales, portable=_portable_rows, cpu=_cpu_rows)
+    return form(ids.cast(dtypes.int32), packed, scales, minima, dtype)
+
+
+def _portable_rows(
+    ids: Tensor, packed: Tensor, scales: Tensor, minima: Tensor | None, dtype: DType
+) -> Tensor:
+    flat = ids.reshape(-1)
+    q, s = (part[flat].contiguous() for part in (packed, scales))
+    values = dequantize(q, s, None if minima is None else minima[flat].contiguous())
+    return values.cast(dtype).reshape(*ids.shape, -1).contiguous()
+
+
+def _cpu_rows(
+    ids: Tensor, packed: Tensor, scales: Tensor, minima: Tensor | None, dtype: DType
+) -> Tensor:
+    weight = [packed, scales] if minima is None else [packed, scales, minima]
+    _, rows, width = _sizes(packed)
+    defines = {"LAYOUT": 0, "ROWS_ONLY": 1, "ACT": TYPE_CODE[dtype], **_form(weight)}
+    sizes = {"COUNT": ids.numel(), "N": rows, "K": width}
+    lookup = Kernel("embedding_packed.c", defines, sizes, ("int4.h",))
+    return run(lookup, [empty(*ids.shape, width, dtype=dtype, device="CPU")], [*weight, ids])[0]
+
+
+def _form(weight: Sequence[Tensor]) -> dict[str, int]:
+    """The macros of cpu/int4.h."""
+    bits, _, columns = _sizes(weight[0])
+    return {"BLOCK": columns // weight[1].shape[1], "BITS": bits, "MINIMA": len(weight) - 2}
+
+
 def _kernel(x: Tensor, packed: Tensor, scales: Tensor, minima: Tensor | None) -> Tensor:
     def gradient(dy: Tensor, call: Call) -> list[Tensor | None]:
         x, *weight = call.inputs
@@ -78,12 +112,12 @@ def _product(
     """
     compute = _product_cpu if blocks.dialect_of(a.device) is None else _product_gpu
     result = compute(layout, a, weight, dtype, gradient, addend)
-    if gradient is not None or addend is not None:
+    if (gradient is not None and compute is _product_cpu) or addend is not None:
         return result
 
-    def adding(a: Tensor, *others: Tensor) -> Tensor:
+    def adding(a: Tensor, *others: Tensor) -> list[Tensor]:
         *weight, addend = others
-        return _product(layout, a, weight, dtype, addend=addend)
+        return [_product(layout, a, weight, dtype, addend=addend)]
 
     return sums.remember(result, [a, *weight], adding)
 
@@ -125,12 +159,11 @@ def _product_cpu(
     gradient: Gradient | None,
     addend: Tensor | None,
 ) -> Tensor:
-    packed, scales = weight[:2]
-    bits, rows, columns = _sizes(packed)
+    _, rows, columns = _sizes(weight[0])
     m, k = a.shape
     n = rows if layout == NT else columns
     defines, sizes = gemm_macros(layout, m, n, k, a.dtype, dtypes.float32, dtype)
-    defines |= {"BLOCK": columns // scales.shape[1], "BITS": bits, "MINIMA": len(weight) - 2}
+    defines |= _form(weight)
     if addend is not None:
         defines["ADDEND"] = 1
     headers = gemm_headers(defines, "int4.h")

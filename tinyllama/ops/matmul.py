@@ -11,7 +11,8 @@ from tinygrad import Tensor, dtypes
 from tinygrad.dtype import DType
 
 from tinyllama.ops import forms, sums
-from tinyllama.ops.gpu.gemm import FLOPS, LAYOUTS, Packed, best_split, default_tile, product
+from tinyllama.ops.gpu import few_rows
+from tinyllama.ops.gpu.gemm import LAYOUTS, Packed, best_cut, default_tile, product
 from tinyllama.runtime import blocks, c_kernel
 from tinyllama.runtime.blocks import UnsupportedSize
 from tinyllama.runtime.c_kernel import Kernel, per_thread, run
@@ -42,7 +43,7 @@ def _kernel(x: Tensor, weight: Tensor, addend: Tensor | None) -> Tensor:
     weight_type = weight.dtype
 
     def gradient(dy: Tensor, call: Call) -> list[Tensor | None]:
-        x, weight, *addends = call.inputs  # on a GPU the weight has the type of x here
+        x, weight, *addends = call.inputs  # on a GPU the weight may have been cast
         dx = gemm(NN, dy, weight, dtype=x.dtype)
         dw = gemm(TN, dy, x, dtype=weight_type)
         return [dx, dw, *[dy for _ in addends]]
@@ -75,11 +76,13 @@ def gemm(
     """
     compute = _gemm_cpu if blocks.dialect_of(a.device) is None else _gemm_gpu
     result = compute(layout, a, b, dtype, gradient, onto, over, addend)
-    if gradient is not None or onto is not None or over is not None or addend is not None:
+    # On the CPU a product that has a gradient adds nothing: results there stay as they are.
+    final = gradient is not None and compute is _gemm_cpu
+    if final or onto is not None or over is not None or addend is not None:
         return result
 
-    def adding(a: Tensor, b: Tensor, addend: Tensor) -> Tensor:
-        return gemm(layout, a, b, dtype=dtype, addend=addend)
+    def adding(a: Tensor, b: Tensor, addend: Tensor) -> list[Tensor]:
+        return [gemm(layout, a, b, dtype=dtype, addend=addend)]
 
     return sums.remember(result, [a, b], adding)
 
@@ -100,7 +103,6 @@ def _gemm_gpu(
     over: Tensor | None,
     addend: Tensor | None,
 ) -> Tensor:
-    b = b.cast(a.dtype)
     given = over if onto is None else onto
     accumulate = onto is not None
     try:
@@ -111,7 +113,7 @@ def _gemm_gpu(
     except UnsupportedSize:
         if gradient is not None:
             raise
-    a, b = a.contiguous(), b.contiguous()
+    a, b = a.contiguous(), b.cast(a.dtype).contiguous()
     left, right = a.transpose() if layout == TN else a, b.transpose() if layout == NT else b
     result = left.matmul(right, dtype=dtypes.float32).cast(dtype)
     for term in (onto, addend):
@@ -135,26 +137,35 @@ def gpu_product(
 ) -> Tensor:
     """A product of these sizes (M, N, K) on a GPU, written to `given` if it is; see `gemm`.
 
-    b is one matrix of a's type, or with `packed` integers and what scales them. Raises
-    UnsupportedSize.
+    b is one matrix, or with `packed` integers and what scales them. Few rows of a have a kernel of
+    their own, which reads b as it is; for others it is cast to a's type. Raises UnsupportedSize.
     """
     m, n, k = sizes
-    dialect, type_name = blocks.dialect_of(a.device), blocks.TYPE_NAME[a.dtype]
-    assert dialect is not None
+    dialect, type_name = blocks.language(a)
+    if layout == NT and m <= few_rows.MOST_ROWS and dtype == a.dtype and not accumulate:
+        stored = packed or blocks.TYPE_NAME[b[0].dtype]
+        launch = few_rows.product(dialect, m, n, k, type_name, stored, addend=addend is not None)
+        outputs = [empty(m, n, dtype=dtype, device=a.device) if given is None else given]
+        return blocks.run(launch, outputs, [a, *b, *_present(addend)], gradient)[0]
+    if packed is None:
+        b = [b[0].cast(a.dtype)]
     tile = default_tile(dialect, m, n, type_name)
     split = 1
     if given is None and gradient is None and addend is None:
-        flops = FLOPS[blocks.fragments(dialect, type_name)]
-        split = best_split(m, n, k, tile, blocks.multiprocessors(a.device), flops)
+        multiprocessors = blocks.multiprocessors(a.device)
+        tile, split = best_cut(dialect, m, n, k, type_name, multiprocessors)
     launch = product(
         dialect, LAYOUTS[layout], m, n, k, type_name, blocks.TYPE_NAME[dtype], tile=tile,
         addend=addend is not None, accumulate=accumulate, packed=packed, split=split,
     )  # fmt: skip
     shape, out_type = ((m, n), dtype) if split == 1 else ((split, m, n), dtypes.float32)
     out = empty(*shape, dtype=out_type, device=a.device) if given is None else given
-    inputs = [a, *b] if addend is None else [a, *b, addend]
-    result = blocks.run(launch, [out], inputs, gradient)[0]
+    result = blocks.run(launch, [out], [a, *b, *_present(addend)], gradient)[0]
     return result if split == 1 else result.sum(0).cast(dtype).contiguous()
+
+
+def _present(addend: Tensor | None) -> list[Tensor]:
+    return [] if addend is None else [addend]
 
 
 def _gemm_cpu(

@@ -6,7 +6,7 @@ With r = 1/sqrt(mean(x^2) + eps) and n = x r, the gradient is
 
 from tinygrad import Tensor
 
-from tinyllama.ops import forms
+from tinyllama.ops import forms, sums
 from tinyllama.ops.gpu import rms_norm as gpu
 from tinyllama.runtime import blocks
 from tinyllama.runtime.c_kernel import Kernel, per_thread, run
@@ -46,14 +46,21 @@ def _gpu(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     rows, width = x.numel() // x.shape[-1], x.shape[-1]
     dialect, dtype = blocks.language(x)
     forward = gpu.forward(dialect, rows, width, dtype, eps)
-    backward = gpu.backward(dialect, rows, width, dtype)
     partial_rows = gpu.partial_rows(rows)
+
+    def pull_back(
+        dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, *addend: Tensor
+    ) -> list[Tensor]:
+        """dx [+ addend], and sums of dw."""
+        launch = gpu.backward(dialect, rows, width, dtype, addend=bool(addend))
+        outputs = [*empty_like(x), empty(partial_rows, width, device=x.device)]
+        return blocks.run(launch, outputs, [dy, x, rstd, weight, *addend])
 
     def gradient(dy: Tensor, call: Call) -> list[Tensor | None]:
         _, rstd = call.outputs
         x, weight = call.inputs
-        outputs = [*empty_like(x), empty(partial_rows, width, device=x.device)]
-        dx, partial = blocks.run(backward, outputs, [dy, x, rstd, weight])
+        dx, partial = pull_back(dy, x, rstd, weight)
+        dx = sums.remember(dx, [dy, x, rstd, weight], pull_back)
         column_sum = gpu.column_sum(dialect, partial_rows, width)
         return [dx, blocks.run(column_sum, empty_like(weight), [partial])[0]]
 

@@ -11,7 +11,7 @@ bfloat16, others 33. So each product gets a kernel of its own there too.
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from weakref import WeakKeyDictionary
 
 from tinygrad import Tensor
@@ -19,13 +19,14 @@ from tinygrad.uop.ops import Ops, UOp
 
 from tinyllama.runtime import kernel
 
-# A kernel's inputs and an addend like its result -> the result plus the addend.
-Adding = Callable[..., Tensor]
+# A kernel's inputs and an addend like its first output -> its outputs, of which the first has the
+# addend added.
+Adding = Callable[..., Sequence[Tensor]]
 _adding: WeakKeyDictionary[UOp, Adding] = WeakKeyDictionary()
 
 
 def remember(result: Tensor, inputs: Sequence[Tensor], adding: Adding) -> Tensor:
-    """Note how to compute a kernel's result plus another tensor; returns the result.
+    """Note how to compute a kernel's first output plus another tensor; returns that output.
 
     Nothing is noted of what no kernel of ours wrote.
     """
@@ -34,7 +35,7 @@ def remember(result: Tensor, inputs: Sequence[Tensor], adding: Adding) -> Tensor
         return result
     shapes = [t.shape for t in (*inputs, result)]  # in a graph the buffers are flat
 
-    def adding_flat(*given: Tensor) -> Tensor:
+    def adding_flat(*given: Tensor) -> Sequence[Tensor]:
         return adding(*(t.reshape(shape) for t, shape in zip(given, shapes, strict=True)))
 
     _adding[_call(written).src[0]] = adding_flat
@@ -48,8 +49,9 @@ def into_products(tensors: Sequence[Tensor]) -> list[Tensor]:
     """
     sink = UOp.sink(*(t.uop for t in tensors))
     order = sink.toposort()
-    readers = Counter(source for uop in order for source in uop.src)
+    readers = _readers(order)
     places: dict[UOp, UOp] = {}
+    others: dict[UOp, UOp] = {}  # further outputs of kernels that were replaced by adding ones
     for uop in order:
         sources = tuple(places[source] for source in uop.src)
         if sources == uop.src:
@@ -61,23 +63,43 @@ def into_products(tensors: Sequence[Tensor]) -> list[Tensor]:
         else:
             place = uop.replace(src=sources)
         if uop.op is Ops.ADD:
-            place = _apart(_added(uop, place, readers))
+            place = _apart(_added(uop, place, readers, others))
         elif uop.op is Ops.REDUCE:
             place = _reduced_apart(place)
         places[uop] = place
-    return [Tensor(uop) for uop in places[sink].src]
+    result = places[sink].substitute(others, walk=True) if others else places[sink]
+    return [Tensor(uop) for uop in result.src]
 
 
-def _added(uop: UOp, place: UOp, readers: Counter[UOp]) -> UOp:
-    """The sum `uop`, now `place`, computed by one of its terms if that is a product."""
+def read_by_gradients(out: Tensor, saved: Sequence[Tensor]) -> list[Tensor]:
+    """Of what computing `out` wrote, all but products that are only added to something.
+
+    The gradient of a sum reads none of its terms.
+    """
+    order = out.uop.toposort()
+    readers, summed = _readers(order), {s for uop in order if uop.op is Ops.ADD for s in uop.src}
+    alone = {kernel.written(Tensor(s)).uop for s in summed if _only_summed(s, readers)}
+    return [t for t in saved if t.uop not in alone or _call(t.uop).src[0] not in _adding]
+
+
+def _readers(order: Iterable[UOp]) -> Counter[UOp]:
+    """How many nodes read each node."""
+    return Counter(source for uop in order for source in uop.src)
+
+
+def _added(uop: UOp, place: UOp, readers: Counter[UOp], others: dict[UOp, UOp]) -> UOp:
+    """The sum `uop`, now `place`, computed by one of its terms if that is a kernel that adds."""
     for term, other in ((1, 0), (0, 1)):
         if not _only_summed(uop.src[term], readers):
             continue
         call = _call(kernel.written(Tensor(place.src[term])).uop)
         adding = _adding.get(call.src[0])
         if adding is not None:
-            inputs = [Tensor(source) for source in kernel.buffers_of(call)[1]]
-            return adding(*inputs, Tensor(place.src[other])).reshape(uop.shape).uop
+            old, inputs = kernel.buffers_of(call)
+            total, *new = adding(*map(Tensor, inputs), Tensor(place.src[other]))
+            for before, after in zip(old[1:], new, strict=False):  # scratch is not among the new
+                others[before.after(call)] = kernel.written(after).uop
+            return total.reshape(uop.shape).uop
     return place
 
 

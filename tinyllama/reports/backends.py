@@ -64,8 +64,8 @@ def rows() -> list[Row]:
     listed = [
         Row("CPU", "CPU", "run", **small),
         Row("OpenCL", "CL", "run", **small),
-        Row("Metal", "NULL:METAL", "emulated"),
-        Row("Metal", "NULL:METAL", "emulated", dtype="bfloat16"),
+        Row("Metal", "NULL::metal", "emulated"),
+        Row("Metal", "NULL::metal", "emulated", dtype="bfloat16"),
     ]
     for arch in ("sm_80", "sm_90"):
         for form in FORMS:
@@ -174,9 +174,9 @@ Written by `tinyllama backends --report docs` (`make backends-report`); the same
 do, divided by the model's ([accounting.md](accounting.md)). `GB` are bytes that a step moves: for
 each launch the different bytes of its buffers, summed. `tensor cores` is the part of all products'
 FLOPs that runs on them. `spilled` are bytes per thread that found no register, `shared` is the most
-shared memory per block. `memory` is that of all tensors, as `tools/memory.py` estimates it;
-`compile` the seconds in which every kernel was compiled on the machine that wrote this, without a
-cache.
+shared memory per block, 1 KB of it reserved by the card on sm_90. `memory` is that of all tensors,
+as `tools/memory.py` estimates it; `compile` the seconds in which every kernel was compiled on the
+machine that wrote this, without a cache.
 
 - **run**: the step ran on the backend, two steps of the demo's model, and the loss fell.
 - **emulated**: the same texts ran on the processor, with the card's lanes and barriers emulated.

@@ -81,11 +81,15 @@ class Launch:
 def dialect_of(device: str) -> Dialect | None:
     """The dialect that a device's compiler takes; None where our kernels do not run.
 
-    The device NULL takes CUDA's if it renders CUDA (DEV=NULL:CUDA:sm_90): it compiles and counts.
+    The device NULL, which compiles and counts, takes CUDA's if it renders CUDA
+    (DEV=NULL:CUDA:sm_90), and Metal's, whose compiler only macOS has, by name (DEV=NULL::metal).
     """
     name = device.partition(":")[0]
     if name == "NULL":
-        return "cuda" if type(_opened(device).renderer).__name__ == "CUDARenderer" else None
+        renderer = _opened(device).renderer
+        if renderer.target.arch == "metal":
+            return "metal"
+        return "cuda" if type(renderer).__name__ == "CUDARenderer" else None
     dialects: dict[str, Dialect] = {"CUDA": "cuda", "METAL": "metal", "CL": "opencl"}
     return dialects.get(name)
 
@@ -114,6 +118,18 @@ def fragments(dialect: Dialect, dtype: DType) -> int:
     if dialect == "cuda":
         return TF32X3 if dtype == "float32" else MMA16
     return SIMDGROUP if dialect == "metal" else FMA
+
+
+@functools.cache
+def limits_of(device: str) -> Limits:
+    """What a launch may use on this device: on OpenCL as much local memory as its driver grants."""
+    dialect = dialect_of(device)
+    assert dialect is not None
+    least = LIMITS[dialect]
+    if dialect != "opencl":
+        return least
+    granted = gpu_driver.opencl_local_bytes(_opened(device))
+    return dataclasses.replace(least, shared_bytes=max(granted, least.shared_bytes))
 
 
 @functools.cache

@@ -63,7 +63,7 @@ def run(
         return UOp(Ops.PROGRAM, src=parts, arg=launch)
 
     results = Tensor.custom_kernel(
-        *(written(t) for t in (*outputs, *inputs)),
+        *(_flat(t) for t in (*outputs, *inputs)),
         fxn=program,
         grad_fxn=gradient and _kernel_gradient(gradient, outputs, inputs),
     )
@@ -121,6 +121,16 @@ def written(tensor: Tensor) -> Tensor:
     while uop.op is Ops.RESHAPE:
         uop = uop.src[0]
     return Tensor(uop) if uop.op is Ops.AFTER else tensor
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """As `written`, on a GPU also for what tinygrad's own kernels write to memory."""
+    uop = tensor.uop
+    while uop.op is Ops.RESHAPE:
+        uop = uop.src[0]
+    if uop.op is Ops.CONTIGUOUS and tensor.device != "CPU":
+        return Tensor(uop)
+    return written(tensor)
 
 
 def after(tensor: Tensor, done: Sequence[Tensor]) -> Tensor:

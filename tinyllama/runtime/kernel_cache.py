@@ -177,6 +177,8 @@ def _identity(compiler: Any) -> str:
         parts.append(device.compiler_identity())
     elif kind.endswith("NVRTCCompiler"):
         parts += [_nvrtc_version(), *map(str, compiler.compile_options)]
+    elif kind.endswith("CubinCompiler"):  # its cachekey has NVRTC's version
+        parts += map(str, compiler.options)
     return digest(*parts)
 
 

@@ -93,19 +93,21 @@ def saved_for_backward(
     """Tensors that computing `out` from `inputs` writes to memory, without `out` itself.
 
     Left out are also those marked by `recomputed`, and what is computed from `weights` alone (a
-    packed one that was widened).
+    packed one that was widened); but not a float32 weight that was narrowed for a GPU's kernel.
     """
     known = {t.uop for t in (*inputs, *weights)}
     varying = {t.uop for t in inputs}
     saved: dict[UOp, None] = {}
     for uop in out.uop.toposort(gate=lambda u: u not in known):
         if varying.isdisjoint(uop.src):
+            if is_narrowed(uop, known) and out.device != "CPU":
+                saved[uop] = None
             continue
         varying.add(uop)
         if uop.op is Ops.AFTER and uop.src[1].op is Ops.CALL:
             call = uop.src[1]  # everything the kernel wrote, also what only a gradient reads
             saved |= {output.after(call): None for output in buffers_of(call)[0]}
-        elif uop.op is Ops.CONTIGUOUS and uop not in _recomputed and not _is_blank(uop):
+        elif uop.op is Ops.CONTIGUOUS and uop not in _recomputed and not _has_memory(uop.src[0]):
             saved[uop] = None
     return [Tensor(uop) for uop in saved if uop is not out.uop and uop not in known]
 
@@ -119,9 +121,20 @@ def replaced(
     return [Tensor(uop) for uop in sink.src]
 
 
-def _is_blank(uop: UOp) -> bool:
-    """Whether this is a buffer that a kernel is about to write: nothing to save."""
-    return uop.op is Ops.CONTIGUOUS and uop.src[0].base.op is Ops.CONST
+def _has_memory(uop: UOp) -> bool:
+    """Whether this is in memory, or a buffer that a kernel is about to write: no CONTIGUOUS writes
+    it once more."""
+    while uop.op in (Ops.RESHAPE, Ops.CONTIGUOUS_BACKWARD):
+        uop = uop.src[0]
+    return uop.op in (Ops.AFTER, Ops.CONTIGUOUS) or uop.base.op is Ops.CONST
+
+
+def is_narrowed(uop: UOp, weights: set[UOp]) -> bool:
+    """Whether this is a weight written to memory in a smaller type."""
+    if uop.op is not Ops.CONTIGUOUS or uop.src[0].op is not Ops.CAST:
+        return False
+    weight = uop.src[0].src[0]
+    return weight in weights and uop.dtype.itemsize < weight.dtype.itemsize
 
 
 def _buffer(tensor: Tensor) -> UOp:

@@ -10,33 +10,46 @@ leaves the text as it is (LLaMA's and Mistral's do, and those trained here). Sen
 breaks that for one character: it writes a space as U+2581, so a real U+2581 came back as a space.
 """
 
-import codecs
 import hashlib
 import io
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import astuple
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 import sentencepiece
 
-from tinyllama.errors import TokenizerError, reason
+from tinyllama.errors import TokenizerError
 from tinyllama.system.files import atomic_write
+from tinyllama.tokenizers import special
+from tinyllama.tokenizers.cutting import LINE_END, LONGEST_CHARS, cut, holds
+from tinyllama.tokenizers.files import (
+    CONFIG_FILE,
+    JSON_FILE,
+    MODEL_FILE,
+    parse,
+    read_settings,
+    to_compact_json,
+    to_json,
+)
+from tinyllama.tokenizers.sentencepiece_json import can_be_written, tokenizer_json
+from tinyllama.tokenizers.sentencepiece_model import (
+    USER_DEFINED,
+    Model,
+    read_model,
+    with_space,
+)
+from tinyllama.tokenizers.tokenizer import SpecialToken, StreamDecoder, check_encodable
 
-MODEL_FILE = "tokenizer.model"
 TRAINING = 1  # version of train_tokenizer: changes when the same texts give a different model
 
 _SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
 # SentencePiece slows down and takes 60 bytes per character on long texts: they are cut.
 _LINES_CHARS = 4096
-_LONGEST_CHARS = 1 << 20
-# Appended protobuf fields are merged: this one sets normalizer_spec.add_dummy_prefix = false.
-_NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
-# The codec marks an invalid byte by a lone surrogate; like SentencePiece we show it as U+FFFD.
-_REPLACE_INVALID = dict.fromkeys(range(0xDC80, 0xDD00), "\ufffd")
 
 # A sample of this size already fixes the merges; SentencePiece holds several copies of it.
 _TRAIN_CHARS = 32 << 20
@@ -56,6 +69,7 @@ _JOINTS = (
     _Joint(re.compile("\n"), True),  # a line end becomes a space, spaces are merged (spm_train)
     _Joint(re.compile(r"[^\s](?=\n)"), False),  # only one of the two
 )
+_TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+=* \d+\n")
 # Indents, blank lines and both kinds of line ends, between words that the model has a piece for.
 _TRIED = (
     "{0} {1}\n{0}\n\n\n{1}\n{1}",
@@ -63,59 +77,194 @@ _TRIED = (
     "{1}\r\n{0}\r\n\r\n{0}",
     "\n\n{0}",
     "  {1}\n",
+    "{0}\ue000\n\ue000{1}",  # unknown characters side by side are one piece
 )
 
 
-class Tokenizer:
-    """A SentencePiece model, held as its bytes.
+class SentencePieceTokenizer:
+    """A SentencePiece model and the files beside it; a Tokenizer.
 
-    vocab_size, bos_id, eos_id: int. fingerprint: hex SHA-256 of the model's bytes.
-    `source` names the model in errors. Raises TokenizerError if the bytes are no usable model.
+    Tokens that only the files name (added_tokens.json and others) are found before the model sees
+    a text. `model` holds the model's bytes; `source` names it in errors. Raises TokenizerError if
+    the model is not usable, or the files do not fit it.
     """
 
-    def __init__(self, model: bytes, source: str = "tokenizer") -> None:
+    def __init__(
+        self, model: bytes, source: str = "tokenizer", files: Mapping[str, bytes] | None = None
+    ) -> None:
         self.model = model
-        self.fingerprint = hashlib.sha256(model).hexdigest()
-        self._processor = _load_processor(model, source)
-        self.vocab_size: int = self._processor.get_piece_size()
-        self.bos_id: int = self._processor.bos_id()
-        self.eos_id: int = self._processor.eos_id()
-        for name, piece in (("begin", self.bos_id), ("end", self.eos_id)):
-            if piece < 0:
-                raise TokenizerError(f"{source}: the model has no piece for the {name} of a text")
-        pieces: list[str] = self._processor.id_to_piece(list(range(self.vocab_size)))
-        self._pieces = pieces
+        self.sources: Mapping[str, bytes] = {**(files or {}), MODEL_FILE: model}
+        self.settings = read_settings(self.sources, source)
+        self._processor = own = _load_processor(model, source)
+        self._size: int = own.get_piece_size()
+        pieces: list[str] = own.id_to_piece(list(range(self._size)))
+        added = special.check(self.settings.added, self._size, source)
+        self._controls = [n for n in range(self._size) if own.is_control(n) or own.is_unknown(n)]
+        self._beyond = self._not_the_models(added, pieces)
+        self.pieces = special.extended(pieces, added)
+        self.vocab_size = len(self.pieces)
+        self._special = {
+            **{n: SpecialToken(pieces[n], n) for n in self._controls},
+            **{n: token for n, token in added.items() if token.special},
+        }
+        self.special_tokens: Mapping[str, int] = {t.content: n for n, t in self._special.items()}
         self._surfaces = self._make_surfaces(pieces)
-        first: list[str] = self._processor.encode("a", out_type=str)
-        self._has_dummy_prefix = first[:1] != [] and first[0].startswith(_SPACE)
+        self._set_ends(source)
+        self._set_space()
         # Where a piece can contain a line end, cutting there would change the ids.
         self._cuts_lines = not any("\n" in piece and piece != "\n" for piece in pieces)
         self._cut_chars = _LINES_CHARS
 
+    def _not_the_models(
+        self, added: Mapping[int, SpecialToken], pieces: Sequence[str]
+    ) -> dict[int, SpecialToken]:
+        """The added tokens that the model does not treat as such by itself."""
+        own = set(self._controls)
+        beyond = {n: t for n, t in added.items() if n not in own or pieces[n] != t.content}
+        if any(n < self._size for n in beyond):
+            known = self._numbers_of_kind(read_model(self.model), USER_DEFINED)
+            beyond = {n: t for n, t in beyond.items() if n not in known or pieces[n] != t.content}
+        return beyond
+
+    @staticmethod
+    def _numbers_of_kind(model: Model, kind: int) -> set[int]:
+        return {number for number, piece in enumerate(model.pieces) if piece.kind == kind}
+
+    def _set_ends(self, source: str) -> None:
+        """Begin and end of a text: by the names in the files, else the model's own."""
+        numbers = {piece: number for number, piece in reversed([*enumerate(self.pieces)])}
+        own = self._processor.bos_id(), self._processor.eos_id()
+        bos, eos = (
+            numbers.get(self.settings.roles.get(role, ""), number)
+            for role, number in zip(("bos", "eos"), own, strict=True)
+        )
+        self.bos_id: int | None = None if bos < 0 else bos
+        self.eos_ids = special.within([eos, *self.settings.eos_ids], self.vocab_size)
+        if not self.eos_ids:
+            raise TokenizerError(f"{source}: the model has no piece for the end of a text")
+        self.eos_id = self.eos_ids[0]
+        adds_bos = self.settings.adds_bos is not False
+        self.begin: tuple[int, ...] = (bos,) if adds_bos and bos >= 0 else ()
+        self._ends_of_model = own
+
+    def _set_space(self) -> None:
+        """Take add_prefix_space of the files, which may differ from the model."""
+        first: list[str] = self._processor.encode("a", out_type=str)
+        self._has_dummy_prefix = first[:1] != [] and first[0].startswith(_SPACE)
+        wanted = self.settings.adds_space
+        self._space_differs = wanted is not None and wanted != self._has_dummy_prefix
+        if wanted is not None and self._space_differs:
+            self._processor = _load_processor(with_space(self.model, wanted), "tokenizer")
+            self._has_dummy_prefix = wanted
+
+    @property
+    def chat_template(self) -> str | None:
+        """The text of the Jinja template, if the files hold one."""
+        return self.settings.chat_template
+
+    @property
+    def has_markup(self) -> bool:
+        """Whether texts may hold special tokens besides begin, end, unknown and padding."""
+        plain = {*self._ends_of_model, self.bos_id, self.eos_id}
+        plain |= {self.special_tokens.get(text) for text in self.settings.roles.values()}
+        others = (n for n, token in self._beyond.items() if token.special and n not in plain)
+        return self.chat_template is not None or any(True for _ in others)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hex SHA-256 of the model's bytes, and of what the files change of its ids."""
+        own = hashlib.sha256(self.model).hexdigest()
+        usual = (self._ends_of_model[0],), self._ends_of_model[1]
+        changes: list[object] = []
+        if (self.begin, self.eos_id) != usual or self._space_differs:
+            changes = [self.begin, self.eos_id, self._has_dummy_prefix]
+        if self._beyond or self.has_markup:
+            changes += [self._prefix_always, [astuple(t) for t in self._special.values()]]
+            changes += [astuple(token) for token in self._beyond.values()]
+        return (
+            own if not changes else hashlib.sha256(json.dumps([own, *changes]).encode()).hexdigest()
+        )
+
     @cached_property
     def vocabulary_digest(self) -> str:
         """Hex SHA-256 of the pieces in the order of their ids: what embeddings belong to."""
-        return hashlib.sha256(json.dumps(self._pieces).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self.pieces).encode()).hexdigest()
 
-    def encode(self, text: str, *, continued: bool = False) -> list[int]:
+    @property
+    def older_digests(self) -> tuple[str, ...]:
+        """Such a digest without the tokens that only files name: they were not read once."""
+        own = self._processor.id_to_piece(list(range(self._size)))
+        return (hashlib.sha256(json.dumps(own).encode()).hexdigest(),)
+
+    @cached_property
+    def files(self) -> Mapping[str, bytes]:
+        """The files it was made from, and those that transformers needs to open them without
+        SentencePiece: a tokenizer.json and a tokenizer_config.json that leaves it as it is."""
+        model = read_model(self.model)
+        if JSON_FILE in self.sources or not can_be_written(model):
+            return self.sources
+        ends = (self.eos_id,) if self.settings.adds_eos else ()
+        made = tokenizer_json(
+            model,
+            self.pieces,
+            {**self._special, **self._beyond},
+            begin=self.begin,
+            end=ends,
+            adds_space=self._has_dummy_prefix,
+            always=self._prefix_always,
+        )
+        return {
+            **self.sources,
+            JSON_FILE: to_compact_json(made),
+            CONFIG_FILE: to_json(self._config()),
+        }
+
+    def _config(self) -> dict[str, object]:
+        """The tokenizer_config.json it came with, or a new one, for a tokenizer.json that is
+        complete: transformers' own class for LLaMA would replace parts of it."""
+        ids = {"bos": self.bos_id, "eos": self.eos_id, "unk": self._processor.unk_id()}
+        ids["pad"] = self._processor.pad_id()
+        config = parse(self.sources, CONFIG_FILE, CONFIG_FILE)
+        for role, number in ids.items():
+            text = self.settings.roles.get(role)
+            if number is not None and number >= 0 and text not in self.special_tokens:
+                config[f"{role}_token"] = self.pieces[number]
+        said = {"add_bos_token": bool(self.begin), "clean_up_tokenization_spaces": False}
+        return said | config | {"tokenizer_class": "PreTrainedTokenizerFast"}
+
+    @property
+    def joint(self) -> None:
+        """Behind every line end: `continued` texts are taken as such."""
+        return None
+
+    def encode(self, text: str, *, continued: bool = False, special: bool = False) -> list[int]:
         """Ids of `text`, without begin and end. `continued`: other text comes before this one,
-        so LLaMA's space before the first word is left out. Raises TokenizerError for a text that
-        UTF-8 cannot hold (half of a surrogate pair)."""
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            place = f"U+{ord(text[error.start]):04X} at character {error.start}"
-            raise TokenizerError(f"the text holds {place}, which UTF-8 cannot encode") from None
+        so LLaMA's space before the first word is left out. `special`: special tokens written in
+        the text are these tokens. Raises TokenizerError for a text that UTF-8 cannot hold (half
+        of a surrogate pair)."""
+        check_encodable(text)
+        ids: list[int] = []
+        parts = (self._markup if special else self._always).split(text)
+        for number, (part, token) in enumerate(parts):
+            follows = continued if number == 0 else not self._prefix_always
+            if part:
+                ids += self._encode_part(part, follows)
+            if token is not None:
+                ids.append(token)
+        return ids
+
+    def _encode_part(self, text: str, continued: bool) -> list[int]:
+        """Ids of a text without tokens of the files, in pieces that SentencePiece takes fast."""
         ids: list[int] = []
         is_long = continued or len(text) > self._cut_chars
         joint = self._joint if is_long and self._cuts_lines else None
-        chars = _LONGEST_CHARS if joint is None else self._cut_chars
+        chars = LONGEST_CHARS if joint is None else self._cut_chars
         parts = text.split(_SPACE) if self._space_ids else [text]
         for number, part in enumerate(parts):
             if number:
                 ids += self._space_ids
             before = "\n" if continued and number == 0 else "."[: len(ids)]  # the character
-            for piece in _cut(part, chars, joint):
+            for piece in cut(part, chars, LINE_END if joint is None else joint.pattern):
                 at_line_end = "\n" in (before, piece[:1])
                 own_space = at_line_end and joint is not None and joint.own_space
                 inside = before and not own_space
@@ -123,22 +272,37 @@ class Tokenizer:
                 before = piece[-1:]
         return ids
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`; begin and end give none, bytes that are not UTF-8 give U+FFFD each."""
-        stream = self.stream()
+    def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
+        """Text of `ids`; begin and end give none, or their own text with `special`; bytes that are
+        not UTF-8 give U+FFFD each."""
+        stream = self.stream(special=special)
         return "".join([stream.push(piece) for piece in ids]) + stream.flush()
 
-    def stream(self, *, continued: bool = False) -> "StreamDecoder":
+    def stream(self, *, continued: bool = False, special: bool = False) -> StreamDecoder:
         """A decoder for ids that arrive one at a time. `continued`: they follow other text, so a
         space before the first word is kept."""
-        return StreamDecoder(self._surfaces, strip=self._has_dummy_prefix and not continued)
+        surfaces = self._surfaces_with_special if special else self._surfaces
+        return StreamDecoder(surfaces, strip=self._has_dummy_prefix and not continued)
 
-    def save(self, folder: str | Path) -> Path:
-        """Write the model, byte for byte, as `folder/tokenizer.model`."""
-        path = Path(folder) / MODEL_FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(path, self.model)
-        return path
+    @cached_property
+    def _always(self) -> special.Finder:
+        """The tokens that are found in every text."""
+        return special.Finder(token for token in self._beyond.values() if not token.special)
+
+    @cached_property
+    def _markup(self) -> special.Finder:
+        """The tokens that are found in a text with special tokens."""
+        return special.Finder([*self._beyond.values(), *self._special.values()])
+
+    @cached_property
+    def _prefix_always(self) -> bool:
+        """Whether each text between special tokens begins with a space, as in transformers' first
+        versions ("legacy"), or only a text that none precedes. Where nothing says so, it does if
+        characters may be removed at its begin: tokenizer.json could not tell that begin."""
+        if self.settings.legacy is not None:
+            return self.settings.legacy
+        model = read_model(self.model)
+        return model.merges_spaces or bool(model.character_map)
 
     @cached_property
     def ids_version(self) -> int:
@@ -153,23 +317,18 @@ class Tokenizer:
         named = (piece.strip() for piece in pieces if " " in piece and piece.strip().isalpha())
         words = [*itertools.islice(named, 2), "at", "e"]
         texts = [text.format(*words) for text in _TRIED]
-        holding = (joint for joint in _JOINTS if all(self._holds(joint, text) for text in texts))
-        return next(holding, None)
-
-    def _holds(self, joint: _Joint, text: str) -> bool:
-        """Whether a text has the ids of the whole wherever it is cut at this joint."""
-        first = self._processor
-        follows = first if joint.own_space else self._continuing
-        whole = first.encode(text)
-        cuts = [match.end() for match in joint.pattern.finditer(text)]
-        return all(first.encode(text[:at]) + follows.encode(text[at:]) == whole for at in cuts)
+        for joint in _JOINTS:
+            follows = self._processor if joint.own_space else self._continuing
+            if holds(joint.pattern, texts, self._processor.encode, follows.encode):
+                return joint
+        return None
 
     @cached_property
     def _continuing(self) -> sentencepiece.SentencePieceProcessor:
         """The same model without the space that LLaMA puts before a text."""
         if not self._has_dummy_prefix:
             return self._processor
-        return _load_processor(self.model + _NO_DUMMY_PREFIX, "tokenizer")
+        return _load_processor(with_space(self.model, False), "tokenizer")
 
     @cached_property
     def _space_ids(self) -> list[int]:
@@ -179,7 +338,7 @@ class Tokenizer:
 
     def _make_surfaces(self, pieces: Sequence[str]) -> list[str | bytes]:
         """What each id stands for: text, or bytes (of a character's UTF-8)."""
-        ids = list(range(self.vocab_size))
+        ids = list(range(self._size))
         surfaces: list[str | bytes] = [piece.replace(_SPACE, " ") for piece in pieces]
         for piece, is_byte, is_control in zip(
             ids, self._processor.is_byte(ids), self._processor.is_control(ids), strict=True
@@ -190,62 +349,22 @@ class Tokenizer:
                 surfaces[piece] = ""
         unknown = self._processor.unk_id()  # as bytes: its space is not a word's, never stripped
         surfaces[unknown] = self._processor.decode([unknown]).encode()
+        surfaces += self.pieces[self._size :]
+        for token in self._beyond.values():  # as bytes, so that no space of theirs is stripped
+            surfaces[token.id] = "" if token.special else token.content.encode()
         return surfaces
 
-
-class StreamDecoder:
-    """Ids in, text out, as soon as a character is whole.
-
-    What `push` and the final `flush` return, joined, is `Tokenizer.decode` of the ids.
-    """
-
-    def __init__(self, surfaces: Sequence[str | bytes], *, strip: bool) -> None:
-        self._surfaces = surfaces
-        self._strip = strip
-        self._bytes = codecs.getincrementaldecoder("utf-8")("surrogateescape")
-
-    def push(self, piece: int) -> str:
-        """Text that `piece` completes, perhaps none. Raises TokenizerError for an unknown id."""
-        if not 0 <= piece < len(self._surfaces):
-            raise TokenizerError(f"token id {piece}: must be 0 to {len(self._surfaces) - 1}")
-        surface = self._surfaces[piece]
-        if isinstance(surface, bytes):
-            self._strip = False
-            return self._bytes.decode(surface).translate(_REPLACE_INVALID)
-        if surface and self._strip:
-            surface = surface.removeprefix(" ")
-            self._strip = False
-        return self.flush() + surface
-
-    def flush(self) -> str:
-        """Bytes held back of a character that never became whole, as U+FFFD each."""
-        return self._bytes.decode(b"", final=True).translate(_REPLACE_INVALID)
-
-
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Read a SentencePiece model: the file, or a folder that holds `tokenizer.model`.
-
-    Raises TokenizerError if it is missing or not a SentencePiece model.
-    """
-    path = Path(path)
-    file = path / MODEL_FILE if path.is_dir() else path
-    if path.is_dir() and not file.is_file():
-        hint = ""
-        if (path / "tokenizer.json").is_file():
-            hint = "; its tokenizer.json is of another kind, which is not supported yet"
-        raise TokenizerError(f"{path}: the folder holds no {MODEL_FILE}{hint}")
-    try:
-        model = file.read_bytes()
-    except FileNotFoundError:
-        raise TokenizerError(f"{file}: no such file") from None
-    except OSError as error:
-        raise TokenizerError(f"{file}: cannot be read: {reason(error)}") from error
-    return Tokenizer(model, str(file))
+    @cached_property
+    def _surfaces_with_special(self) -> list[str | bytes]:
+        surfaces = [*self._surfaces]
+        for number, token in self._special.items():
+            surfaces[number] = token.content.encode()
+        return surfaces
 
 
 def train_tokenizer(
     texts: Iterable[str], vocab_size: int, out_file: str | Path | None = None
-) -> Tokenizer:
+) -> SentencePieceTokenizer:
     """Train a byte-pair model as LLaMA's was made, write it to `out_file` (if given), return it.
 
     `texts` is read once; what is kept of it is bounded (32 Mi characters, spread evenly), so it may
@@ -278,7 +397,7 @@ def train_tokenizer(
         )
     except RuntimeError as error:
         raise TokenizerError(_explain_training(str(error), vocab_size)) from error
-    tokenizer = Tokenizer(written.getvalue(), str(out_file or "trained tokenizer"))
+    tokenizer = SentencePieceTokenizer(written.getvalue(), str(out_file or "trained tokenizer"))
     if out_file is not None:
         Path(out_file).parent.mkdir(parents=True, exist_ok=True)
         atomic_write(out_file, tokenizer.model)
@@ -292,26 +411,14 @@ def _load_processor(model: bytes, source: str) -> sentencepiece.SentencePiecePro
         loaded = bool(model) and processor.load_from_serialized_proto(model)
     except RuntimeError:
         loaded = False
+    if not loaded and _TIKTOKEN.match(model):
+        raise TokenizerError(
+            f"{source}: a list of tiktoken's, as Meta's LLaMA 3 has it, which cannot be read: take"
+            " the tokenizer.json of the same model in the Hugging Face form"
+        )
     if not loaded or processor.get_piece_size() == 0:
         raise TokenizerError(f"{source}: not a SentencePiece model ({len(model)} bytes)")
     return processor
-
-
-def _cut(text: str, chars: int, joint: _Joint | None = None) -> Iterator[str]:
-    """`text` in pieces of about `chars`, cut at a joint (by default after line ends), or anywhere
-    past _LONGEST_CHARS."""
-    pattern = (joint or _JOINTS[0]).pattern
-    start = 0
-    while len(text) - start > chars:
-        limit = start + _LONGEST_CHARS
-        match = pattern.search(text, start + chars - 1, limit)
-        if match is None and limit >= len(text):
-            break
-        end = limit if match is None else match.end()
-        yield text[start:end]
-        start = end
-    if start < len(text):
-        yield text[start:]
 
 
 def _sample(texts: Iterable[str]) -> list[str]:
@@ -322,7 +429,7 @@ def _sample(texts: Iterable[str]) -> list[str]:
     """
     kept: list[tuple[int, str]] = []
     limit, size = 1 << 64, 0
-    blocks = (block for text in texts for block in _cut(text, _BLOCK_CHARS))
+    blocks = (block for text in texts for block in cut(text, _BLOCK_CHARS))
     for number, block in enumerate(blocks):
         rank = number * _GOLDEN % (1 << 64)
         if rank < limit:

@@ -187,6 +187,14 @@ class _Anchor(msgspec.Struct):
     share: Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 
+class _Unvalidated(msgspec.Struct):
+    """Metrics of a step whose validation was interrupted; there may be more."""
+
+    step: _STEPS
+    loss: float
+    lr: float
+
+
 class _State(msgspec.Struct):
     """What is checked of training_state.json; other keys may stand beside these."""
 
@@ -195,7 +203,7 @@ class _State(msgspec.Struct):
     micro_batch_size: Annotated[int, msgspec.Meta(ge=1, le=1 << 53)] | None = None
     made_with: dict[str, _Value | list[str]] | None = None
     schedule_anchor: _Anchor | None = None
-    unvalidated: dict[str, _Value] | None = None
+    unvalidated: _Unvalidated | None = None
     was_last: bool = False
 
 

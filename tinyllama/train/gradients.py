@@ -15,9 +15,11 @@ from typing import Any
 
 from tinygrad import Tensor
 
+from tinyllama.model.int4 import widen_head
 from tinyllama.model.layers import named_tensors, structure
 from tinyllama.model.llama import Block, Function, Llama
-from tinyllama.ops.sums import into_products
+from tinyllama.ops.narrow import narrow_together
+from tinyllama.ops.sums import into_products, read_by_gradients
 from tinyllama.runtime.kernel import in_memory
 from tinyllama.runtime.stage import Stage, replaced, saved_for_backward
 from tinyllama.runtime.storage import memory_key
@@ -58,6 +60,7 @@ class StagedLoss:
         loss: Loss | None = None,
     ) -> None:
         """`trained` are the weights, by name, that get gradients; the loss is cross entropy."""
+        widen_head(model)
         self.model, self.criterion = model, loss or CrossEntropy()
         self.names = {_key(tensor): name for name, tensor in (trained or {}).items()}
         self.stages = _Stages()
@@ -124,7 +127,8 @@ class StagedLoss:
 
         def build() -> list[Tensor]:
             out = in_memory(function(module, *inputs))
-            return [out] if recompute else [out, *saved_for_backward(out, inputs, weights)]
+            saved = [] if recompute else _saved(out, inputs, weights)
+            return narrow_together(into_products([out, *saved]), weights)
 
         key = (function.__qualname__, structure(module), recompute)
         out, *saved = self.stages.forward([*inputs, *weights], build, key)
@@ -141,8 +145,9 @@ class StagedLoss:
         def build() -> list[Tensor]:
             out = in_memory(part.function(part.module, *inputs))
             gradients = out.gradient(*through, *trained, gradient=d_output)
-            old = saved_for_backward(out, inputs, weights) if part.saved else []
-            return [in_memory(g) for g in into_products(replaced(gradients, old, part.saved))]
+            old = _saved(out, inputs, weights) if part.saved else []
+            gradients = into_products(replaced(gradients, old, part.saved))
+            return [in_memory(g) for g in narrow_together(gradients, weights)]
 
         positions = tuple(i for i, t in enumerate(weights) if _key(t) in self.names)
         key = (part.function.__qualname__, structure(part.module), positions, further)
@@ -177,6 +182,11 @@ class StagedLoss:
 
     def _sum(self, first: Tensor, second: Tensor) -> Tensor:
         return self.stages.sum([first, second], lambda: [(first + second).contiguous()])[0]
+
+
+def _saved(out: Tensor, inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
+    """What computing `out` from `inputs` writes to memory and its gradients read."""
+    return read_by_gradients(out, saved_for_backward(out, inputs, weights))
 
 
 def _key(tensor: Tensor) -> Any:

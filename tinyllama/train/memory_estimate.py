@@ -158,7 +158,7 @@ def _purpose(name: str) -> str:
     """The purpose under which a tensor of the model is counted."""
     if "lora_" in name:
         return "adapters"
-    return "scales" if name.endswith("scales") else "weights"
+    return "scales" if name.endswith(("scales", "minima")) else "weights"
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

@@ -5,13 +5,13 @@ clip = min(1, grad_clip / (||grad|| + 1e-6))             as torch.nn.utils.clip_
 AdamW on clip * grad, decay on 2-D weights only          (ops/adamw.py)
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 from tinygrad import Tensor
 
 from tinyllama.config import TrainingConfig
-from tinyllama.ops.adamw import SCALARS, adamw, add_square_sum
+from tinyllama.ops.adamw import SCALARS, Parameter, adamw, add_square_sum, together
 from tinyllama.runtime.stage import Stage
 from tinyllama.runtime.storage import zero_in_background
 
@@ -56,20 +56,30 @@ class AdamW:
 
         Returns the norm of the mean gradient before clipping, (1,) float32.
         """
-        squares = None
-        for name in self.parameters:
-            squares = self._add_squares(squares, grads[name])
+        squares, groups = None, list(self._groups(grads))
+        for group in groups:
+            squares = self._add_squares(squares, [parameter.grad for parameter in group])
         assert squares is not None, "there is nothing to train"
         norm, scalars = self._scale(squares, hyperparameters)
-        for name, p in self.parameters.items():
-            self._step(p, self.exp_avg[name], self.exp_avg_sq[name], grads[name], scalars)
+        for group in groups:
+            self._step(group, scalars)
         return norm
 
-    # Each piece below is scheduled once for all parameters of a shape (runtime/stage.py).
+    def _groups(self, grads: Mapping[str, Tensor]) -> Iterator[list[Parameter]]:
+        """The parameters, as many at once as the device takes; only matrices decay."""
+        parameters = [
+            Parameter(p, self.exp_avg[name], self.exp_avg_sq[name], grads[name], p.ndim >= 2)
+            for name, p in self.parameters.items()
+        ]
+        size = together(parameters[0].p) if parameters else 1
+        for first in range(0, len(parameters), size):
+            yield parameters[first : first + size]
 
-    def _add_squares(self, total: Tensor | None, grad: Tensor) -> Tensor:
-        known = [grad] if total is None else [total, grad]
-        return self.stages["norm"](known, lambda: [add_square_sum(total, grad)])[0]
+    # Each piece below is scheduled once for all groups of the same shapes (runtime/stage.py).
+
+    def _add_squares(self, total: Tensor | None, grads: list[Tensor]) -> Tensor:
+        known = grads if total is None else [total, *grads]
+        return self.stages["norm"](known, lambda: [add_square_sum(total, grads)])[0]
 
     def _scale(self, squares: Tensor, hyperparameters: Tensor) -> tuple[Tensor, Tensor]:
         def build() -> list[Tensor]:
@@ -82,10 +92,9 @@ class AdamW:
         norm, scalars = self.stages["norm"]([squares, hyperparameters], build, "scale")
         return norm, scalars
 
-    def _step(self, p: Tensor, m: Tensor, v: Tensor, grad: Tensor, scalars: Tensor) -> None:
-        decay = p.ndim >= 2
-        known = [p, m, v, grad, scalars]
-        self.stages["step"](known, lambda: adamw(p, m, v, grad, scalars, decay))
+    def _step(self, group: list[Parameter], scalars: Tensor) -> None:
+        known = [tensor for parameter in group for tensor in parameter.tensors]
+        self.stages["step"]([*known, scalars], lambda: adamw(group, scalars))
 
     def state_dict(self) -> dict[str, Tensor]:
         """exp_avg.NAME and exp_avg_sq.NAME for every parameter."""

@@ -12,7 +12,7 @@ from typing import Any
 from tinygrad import Device
 
 from tinyllama.config import Config, RopeScaling
-from tinyllama.config.options import got, shown
+from tinyllama.config.options import got, shown, to_toml
 from tinyllama.data.files import Source, content_digests, find_sources, read_texts
 from tinyllama.errors import (
     CheckpointError,
@@ -25,13 +25,10 @@ from tinyllama.errors import (
 from tinyllama.formats.models import open_model
 from tinyllama.system import device
 from tinyllama.system.files import atomic_write, make_folder, read_file
-from tinyllama.tokenizers.sentencepiece import (
-    MODEL_FILE,
-    TRAINING,
-    Tokenizer,
-    load_tokenizer,
-    train_tokenizer,
-)
+from tinyllama.tokenizers.files import MODEL_FILE
+from tinyllama.tokenizers.opening import holds_tokenizer, open_tokenizer
+from tinyllama.tokenizers.sentencepiece import TRAINING, SentencePieceTokenizer, train_tokenizer
+from tinyllama.tokenizers.tokenizer import Tokenizer
 from tinyllama.train import run_folder
 from tinyllama.train.checkpoint import latest_valid, list_checkpoints, verify
 from tinyllama.train.manifest import verify_loaded
@@ -193,6 +190,8 @@ def with_base(config: Config, notice: Callable[[str], None] = lambda line: None)
         verify_loaded(folder.path)
     source = str(folder.path / "config.json")
     config = config.with_base(folder.config, source)
+    if folder.path != Path(str(config.model.base)):  # what a name on the hub stands for
+        config = replace(config, model=replace(config.model, base=str(folder.path)))
     for line in config.overridden(folder.config, source):
         notice(line)
     return config
@@ -220,7 +219,7 @@ def made_with(config: Config) -> dict[str, Any]:
 def _as_json(value: Any) -> Any:
     """The value of an option as the state's JSON gives it back."""
     if isinstance(value, RopeScaling):
-        return value.stated()
+        return to_toml(value)
     return list(value) if isinstance(value, tuple) else value
 
 
@@ -261,14 +260,25 @@ def find_tokenizer(config: Config, resume: Path | None, show: bool) -> Tokenizer
     return tokenizer
 
 
+def unused_rows(vocab_size: int, tokenizer: Tokenizer) -> str | None:
+    """A line about embeddings that belong to no piece of the tokenizer, if there are such."""
+    rows = vocab_size - tokenizer.vocab_size
+    if rows < 1:
+        return None
+    return (
+        f"the model has {vocab_size} rows of embeddings and the tokenizer {tokenizer.vocab_size}"
+        f" pieces: the last {rows} stand for no text"
+    )
+
+
 def _check_against_base(config: Config, tokenizer: Tokenizer) -> None:
     """Raise ConfigError if a base's embeddings are not those of the tokenizer's pieces."""
     base = config.model.base
-    if base is None or config.data.replace_tokenizer or not (Path(base) / MODEL_FILE).is_file():
+    if base is None or config.data.replace_tokenizer or not holds_tokenizer(base):
         return
     with naming("model.base"):
-        own = load_tokenizer(base)
-    if own.vocabulary_digest != tokenizer.vocabulary_digest:
+        own = open_tokenizer(base)
+    if tokenizer.vocabulary_digest not in (own.vocabulary_digest, *own.older_digests):
         raise ConfigError(
             f"{config.where('data.tokenizer')}: got a tokenizer ({config.tokenizer_source}) whose "
             f"pieces or ids differ from those of model.base ({base}), must be the base's own, "
@@ -280,7 +290,7 @@ def _check_against_base(config: Config, tokenizer: Tokenizer) -> None:
 def _new_tokenizer(config: Config, show: bool) -> Tokenizer:
     if config.tokenizer_source != "train":
         with naming("data.tokenizer" if config.data.tokenizer else "model.base"):
-            return load_tokenizer(config.tokenizer_source)
+            return open_tokenizer(config.tokenizer_source)
     sources = find_sources(config.data.train_path)
     cache = Path(config.data.cache_dir)
     made_of = [f"{TRAINING} {config.tokenizer_vocab_size}", *content_digests(sources, cache)]
@@ -308,7 +318,7 @@ def _kept_tokenizer(file: Path) -> Tokenizer | None:
         model = read_file(file, _MOST_TOKENIZER_BYTES, links=False)
         said = read_file(_sum_file(file), 100, links=False)
         if said == f"{hashlib.sha256(model).hexdigest()}\n".encode():
-            return Tokenizer(model, str(file))
+            return SentencePieceTokenizer(model, str(file))
         why = "damaged: its sum does not hold"
     except (OSError, TokenizerError) as error:
         why = reason(error) if isinstance(error, OSError) else "damaged"
@@ -320,13 +330,19 @@ def _sum_file(file: Path) -> Path:
     return file.with_name(f"{file.name}.sha256")
 
 
+def _same(one: Tokenizer, other: Tokenizer) -> bool:
+    """Whether two are the same; checkpoints of earlier versions hold a tokenizer.model alone."""
+    models = {tokenizer.sources.get(MODEL_FILE) for tokenizer in (one, other)}
+    return one.fingerprint == other.fingerprint or (len(models) == 1 and models != {None})
+
+
 def _tokenizer_of(checkpoint: Path, config: Config) -> Tokenizer:
     """A checkpoint's tokenizer. Raises ConfigError if the configuration names another one."""
-    tokenizer, data = load_tokenizer(checkpoint), config.data
+    tokenizer, data = open_tokenizer(checkpoint), config.data
     size = data.tokenizer_vocab_size
     if data.tokenizer not in (None, "train"):
         with naming("data.tokenizer"):
-            same = load_tokenizer(str(data.tokenizer)).model == tokenizer.model
+            same = _same(open_tokenizer(data.tokenizer), tokenizer)
         if not same:
             raise ConfigError(
                 f"data.tokenizer: {data.tokenizer} is not the tokenizer of {checkpoint}, which a"

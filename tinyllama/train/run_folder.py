@@ -22,7 +22,7 @@ from tinyllama.model.llama import Llama
 from tinyllama.model.lora import adapter_tensors, write_adapter
 from tinyllama.runtime.storage import read, write
 from tinyllama.system.files import InUseError, atomic_write, held
-from tinyllama.tokenizers.sentencepiece import Tokenizer
+from tinyllama.tokenizers.tokenizer import Tokenizer, write_files
 from tinyllama.train.checkpoint import (
     later_than,
     list_checkpoints,
@@ -65,7 +65,7 @@ def save(
             digests = model.write_folder(partial, tokenizer)
         else:
             digests = write_adapter(partial, model, adapter)
-            tokenizer.save(partial)
+            write_files(tokenizer, partial)
         sources = {name: (lambda t=t: read(t)) for name, t in moments.items()}
         digests[OPTIMIZER] = write_safetensors(partial / OPTIMIZER, sources)
         write_state(partial, state)
@@ -99,6 +99,8 @@ def restore(folder: Path, optimizer: AdamW, batches: Batches) -> int:
             raise WeightsError(f"{folder / OPTIMIZER}: {name}: {array.shape}, not {tensor.shape}")
         write(tensor, array)
         file.forget(name)
+    if "data" not in state:
+        raise CheckpointError(f"{folder}: its state holds no position in the data")
     batches.restore(state["data"])
     step = state["step"]
     assert isinstance(step, int)

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from tinyllama.train.prepare import (
     made_with,
     supported,
     trained_and_validated,
+    unused_rows,
     without_effect,
 )
 from tinyllama.train.schedule import Place, learning_rate
@@ -86,7 +88,8 @@ class Trainer:
         self.tokenizer = find_tokenizer(config, resume, show)
         t, context = config.training, config.context_length
         cache = config.data.cache_dir
-        train = prepare(config.data.train_path, self.tokenizer, cache, progress=show)
+        read = partial(prepare, special_tokens=config.data.special_tokens, progress=show)
+        train = read(config.data.train_path, self.tokenizer, cache)
         self.batches = Batches(train, context, t.batch_size, t.seed)
         self.model, trained, adapter = build(self.config, resume)
         if adapter is not None:
@@ -99,7 +102,7 @@ class Trainer:
             self.train_step.take_over(planned)
         self.evaluator = None
         if config.data.val_path is not None:
-            val = prepare(config.data.val_path, self.tokenizer, cache, progress=show)
+            val = read(config.data.val_path, self.tokenizer, cache)
             self.evaluator = Evaluator(self.model, val, context, t.micro_batch)
         self.step = run_folder.restore(resume, self.optimizer, self.batches) if resume else 0
         state = run_folder.read_state(resume) if resume else {}
@@ -248,7 +251,8 @@ class Trainer:
         other = differences(self.config, self._resumed) if self._resumed else None
         lines = without_effect(self.config, self.batches.n_windows, self.total_steps)
         lines += trained_and_validated(self.config)
-        return [line for line in (other, lacking.notice(), *lines) if line]
+        unused = unused_rows(self.config.model.vocab_size, self.tokenizer)
+        return [line for line in (other, lacking.notice(), unused, *lines) if line]
 
     def _one_step(
         self,

@@ -34,11 +34,19 @@ def test_attention(dialect: str, name: str) -> None:
         {"tile": Tile(pipelined=True)},
         {"tile": Tile(bn=192, wn=48, bk=64, pipelined=True), "limits": Limits(227 << 10)},
         {"tile": Tile(stages=2, wn=32)},
+        {"tile": Tile(bm=96, bn=96, wm=48, wn=48)},
     ],
-    ids=["pipelined", "memory given by the launch", "two places, eight groups"],
+    ids=["pipelined", "memory given by the launch", "two places, eight groups", "smaller"],
 )
 def test_other_tilings_of_tensor_cores(more: dict) -> None:
     assert gpu_kernels.run_product(emulate, "cuda", "NT bfloat16", **more) <= 1e-6
+
+
+@pytest.mark.parametrize("name", ["TN bfloat16, split", "NN float16"])
+def test_smaller_blocks_read_without_bank_conflicts(name: str) -> None:
+    tile = Tile(bm=96, bn=96, wm=48, wn=48)
+    assert gpu_kernels.run_product(emulate, "cuda", name, tile=tile) <= 1e-6
+    assert gpu_kernels.cycles_per_bank_read() == 1
 
 
 @pytest.mark.parametrize("T", [2, 40])

@@ -15,6 +15,7 @@ from opencl import needs_opencl, on_opencl, opencl_takes
 
 from tinyllama.ops.gpu import (
     adamw,
+    attention,
     cached_attention,
     cross_entropy,
     embedding,
@@ -38,8 +39,9 @@ def test_a_kernel_equals_its_formula(dialect: str, name: str) -> None:
 # `make gpu-races` runs all of CASES as OpenCL; here one of each kernel, since pocl compiles slowly.
 ON_OPENCL = (
     "rms norm: odd rows", "cross entropy: bfloat16", "swiglu: float16, odd", "rope: float32",
-    "embedding: bfloat16", "adamw: float32", "few rows: float16, odd", "few rows: 4 bits by 64",
-    "few rows: 8 bits by 64, minimum", "cached attention: float32",
+    "embedding: bfloat16", "adamw: float32", "attention delta: float32",
+    "few rows: float16, odd", "few rows: 4 bits by 64", "few rows: 8 bits by 64, minimum",
+    "cached attention: float32",
 )  # fmt: skip
 
 
@@ -162,6 +164,21 @@ MUTANTS = {
         "STORE(TYPE, y + at + HALF, b);",
         "",
     ),
+    "attention's delta: by time before heads": (
+        "attention delta: float32",
+        "(mine / (T * H)) * H + mine % H) * T + mine / H % T",
+        "(mine / (T * H)) * T + mine / H % T) * H + mine % H",
+    ),
+    "attention's delta: no barrier": (
+        "attention delta: bfloat16",
+        "= part;\n  BARRIER;\n  const",
+        "= part;\n  const",
+    ),
+    "attention's delta: written past the end": (
+        "attention delta: float32",
+        "tid < PER_BLOCK && mine < ROWS",
+        "tid < PER_BLOCK",
+    ),
     "embedding: tokens of one id in any order": (
         "embedding: float32",
         "id + (first + j < n)",
@@ -244,22 +261,32 @@ MUTANTS = {
     "few rows: no addend": ("few rows: float32", "+WIDEN(TYPE, addend[at])", ""),
     "cached attention: a token does not see itself": (
         "cached attention: bfloat16",
-        "seen = mine <= at",
-        "seen = mine < at",
+        "seen = first + tid <= at",
+        "seen = first + tid < at",
     ),
     "cached attention: its own key from the cache": (
         "cached attention: bfloat16",
-        "mine == at || mine >= S ? k",
-        "mine >= S ? k",
+        "first + slot + i == at ? own",
+        "first + slot + i > at ? own",
     ),
     "cached attention: its own value from the cache": (
         "cached attention: bfloat16",
         "first + s == at ? v",
         "first + s > at ? v",
     ),
+    "cached attention: keys before the window": (
+        "cached attention: a window",
+        " && first + tid > at - WINDOW",
+        "",
+    ),
+    "cached attention: the window is one too short": (
+        "cached attention: a window",
+        "first + tid > at - WINDOW",
+        "first + tid > at - WINDOW + 1",
+    ),
     "cached attention: the key is not kept": (
         "cached attention: float32",
-        "STORE(TYPE, keys + (long)at * KV * D + d, x);",
+        "keys[((long)(at / LANES) * D + tid) * LANES + at % LANES] = k[tid];",
         "",
     ),
     "cached attention: parts with their own maxima": (
@@ -274,20 +301,25 @@ MUTANTS = {
     ),
     "cached attention: no barrier before the weights are read": (
         "cached attention: float32",
-        "  BARRIER;\n  const int subset",
-        "  const int subset",
+        "  BARRIER;\n  /* The sum of values",
+        "  /* The sum of values",
+    ),
+    "cached attention: no barrier between heads' scores": (
+        "cached attention: bfloat16",
+        "    BARRIER;\n    score[h] = 0;",
+        "    score[h] = 0;",
     ),
     "cached attention: no barrier between heads": (
         "cached attention: bfloat16",
-        "    BARRIER;\n    UNROLL\n    for (int i = 0; i < VEC; i++) sums",
-        "    UNROLL\n    for (int i = 0; i < VEC; i++) sums",
+        "    BARRIER;\n    UNROLL\n    for (int i = 0; i < VEC; i++) sums[subset",
+        "    UNROLL\n    for (int i = 0; i < VEC; i++) sums[subset",
     ),
 }  # fmt: skip
 FILES = (
     "rows.h",
     *(f"{name}.c" for name in (
         "rms_norm_forward", "rms_norm_backward", "column_sum", "cross_entropy", "swiglu", "rope",
-        "embedding_order", "embedding_backward", "adamw", "square_sum", "few_rows",
+        "delta", "embedding_order", "embedding_backward", "adamw", "square_sum", "few_rows",
         "cached_attention",
     )),
 )  # fmt: skip
@@ -320,6 +352,7 @@ def sizes_of_models() -> Iterator[tuple[str, Launch]]:
             launch = cross_entropy.softmax_loss("cuda", 4096, V, dtype, gradient=True)
             yield f"cross entropy {V} {dtype}", launch
         yield f"swiglu's gradient {dtype}", swiglu.backward("cuda", 8192 * 2048, dtype)
+        yield f"attention's delta {dtype}", attention.delta("cuda", 8, 1024, 12, 64, dtype)
         yield f"rope {dtype}", rope.rope("cuda", 8, 1024, 12, 64, dtype)
         yield f"embedding {dtype}", embedding.backward("cuda", 8192, 32000, 768, dtype)
         for weight in (dtype, Packed(4, 64), Packed(4, 32, True), Packed(8, 32)):
@@ -361,6 +394,7 @@ def test_what_a_kernel_does_not_take_is_said() -> None:
         lambda: rms_norm.forward("cuda", 1, 8224, "float32", 1e-5),
         lambda: few_rows.product("cuda", 9, 64, 64, "float32", "float32"),
         lambda: few_rows.product("cuda", 1, 64, 96, "float32", Packed(4, 64)),
+        lambda: few_rows.product("cuda", 1, 64, 96, "float32", Packed(4, 16)),
         lambda: cached_attention.parts("cuda", 8, 16, 1, 64, "float32"),
         lambda: cached_attention.parts("cuda", 8, 2, 2, 192, "float32"),
         lambda: adamw.step("metal", [4] * 8, [True] * 8),

@@ -9,7 +9,7 @@
    of them are computed together, so that what is read is used ROWS times. */
 
 #define GROUP (H / KV)
-#define VECTORS (LANES / VW)
+#define VECTORS (KEY_LANES / VW)
 /* Chains of additions per sum, enough to keep the multipliers busy. */
 #define CHAINS (ROWS == 1 ? 4 : 1)
 #define WIDE 4 /* vectors of out that are summed at a time */
@@ -28,19 +28,19 @@ INLINE strip make_strip(long row, long position) {
     s.high[i] = s.high[i] < S ? s.high[i] : S;
     s.low[i] = WINDOW && s.high[i] > WINDOW ? s.high[i] - WINDOW : 0;
   }
-  s.first = s.low[0] / LANES * LANES;
+  s.first = s.low[0] / KEY_LANES * KEY_LANES;
   s.end = s.high[ROWS - 1];
   return s;
 }
 
-/* scores[i][.] of LANES positions from `slot` on. */
+/* scores[i][.] of KEY_LANES positions from `slot` on. */
 INLINE void score_block(float *scores, const float (*query)[D], const ELEM(ACT) *keys) {
   vf sum[CHAINS][ROWS][VECTORS] = {{{{0}}}};
   long d = 0;
   for (; d + CHAINS <= D; d += CHAINS)
     for (int c = 0; c < CHAINS; c++)
       for (int j = 0; j < VECTORS; j++) {
-        vf key = LOAD(ACT, keys + (d + c) * LANES + j * VW);
+        vf key = LOAD(ACT, keys + (d + c) * KEY_LANES + j * VW);
         for (int i = 0; i < ROWS; i++)
           sum[c][i][j] = vfma(vset(query[i][d + c]), key, sum[c][i][j]);
       }
@@ -48,7 +48,7 @@ INLINE void score_block(float *scores, const float (*query)[D], const ELEM(ACT) 
     for (int j = 0; j < VECTORS; j++)
       for (int i = 0; i < ROWS; i++)
         sum[0][i][j] =
-            vfma(vset(query[i][d]), LOAD(ACT, keys + d * LANES + j * VW), sum[0][i][j]);
+            vfma(vset(query[i][d]), LOAD(ACT, keys + d * KEY_LANES + j * VW), sum[0][i][j]);
   for (int i = 0; i < ROWS; i++)
     for (int j = 0; j < VECTORS; j++) {
       vf total = sum[0][i][j];
@@ -98,7 +98,7 @@ INLINE void add_values(float (*out)[D + WIDE * VW], const float *p, const ELEM(A
     for (int j = 0; j < vectors; j++) vstore(out[i] + d + j * VW, sum[i][j]);
 }
 
-void KERNEL(ELEM(ACT) *restrict out, float *restrict scratch, const ELEM(ACT) *restrict q,
+NO_LIBC void KERNEL(ELEM(ACT) *restrict out, float *restrict scratch, const ELEM(ACT) *restrict q,
             const ELEM(ACT) *restrict keys, const ELEM(ACT) *restrict values,
             const int *restrict position, int core_id) {
   float *scores = scratch + (long)core_id * SCRATCH_FLOATS;
@@ -113,10 +113,10 @@ void KERNEL(ELEM(ACT) *restrict out, float *restrict scratch, const ELEM(ACT) *r
       const ELEM(ACT) *from = q + (r / GROUP * H + head * GROUP + r % GROUP) * D;
       AS_WRITTEN for (long d = 0; d < D; d++) query[i][d] = LOAD1(ACT, from + d) * SCALE;
     }
-    for (long slot = s.first; slot < s.end; slot += LANES)
+    for (long slot = s.first; slot < s.end; slot += KEY_LANES)
       score_block(scores + slot, query, keys + key_place(head, slot, 0));
     float total[ROWS];
-    long whole = (s.end + LANES - 1) / LANES * LANES;
+    long whole = (s.end + KEY_LANES - 1) / KEY_LANES * KEY_LANES;
     for (long i = 0; i < ROWS; i++)
       total[i] = softmax_row(scores + i * S, s.first, whole, s.low[i], s.high[i]);
     const ELEM(ACT) *rows = values + value_place(head, 0);

@@ -82,11 +82,12 @@ INLINE void put_dot(target t, float value, long at) {
 #define SKINNY 8
 #define FEW MIN(M, SKINNY)
 
-INLINE void multiply_skinny(target t, a_ptr A, B_PARAMS, int core_id) {
+INLINE void multiply_skinny(target t, float *scratch, a_ptr A, B_PARAMS, int core_id) {
   int n1 = split(N, 16, core_id + 1, NT);
+  DOT_BEGIN(scratch, FEW, A);
   for (int n = split(N, 16, core_id, NT); n < n1; n++) {
     vf sum[FEW];
-    DOT_B(sum, FEW, A, n);
+    DOT_B(sum, FEW, scratch, A, n);
 #pragma clang loop unroll(full)
     for (int m = 0; m < FEW; m++) put_dot(t, hsum(sum[m]), (long)m * N + n);
   }
@@ -95,7 +96,8 @@ INLINE void multiply_skinny(target t, a_ptr A, B_PARAMS, int core_id) {
 #define SKINNY 8
 enum { LINES = 4, PASS = 2 };
 
-/* C[m .. m + PASS, n .. n + LINES] as dot products along k; at an edge the last row is repeated. */
+/* C[m .. m + PASS, n .. n + LINES] as dot products along k; at an edge the last row is repeated. The
+   next rows of B are asked for early: the processor looks ahead in too few places by itself. */
 INLINE void dot_products(target t, a_ptr A, b_ptr B, int m, int n, int n1) {
   b_ptr b[LINES];
   a_ptr a[PASS];
@@ -106,6 +108,7 @@ INLINE void dot_products(target t, a_ptr A, b_ptr B, int m, int n, int n1) {
 #define DOT_STEP(GET_A, GET_B)                                          \
   for (int j = 0; j < LINES; j++) {                                     \
     vf y = GET_B;                                                       \
+    __builtin_prefetch(b[j] + k + (long)LINES * K);                     \
     for (int i = 0; i < rows; i++) sum[i][j] = vfma(GET_A, y, sum[i][j]); \
   }
   for (; k + VW <= K; k += VW) DOT_STEP(LOAD(A_T, a[i] + k), LOAD(B_T, b[j] + k))
@@ -115,14 +118,14 @@ INLINE void dot_products(target t, a_ptr A, b_ptr B, int m, int n, int n1) {
       put_dot(t, hsum(sum[i][j]), (long)(m + i) * N + n + j);
 }
 
-INLINE void multiply_skinny(target t, a_ptr A, b_ptr B, int core_id) {
+INLINE void multiply_skinny(target t, float *scratch, a_ptr A, b_ptr B, int core_id) {
   int n1 = split(N, 16, core_id + 1, NT);
   for (int n = split(N, 16, core_id, NT); n < n1; n += LINES)
     for (int m = 0; m < M; m += PASS) dot_products(t, A, B, m, n, n1);
 }
 #else
 #define SKINNY 0
-#define multiply_skinny(t, A, B, core_id)
+#define multiply_skinny(t, scratch, A, B, core_id)
 #endif
 
 #if ADDEND
@@ -138,9 +141,9 @@ void KERNEL(ELEM(C_T) *restrict C, float *restrict scratch, a_ptr restrict A, B_
   rectangle r = share(core_id);
   slot *b_block = scratch + (long)core_id * SCRATCH_FLOATS, *a_block = b_block + B_SLOTS;
   target t = {C, R_ARG, a_block + A_SLOTS, 0, 0};
-  if (B_SLOTS + A_SLOTS + PARTIAL_FLOATS > SCRATCH_FLOATS) __builtin_trap();
+  if (NEEDED_FLOATS > SCRATCH_FLOATS || DOT_FLOATS > SCRATCH_FLOATS) __builtin_trap();
   if (M <= SKINNY) {
-    multiply_skinny(t, A, B_ARGS, core_id);
+    multiply_skinny(t, b_block, A, B_ARGS, core_id);
     return;
   }
   tile_begin();

@@ -11,7 +11,8 @@
    minima  like scales
    LAYOUT 0: W is B[N,K], WIDTH is K.  LAYOUT 1: W is B[K,N], WIDTH is N.
    Macros: BLOCK (even, divides WIDTH), BITS (4 unless set), MINIMA (0 unless set) and those of
-   gemm.c, of which COMPUTE_BF16 must be set and B_T is unused. */
+   gemm.c, of which COMPUTE_BF16 must be set and B_T is unused. With ROWS_ONLY only what reads a row
+   is there, and of gemm.c's macros LAYOUT, N and K are needed. */
 
 #ifndef BITS
 #define BITS 4
@@ -45,6 +46,7 @@ typedef unsigned short int4_pair __attribute__((may_alias));
 typedef signed char int4_bytes __attribute__((vector_size(VW)));
 typedef unsigned char int4_unsigned __attribute__((vector_size(VW)));
 typedef int4_bytes int4_bytes_mem __attribute__((aligned(1), may_alias));
+typedef int4_unsigned int4_unsigned_mem __attribute__((aligned(1), may_alias));
 
 /* q of VW values from p on. Of 4 bits, each is shifted to the top of its lane and back down with its
    sign, or without. This needs a single constant, so the tile keeps its registers. */
@@ -105,6 +107,7 @@ INLINE void int4_run(float *restrict out, B_PARAMS, long row, int i, int count) 
   }
 }
 
+#ifndef ROWS_ONLY
 #if LAYOUT == 0
 INLINE void transpose_rows(float *restrict out, const float *const *row, int depth);
 
@@ -178,11 +181,79 @@ INLINE void int4_pack(float *restrict out, B_PARAMS, int k0, int depth, int n0, 
 #define pack_b(out, weight, k0, depth, n0, n1) int4_pack(out, weight, k0, depth, n0, n1, DEPTH)
 
 #if LAYOUT == 0
+/* ---- few rows of A: W is not widened, q is multiplied at once ----
+
+   sum[m] = sum over groups of scale * (q A[m]), plus minimum * (sum of A[m]) with MINIMA
+
+   A is first rearranged once per thread: in float32, and of 4 bits so that a vector of bytes meets
+   the values of all its low halves, then those of its high ones. */
+
+#define INT4_TURN (BITS == 8 ? VW : 2 * VW) /* values of W that a vector of bytes holds */
+#define INT4_DIRECT (BLOCK % INT4_TURN == 0)
+#define INT4_GROUPS ((K / BLOCK + VW - 1) / VW * VW)
+
+/* In scratch: rows of A (K each), their sums by group, scales of a row of W. */
+#define DOT_FLOATS (8 * K + 9 * INT4_GROUPS)
+#define INT4_SUMS(scratch, rows) ((scratch) + (long)(rows) * K)
+#define INT4_FACTORS(scratch, rows) (INT4_SUMS(scratch, rows) + (long)(rows) * INT4_GROUPS)
+
+INLINE void int4_begin(float *restrict scratch, int rows, const ELEM(A_T) *restrict A) {
+  if (!INT4_DIRECT) return;
+  float *sums = INT4_SUMS(scratch, rows);
+  for (int m = 0; m < rows; m++) {
+    const ELEM(A_T) *a = A + (long)m * K;
+    float *x = scratch + (long)m * K;
+    AS_WRITTEN for (int i = 0; i < K; i += INT4_TURN) {
+      float turn[INT4_TURN];
+      for (int j = 0; j < INT4_TURN; j += VW) vstore(turn + j, LOAD(A_T, a + i + j));
+      for (int j = 0; j < VW; j++) {
+        x[i + j] = turn[BITS == 8 ? j : 2 * j];
+        if (BITS == 4) x[i + VW + j] = turn[2 * j + 1];
+      }
+    }
+    if (!MINIMA) continue;
+    AS_WRITTEN for (int g = 0; g < INT4_GROUPS; g++) {
+      vf sum = {0};
+      AS_WRITTEN for (int i = g * BLOCK; i < (g + 1) * BLOCK && i < K; i += VW) sum += vload(x + i);
+      sums[m * INT4_GROUPS + g] = hsum(sum);
+    }
+  }
+}
+
+/* q of the VW bytes from p on: of 8 bits, or of the low or the high halves. */
+INLINE vf int4_bytes_at(const unsigned char *p, int high) {
+#if BITS == 8
+  return int4_values(p);
+#else
+  vu byte = __builtin_convertvector(*(const int4_unsigned_mem *)p, vu);
+  if (MINIMA) return __builtin_convertvector((vi)(high ? byte >> 4 : byte & 15), vf);
+  return __builtin_convertvector((vi)(high ? byte << 24 : byte << 28) >> 28, vf);
+#endif
+}
+
+/* Scales of a row as floats; starts the sums with the minima's part. */
+INLINE void int4_factors(vf *sum, int rows, float *restrict scratch, B_PARAMS, long row) {
+  const float *sums = INT4_SUMS(scratch, rows);
+  float *factors = INT4_FACTORS(scratch, rows);
+  long first = row * (K / BLOCK);
+  AS_WRITTEN for (int g = 0; g < K / BLOCK; g += VW) {
+    int left = K / BLOCK - g, count = left < VW ? left : VW;
+    vstore(factors + g, LOADN(2, scales + first + g, count));
+#if MINIMA
+    vf minimum = LOADN(2, minima + first + g, count);
+#pragma clang loop unroll(full)
+    for (int m = 0; m < rows; m++)
+      sum[m] = vfma(minimum, vload(sums + m * INT4_GROUPS + g), sum[m]);
+#endif
+  }
+}
+
 /* sum[m] = A[m] W[row] in parts, one per lane, for the first rows of A: few enough for registers. */
-INLINE void int4_dots(vf *sum, int rows, const ELEM(A_T) *restrict A, B_PARAMS, long row) {
+INLINE void int4_dots(vf *sum, int rows, float *restrict scratch, const ELEM(A_T) *restrict A,
+                      B_PARAMS, long row) {
 #pragma clang loop unroll(full)
   for (int m = 0; m < rows; m++) sum[m] = (vf){0};
-  if (BLOCK % VW) { /* groups end within a vector: widen first */
+  if (!INT4_DIRECT) { /* groups end within a vector: widen first */
     float run[INT4_STEP + VW];
     for (int k = 0; k < K; k += INT4_STEP) {
       int count = K - k < INT4_STEP ? K - k : INT4_STEP;
@@ -198,20 +269,24 @@ INLINE void int4_dots(vf *sum, int rows, const ELEM(A_T) *restrict A, B_PARAMS, 
     }
     return;
   }
-  for (int i = 0; i < K;) {
-    int4_group g = int4_group_at(B_ARGS, INT4_GROUP(row, i));
-    vf part[8]; /* of q A, which is multiplied by the scale once; with minima of W A */
+  int4_factors(sum, rows, scratch, B_ARGS, row);
+  const float *factors = INT4_FACTORS(scratch, rows);
+  for (int g = 0; g < K / BLOCK; g++) {
+    vf part[8];
 #pragma clang loop unroll(full)
     for (int m = 0; m < rows; m++) part[m] = (vf){0};
-    for (int end = i + BLOCK; i < end; i += VW) {
-      vf q = int4_values(INT4_BYTE(row, i)), w = MINIMA ? int4_weight(q, g) : q;
+    for (int i = g * BLOCK; i < (g + 1) * BLOCK; i += INT4_TURN)
+      for (int high = 0; high < INT4_TURN / VW; high++) {
+        vf q = int4_bytes_at(INT4_BYTE(row, i), high);
 #pragma clang loop unroll(full)
-      for (int m = 0; m < rows; m++) part[m] = vfma(LOAD(A_T, A + (long)m * K + i), w, part[m]);
-    }
+        for (int m = 0; m < rows; m++)
+          part[m] = vfma(vload(scratch + (long)m * K + i + high * VW), q, part[m]);
+      }
 #pragma clang loop unroll(full)
-    for (int m = 0; m < rows; m++)
-      sum[m] = MINIMA ? sum[m] + part[m] : vfma(part[m], g.scale, sum[m]);
+    for (int m = 0; m < rows; m++) sum[m] = vfma(part[m], vset(factors[g]), sum[m]);
   }
 }
-#define DOT_B(sum, rows, A, row) int4_dots(sum, rows, A, B_ARGS, row)
+#define DOT_BEGIN(scratch, rows, A) int4_begin(scratch, rows, A)
+#define DOT_B(sum, rows, scratch, A, row) int4_dots(sum, rows, scratch, A, B_ARGS, row)
 #endif
+#endif /* ROWS_ONLY */

@@ -5,7 +5,8 @@
 
    A file that stores B differently (int4.h) is placed before this one and defines B_PARAMS (its
    parameters), B_ARGS (their names), B_IS_PACKED_OTHERWISE, pack_b and for LAYOUT 0 DOT_B (a row of
-   B times rows of A). */
+   B times rows of A) and DOT_BEGIN (what a thread does before its first row, in a
+   scratch of DOT_FLOATS). */
 
 #ifndef ACCUMULATE
 #define ACCUMULATE 0
@@ -53,8 +54,12 @@
 #define PARTIAL_ROWS (SLOTS > BLOCK_PANELS * DEPTH ? ROUND(M, MR) : BLOCK_ROWS)
 #define PARTIAL_FLOATS (PARTIAL ? PARTIAL_ROWS * BLOCK_COLS : 0)
 
+#ifndef DOT_FLOATS
+#define DOT_FLOATS 0
+#endif
+#define NEEDED_FLOATS (B_SLOTS + A_SLOTS + PARTIAL_FLOATS)
 #ifndef SCRATCH_FLOATS
-#define SCRATCH_FLOATS ROUND(B_SLOTS + A_SLOTS + PARTIAL_FLOATS, 1024)
+#define SCRATCH_FLOATS ROUND(NEEDED_FLOATS > DOT_FLOATS ? NEEDED_FLOATS : DOT_FLOATS, 1024)
 #endif
 
 typedef float slot;

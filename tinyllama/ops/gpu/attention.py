@@ -3,7 +3,7 @@
 forward      out, lse, q, k, v, starts
 gradient_q   dq, q, k, v, dout, lse, delta, starts
 gradient_kv  dk, dv, q, k, v, dout, lse, delta, starts
-with delta = (dout * out).sum(-1) as (B, H, T) float32
+with delta = (dout * out).sum(-1) as (B, H, T) float32, see delta.c
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Literal
 
+from tinyllama.ops.gpu import rows
 from tinyllama.runtime import blocks
 from tinyllama.runtime.blocks import (
     FMA,
@@ -112,28 +113,41 @@ def attention(
 CUTS = ((64, 64, 2), (64, 32, 2), (64, 32, 1), (32, 32, 1), (32, 16, 1), (16, 16, 1))
 
 
+def delta(dialect: Dialect, B: int, T: int, H: int, D: int, dtype: DType) -> Launch:
+    """delta (B, H, T) float32 from dout and out (B, T, H, D), see delta.c."""
+    vec = rows.vector(itemsize(dtype), D)
+    per_block = rows.THREADS // (D // vec)
+    return rows.launch(
+        "delta", dialect, {"B": B, "T": T, "H": H, "D": D}, vec=vec,
+        grid=(-(-B * T * H // per_block), 1), dtype=dtype, threads=rows.THREADS,
+        arguments=("delta", "dout", "out"), flops=2 * B * T * H * D, shared=rows.THREADS,
+    )  # fmt: skip
+
+
 def default_cut(dialect: Dialect, which: Pass, D: int, dtype: DType, limits: Limits) -> Cut:
     """The first of CUTS whose tiles fit. Raises UnsupportedSize where none does.
 
-    Two places help only where copies are asynchronous. In float32, tiles of 64 rows, and two places
-    of them, take more registers than there are.
+    What every device of a dialect has is enough, if there is such a cut: more memory per block
+    leaves room for fewer blocks. Two places help only where copies are asynchronous. In float32,
+    tiles of 64 rows, and two places of them, take more registers than there are.
     """
-    fragment = fragments(dialect, dtype)
-    own = PASSES[which][1]
-    least = 0
+    fragment, own = fragments(dialect, dtype), PASSES[which][1]
+    cuts = []
     for own_rows, tile, buffers in CUTS:
         if buffers > 1 and fragment != MMA16:
             continue
         blocks = 3 if which == "forward" and tile == 64 else 2
         if D > 64 and which == "gradient_kv":
             blocks = 1
-        cut = Cut(own_rows, tile, buffers, blocks)
-        least = _attention_bytes(cut, own, D, dtype, fragment)
-        if least <= limits.shared_bytes:
-            return cut
+        cuts.append(Cut(own_rows, tile, buffers, blocks))
+    needed = [_attention_bytes(cut, own, D, dtype, fragment) for cut in cuts]
+    for allowed in (LIMITS[dialect].shared_bytes, limits.shared_bytes):
+        for cut, size in zip(cuts, needed, strict=True):
+            if size <= min(allowed, limits.shared_bytes):
+                return cut
     raise UnsupportedSize(
-        f"attention with head_dim {D} in {dtype} needs {least} bytes of shared memory per block; "
-        f"{dialect} allows {limits.shared_bytes}"
+        f"attention with head_dim {D} in {dtype} needs {needed[-1]} bytes of shared memory per "
+        f"block; {dialect} allows {limits.shared_bytes}"
     )
 
 

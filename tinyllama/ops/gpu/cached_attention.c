@@ -1,45 +1,64 @@
 /* Attention of one new token over a cache of keys and values, and its own key and value into it.
 
-   position[0] is the token's place. PASS PARTS: cache (2, S, KV, D) gets k and v (KV, D) there, and
-   block (bx, key/value head bz) takes the PART keys from bx PART on, those up to the position, for
-   the HEADS query heads of q (KV HEADS, D) that share them. parts (KV HEADS, BLOCKS, D + 2) float32
-   are sums of exp2(score - maximum) times value, then those of the exponentials, then the maximum.
+   position[0] is the token's place. The cache of S slots is keys (KV, S / LANES, D, LANES) and
+   values (KV, S, D). PASS PARTS: it gets k and v (KV, D), and block (bx, key/value head bz) takes
+   the PART slots from bx PART on, those up to the position, of which the last WINDOW, for the HEADS
+   query heads of q (KV HEADS, D) that share them. parts (KV HEADS, BLOCKS, D + 2) float32 are sums
+   of exp2(score - maximum) times value, then those of the exponentials, then the maximum.
    PASS JOINED: block bx is a query head; out (KV HEADS, D) from its parts.
 
    The cache is not read at the position: the token's key and value come from k and v, so that no
    block depends on what another one writes.
-   Macros: S, KV, HEADS, D, SCALE (1 / sqrt(D)), PASS, BLOCKS; THREADS is PART, not less than D. */
+   Macros: S, WINDOW, KV, HEADS, D, SCALE (1 / sqrt(D)), PASS, BLOCKS; THREADS is PART, not less
+   than D. */
 #define PARTS 0
 #define JOINED 1
 #define PART THREADS
+#define LANES 16 /* of slots whose keys lie beside each other, see ops/cached_attention.py */
 #define WIDTH (D + 2)
 #define LOWEST -1e30f
 #define ACROSS (D / VEC)
-#define SUBSETS (THREADS / ACROSS) /* of keys, in the sum of values */
+#define SUBSETS (THREADS / ACROSS) /* of slots, in the sum of values */
+#define EACH_SUM UNROLL for (int h = 0; h < HEADS; h++) UNROLL for (int i = 0; i < VEC; i++)
 #if PASS == PARTS
-KERNEL_BEGIN(GLOBAL Element *cache, GLOBAL float *parts, GLOBAL const Element *q,
-             GLOBAL const Element *k, GLOBAL const Element *v, GLOBAL const int *position)
+KERNEL_BEGIN(GLOBAL Element *keys, GLOBAL Element *values, GLOBAL float *parts,
+             GLOBAL const Element *q, GLOBAL const Element *k, GLOBAL const Element *v,
+             GLOBAL const int *position)
   SHARED float scratch[THREADS], query[HEADS * D], weight[HEADS * PART];
   SHARED float sums[(THREADS + ACROSS) * VEC]; /* the last row is for threads of no subset */
-  const int at = position[0], first = bx * PART, mine = first + tid, seen = mine <= at;
-  const int count = at + 1 - first < PART ? at + 1 - first : PART; /* negative past the position */
-  GLOBAL Element *keys = cache + bz * D, *values = keys + (long)S * KV * D;
+  const int at = position[0], first = bx * PART;
+  const int seen = first + tid <= at && first + tid > at - WINDOW;
+  /* Which of the slots are seen: from `begin` to `end`, none where the part has no such slot. */
+  const int begin = at - WINDOW + 1 > first ? at - WINDOW + 1 - first : 0;
+  const int end = at + 1 - first < PART ? at + 1 - first : PART;
+  keys += (long)bz * S * D;
+  values += (long)bz * S * D;
   k += bz * D;
   v += bz * D;
   for (int n = tid; n < HEADS * D; n += THREADS)
     query[n] = WIDEN(TYPE, q[(long)bz * HEADS * D + n]) * (SCALE * LOG2E);
   BARRIER;
-  float score[HEADS], x[VEC];
-  UNROLL
-  for (int h = 0; h < HEADS; h++) score[h] = 0;
-  GLOBAL const Element *key = mine == at || mine >= S ? k : keys + (long)mine * KV * D;
+  float sum[HEADS][VEC], x[VEC], score[HEADS];
+  EACH_SUM sum[h][i] = 0;
+  /* Scores: a thread has VEC neighbouring slots, and every VEC-th d. */
+  const int slot = tid % (PART / VEC) * VEC, of_d = tid / (PART / VEC);
+  const int from = first + slot <= at ? first + slot : 0;
   UNROLL_BY(4)
-  for (int d = 0; d < (seen ? D : 0); d += VEC) {
-    LOAD(TYPE, x, key + d);
+  for (int d = of_d; d < D; d += VEC) {
+    const float own = WIDEN(TYPE, k[d]);
+    LOAD(TYPE, x, keys + ((long)(from / LANES) * D + d) * LANES + from % LANES);
     UNROLL
-    for (int h = 0; h < HEADS; h++)
-      UNROLL
-      for (int i = 0; i < VEC; i++) score[h] += x[i] * query[h * D + d + i];
+    for (int i = 0; i < VEC; i++) x[i] = first + slot + i == at ? own : x[i];
+    EACH_SUM sum[h][i] += x[i] * query[h * D + d];
+  }
+  UNROLL
+  for (int h = 0; h < HEADS; h++) {
+    BARRIER;
+    UNROLL
+    for (int i = 0; i < VEC; i++) sums[of_d * PART + slot + i] = sum[h][i];
+    BARRIER;
+    score[h] = 0;
+    for (int s = 0; s < VEC; s++) score[h] += sums[s * PART + tid];
   }
   float total[HEADS], highest[HEADS];
   UNROLL
@@ -50,19 +69,13 @@ KERNEL_BEGIN(GLOBAL Element *cache, GLOBAL float *parts, GLOBAL const Element *q
     weight[h * PART + tid] = e;
   }
   BARRIER;
+  /* The sum of values: a thread has VEC neighbouring d, and every SUBSETS-th slot. */
   const int subset = tid / ACROSS, d = tid % ACROSS * VEC;
-  float sum[HEADS][VEC];
-  UNROLL
-  for (int h = 0; h < HEADS; h++)
-    UNROLL
-    for (int i = 0; i < VEC; i++) sum[h][i] = 0;
+  EACH_SUM sum[h][i] = 0;
   UNROLL_BY(4)
-  for (int s = subset; s < count; s += SUBSETS) {
-    LOAD(TYPE, x, (first + s == at ? v : values + (long)(first + s) * KV * D) + d);
-    UNROLL
-    for (int h = 0; h < HEADS; h++)
-      UNROLL
-      for (int i = 0; i < VEC; i++) sum[h][i] += weight[h * PART + s] * x[i];
+  for (int s = begin + subset; s < end; s += SUBSETS) {
+    LOAD(TYPE, x, (first + s == at ? v : values + (long)(first + s) * D) + d);
+    EACH_SUM sum[h][i] += weight[h * PART + s] * x[i];
   }
   float result[HEADS];
   const int column = tid < D ? tid : D - 1;
@@ -84,11 +97,9 @@ KERNEL_BEGIN(GLOBAL Element *cache, GLOBAL float *parts, GLOBAL const Element *q
       parts[h * BLOCKS * WIDTH + D + 1] = highest[h];
     }
   }
-  if (tid < ACROSS && first <= at && at < first + PART) {
-    LOAD(TYPE, x, k + d);
-    STORE(TYPE, keys + (long)at * KV * D + d, x);
-    LOAD(TYPE, x, v + d);
-    STORE(TYPE, values + (long)at * KV * D + d, x);
+  if (tid < D && first <= at && at < first + PART) {
+    keys[((long)(at / LANES) * D + tid) * LANES + at % LANES] = k[tid];
+    values[(long)at * D + tid] = v[tid];
   }
 KERNEL_END
 

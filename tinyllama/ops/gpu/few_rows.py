@@ -37,8 +37,11 @@ def product(
     macros: dict[str, int | str] = {"R": R, "N": N, "K": K, "EACH": each}
     arguments = ["y", "x", "w"]
     if isinstance(weight, Packed):
-        if K % weight.group or K % (128 // weight.bits):
-            raise UnsupportedSize(f"groups of {weight.group} do not divide rows of {K}")
+        if K % weight.group or weight.group % (128 // weight.bits):
+            raise UnsupportedSize(
+                f"groups of {weight.group} in rows of {K}: they must divide the rows and be "
+                f"multiples of {128 // weight.bits}"
+            )
         vec = 32 // weight.bits
         macros |= {"BITS": weight.bits, "GROUP": weight.group}
         arguments += ["scales", "minima"] if weight.minimum else ["scales"]

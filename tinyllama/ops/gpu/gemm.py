@@ -25,6 +25,9 @@ Layout = Literal["NT", "NN", "TN"]
 LAYOUTS: tuple[Layout, ...] = ("NT", "NN", "TN")
 # Per second, of a full device: estimates, which only weigh partial sums against idle blocks.
 FLOPS: Mapping[int, float] = {FMA: 5e12, TF32X3: 6e13, MMA16: 3.5e14, SIMDGROUP: 5e12}
+LAUNCH_SECONDS = 2e-6
+SMALLER_TILE = 0.88  # of them, in blocks of 96 x 96: an estimate too
+NEARLY = 1.1  # times the least: of what takes no longer, the fewest parts are taken
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,20 +155,52 @@ def default_tile(
     return tile
 
 
-def best_split(M: int, N: int, K: int, tile: Tile, multiprocessors: int, flops: float) -> int:
-    """Into how many parts of K to split, so that no multiprocessor idles: 1 to 12.
+def best_cut(
+    dialect: Dialect, M: int, N: int, K: int, dtype: DType, multiprocessors: int
+) -> tuple[Tile, int]:
+    """The tile and the split (1 to 12) with which a product takes the least time, by an estimate.
 
-    flops: per second that a full device computes. Each part costs a pass over float32 partial sums,
-    written and read at 3 TB/s (an estimate).
+    Blocks of 96 x 96 take more reads per multiplication than those of 128 x 128, but may divide a
+    matrix among the multiprocessors without a rest, where larger ones need partial sums for it.
+    """
+    tile = default_tile(dialect, M, N, dtype)
+    flops, tiles = FLOPS[fragments(dialect, dtype)], {tile: 1.0}
+    if (dialect, tile.bm, tile.bn) == ("cuda", 128, 128):
+        tiles[dataclasses.replace(tile, bm=96, bn=96, wm=48, wn=48)] = SMALLER_TILE
+    found = [
+        (seconds(M, N, K, cut, split, multiprocessors, share * flops), split, cut)
+        for cut, share in tiles.items()
+        for split in range(1, min(12, -(-K // cut.bk)) + 1)
+    ]
+    least = min(time for time, _, _ in found)
+    nearly = [way for way in found if way[0] <= NEARLY * least]
+    _, split, best = min(nearly, key=lambda way: (way[1], way[0]))
+    return best, split
+
+
+def best_split(M: int, N: int, K: int, tile: Tile, multiprocessors: int, flops: float) -> int:
+    """Into how many parts of K to split, so that few multiprocessors idle: 1 to 12.
+
+    flops: per second that a full device computes. Of what takes nearly the least time, the fewest
+    parts.
+    """
+    splits = range(1, min(12, -(-K // tile.bk)) + 1)
+    times = [seconds(M, N, K, tile, split, multiprocessors, flops) for split in splits]
+    return 1 + next(i for i, time in enumerate(times) if time <= NEARLY * min(times))
+
+
+def seconds(
+    M: int, N: int, K: int, tile: Tile, split: int, multiprocessors: int, flops: float
+) -> float:
+    """An estimate: a multiprocessor computes its blocks one after another.
+
+    A split costs a pass over float32 partial sums for each part, written and read at 3 TB/s, and
+    the launch of a kernel that adds them up.
     """
     tiles = -(-M // tile.bm) * -(-N // tile.bn)
-
-    def seconds(split: int) -> float:
-        rounds = -(-tiles * split // multiprocessors)
-        computing = 2 * M * N * K / flops * rounds * multiprocessors / (tiles * split)
-        return computing + (8 * M * N * split / 3e12 if split > 1 else 0)
-
-    return min(range(1, min(12, -(-K // tile.bk)) + 1), key=seconds)
+    rounds = -(-tiles * split // multiprocessors)
+    block = 2 * tile.bm * tile.bn * (K / split) / (flops / multiprocessors)
+    return rounds * block + (LAUNCH_SECONDS + 8 * M * N * split / 3e12 if split > 1 else 0)
 
 
 def _check_product(

@@ -1,0 +1,74 @@
+"""A short form of `make chaos`: each kind of fault a few times, with seeds of its own."""
+
+import os
+import shutil
+from collections.abc import Iterator
+
+import pytest
+from chaos import KINDS, Count, Failure, Lab, Skipped, attempt, damage, newest, table
+
+TRIES = {"dies_at_a_call": 3, "calls_fail": 3, "bits_flip": 4}
+SEED = 900_000
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    if os.name != "posix" or shutil.which("clang") is None or not os.path.exists("/proc/self/fd"):
+        pytest.skip("needs Linux and clang")
+    made = Lab(tmp_path_factory.mktemp("chaos").resolve())
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_survives(lab: Lab, kind: str) -> None:
+    make, _ = KINDS[kind]
+    for number in range(TRIES.get(kind, 1)):
+        try:
+            make(lab, SEED + 37 * number)
+        except Skipped as why:
+            pytest.skip(str(why))
+
+
+def test_what_is_lost_is_noticed(lab: Lab) -> None:
+    """The checks themselves: another loss, a damaged and a missing checkpoint, something left."""
+    lab.anew("done")
+    lab.holds()
+    metrics = lab.run / "metrics.jsonl"
+    text = metrics.read_text()
+    metrics.write_text(text.replace('"loss": ', '"loss": 1', 1))
+    with pytest.raises(Failure, match="other losses"):
+        lab.holds()
+    metrics.write_text(text)
+    (lab.run / ".final.partial-1").touch()
+    with pytest.raises(Failure, match="left behind"):
+        lab.holds()
+    (lab.run / ".final.partial-1").unlink()
+    assert newest(lab.run) == 6
+    (lab.run / "final" / "model.safetensors").write_bytes(b"")
+    assert newest(lab.run) == 4
+    count = Count()
+    attempt(lab, "killed", lambda lab, seed: lab.continued(6) or 1, count, 5)
+    assert count.tries == 1 and "step 6 was saved" in count.failures[0]
+    assert "| 1 | 0 | 1 |" in table({"killed": count}, 5)
+
+
+def test_files_fail_by_their_seed(lab: Lab) -> None:
+    def failing(seed: int) -> tuple[int, str]:
+        lab.anew()
+        ended = lab.train(fault=(str(lab.run), seed, 1.0, 0))
+        return ended.code, ended.err
+
+    code, err = failing(1)
+    assert code == 2 and err.strip() and "Traceback" not in err
+    assert failing(1) == (code, err)
+
+
+def test_damage_changes_a_file(tmp_path_factory: pytest.TempPathFactory) -> None:
+    import random
+
+    file = tmp_path_factory.mktemp("damage") / "file"
+    for seed in range(50):
+        file.write_bytes(bytes(100))
+        damage(file, random.Random(seed))
+        assert file.read_bytes() != bytes(100)

@@ -1,0 +1,93 @@
+"""Products and attention as GPU kernels in tinygrad's graph: values, gradients, how many."""
+
+import collections
+import functools
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import gpu_products
+import pytest
+from opencl import needs_opencl
+from runs_helpers import ROOT, environment
+
+HELPERS = Path(gpu_products.__file__).parent
+# Kernels of ours for a value and its gradients; other sizes are left to the portable form.
+KERNELS = {
+    "linear, float32, addend": 3,
+    "linear, bfloat16, rank 8": 3,
+    "linear, float16, gradients of odd rows": 1,
+    "linear, float32, odd": 0,
+    "4 bits, groups of 32": 2,
+    "4 bits, groups of 16": 0,
+    "attention, bfloat16, D 32": 4,
+    "attention, float32, D 24": 0,
+}
+
+
+def printed(*words: str, **variables: str) -> dict:
+    env = environment(PYTHONPATH=f"{ROOT}:{HELPERS}", **variables)
+    done = subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, env=env, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@functools.cache
+def on_opencl() -> dict:
+    return printed(gpu_products.__file__, DEV="CL", POCL_MAX_PTHREAD_COUNT="1")
+
+
+@needs_opencl
+@pytest.mark.parametrize("case", gpu_products.CASES)
+def test_the_form_for_a_gpu_equals_the_portable_one(case: str) -> None:
+    expected = {"kernels": KERNELS[case]} if case in KERNELS else {}
+    assert on_opencl()[case] == expected
+
+
+STEP = """
+import json, re, sys
+from tinyllama.system import device
+device.select()
+from tinyllama.config import config_from_toml
+from tinyllama.train.memory_estimate import blank_step, estimate_memory
+from tinygrad.engine.realize import capturing
+from tinygrad import Tensor, dtypes
+
+kernels = []
+class Recorder:
+    def add_linear(self, linear, variables):
+        kernels.extend(linear.src)
+
+config = config_from_toml(open("configs/124m.toml").read(), "124m", sys.argv[1:])
+step, shape = blank_step(config), (config.training.micro_batch, config.context_length)
+batch = [Tensor.empty(*shape, dtype=dtypes.int32) for _ in range(3)]
+capturing.append(Recorder())
+step._whole_step(*batch, Tensor.empty(8))
+capturing.clear()
+programs = [k.src[0] for k in kernels if k.src[0].op.name == "PROGRAM"]
+print(json.dumps([(p.arg.name, len(p.src), "#define ADDEND 1" in p.src[3].arg) for p in programs]))
+"""
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_products_and_attention_of_a_124m_step_are_kernels_of_ours(dtype: str) -> None:
+    sizes = ("training.batch_size=8", "data.context_length=1024", f"training.dtype={dtype}")
+    programs = printed("-c", STEP, *sizes, DEV="NULL:CUDA:sm_90")
+    names = collections.Counter(re.sub(r"_\d.*", "", name) for name, *_ in programs)
+    layers, chunks = 12, 2  # of the head's rows
+    linears = 7 * layers + chunks
+    assert {n: c for n, c in names.items() if n.startswith(("gemm", "attention"))} == {
+        "gemm_nt": linears,
+        "gemm_nn": linears,
+        "gemm_tn": linears,
+        "attention_forward": layers,
+        "attention_gradient_q": layers,
+        "attention_gradient_kv": layers,
+    }
+    # Sums: what a layer adds to its input (2), and dx of q, k and v, and of gate and up.
+    adding = [name for name, _, addend in programs if addend and name.startswith("gemm")]
+    assert len(adding) == (2 + 3) * layers
