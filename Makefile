@@ -36,7 +36,7 @@ LLAMA_DEMOS := llama-demo-train llama-demo-lora llama-demo-qlora
 .NOTPARALLEL:
 .PHONY: help venv demo test readme tier1 tier2 tier3 ci lint coverage mutants \
   llama-properties llama-mutations llama-tests llama-demo-train llama-demo-lora llama-demo-qlora \
-  llama-ci chaos conformance llamacpp neon gpu-races backends-report tinygrad proof-7b clean
+  llama-ci chaos conformance llamacpp proofs neon gpu-races backends-report tinygrad proof-7b clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-17s %s\n", $$1, $$2}' Makefile
@@ -49,7 +49,7 @@ demo: $(VENV)/.demo ## train a LLaMA on Python's own source for BUDGET=300 secon
 	@$(PY) tools/demo.py --budget $(BUDGET)
 
 test: $(VENV)/.dev ## install what is missing and run every test
-	@tools/system.sh clang opencl sanitizers git
+	@tools/system.sh clang opencl sanitizers git spin
 	$(PYTEST) $(PARALLEL)
 
 readme: $(VENV)/.dev ## run README's commands in a fresh clone, as a reader types them (2 minutes)
@@ -113,6 +113,10 @@ conformance: $(VENV)-conformance/.made ## compare with torch, transformers and p
 llamacpp: $(VENV)-llamacpp/.made ## build llama.cpp, and compare our GGUF files in it (20 minutes)
 	@tools/system.sh clang
 	$(VENV)-llamacpp/bin/python tools/llamacpp.py --out docs/interop.md
+
+proofs: $(VENV)/.dev ## prove properties for all sizes, explore the protocol of checkpoints (2 minutes)
+	@tools/system.sh --required clang spin
+	$(PYTEST) -q $(PARALLEL) tests/proofs
 
 neon: $(VENV)/.dev ## run the kernels' NEON form, under emulation (a minute, 200 MB of packages)
 	@tools/system.sh --required clang emulator

@@ -221,16 +221,18 @@ def test_every_token_but_the_first_is_a_target_once() -> None:
     proved(holds(q + 1, count), *later, q >= 0, q + 1 < count)
 
 
-def test_masks_leave_out_padding_and_the_ends_of_documents_and_nothing_else() -> None:
-    """targets = -1 where the token is padding or an end; every other target is the next token."""
+def test_masks_leave_out_padding_and_the_first_tokens_of_documents_and_nothing_else() -> None:
+    """targets = -1 where there is padding and where the next token begins a document; every other
+    target is the next token."""
     source = inspect.getsource(batches._make_batch)
     quoted(source, "is_padding = tokens < 0")
-    token, following, end = z3.Ints("token following end")
+    quoted(source, "targets[is_padding | begin_of[:, 1:]] = -1")
+    token, following = z3.Ints("token following")
+    begins = z3.Bool("begins")  # whether a document begins with the following token
     is_padding = token < 0
-    masked = z3.Or(is_padding, token == end)
-    target = z3.If(masked, -1, following)
-    given = (end >= 0, following >= -1, z3.Implies(is_padding, following == -1))
-    trained = z3.And(token >= 0, token != end, following >= 0)
+    target = z3.If(z3.Or(is_padding, begins), -1, following)
+    given = (following >= -1, z3.Implies(is_padding, following == -1))
+    trained = z3.And(token >= 0, z3.Not(begins), following >= 0)
     proved((target >= 0) == trained, *given)
 
 
