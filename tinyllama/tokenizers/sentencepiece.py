@@ -43,7 +43,7 @@ from tinyllama.tokenizers.sentencepiece_model import (
     read_model,
     with_space,
 )
-from tinyllama.tokenizers.tokenizer import SpecialToken, Span, StreamDecoder, check_encodable
+from tinyllama.tokenizers.tokenizer import Span, SpecialToken, StreamDecoder, check_encodable
 
 TRAINING = 1  # version of train_tokenizer: changes when the same texts give a different model
 
