@@ -164,8 +164,9 @@ def _check_whole(template: ChatTemplate, text: str, messages: list[dict[str, Any
     """Raise DataError where the template leaves out what a user or the system says."""
     for number, message in enumerate(messages):
         content = message.get("content")
-        is_spoken = message["role"] in ("system", "user") and isinstance(content, str)
-        if is_spoken and content.strip() not in text:
+        if message["role"] not in ("system", "user") or not isinstance(content, str):
+            continue
+        if content.strip() not in text:
             raise DataError(
                 f"{template.name} leaves out message {number + 1}, of role {message['role']}: join "
                 "it with another message, or set data.template"
@@ -319,9 +320,10 @@ def _alpaca(row: dict[str, Any]) -> Conversation:
 
 
 def _text(row: dict[str, Any], key: str) -> str:
-    if not isinstance(row[key], str):
-        raise DataError(f'"{key}" must be a text, got {type(row[key]).__name__}')
-    return row[key]
+    text = row[key]
+    if not isinstance(text, str):
+        raise DataError(f'"{key}" must be a text, got {type(text).__name__}')
+    return text
 
 
 def _prompt(row: dict[str, Any]) -> Conversation:

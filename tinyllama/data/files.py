@@ -35,7 +35,7 @@ from tinyllama.data import json_array, table
 from tinyllama.data.conversations import COLUMNS, Conversation, Kind, kind_of, parse
 from tinyllama.data.detect import BOM, HEAD_BYTES, SUFFIXES, Format, detect, is_read
 from tinyllama.data.jsonl import parse_object, parse_row
-from tinyllama.data.packed import Packing, first_bytes, packing_of, parquet_kind, unpack
+from tinyllama.data.packed import Packing, decompressed, packing_of, parquet_kind, unpack
 from tinyllama.errors import DataError, reason
 from tinyllama.system.files import atomic_write, make_folder, read_file, sha256_file
 from tinyllama.system.json_files import MOST_BYTES, parse_json
@@ -368,13 +368,15 @@ def _look_at(path: Path) -> Source:
     if packing == "parquet":
         kind = parquet_kind(path)
         return Source(path, signature[0], signature, "jsonl", kind, packing)
-    if packing is not None:
-        head, name = first_bytes(path, packing, HEAD_BYTES), Path(path.stem)
+    if packing is None:
+        source = Source(path, signature[0], signature, detect(path, head))
     else:
-        name = path
-    if packing is not None and packing_of(head) is not None:
-        raise DataError(f"{path}: is packed twice; unpack it first")
-    source = Source(path, signature[0], signature, detect(name, head, path), packing=packing)
+        with decompressed(path, packing) as file:
+            head = file.read(HEAD_BYTES)
+        if packing_of(head) is not None:
+            raise DataError(f"{path}: is packed twice; unpack it first")
+        kind_of_file = detect(Path(path.stem), head, path)
+        source = Source(path, signature[0], signature, kind_of_file, packing=packing)
     return replace(source, kind=_kind(source, head))
 
 
@@ -385,16 +387,11 @@ def _kind(source: Source, head: bytes) -> Kind:
         return "text"
     if source.format in ("csv", "tsv"):
         return _kind_of_table(source, head)
-    data = head.removeprefix(BOM)
-    if source.format == "jsonl":
-        data = data.lstrip().partition(b"\n")[0]
-    elif data.lstrip()[:1] == b"[":
-        data = next((row for _, row in json_array.rows(data, is_first=True)), b"")
-    if not data.rstrip().endswith(b"}"):  # a row longer than the head
-        data = _first_row(source)
+    with _opened(source) as file:
+        data = _first_row(file, source.format)
     try:
         row = parse_object(data)
-    except DataError:
+    except (DataError, UnicodeDecodeError):
         return "text"
     return (kind_of(row) if isinstance(row, dict) else None) or "text"
 
@@ -408,19 +405,31 @@ def _kind_of_table(source: Source, head: bytes) -> Kind:
         return "text"
 
 
-def _first_row(source: Source) -> bytes:
-    """A file's first row where it is longer than what is looked at."""
+@contextmanager
+def _opened(source: Source) -> Iterator[BinaryIO]:
+    """What a source holds, compressed or not."""
     if source.packing in ("gzip", "zstd"):
-        data = first_bytes(source.path, source.packing, MAX_ROW_BYTES)
+        with decompressed(source.path, source.packing) as file:
+            yield file
     else:
-        with _open(source.path) as file:
-            data = file.read(MAX_ROW_BYTES)
-    data = data.removeprefix(BOM)
-    if source.format == "jsonl":
-        return data.lstrip().partition(b"\n")[0]
-    if data.lstrip()[:1] != b"[":
-        return b""
-    return next((row for _, row in json_array.rows(data, is_first=True)), b"")
+        with _open(source.stored) as file:
+            yield file
+
+
+def _first_row(file: BinaryIO, form: Format) -> bytes:
+    """The first row of JSON Lines or of an array; b"" where there is none."""
+    if form == "json":
+        try:
+            end = next(json_array.row_ends(file, MAX_ROW_BYTES))
+        except json_array.ArrayError:
+            return b""
+        file.seek(0)
+        data = file.read(end).removeprefix(BOM)
+        return next((row for _, row in json_array.rows(data, is_first=True)), b"")
+    line = file.readline(MAX_ROW_BYTES).removeprefix(BOM)
+    while line and not line.strip():
+        line = file.readline(MAX_ROW_BYTES)
+    return line
 
 
 @contextmanager

@@ -8,11 +8,12 @@ Each is read in blocks, so that memory does not grow with the file.
 """
 
 import gzip
+import io
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, cast
 
 import msgspec
 
@@ -36,10 +37,18 @@ def packing_of(head: bytes) -> Packing | None:
     return next((packing for magic, packing in _MAGIC.items() if head.startswith(magic)), None)
 
 
-def first_bytes(path: Path, packing: Literal["gzip", "zstd"], count: int) -> bytes:
-    """The first `count` bytes of a compressed file, or all. Raises DataError."""
-    with _decompressed(path, packing) as file:
-        return bytes(file.read(count))
+@contextmanager
+def decompressed(path: Path, packing: Literal["gzip", "zstd"]) -> Iterator[BinaryIO]:
+    """A compressed file, opened for reading what it holds. Raises DataError."""
+    if packing == "zstd":
+        with _reading(path), _arrow(path).CompressedInputStream(str(path), "zstd") as stream:
+            yield io.BufferedReader(stream)
+        return
+    try:
+        with gzip.open(path, "rb") as file:
+            yield cast(BinaryIO, file)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{path}: damaged, as gzip: {error}") from None
 
 
 def parquet_kind(path: Path) -> Kind:
@@ -72,23 +81,9 @@ def _blocks(path: Path, packing: Packing, columns: set[str]) -> Iterator[bytes]:
             for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=wanted):
                 yield b"".join(msgspec.json.encode(row) + b"\n" for row in batch.to_pylist())
         return
-    with _decompressed(path, packing) as file:
+    with decompressed(path, packing) as file:
         while block := file.read(_BLOCK_BYTES):
-            yield bytes(block)
-
-
-@contextmanager
-def _decompressed(path: Path, packing: Literal["gzip", "zstd"]) -> Iterator[BinaryIO | Any]:
-    """A compressed file, opened for reading what it holds. Raises DataError."""
-    if packing == "zstd":
-        with _reading(path), _arrow(path).CompressedInputStream(str(path), "zstd") as stream:
-            yield stream
-        return
-    try:
-        with gzip.open(path, "rb") as file:
-            yield file
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{path}: damaged, as gzip: {error}") from None
+            yield block
 
 
 @contextmanager

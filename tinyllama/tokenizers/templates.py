@@ -493,15 +493,19 @@ def _chosen(layout: _Layout, wanted: Collection[int]) -> list[tuple[int, int]]:
 
 
 def _overlapping(spans: Sequence[tuple[int, int]], wanted: list[tuple[int, int]]) -> list[bool]:
-    """Whether a token has a character in one of the wanted spans. A token reaches from the end of
-    the one before it at least: the library leaves spaces out of a token's place."""
+    """Whether a token has a character in one of the wanted spans.
+
+    A token reaches from the end of the one before it at least: the library leaves spaces out of a
+    token's place. One without a width is a byte of the character that follows.
+    """
     trained, before, at = [], 0, 0
-    for begin, end in spans:
-        begin = min(begin, before)
+    for start, stop in spans:
+        begin = min(start, before)
+        end = max(stop, begin + 1)
         while at < len(wanted) and wanted[at][1] <= begin:
             at += 1
         trained.append(at < len(wanted) and wanted[at][0] < end and begin < wanted[at][1])
-        before = end
+        before = stop
     return trained
 
 
@@ -616,17 +620,15 @@ def _prepare(tree: "nodes.Node", marked: bool) -> None:
 
     def visit(node: nodes.Node) -> None:
         for _, value in node.iter_fields():
+            for child in value if isinstance(value, list) else [value]:
+                if isinstance(child, nodes.Node):
+                    visit(child)
             if isinstance(value, list):
                 value[:] = [made for child in value for made in replaced(child)]
-            elif isinstance(value, nodes.Node):
-                visit(value)
 
     def replaced(child: Any) -> list[Any]:
-        if not isinstance(child, nodes.Node):
-            return [child]
-        if isinstance(child, nodes.ExprStmt) and _is_note(child):
-            return [_output([child.node])] if marked else []
-        visit(child)
+        if isinstance(child, nodes.ExprStmt) and _noted(child):
+            return [_output([nodes.Const(_noted(child))])] if marked else []
         if marked and isinstance(child, nodes.For) and isinstance(child.target, nodes.Name):
             return _marked_loop(child, child.target.name, next(loops))
         return [child]
@@ -634,8 +636,7 @@ def _prepare(tree: "nodes.Node", marked: bool) -> None:
     visit(tree)
     tree.set_environment(_environment())
     for node in tree.find_all(nodes.Node):
-        if node.lineno is None:
-            node.lineno = 1
+        node.lineno = node.lineno or 1
 
 
 def _marked_loop(loop: "nodes.For", name: str, number: int) -> "list[nodes.Node]":
@@ -643,14 +644,19 @@ def _marked_loop(loop: "nodes.For", name: str, number: int) -> "list[nodes.Node]
     from jinja2 import nodes
 
     turn = nodes.Name(name, "load")
-    mark = [nodes.Const("t"), nodes.Getattr(turn, "number", "load"), nodes.Const(number)]
+    mark: list[nodes.Expr] = [
+        nodes.Const("t"),
+        nodes.Getattr(turn, "number", "load"),
+        nodes.Const(number),
+    ]
     is_turn = nodes.Test(turn, "turn", [], [], None, None)
     loop.body.insert(0, nodes.If(is_turn, [_output(mark)], [], []))
     return [loop, _output([nodes.Const("e"), nodes.Const(""), nodes.Const(number)])]
 
 
-def _is_note(node: "nodes.ExprStmt") -> bool:
-    """`{% do "g" %}` is no statement of this environment, so that templates cannot hold one."""
+def _noted(node: "nodes.ExprStmt") -> str:
+    """The kind of mark that belongs here, or "". No statement of a template becomes such a node."""
     from jinja2 import nodes
 
-    return isinstance(node.node, nodes.Const) and node.node.value in ("g", "h")
+    value = node.node.value if isinstance(node.node, nodes.Const) else None
+    return value if value in ("g", "h") else ""
