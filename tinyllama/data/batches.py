@@ -111,7 +111,10 @@ class Batches:
         if not self._shuffle:
             return np.arange(self.n_windows)
         generator = np.random.PCG64(np.random.SeedSequence([self._seed, self.epoch]))
-        return np.argsort(generator.random_raw(self.n_windows), kind="stable")
+        order = np.argsort(generator.random_raw(self.n_windows), kind="stable")
+        if self._pack or not isinstance(self.layout, Pieces):
+            return order
+        return self.layout.by_length(order, lambda count: generator.random_raw(count))
 
 
 def sequential(

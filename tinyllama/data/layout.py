@@ -7,12 +7,16 @@ A conversation longer than a row loses its end, which is counted; a text goes on
 Either way a token attends to its own document alone, and no document is predicted from another.
 """
 
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from tinyllama.data.corpus import TokenDataset
+
+_SORTED_ROWS = 4096
+_BLOCK_ROWS = 64
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
@@ -105,10 +109,18 @@ class Pieces:
                 at += length
         return Batch(tokens, targets, starts)
 
-    def longest(self, rows: Int64) -> int:
-        """The most tokens that one of these rows holds."""
-        sums = np.add.reduceat(self._lengths[self._order], self._firsts[:-1])
-        return int(sums[rows].max(initial=1))
+    def by_length(self, order: Int64, draw: Callable[[int], npt.NDArray[Any]]) -> Int64:
+        """The rows in an order in which neighbours are of similar length: sorted in parts, which
+        are cut into blocks, whose order is drawn anew. Depends on no batch size."""
+        parts = [order[at : at + _SORTED_ROWS] for at in range(0, len(order), _SORTED_ROWS)]
+        lengths = self._lengths[self._order]
+        sorted_rows = np.concatenate(
+            [part[np.argsort(lengths[part], kind="stable")] for part in parts]
+        )
+        whole = len(order) // _BLOCK_ROWS * _BLOCK_ROWS
+        blocks = sorted_rows[:whole].reshape(-1, _BLOCK_ROWS)
+        drawn = blocks[np.argsort(draw(len(blocks)), kind="stable")]
+        return np.concatenate([drawn.reshape(-1), sorted_rows[whole:]])
 
     def notices(self) -> list[str]:
         """Conversations that are cut, and those that nothing is trained of."""
@@ -162,6 +174,16 @@ class Pieces:
     def _trains(self, begin: int, length: int) -> bool:
         trained = self._dataset.trained
         return trained is None or bool((trained[begin + 1 : begin + length] == 1).any())
+
+
+def trimmed(batch: Batch) -> Batch:
+    """The batch without the padding that all of its rows end with, as far as its length remains one
+    of a few: a quarter, half, or all of the context, for each of which a graph is compiled."""
+    T = batch.tokens.shape[1]
+    is_used = (batch.starts != np.arange(T, dtype=np.int32)) | (batch.targets >= 0)
+    used = int(np.flatnonzero(is_used.any(axis=0)).max(initial=0)) + 1
+    length = next(length for length in (-(-T // 4), -(-T // 2), T) if length >= used)
+    return batch if length == T else Batch(*(np.ascontiguousarray(a[:, :length]) for a in batch))
 
 
 def _packed(lengths: Int64, longest: int) -> Int64:

@@ -20,6 +20,7 @@ from typing import Any
 
 from tinyllama.config import Config
 from tinyllama.data.batches import Batch, Batches
+from tinyllama.data.layout import trimmed
 from tinyllama.errors import CheckpointError, TrainingError
 from tinyllama.model.build import build
 from tinyllama.model.counts import parameters
@@ -265,7 +266,10 @@ class Trainer:
         schedule = self.config.lr_schedule
         lr = learning_rate(step, self.total_steps, t.learning_rate, schedule, self.anchor)
         clock = time.perf_counter()
-        result = self.train_step(_micro_batches(batch, t.micro_batch), step, lr)
+        parts = _micro_batches(batch, t.micro_batch)
+        if not self.config.data.pack:
+            parts = [trimmed(part) for part in parts]
+        result = self.train_step(parts, step, lr)
         seconds = time.perf_counter() - clock
         seen = {"loss": result.loss, "gradient norm": result.grad_norm, "learning rate": lr}
         self._check_finite(step, seen)
