@@ -53,12 +53,13 @@ QWEN = [
         "{%- if message.content or not message.tool_calls %}{{- message.content }}{%- endif %}",
     ),
     (
-        "            {{- '\\n<tool_call>\\n{\"name\": \"' }}",
+        '            {{- \'\\n<tool_call>\\n{"name": "\' }}',
         "            {%- if message.content or not loop.first %}{{- '\\n' }}{%- endif %}"
-        "{{- '<tool_call>\\n{\"name\": \"' }}",
+        '{{- \'<tool_call>\\n{"name": "\' }}',
     ),
     (
-        "        {%- endfor %}\n        {{- '<|im_end|>\\n' }}\n    {%- elif message.role == \"tool\" %}",
+        "        {%- endfor %}\n        {{- '<|im_end|>\\n' }}\n"
+        '    {%- elif message.role == "tool" %}',
         "        {%- endfor %}\n        {{- '<|im_end|>' }}{% endgeneration %}{{- '\\n' }}\n"
         '    {%- elif message.role == "tool" %}',
     ),
@@ -138,7 +139,14 @@ def texts() -> list[str]:
         for member in (module, *vars(module).values()):
             if isinstance(text := getattr(member, "__doc__", None), str):
                 found += [part for part in text.split("\n\n") if part.strip()]
-    return [*found, "é😀 \u4f60\u597d\n", "  x = [1,\n\n  2]\n", "a\u2028b", "\n\nafter lines", "<b>"]
+    return [
+        *found,
+        "é😀 \u4f60\u597d\n",
+        "  x = [1,\n\n  2]\n",
+        "a\u2028b",
+        "\n\nafter lines",
+        "<b>",
+    ]
 
 
 def conversations(system: bool, tools: bool) -> list[dict]:
