@@ -39,7 +39,7 @@ from tinyllama.data.packed import Packing, decompressed, packing_of, parquet_kin
 from tinyllama.errors import DataError, WeightsError, reason
 from tinyllama.formats import hub
 from tinyllama.system.files import atomic_write, make_folder, read_file, sha256_file
-from tinyllama.system.json_files import MOST_BYTES, parse_json
+from tinyllama.system.untrusted import MOST_BYTES, parse_json
 
 T = TypeVar("T")
 
