@@ -235,6 +235,7 @@ def attention_errors(
     D: int,
     dtype: str = "float32",
     documents: Sequence[int] = (),
+    turned: bool = False,
     change: Callable[[str], str] = str,
     **more: Any,
 ) -> dict[str, float]:
@@ -251,19 +252,31 @@ def attention_errors(
     out, lse = unwritten(q.shape, dtype), np.full((B, H, T), np.nan, np.float32)
     dq, dk, dv = (unwritten(x.shape, dtype) for x in (q, k, v))
     wanted = attention_formula(*map(loaded, (q, k, v, dout)), starts)
+    angles = rng.uniform(-3, 3, (T, D // 2))
+    places = [starts]
+    if turned:
+        places += [np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)]
+        wanted |= {name: turned_back(wanted[name], angles) for name in ("dq", "dk")}
 
     def start(which: str, *arrays: np.ndarray) -> None:
-        launch = attention(dialect, which, B, T, H, KV, D, dtype, **more)
-        run(replaced(launch, change), arrays)
+        launch = attention(dialect, which, B, T, H, KV, D, dtype, turned=turned, **more)
+        run(replaced(launch, change), [*arrays, *places])
 
-    start("forward", out, lse, q, k, v, starts)
+    start("forward", out, lse, q, k, v)
     with np.errstate(invalid="ignore"):  # a wrong kernel's results may be infinite
         delta = (loaded(dout) * loaded(out)).sum(-1).swapaxes(1, 2)
     delta = np.ascontiguousarray(delta, np.float32)
-    start("gradient_q", dq, q, k, v, dout, lse, delta, starts)
-    start("gradient_kv", dk, dv, q, k, v, dout, lse, delta, starts)
+    start("gradient_q", dq, q, k, v, dout, lse, delta)
+    start("gradient_kv", dk, dv, q, k, v, dout, lse, delta)
     lse *= math.log(2)
     return {n: error(x, wanted[n]) for n, x in zip(wanted, (out, lse, dq, dk, dv), strict=True)}
+
+
+def turned_back(x: np.ndarray, angles: np.ndarray) -> np.ndarray:
+    """x (B, T, H, D): pairs that lie D/2 apart, turned by minus `angles` (T, D/2)."""
+    half, cos, sin = x.shape[-1] // 2, np.cos(angles)[:, None], np.sin(angles)[:, None]
+    first, second = x[..., :half], x[..., half:]
+    return np.concatenate([first * cos + second * sin, second * cos - first * sin], -1)
 
 
 def run_forward_on_zeros(run: Runner, dialect: str, T: int, D: int, dtype: str) -> None:
@@ -362,11 +375,12 @@ ATTENTION: dict[str, dict[str, Any]] = {
     },
     "bfloat16, D 64, three queries per key": {
         "B": 1, "T": 77, "H": 6, "KV": 2, "D": 64, "dtype": "bfloat16", "documents": (33,),
+        "turned": True,
     },
     "float16, D 128": {
         "B": 1, "T": 93, "H": 1, "KV": 1, "D": 128, "dtype": "float16", "documents": (80,),
     },
-    "float32, D 128": {"B": 1, "T": 40, "H": 1, "KV": 1, "D": 128},
+    "float32, D 128": {"B": 1, "T": 40, "H": 1, "KV": 1, "D": 128, "turned": True},
     "bfloat16, D 80, tiles divide T": {
         "B": 1, "T": 128, "H": 1, "KV": 1, "D": 80, "dtype": "bfloat16",
     },

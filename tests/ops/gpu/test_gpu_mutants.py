@@ -32,7 +32,7 @@ PRODUCT_MUTANTS = {
     "a step of the copies that misses rows": (NT, "even) + i * step * cols", "even) + i * cols"),
     "a band of the wrong height": (NT, "in_band % height", "in_band % BAND"),
     "C written past its edge": (NT, "M % BM == 0 || row < M", "1"),
-    "the parts of a split on one place": (SPLIT, "c += (long)bz * M * N;", ""),
+    "the parts of a split on one place": (SPLIT, "c += (long)part * M * N;", ""),
     "the last step of a part left out": (
         SPLIT,
         "? begin + PART : STEPS",
@@ -72,6 +72,12 @@ ATTENTION_MUTANTS = {
     "queries of a document are left out": (DOCUMENTS, "< k0 + OWN_ROWS) count++", "< k0) count++"),
     "rows past the end are written": (GROUPED, "INSIDE(row0 + ROW(e))", "1"),
     "results in the wrong order": (DOCUMENTS, "s->v[e % 2 * 2 + e / 2]", "s->v[e]"),
+    "positions turned the wrong way": (
+        GROUPED,
+        "GET(o[j + FD / 2], e) = second * c - first * s",
+        "GET(o[j + FD / 2], e) = second * c + first * s",
+    ),
+    "angles of another row": (GROUPED, "CLAMPED(row) * (D / 2)", "CLAMPED(row0) * (D / 2)"),
     "a gradient without its scale": (GROUPED, "gk, k0 + row, SCALE, SCALE", "gk, k0 + row, 1, 1"),
 }
 

@@ -42,7 +42,7 @@ def test_products_compile_without_spills(name: str, arch: str) -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_attention_compiles_without_spills(dtype: str, D: int, arch: str) -> None:
     for which in PASSES:
-        check(attention("cuda", which, 8, 1024, 12, 12, D, dtype), arch)
+        check(attention("cuda", which, 8, 1024, 12, 12, D, dtype, turned=True), arch)
 
 
 def check(launch: Launch, arch: str) -> None:
