@@ -22,10 +22,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import Annotated, BinaryIO
+from typing import TYPE_CHECKING, Annotated, BinaryIO
 
 import msgspec
-from tqdm import tqdm
 
 from tinyllama.data import json_array, table
 from tinyllama.data.detect import BOM, HEAD_BYTES, SUFFIXES, Format, detect
@@ -33,6 +32,9 @@ from tinyllama.data.jsonl import parse_row
 from tinyllama.errors import DataError, reason
 from tinyllama.system.files import atomic_write, make_folder, read_file, sha256_file
 from tinyllama.system.json_files import MOST_BYTES, parse_json
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 CHUNK_BYTES = 1 << 20
 MAX_ROW_BYTES = 64 << 20  # a row is parsed whole, so it bounds the memory
@@ -188,6 +190,8 @@ def read_texts(sources: Iterable[Source], *, progress: bool = False) -> Iterator
 
 def progress_bar(sources: Iterable[Source], what: str, shown: bool) -> "tqdm[None]":
     """A bar over the bytes of the sources, on standard error."""
+    from tqdm import tqdm  # here: a training step without files does not need it
+
     total = sum(source.size_bytes for source in sources)
     return tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=not shown)
 

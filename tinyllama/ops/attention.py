@@ -36,9 +36,7 @@ def attention(
     return form(q, k, v, starts.cast(dtypes.int32), rotation)
 
 
-def _portable(
-    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, rotation: Rotation | None
-) -> Tensor:
+def _portable(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, rotation: Rotation | None) -> Tensor:
     q, k = _turned(q, k, rotation)
     T = q.shape[1]
     position = Tensor.arange(T, device=q.device)

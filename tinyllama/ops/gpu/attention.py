@@ -3,7 +3,8 @@
 forward      out, lse, q, k, v, starts
 gradient_q   dq, q, k, v, dout, lse, delta, starts
 gradient_kv  dk, dv, q, k, v, dout, lse, delta, starts
-with delta = (dout * out).sum(-1) as (B, H, T) float32, see delta.c; after them, with `turned`, cos, sin
+with delta = (dout * out).sum(-1) as (B, H, T) float32, see delta.c; with `turned`, all have cos and
+sin after them
 """
 
 import dataclasses
