@@ -89,8 +89,8 @@ def attending(dtype, D: int) -> dict:
     return compared(attention, [normal(*s, dtype=dtype) for s in shapes], Tensor(starts))
 
 
-def feed_forward(dtype) -> dict:
-    weights = [normal(48, 24), normal(48, 24), normal(24, 48)]
+def feed_forward(dtype, inner: int) -> dict:
+    weights = [normal(inner, 24), normal(inner, 24), normal(24, inner)]
     return compared(
         lambda x, gate, up, down: linear(swiglu(linear(x, gate), linear(x, up)), down),
         [normal(2, 19, 24, dtype=dtype), *weights],
@@ -168,8 +168,10 @@ CASES: dict[str, Callable[[], dict]] = {
     "attention, bfloat16, D 32": lambda: attending(BF16, 32),
     "attention, float32, D 24": lambda: attending(F32, 24),
     # gate and up; down; dgate and dup; dx; three of weights
-    "feed-forward, bfloat16": lambda: feed_forward(BF16),
-    "feed-forward, float32": lambda: feed_forward(F32),
+    "feed-forward, bfloat16": lambda: feed_forward(BF16, 48),
+    "feed-forward, float32": lambda: feed_forward(F32, 48),
+    # Too narrow for gate and up in one.
+    "feed-forward, float32, narrow": lambda: feed_forward(F32, 24),
     # q, k and v; attention; delta; dq; dk and dv; dx; of weights
     "self-attention, float32": lambda: self_attention(F32, 2),
     # The same, in which q has another size than k and v.

@@ -21,7 +21,7 @@ def results(folder: Path, *words: str, **more: str) -> tuple[list[dict[str, Any]
     return [json.loads(line) for line in lines], done.stdout
 
 
-@pytest.mark.parametrize("stage", ["products", "attention", "int4"])
+@pytest.mark.parametrize("stage", ["products", "together", "attention", "int4", "decoding"])
 def test_every_kernel_is_started_and_checked(stage: str, tmp_path: Path) -> None:
     lines, printed = results(
         tmp_path / "out", "--tiny", "--stages", stage, **variables(tmp_path / "log")

@@ -24,6 +24,7 @@ KERNELS = {
     "4 bits, groups of 16": 0,
     "feed-forward, bfloat16": 7,
     "feed-forward, float32": 7,
+    "feed-forward, float32, narrow": 10,
     "self-attention, float32": 7,
     "self-attention, bfloat16, grouped": 10,
     "attention, bfloat16, D 32": 4,

@@ -112,8 +112,10 @@ def product(
     fragment = fragments(dialect, dtype) if fragment is None else fragment
     tile = tile or default_tile(dialect, M, N, dtype, fragment)
     _check_product(layout, (M, N, K), size, tile, split, addend or accumulate, fragment)
-    if turned and tile.wn % turned.head:
+    if turned and (turned.head % 16 or tile.wn % turned.head):
         raise UnsupportedSize(f"heads of {turned.head} in groups of {tile.wn} columns")
+    if gated and tile.wn % 32:  # a factor is read 16 columns at a time
+        raise UnsupportedSize(f"two matrices in groups of {tile.wn} columns")
     if packed:
         _check_packed(packed, layout, N if layout == "NN" else K, tile)
     shared = tile.shared_bytes(size)
