@@ -231,13 +231,14 @@ def losses(run: Path) -> dict[int, float]:
 
 
 def newest(run: Path) -> int:
-    """The step of the newest whole checkpoint, 0 if there is none; as the next run will find it."""
+    """The step of the newest whole checkpoint, 0 if there is none; under any name."""
     from tinyllama.errors import CheckpointError
     from tinyllama.train.checkpoint import list_checkpoints, read_state, verify
 
     steps = [0]
-    hidden = [p for role in ("next", "old") for p in run.glob(f".*.{role}")]
-    for folder in [*list_checkpoints(run), *hidden]:
+    # What could not be read when it was resumed is set aside, whole, and said.
+    others = [p for name in (".*.next", ".*.old", "*.aside-*") for p in run.glob(name)]
+    for folder in [*list_checkpoints(run), *others]:
         with contextlib.suppress(CheckpointError):
             verify(folder)
             steps.append(read_state(folder)["step"])

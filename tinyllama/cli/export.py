@@ -2,9 +2,9 @@
 
 tinyllama export SRC DST [--to hf|gguf|mlx] [--dtype float32|float16|bfloat16|q8_0|q4_0]
 
-SRC is what opens as a model: a folder, a run, an adapter, a .gguf file. What was written is read
-back and compared with SRC before it gets its name. Of an adapter the adapter alone is written;
---merged makes one model of it and its base, --with-base writes the base beside it.
+SRC is what opens as a model: a folder, a run, an adapter, a .gguf file, a name on the hub. What was
+written is read back and compared with SRC before it gets its name. Of an adapter the adapter alone
+is written; --merged makes one model of it and its base, --with-base writes the base beside it.
 """
 
 import argparse
