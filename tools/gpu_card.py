@@ -50,7 +50,7 @@ from tinyllama.system import device
 ROOT = Path(__file__).resolve().parents[1]
 # Stages and the seconds that each may take.
 STAGES = {
-    "products": 150, "together": 60, "attention": 60, "int4": 40, "decoding": 40, "library": 60,
+    "products": 150, "together": 50, "attention": 60, "int4": 40, "decoding": 30, "library": 60,
     "losses": 60, "step": 120, "profile": 90, "peers": 240,
 }  # fmt: skip
 ARCH = "sm_90"  # with --compile-only
