@@ -8,7 +8,7 @@ launch. Both save passes over memory, which is what a GPU's step waits for.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -111,22 +111,28 @@ def together(tensors: Sequence[Tensor]) -> list[Tensor]:
     of their weights (TN). The new graph has no gradients: apply this after differentiating.
     """
     sink = UOp.sink(*(t.uop for t in tensors))
-    groups: dict[tuple[object, ...], dict[UOp, UOp]] = {}  # result -> its kernel's call
+    # One group after another: a later one may read what an earlier one computes.
+    while places := next(filter(None, map(_batched, _groups(sink))), None):
+        sink = sink.substitute(places, walk=True)
+    return [Tensor(uop) for uop in sink.src]
+
+
+def _groups(sink: UOp) -> Iterator[dict[UOp, UOp]]:
+    """Results of products that can share a launch, each with the call of its kernel."""
+    alike: dict[tuple[object, ...], dict[UOp, UOp]] = {}
     for uop in sink.toposort():
         call = _call_of_result(uop)
         if call is not None:
             known, (a, b, *_) = _products[call.src[0]], kernel.buffers_of(call)[1]
             key = known.layout, known.sizes, uop.dtype, a if known.layout == NT else b
-            groups.setdefault(key, {})[uop] = call
-    places: dict[UOp, UOp] = {}
-    for group in groups.values():
+            alike.setdefault(key, {})[uop] = call
+    for group in alike.values():
         # Those that are turned come first, as their kernel wants it.
         results = sorted(group, key=lambda uop: _products[group[uop].src[0]].turned is None)
-        for first in range(0, len(results), MOST_TOGETHER):
+        for first in range(0, len(results) - 1, MOST_TOGETHER):
             some = results[first : first + MOST_TOGETHER]
             if len(some) > 1:
-                places |= _batched({result: group[result] for result in some})
-    return [Tensor(uop) for uop in sink.substitute(places, walk=True).src] if places else [*tensors]
+                yield {result: group[result] for result in some}
 
 
 def _call(uop: UOp) -> UOp | None:
@@ -152,7 +158,8 @@ _FROM_PARTS = (Ops.CONTIGUOUS, Ops.CAST, Ops.RESHAPE, Ops.REDUCE)
 
 
 def _batched(group: dict[UOp, UOp]) -> dict[UOp, UOp]:
-    """What takes the place of each result of these calls: that of one launch for all."""
+    """What takes the place of each result of these calls: that of one launch for all; nothing if no
+    launch computes them."""
     calls = list(group.values())
     known = [_products[call.src[0]] for call in calls]
     inputs = [kernel.buffers_of(call)[1] for call in calls]
