@@ -64,7 +64,8 @@ for name, tensor in q4_1.state_dict().items():
     write(tensor, values)
 kernels, run = set(), blocks.run
 def recorded(launch, *rest):
-    kernels.add(re.match("[a-z]+(_[a-z]+)*", launch.name)[0] + " BITS" * ("BITS" in launch.text))
+    name = re.split("_(?=float|bfloat|[0-9])", launch.name)[0]
+    kernels.add(name + " BITS" * ("#define BITS" in launch.text))
     return run(launch, *rest)
 blocks.run = recorded
 prompt, found = list(range(1, 120)), []
