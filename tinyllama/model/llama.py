@@ -61,18 +61,18 @@ class Attention:
         self.v_proj: LinearLike = Linear(hidden, keys, bias="v_proj" in biased)
         self.o_proj: LinearLike = Linear(queries, hidden, bias="o_proj" in biased)
 
-    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, T, hidden) -> q (B, T, H, D), k and v (B, T, KV, D), q and k rotated."""
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, hidden) -> q (B, T, H, D), k and v (B, T, KV, D), without positions."""
         B, T, _ = x.shape
         q = self.q_proj(x).reshape(B, T, self.heads, self.head_dim)
         k = self.k_proj(x).reshape(B, T, self.kv_heads, self.head_dim)
         v = self.v_proj(x).reshape(B, T, self.kv_heads, self.head_dim)
-        return rope(q, cos, sin), rope(k, cos, sin), v
+        return q, k, v
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, starts: Tensor) -> Tensor:
         """x (B, T, hidden), starts (B, T) -> (B, T, hidden)."""
-        q, k, v = self.project(x, cos, sin)
-        return self.o_proj(attention(q, k, v, starts).flatten(2))  # (B, T, H * D)
+        out = attention(*self.project(x), starts, (cos, sin))
+        return self.o_proj(out.flatten(2))  # (B, T, H * D)
 
     def cached(
         self, x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, position: Tensor
@@ -81,7 +81,8 @@ class Attention:
 
         keys and values are those of a cache (ops/cached_attention.py), which is updated in place.
         """
-        q, k, v = self.project(x, cos, sin)
+        q, k, v = self.project(x)
+        q, k = rope(q, cos, sin), rope(k, cos, sin)
         out = cached_attention(q, k, v, Cache(keys, values), position, self.window)
         return self.o_proj(out.flatten(2))  # (1, T, H * D)
 

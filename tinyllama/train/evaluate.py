@@ -11,8 +11,6 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-from tqdm import tqdm
-
 from tinyllama.data.batches import TokenDataset, layout_of, sequential
 from tinyllama.model.llama import Llama
 from tinyllama.runtime.capture import captured
@@ -53,6 +51,8 @@ class Evaluator:
 
         Returns None if `stopping` became true before the end.
         """
+        from tqdm import tqdm  # here: a training step does not need it
+
         total, tokens = 0.0, 0
         shape = self.context_length, self.batch_size, self.stride
         windows = layout_of(self.dataset, self.context_length, stride=self.stride).n_rows
