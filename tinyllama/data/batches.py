@@ -8,8 +8,10 @@ Window w of T tokens holds tokens w*T to w*T+T-1; the target of each is the toke
 last token of a document has no target, so that no document is predicted from another.
 """
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +20,17 @@ from tinyllama.data.corpus import TokenDataset, prepare
 from tinyllama.errors import DataError
 from tinyllama.system.json_files import short
 
-__all__ = ["Batch", "Batches", "TokenDataset", "prepare", "sequential"]
+__all__ = [
+    "Batch",
+    "Batches",
+    "Counted",
+    "Make",
+    "Rows",
+    "TokenDataset",
+    "prepare",
+    "sequential",
+    "windows_of",
+]
 
 _MOST_EPOCHS = 1 << 53
 
@@ -35,28 +47,65 @@ class Batch(NamedTuple):
     starts: Int32  # (B, T)
 
 
+class Rows(Protocol):
+    """What every batch begins with, see Batch; it may hold more arrays of as many rows."""
+
+    @property
+    def tokens(self) -> Int32: ...
+
+    @property
+    def targets(self) -> Int32: ...
+
+    @property
+    def starts(self) -> Int32: ...
+
+    def __iter__(self) -> Iterator[npt.NDArray[Any]]: ...
+
+
+class Counted(Protocol):
+    """Things that batches are made of: as many as windows of this length."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def name(self) -> str: ...
+
+    def window_count(self, context_length: int) -> int: ...
+
+
+Make = Callable[[npt.NDArray[np.int64], int], Rows]
+
+
 class Batches:
     """Endless batches of (batch_size, context_length) windows, each window once per epoch.
 
     The order depends on the seed and the epoch alone. Where an epoch does not fill its last batch,
     that is padded with rows without targets; the last window of the text is padded likewise.
     Raises DataError if the text is shorter than one context.
+
+    `make` makes a batch of other things that are counted as windows are (pairs of answers), or with
+    more in it than text, from the numbers of the windows and the batch size.
     """
 
     def __init__(
         self,
-        dataset: TokenDataset,
+        dataset: TokenDataset | Counted,
         context_length: int,
         batch_size: int,
         seed: int,
         shuffle: bool = True,
+        make: Make | None = None,
     ) -> None:
-        if dataset.n_tokens < context_length:
+        if isinstance(dataset, TokenDataset) and dataset.n_tokens < context_length:
             raise DataError(
                 f"{dataset.name}: {dataset.n_tokens} tokens in all, fewer than one context of"
                 f" {context_length}: more text or a smaller data.context_length"
             )
-        self._dataset = dataset
+        if make is None:
+            assert isinstance(dataset, TokenDataset)
+            make = partial(windows_of, dataset, context_length)
+        self._dataset, self._make = dataset, make
         self._context_length = context_length
         self._batch_size = batch_size
         self._seed = seed
@@ -67,7 +116,7 @@ class Batches:
         self.epoch = 0  # of the next batch, from 0: the epochs that are done
         self.steps_per_epoch = -(-self.n_windows // batch_size)
 
-    def next(self) -> Batch:
+    def next(self) -> Rows:
         """The next batch; after an epoch's last one, `epoch` has grown by one."""
         if self._order is None:
             self._order = self._make_order()
@@ -75,8 +124,7 @@ class Batches:
         self._window += len(windows)
         if self._window == self.n_windows:
             self.epoch, self._window, self._order = self.epoch + 1, 0, None
-        begins = windows * self._context_length
-        return _make_batch(self._dataset, begins, self._context_length, self._batch_size)
+        return self._make(windows, self._batch_size)
 
     def state(self) -> dict[str, int | str | bool]:
         """The position, as plain values for JSON."""
@@ -139,6 +187,13 @@ def sequential(
         overlapping = slice(int(first == 0), None)  # all but the text's first window
         batch.targets[overlapping, : context_length - stride] = -1
         yield batch
+
+
+def windows_of(
+    dataset: TokenDataset, context_length: int, windows: npt.NDArray[np.int64], batch_size: int
+) -> Batch:
+    """The windows of these numbers as rows of a batch."""
+    return _make_batch(dataset, windows * context_length, context_length, batch_size)
 
 
 def _make_batch(

@@ -31,6 +31,7 @@ from tinyllama.model.layers import (
     TableLike,
     named_tensors,
 )
+from tinyllama.model.noise import EmbeddingNoise
 from tinyllama.ops.attention import attention
 from tinyllama.ops.cached_attention import Cache, cached_attention
 from tinyllama.ops.cross_entropy import linear_cross_entropy
@@ -154,6 +155,7 @@ class Llama:
         """dtype is the type of activations; with seed None no weight has memory or a value yet."""
         self.config, self.dtype = config, dtype
         self.checkpoint_activations = False
+        self.noise: EmbeddingNoise | None = None
         # config.json of the model that the weights were read from, and its special ids.
         self.base_entries: dict[str, Any] = {}
         self._rotations: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
@@ -204,6 +206,8 @@ class Llama:
         embedding and the last norm.
         """
         x = run(self.embed, self.model.embed_tokens, tokens)
+        if self.noise is not None and self.noise.is_on:
+            x = run(EmbeddingNoise.__call__, self.noise, x)
         for block in self.model.layers:
             x = through(block, x)
         return run(RMSNorm.__call__, self.model.norm, x)
@@ -247,7 +251,8 @@ class Llama:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Every weight by its Hugging Face name."""
-        return dict(named_tensors(self))
+        named = named_tensors(self)
+        return {name: tensor for name, tensor in named if not name.startswith("noise.")}
 
     def parameters(self) -> list[Tensor]:
         """Every weight, in the order of `state_dict`."""
