@@ -156,10 +156,10 @@ class Trainer:
             is_there = self.saved is not None and self.saved.resolve() == folder.resolve()
             if not is_there or self._saved_step != self.step:
                 self.save(folder.name)
-        losses = (self._last_line.get(name) for name in ("loss", "val_loss"))
+        loss, val_loss = (self._last_line.get(name) for name in ("loss", "val_loss"))
         early = self.best.why() if self.best and self._stops_early() else None
         code = 0 if finished else stopping()
-        return Outcome(folder, self.step, finished, code, *losses, early=early)
+        return Outcome(folder, self.step, finished, code, loss, val_loss, early)
 
     def _is_over(self) -> bool:
         return self.step >= self.total_steps or self._stops_early()
