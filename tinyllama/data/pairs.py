@@ -95,9 +95,27 @@ class PairDataset:
 
     def batch(self, numbers: npt.NDArray[np.int64], batch_size: int) -> Batch:
         """Rows of usable pairs by their numbers, filled up with rows without targets."""
+        rows, first = self._rows(numbers, batch_size)
+        return self._batch(rows, np.arange(1, rows.shape[1]) >= first[:, None])
+
+    def odds_batch(self, numbers: npt.NDArray[np.int64], batch_size: int) -> OddsBatch:
+        """The same for ORPO."""
+        rows, first = self._rows(numbers, batch_size)
+        is_there = rows[:, 1:] >= 0
+        is_answer = is_there & (np.arange(1, rows.shape[1]) >= first[:, None])
+        is_text = is_there & (np.arange(len(rows)) % 2 == 0)[:, None]
+        answer = is_answer / np.maximum(is_answer.sum(1, keepdims=True), 1)
+        text = is_text * (len(numbers) / max(int(is_text.sum()), 1))
+        batch = self._batch(rows, is_answer | is_text)
+        return OddsBatch(*batch, answer.astype(np.float32), text.astype(np.float32))
+
+    def _rows(
+        self, numbers: npt.NDArray[np.int64], batch_size: int
+    ) -> tuple[Int32, npt.NDArray[np.int64]]:
+        """Ids (2 B, T + 1), -1 where there is none, and where the answers begin (2 B,)."""
         T = self.context_length
         rows = np.full((2 * batch_size, T + 1), -1, np.int32)
-        first = np.zeros(2 * batch_size, np.int64)  # places of the answers' first tokens
+        first = np.zeros(2 * batch_size, np.int64)
         for i, pair in enumerate(self.usable[numbers]):
             begin, prompt, chosen, rejected = self.places[pair].tolist()
             start = self.tokens[begin : begin + prompt, 0]
@@ -106,31 +124,17 @@ class PairDataset:
                 ids = np.concatenate([start, answer])[: T + 1]
                 rows[row, : len(ids)] = ids
                 first[row] = prompt
-        tokens, targets = rows[:, :-1].copy(), rows[:, 1:].copy()  # (2 B, T)
-        positions = np.arange(T, dtype=np.int32)
-        targets[positions + 1 < first[:, None]] = -1
+        return rows, first
+
+    def _batch(self, rows: Int32, is_trained: npt.NDArray[np.bool_]) -> Batch:
+        """Rows of ids whose targets are those that are trained; padding attends to itself."""
+        tokens = rows[:, :-1].copy()
+        targets = np.where(is_trained, rows[:, 1:], -1).astype(np.int32)
         is_padding = tokens < 0
+        positions = np.arange(tokens.shape[1], dtype=np.int32)
         starts = np.where(is_padding, positions, 0).astype(np.int32)
         tokens[is_padding] = self.eos_id
         return Batch(tokens, targets, starts)
-
-    def odds_batch(self, numbers: npt.NDArray[np.int64], batch_size: int) -> OddsBatch:
-        """The same for ORPO."""
-        tokens, targets, starts = self.batch(numbers, batch_size)
-        is_answer = targets >= 0
-        answer = is_answer / np.maximum(is_answer.sum(1, keepdims=True), 1)
-        T, is_chosen = self.context_length, np.arange(len(tokens)) % 2 == 0
-        is_text = (starts == 0) & is_chosen[:, None] & is_answer.any(1, keepdims=True)
-        is_text[:, :-1] &= starts[:, 1:] == 0  # the last token has a target only where it is cut
-        is_text[:, -1] = targets[:, -1] >= 0
-        following = np.concatenate([tokens[:, 1:], targets[:, -1:]], axis=1)
-        targets = np.where(is_answer, targets, np.where(is_text, following, -1)).astype(np.int32)
-        is_text = (targets >= 0) & is_chosen[:, None]
-        text = is_text * (len(numbers) / max(int(is_text.sum()), 1))
-        assert targets.shape == (2 * batch_size, T)
-        return OddsBatch(
-            tokens, targets, starts, answer.astype(np.float32), text.astype(np.float32)
-        )
 
 
 def prepare_pairs(
