@@ -178,9 +178,12 @@ class Llama:
         x = self.hidden(tokens, tokens.zeros_like())
         return self.head(x)
 
-    def embed(self, embed_tokens: TableLike, tokens: Tensor) -> Tensor:
-        """tokens (B, T) int32 -> (B, T, hidden) in the activation type."""
-        return embed_tokens(tokens, self.dtype)
+    def embed(
+        self, embed_tokens: TableLike, tokens: Tensor, noise_key: Tensor | None = None
+    ) -> Tensor:
+        """tokens (B, T) int32 -> (B, T, hidden) in the activation type, with noise of a key."""
+        x = embed_tokens(tokens, self.dtype)
+        return x if noise_key is None or self.noise is None else self.noise(x, noise_key)
 
     def hidden(self, tokens: Tensor, starts: Tensor) -> Tensor:
         """tokens, starts (B, T) int32 -> the last norm's output (B, T, hidden)."""
@@ -205,9 +208,8 @@ class Llama:
         `through(block, x)` computes a layer; `run(function, module, *inputs)` computes the
         embedding and the last norm.
         """
-        x = run(self.embed, self.model.embed_tokens, tokens)
-        if self.noise is not None and self.noise.is_on:
-            x = run(EmbeddingNoise.__call__, self.noise, x)
+        noise = [self.noise.noise_key] if self.noise is not None and self.noise.is_on else []
+        x = run(self.embed, self.model.embed_tokens, tokens, *noise)
         for block in self.model.layers:
             x = through(block, x)
         return run(RMSNorm.__call__, self.model.norm, x)

@@ -18,17 +18,17 @@ from tinyllama.runtime import storage
 
 
 class EmbeddingNoise:
-    """What is added to the output of the embedding while it is on."""
+    """What is added to the output of the embedding while it is on; the key (2,) uint32."""
 
     def __init__(self, alpha: float) -> None:
         self.alpha = alpha
         self.noise_key = Tensor.empty(2, dtype=dtypes.uint32)
         self.is_on = False  # only while training
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, noise_key: Tensor) -> Tensor:
         """x (B, T, hidden) -> like x."""
         bound = self.alpha / (x.shape[1] * x.shape[2]) ** 0.5
-        bits = random_bits(self.noise_key, x.numel()).cast(dtypes.float32).reshape(x.shape)
+        bits = random_bits(noise_key, x.numel()).cast(dtypes.float32).reshape(x.shape)
         return (x.float() + (bits * (bound / 2**31) - bound)).cast(x.dtype)
 
     def set_key(self, seed: int, step: int, micro_batch: int) -> None:
