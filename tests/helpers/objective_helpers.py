@@ -18,12 +18,13 @@ def write_rows(path, rows=ROWS):
     return path
 
 
-def run_config(folder, base, objective, kind="full", *overrides):
+def run_toml(folder, base, objective, kind="full"):
+    """A short run on pairs, or on text, with validation and accumulation."""
     write_rows(folder / "pairs.jsonl")
     (folder / "text.txt").write_text("def add(first, second):  # some code\n" * 60)
     data = "text.txt" if objective in ("sft", "distill") else "pairs.jsonl"
     teacher = f'[distillation]\nteacher = "{base}"\n' if objective == "distill" else ""
-    text = f"""
+    return f"""
 [model]
 base = "{base}"
 [training]
@@ -44,4 +45,8 @@ cache_dir = "{folder / "cache"}"
 save_every = 2
 checkpoint_dir = "{folder / "run"}"
 {teacher}{KINDS[kind]}"""
-    return with_base(config_from_toml(text, "test.toml", overrides))
+
+
+def run_config(folder, base, objective, kind="full", *overrides):
+    """The same, loaded, with the base's sizes."""
+    return with_base(config_from_toml(run_toml(folder, base, objective, kind), "t", overrides))
