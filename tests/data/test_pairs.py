@@ -60,7 +60,7 @@ def test_long_answers_are_cut_and_what_says_nothing_is_left_out():
     full = {**PAIR, "prompt": "def add" * 40}
     same = {**PAIR, "rejected": PAIR["chosen"]}
     dataset = load([long, full, same, PAIR], context=24)
-    assert dataset.window_count(24) == 2
+    assert dataset.n_rows == 2
     assert dataset.notices() == [
         "pairs.jsonl: 1 pairs left out: both answers are the same",
         "pairs.jsonl: 1 pairs left out: the prompt alone fills the context of 24 tokens",
@@ -108,7 +108,7 @@ def test_odds_batches_weigh_each_token():
 
 def test_an_order_of_pairs_is_resumed():
     dataset = load([{**PAIR, "chosen": f" code {i}"} for i in range(7)])
-    one, other = (Batches(dataset, 40, 2, seed=5, make=dataset.batch) for _ in range(2))
+    one, other = (Batches(dataset, 40, 2, seed=5, layout=dataset) for _ in range(2))
     one.next()
     other.restore(one.state())
     assert one.n_windows == 7 and one.steps_per_epoch == 4

@@ -18,10 +18,10 @@ import numpy as np
 import numpy.typing as npt
 
 from tinyllama.data import json_array
-from tinyllama.data.batches import Batch, Int32
 from tinyllama.data.detect import BOM
 from tinyllama.data.files import Source, content_digests, cut, find_sources, progress_bar
 from tinyllama.data.kept import Kind, Writer, kept, key_of
+from tinyllama.data.layout import Batch, Int32
 from tinyllama.errors import DataError, TokenizerError
 from tinyllama.system.json_files import short
 from tinyllama.tokenizers.tokenizer import Tokenizer
@@ -71,9 +71,9 @@ class PairDataset:
     usable: npt.NDArray[np.int64]  # numbers of the pairs whose prompt leaves room for an answer
     context_length: int
 
-    def window_count(self, context_length: int) -> int:
-        """Pairs that are trained with rows of this length."""
-        assert context_length == self.context_length
+    @property
+    def n_rows(self) -> int:
+        """Pairs that are trained, each of which fills two rows of a batch."""
         return len(self.usable)
 
     @property

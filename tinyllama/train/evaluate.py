@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from tinyllama.data.batches import Make, TokenDataset, sequential
+from tinyllama.data.batches import Layout, TokenDataset, layout_of, sequential
 from tinyllama.model.llama import Llama
 from tinyllama.runtime.capture import captured
 from tinyllama.runtime.storage import Inputs
@@ -41,20 +41,19 @@ class PairEvaluation(NamedTuple):
 class PairEvaluator:
     """Evaluates a model on pairs of answers, any number of times, with one compiled graph."""
 
-    def __init__(self, model: Llama, loss: Loss, make: Make, count: int, batch_size: int) -> None:
-        """`make` makes batches of the pairs 0 .. count - 1."""
-        self.loss, self.make, self.count, self.batch_size = loss, make, count, batch_size
+    def __init__(self, model: Llama, loss: Loss, layout: Layout, batch_size: int) -> None:
+        self.loss, self.layout, self.batch_size = loss, layout, batch_size
         self._inputs = Inputs()
         self._summed_loss = captured(StagedLoss(model, loss=loss).loss)
 
     def run(self, *, stopping: Callable[[], int] = lambda: 0) -> PairEvaluation | None:
         """Every pair once. Returns None if `stopping` became true before the end."""
         totals, pairs = np.zeros(1 + len(self.loss.measures)), 0
-        for first in range(0, self.count, self.batch_size):
+        for first in range(0, self.layout.n_rows, self.batch_size):
             if stopping():
                 return None
-            numbers = np.arange(first, min(first + self.batch_size, self.count))
-            batch = self.make(numbers, self.batch_size)
+            numbers = np.arange(first, min(first + self.batch_size, self.layout.n_rows))
+            batch = self.layout.batch(numbers, self.batch_size)
             totals += self._summed_loss(*self._inputs(*batch)).numpy()
             pairs += self.loss.count(batch)
         loss, *measured = (totals / max(pairs, 1)).tolist()
@@ -87,7 +86,7 @@ class Evaluator:
         """
         total, tokens = 0.0, 0
         shape = self.context_length, self.batch_size, self.stride
-        windows = self.dataset.window_count(self.context_length, self.stride)
+        windows = layout_of(self.dataset, self.context_length, stride=self.stride).n_rows
         with tqdm(total=windows, desc="Evaluating", unit="window", disable=not progress) as bar:
             for batch in sequential(self.dataset, *shape):
                 if stopping():

@@ -127,7 +127,7 @@ def estimate_memory(config: Config, step: TrainStep | None = None) -> MemoryEsti
         # As in training, and not in validation.
         plans = step.plans(*batch, hyperparameters=hyperparameters)
     first = plans[0]
-    if config.data.val_path is not None:
+    if config.data.validates:
         loss = validation_loss(config)
         validated = batch if loss.measures else batch[:3]
         plans.append(plan(StagedLoss(model, loss=loss).loss, validated))

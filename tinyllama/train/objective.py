@@ -22,16 +22,7 @@ from tinygrad import Tensor, dtypes
 from tqdm import tqdm
 
 from tinyllama.config import Config
-from tinyllama.data.batches import (
-    Batch,
-    Batches,
-    Make,
-    Rows,
-    TokenDataset,
-    prepare,
-    sequential,
-    windows_of,
-)
+from tinyllama.data.batches import Batches, Layout, Rows, TokenDataset, text_layout
 from tinyllama.data.kept import Kept, Kind, Writer, kept, key_of
 from tinyllama.data.pairs import PairDataset, ReferencedBatch, prepare_pairs
 from tinyllama.errors import ConfigError, naming
@@ -47,6 +38,9 @@ from tinyllama.train.evaluate import Evaluator, PairEvaluator
 from tinyllama.train.gradients import StagedLoss
 from tinyllama.train.losses import CrossEntropy, Loss
 from tinyllama.train.preferences import PAIR_OBJECTIVES, loss_of
+from tinyllama.train.prepare import texts
+
+Int64 = npt.NDArray[np.int64]
 
 
 class TeacherBatch(NamedTuple):
@@ -64,25 +58,17 @@ class Material:
     """What a run trains and validates on; `notices` are lines about what was left out."""
 
     batches: Batches
-    validation: "TokenDataset | Pairs | None"
+    validation: TokenDataset | Layout | None
     notices: tuple[str, ...] = ()
 
     def evaluator(self, config: Config, model: Llama) -> Evaluator | PairEvaluator | None:
         """What validates a model on it."""
         part = config.training.micro_batch
-        if isinstance(self.validation, Pairs):
-            pairs = self.validation
-            return PairEvaluator(model, validation_loss(config), pairs.make, pairs.total, part)
         if self.validation is None:
             return None
-        return Evaluator(model, self.validation, config.context_length, part)
-
-
-class Pairs(NamedTuple):
-    """Pairs to validate on: what makes a batch of some of them, and how many there are."""
-
-    make: Make
-    total: int
+        if isinstance(self.validation, TokenDataset):
+            return Evaluator(model, self.validation, config.context_length, part)
+        return PairEvaluator(model, validation_loss(config), self.validation, part)
 
 
 def rows_per_example(config: Config) -> int:
@@ -118,16 +104,15 @@ def find_material(config: Config, tokenizer: Tokenizer, show: bool) -> Material:
     """
     if config.training.objective in PAIR_OBJECTIVES:
         return _pair_material(config, tokenizer, show)
-    t, data, T = config.training, config.data, config.context_length
-    read = partial(prepare, special_tokens=data.special_tokens, progress=show)
-    train = read(data.train_path, tokenizer, data.cache_dir)
-    make = None
+    t, pack, T = config.training, config.data.pack, config.context_length
+    train, val = texts(config, tokenizer, show)
+    layout = text_layout(train, T, pack)
+    notices = tuple(layout.notices())
     if t.objective == "distill":
-        make = partial(_with_teacher, train, T, _teacher(config, train, tokenizer, show))
-    batches = Batches(train, T, t.batch_size, t.seed, make=make)
-    if data.val_path is None:
-        return Material(batches, None)
-    return Material(batches, read(data.val_path, tokenizer, data.cache_dir))
+        layout = WithTeacher(layout, _teacher(config, train, layout, tokenizer, show))
+    if t.objective != "distill":
+        return Material(Batches(train, T, t.batch_size, t.seed, pack=pack), val, notices)
+    return Material(Batches(train, T, t.batch_size, t.seed, pack=pack, layout=layout), val, notices)
 
 
 # ---- pairs
@@ -142,30 +127,68 @@ def _pair_material(config: Config, tokenizer: Tokenizer, show: bool) -> Material
             paths, tokenizer, data.cache_dir, T, special_tokens=special, progress=show
         )
 
+    if data.val_fraction is not None:
+        raise ConfigError(
+            f"{config.where('data.val_fraction')}: got {data.val_fraction}, must not be set for "
+            "pairs: name the pairs to validate on with data.val_path"
+        )
     train = read(data.train_path)
-    batches = Batches(train, T, t.batch_size, t.seed, make=_pair_maker(config, train, show))
+    layout = _pair_layout(config, train, show)
+    batches = Batches(train, T, t.batch_size, t.seed, pack=data.pack, layout=layout)
     if data.val_path is None:
         return Material(batches, None, tuple(train.notices()))
     val = read(data.val_path)
-    pairs = Pairs(_pair_maker(config, val, show), val.window_count(T))
-    return Material(batches, pairs, (*train.notices(), *val.notices()))
+    notices = (*train.notices(), *val.notices())
+    return Material(batches, _pair_layout(config, val, show), notices)
 
 
-def _pair_maker(config: Config, pairs: PairDataset, show: bool) -> Make:
+def _pair_layout(config: Config, pairs: PairDataset, show: bool) -> Layout:
     if config.training.objective == "orpo":
-        return pairs.odds_batch
-    if config.lora is not None:
-        return pairs.batch
-    return partial(_with_reference, pairs, _reference(config, pairs, show))
+        return WithOdds(pairs)
+    return pairs if config.lora else WithReference(pairs, _reference(config, pairs, show))
 
 
-def _with_reference(
-    pairs: PairDataset, reference: Kept, numbers: npt.NDArray[np.int64], batch_size: int
-) -> ReferencedBatch:
-    batch = pairs.batch(numbers, batch_size)
-    known = np.zeros(2 * batch_size, np.float32)
-    known[: 2 * len(numbers)] = reference.arrays["reference"][numbers].reshape(-1)
-    return ReferencedBatch(*batch, known)
+@dataclass(frozen=True)
+class WithOdds:
+    """Pairs for ORPO: a Layout."""
+
+    pairs: PairDataset
+
+    @property
+    def n_rows(self) -> int:
+        """See Layout."""
+        return self.pairs.n_rows
+
+    def batch(self, rows: Int64, batch_size: int) -> Rows:
+        """See Layout."""
+        return self.pairs.odds_batch(rows, batch_size)
+
+    def notices(self) -> list[str]:
+        """See Layout."""
+        return self.pairs.notices()
+
+
+@dataclass(frozen=True)
+class WithReference:
+    """Pairs, and the log-probabilities of their answers under the base: a Layout."""
+
+    pairs: PairDataset
+    reference: Kept
+
+    @property
+    def n_rows(self) -> int:
+        """See Layout."""
+        return self.pairs.n_rows
+
+    def batch(self, rows: Int64, batch_size: int) -> Rows:
+        """See Layout."""
+        known = np.zeros(2 * batch_size, np.float32)
+        known[: 2 * len(rows)] = self.reference.arrays["reference"][rows].reshape(-1)
+        return ReferencedBatch(*self.pairs.batch(rows, batch_size), known)
+
+    def notices(self) -> list[str]:
+        """See Layout."""
+        return self.pairs.notices()
 
 
 def _reference(config: Config, pairs: PairDataset, show: bool) -> Kept:
@@ -182,7 +205,7 @@ def _reference(config: Config, pairs: PairDataset, show: bool) -> Kept:
         plain = replace(t, objective="sft", neftune_alpha=0.0)
         staged = StagedLoss(build(replace(config, lora=None, qlora=None, training=plain)).model)
         run, inputs, part = captured(staged.log_probabilities), Inputs(), t.micro_batch
-        count = pairs.window_count(pairs.context_length)
+        count = pairs.n_rows
         for first in _progress(range(0, count, part), "Reference", show):
             numbers = np.arange(first, min(first + part, count))
             found = run(*inputs(*pairs.batch(numbers, part))).numpy()
@@ -195,34 +218,40 @@ def _reference(config: Config, pairs: PairDataset, show: bool) -> Kept:
 # ---- a teacher
 
 
-def _with_teacher(
-    text: TokenDataset,
-    context_length: int,
-    teacher: Kept,
-    windows: npt.NDArray[np.int64],
-    batch_size: int,
-) -> Rows:
-    batch = windows_of(text, context_length, windows, batch_size)
-    return TeacherBatch(
-        *batch,
-        *(
-            _of_windows(teacher.arrays[name], dtype, windows, batch)
-            for name, dtype in (("ids", np.int32), ("logits", np.float32))
-        ),
-    )
+@dataclass(frozen=True)
+class WithTeacher:
+    """Rows of text with the teacher's most likely tokens: a Layout."""
+
+    text: Layout
+    teacher: Kept
+
+    @property
+    def n_rows(self) -> int:
+        """See Layout."""
+        return self.text.n_rows
+
+    def batch(self, rows: Int64, batch_size: int) -> Rows:
+        """See Layout."""
+        batch, arrays = self.text.batch(rows, batch_size), self.teacher.arrays
+        ids, logits = (_of_rows(arrays[name], rows, batch) for name in ("ids", "logits"))
+        tokens, targets, starts = batch
+        return TeacherBatch(
+            tokens, targets, starts, ids.astype(np.int32), logits.astype(np.float32)
+        )
+
+    def notices(self) -> list[str]:
+        """See Layout."""
+        return self.text.notices()
 
 
-def _of_windows(
-    array: npt.NDArray[Any], dtype: Any, windows: npt.NDArray[np.int64], batch: Batch
-) -> npt.NDArray[Any]:
-    """The rows of `array`, one per token, that belong to windows: (B, T, K). In rows that only fill
-    the batch the ids are 0 to K - 1, since they must differ."""
-    B, T = batch.tokens.shape
-    K = array.shape[1]
-    found = np.empty((B, T, K), dtype)
+def _of_rows(array: npt.NDArray[Any], rows: Int64, batch: Rows) -> npt.NDArray[Any]:
+    """What belongs to rows of `array`, one line per token: (B, T, K). In rows that only fill the
+    batch the ids are 0 to K - 1, since they must differ."""
+    (B, T), K = batch.tokens.shape, array.shape[1]
+    found = np.empty((B, T, K), array.dtype)
     found[:] = np.arange(K)
-    for row, window in zip(found, windows, strict=False):
-        row[:] = array[window * T : (window + 1) * T]
+    for place, row in zip(found, rows, strict=False):
+        place[:] = array[row * T : (row + 1) * T]
     return found
 
 
@@ -230,8 +259,10 @@ def _kept_tokens(config: Config) -> int:
     return min(config.distillation.top_k, config.model.vocab_size)
 
 
-def _teacher(config: Config, text: TokenDataset, tokenizer: Tokenizer, show: bool) -> Kept:
-    """Ids and logits (tokens, K) of the teacher's most likely tokens, in every window."""
+def _teacher(
+    config: Config, text: TokenDataset, layout: Layout, tokenizer: Tokenizer, show: bool
+) -> Kept:
+    """Ids and logits (tokens, K) of the teacher's most likely tokens, in every row."""
     path, T, rows = config.distillation.teacher, config.context_length, config.model.vocab_size
     assert path is not None
     with naming("distillation.teacher"):
@@ -254,15 +285,15 @@ def _teacher(config: Config, text: TokenDataset, tokenizer: Tokenizer, show: boo
             f"{config.where('data.context_length')}: got {T}, must be at most the teacher's "
             f"{source.config.max_seq_len} tokens (max_position_embeddings of {path})"
         )
-    key = key_of("teacher", text.path.name, T, K, rows, print_of_teacher)
+    key = key_of("teacher", text.path.name, T, config.data.pack, K, rows, print_of_teacher)
     id_type = "uint16" if rows <= 1 << 16 else "uint32"
     kinds = {"ids": Kind(id_type, K, rows), "logits": Kind("float32", K)}
 
     def make(write: Writer) -> dict[str, int]:
         model, inputs = load_model(source.path), Inputs()
         run = captured(partial(_logits, model))
-        batches = sequential(text, T, 1)
-        for batch in _progress(batches, "Teacher", show, text.window_count(T)):
+        for row in _progress(range(layout.n_rows), "Teacher", show):
+            batch = layout.batch(np.array([row]), 1)
             logits = run(*inputs(batch.tokens, batch.starts)).numpy()[:, :rows]  # (T, vocab)
             ids = np.argpartition(-logits, K - 1, axis=1)[:, :K]
             best = np.take_along_axis(logits, ids, 1)
@@ -279,5 +310,5 @@ def _logits(model: Llama, tokens: Tensor, starts: Tensor) -> Tensor:
     return model.head(model.hidden(tokens, starts))[0].contiguous().realize()
 
 
-def _progress(items: Any, what: str, show: bool, total: int | None = None) -> Iterator[Any]:
-    yield from tqdm(items, desc=what, total=total, disable=not show)
+def _progress(items: range, what: str, show: bool) -> Iterator[int]:
+    yield from tqdm(items, desc=what, disable=not show)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyllama.config import Config
-from tinyllama.data.batches import Rows
+from tinyllama.data.layout import Rows, trimmed
 from tinyllama.errors import CheckpointError, TrainingError
 from tinyllama.model.build import build
 from tinyllama.model.counts import parameters
@@ -284,6 +284,8 @@ class Trainer:
         step = self.step + 1
         lr = learning_rate(step, self.total_steps, t.learning_rate, self.schedule, self.anchor)
         parts = _micro_batches(batch, t.micro_batch * rows_per_example(self.config))
+        if not self.config.data.pack:
+            parts = [trimmed(part) for part in parts]
         clock = time.perf_counter()
         result = self.train_step(parts, step, lr)
         seconds = time.perf_counter() - clock
