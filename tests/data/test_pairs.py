@@ -7,6 +7,7 @@ import pytest
 from data_helpers import small_tokenizer
 
 from tinyllama.data.batches import Batches
+from tinyllama.data.conversations import Form
 from tinyllama.data.pairs import prepare_pairs
 from tinyllama.errors import DataError
 
@@ -62,7 +63,7 @@ def test_long_answers_are_cut_and_what_says_nothing_is_left_out():
     dataset = load([long, full, same, PAIR], context=24)
     assert dataset.n_rows == 2
     assert dataset.notices() == [
-        "pairs.jsonl: 1 pairs left out: both answers are the same",
+        "pairs.jsonl: 1 pairs left out: both answers are the same, or one is empty",
         "pairs.jsonl: 1 pairs left out: the prompt alone fills the context of 24 tokens",
         "pairs.jsonl: 1 pairs cut to the context of 24 tokens",
     ]
@@ -82,10 +83,29 @@ def test_rows_are_the_same_from_an_array_and_from_lines_of_any_end():
 
 
 def test_a_bad_row_is_named_by_its_line():
-    with pytest.raises(DataError, match=r"pairs.jsonl, line 3: must be a pair of texts"):
+    with pytest.raises(DataError, match=r"pairs.jsonl, line 3: no "chosen" and "rejected""):
         load([], text=f"{json.dumps(PAIR)}\n\n" + '{"prompt": "a", "chosen": "b"}\n')
     with pytest.raises(DataError, match=r"line 1: not valid JSON"):
         load([{**PAIR, "chosen": "\ud800"}])
+
+
+def test_messages_are_written_by_a_template_and_their_last_turn_is_trained():
+    before = [{"role": "user", "content": "def add"}]
+    answers = [[*before, {"role": "assistant", "content": text}] for text in ("first", "second")]
+    with open("chat.jsonl", "w") as file:
+        file.write(json.dumps(dict(zip(("chosen", "rejected"), answers, strict=True))) + "\n")
+    form = Form("chatml")
+    dataset = prepare_pairs(
+        "chat.jsonl", small_tokenizer(), "cache", 150, form=form, progress=False
+    )
+    batch, tokenizer = dataset.batch(np.array([0]), 1), small_tokenizer()
+    for row, text in enumerate(("first", "second")):
+        trained = tokenizer.decode(batch.targets[row][batch.targets[row] >= 0].tolist())
+        assert trained.strip() == f"{text}<|im_end|>"
+        whole = tokenizer.decode(batch.tokens[row][batch.starts[row] == 0].tolist())
+        assert "def add" in whole
+    with pytest.raises(DataError, match="messages need a chat template"):
+        prepare_pairs("chat.jsonl", small_tokenizer(), "cache", 150, progress=False)
 
 
 def test_odds_batches_weigh_each_token():

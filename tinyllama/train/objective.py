@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from tinyllama.config import Config
 from tinyllama.data.batches import Batches, Layout, Rows, TokenDataset, text_layout
+from tinyllama.data.conversations import Form
 from tinyllama.data.kept import Kept, Kind, Writer, kept, key_of
 from tinyllama.data.pairs import PairDataset, ReferencedBatch, prepare_pairs
 from tinyllama.errors import ConfigError, naming
@@ -122,10 +123,8 @@ def _pair_material(config: Config, tokenizer: Tokenizer, show: bool) -> Material
     t, data, T = config.training, config.data, config.context_length
 
     def read(paths: Any) -> PairDataset:
-        special = data.special_tokens
-        return prepare_pairs(
-            paths, tokenizer, data.cache_dir, T, special_tokens=special, progress=show
-        )
+        form = Form(data.template, "last" if data.train_on == "last" else None)  # never a prompt
+        return prepare_pairs(paths, tokenizer, data.cache_dir, T, form=form, progress=show)
 
     if data.val_fraction is not None:
         raise ConfigError(
