@@ -140,10 +140,10 @@ def test_a_warm_up_as_a_share_of_the_steps(tmp_path, base):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ('{"chosen": "a"}', "line 1: must be a pair of texts"),
-        ('{"chosen": "a", "rejected": 3}', "must be a pair of texts"),
-        ("{", "line 1: not valid JSON"),
-        ("[1]", "must be a pair of texts"),
+        ('{"chosen": "a"}', 'pairs have "chosen" and "rejected" in each row'),
+        ('{"chosen": "a", "rejected": 3}', 'line 1: "chosen" and "rejected" must both be'),
+        ("{", 'pairs have "chosen" and "rejected" in each row'),
+        ("[1]", 'pairs have "chosen" and "rejected" in each row'),
         ('{"chosen": "a", "rejected": "a"}', "1 pairs left out: both answers are the same"),
     ],
 )
