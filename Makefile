@@ -111,7 +111,7 @@ chaos: $(VENV)/.dev ## kill, starve and damage real runs TRIES=100 times per kin
 	@tools/system.sh --required clang
 	$(PY) tests/chaos/chaos.py --tries $(TRIES) --out docs/reliability.md
 
-conformance: $(VENV)-conformance/.made ## compare with torch, transformers and peft (a large download)
+conformance: $(VENV)-conformance/.made ## compare with torch, transformers, peft and trl (a large download)
 	@tools/system.sh clang
 	$(VENV)-conformance/bin/python -m pytest -k conformance
 

@@ -31,6 +31,7 @@ from tinyllama.model.layers import (
     TableLike,
     named_tensors,
 )
+from tinyllama.model.noise import EmbeddingNoise
 from tinyllama.ops.attention import attention
 from tinyllama.ops.cached_attention import Cache, cached_attention
 from tinyllama.ops.cross_entropy import linear_cross_entropy
@@ -155,6 +156,7 @@ class Llama:
         """dtype is the type of activations; with seed None no weight has memory or a value yet."""
         self.config, self.dtype = config, dtype
         self.checkpoint_activations = False
+        self.noise: EmbeddingNoise | None = None
         # config.json of the model that the weights were read from, and its special ids.
         self.base_entries: dict[str, Any] = {}
         self._rotations: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
@@ -177,9 +179,12 @@ class Llama:
         x = self.hidden(tokens, tokens.zeros_like())
         return self.head(x)
 
-    def embed(self, embed_tokens: TableLike, tokens: Tensor) -> Tensor:
-        """tokens (B, T) int32 -> (B, T, hidden) in the activation type."""
-        return embed_tokens(tokens, self.dtype)
+    def embed(
+        self, embed_tokens: TableLike, tokens: Tensor, noise_key: Tensor | None = None
+    ) -> Tensor:
+        """tokens (B, T) int32 -> (B, T, hidden) in the activation type, with noise of a key."""
+        x = embed_tokens(tokens, self.dtype)
+        return x if noise_key is None or self.noise is None else self.noise(x, noise_key)
 
     def hidden(self, tokens: Tensor, starts: Tensor) -> Tensor:
         """tokens, starts (B, T) int32 -> the last norm's output (B, T, hidden)."""
@@ -204,7 +209,8 @@ class Llama:
         `through(block, x)` computes a layer; `run(function, module, *inputs)` computes the
         embedding and the last norm.
         """
-        x = run(self.embed, self.model.embed_tokens, tokens)
+        noise = [self.noise.noise_key] if self.noise is not None and self.noise.is_on else []
+        x = run(self.embed, self.model.embed_tokens, tokens, *noise)
         for block in self.model.layers:
             x = through(block, x)
         return run(RMSNorm.__call__, self.model.norm, x)
@@ -248,7 +254,8 @@ class Llama:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Every weight by its Hugging Face name."""
-        return dict(named_tensors(self))
+        named = named_tensors(self)
+        return {name: tensor for name, tensor in named if not name.startswith("noise.")}
 
     def parameters(self) -> list[Tensor]:
         """Every weight, in the order of `state_dict`."""
