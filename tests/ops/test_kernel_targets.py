@@ -1,4 +1,4 @@
-"""Every kernel of a training step compiles for every instruction set, also those not present here.
+"""Every kernel of training and generation compiles for every instruction set, present or not.
 
 What comes out is loaded the way tinygrad loads it, so that a call of a library function, which
 nothing would resolve, is an error. Nothing is run: the sanitized harnesses do that for the
@@ -13,9 +13,13 @@ from importlib import resources
 
 import pytest
 from model_helpers import kernel_texts
+from tinygrad import Tensor, dtypes
 from tinygrad.runtime.support.compiler_cpu import ClangJITCompiler
+from tinygrad.uop.ops import Ops
 
 from tinyllama.config import config_from_toml
+from tinyllama.ops.cached_attention import cached_attention, new_cache
+from tinyllama.ops.int4 import int4_embedding
 from tinyllama.runtime import c_kernel
 from tinyllama.train.memory_estimate import blank_step, estimate_memory
 
@@ -49,7 +53,7 @@ RUNS = {
 
 @functools.cache
 def sources(amx: bool = False) -> dict[str, str]:
-    """C texts of the kernels of full training and QLoRA, one of each kind, with or without AMX."""
+    """C texts of the kernels of full training, QLoRA and generation, one of each kind."""
     found: dict[str, str] = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(c_kernel, "has_bf16_products", lambda: True)
@@ -61,13 +65,28 @@ def sources(amx: bool = False) -> dict[str, str]:
             stages = [*vars(step.staged.stages).values(), *step.optimizer.stages.values()]
             for stage in stages:
                 found |= {kind(code): code for code in kernel_texts(stage)}
+        found |= {kind(code): code for code in generation()}
     return {name: code for name, code in found.items() if "#define KERNEL" in code}
+
+
+def generation() -> set[str]:
+    """C texts of attention to a cache, for one new token and for several, and of packed rows."""
+    packed, scales = Tensor.empty(9, 16, dtype=dtypes.uint8), Tensor.empty(9, 1, dtype=dtypes.half)
+    ids = Tensor.empty(1, 3, dtype=dtypes.int32)
+    results = [int4_embedding(ids, packed, scales, None, dtypes.bfloat16)]
+    for tokens, dtype in ((1, dtypes.bfloat16), (5, dtypes.float32)):
+        cache = new_cache(2, 32, 16, dtype)
+        q, k = (Tensor.empty(1, tokens, heads, 16, dtype=dtype) for heads in (4, 2))
+        results.append(cached_attention(q, k, k, cache, Tensor.empty(1, dtype=dtypes.int32)))
+    return {n.arg for out in results for n in out.uop.toposort() if n.op is Ops.SOURCE}
 
 
 def kind(code: str) -> str:
     """A kernel's file with the macros that choose among its code, not those that are sizes."""
     name = re.search(r"#define KERNEL ([a-z]\w*?)_\d", code)
-    macros = "LAYOUT|ACCUMULATE|ADDEND|COMPUTE_BF16|TILE_AMX|MANY_ROWS|BLOCK|DECAY|GRADIENT|ACT"
+    macros = (
+        "LAYOUT|ACCUMULATE|ADDEND|COMPUTE_BF16|TILE_AMX|MANY_ROWS|BLOCK|DECAY|GRADIENT|ACT|ROWS"
+    )
     macros += "|[ABC]_T"
     chosen = re.findall(rf"#define ({macros}) (\d+)", code.partition("/*")[0])
     return " ".join([name[1] if name else "", *(f"{key}={value}" for key, value in chosen)])

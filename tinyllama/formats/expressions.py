@@ -63,7 +63,10 @@ class Expression:
         self._reads: list[tuple[Reads, int] | None] = []  # by state
         self._free: list[list[tuple[Stands | None, int]]] = []
         self._end = self._state()
-        self._start = self._add(parsed, self._end)
+        try:
+            self._start = self._add(parsed, self._end)
+        except RecursionError as error:
+            raise ValueError("is nested too deeply") from error
 
     def matches(self, text: str) -> bool:
         """Whether the expression matches the whole of a text."""
