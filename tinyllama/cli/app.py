@@ -12,6 +12,7 @@ from typing import NoReturn
 from tinyllama.cli import (
     backends,
     bench,
+    chat,
     evaluate,
     export,
     generate,
@@ -19,6 +20,7 @@ from tinyllama.cli import (
     merge,
     params,
     plot,
+    serve,
     tokenizer,
     train,
 )
@@ -32,6 +34,8 @@ COMMANDS: dict[str, ModuleType] = {
     for command in (
         train,
         generate,
+        chat,
+        serve,
         evaluate,
         merge,
         export,

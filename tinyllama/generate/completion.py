@@ -91,6 +91,11 @@ class Completion:
         self.finish_reason: str | None = None
 
     @property
+    def limit(self) -> int:
+        """The most tokens to make."""
+        return self._limit - self.prompt_tokens
+
+    @property
     def made(self) -> int:
         """How many tokens the text has grown by."""
         return len(self.text) - self.prompt_tokens
@@ -123,10 +128,13 @@ class Completion:
 
         Raises ConfigError if the prompt is empty or does not fit the context.
         """
-        check_length(self.prompt_tokens, self._limit - self.prompt_tokens, generator.length)
+        check_length(self.prompt_tokens, self.limit, generator.length)
         while self.finish_reason is None:
-            for logits in generator.reading(self.text):
+            chunks = generator.reading(self.text)
+            logits = next(chunks)
+            for later in chunks:
                 yield ""  # a long prompt is read in parts, between which a caller may stop
+                logits = later
             yield self.advance(logits).text
 
 

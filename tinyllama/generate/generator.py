@@ -66,7 +66,8 @@ class Decoder:
         first sequence."""
         padded = [*tokens, *[0] * (size - len(tokens))]
         self.computed += len(tokens)
-        return self._run([padded], [position], [[len(tokens) - 1]])[0]
+        logits: Logits = self._run([padded], [position], [[len(tokens) - 1]])[0]
+        return logits
 
     def step(self, tokens: Sequence[int], positions: Sequence[int]) -> Logits:
         """Logits (B, vocab) that follow one token of each of the first B sequences."""

@@ -77,8 +77,8 @@ class Attention:
     def cached(
         self, x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, position: Tensor
     ) -> Tensor:
-        """Like a call for T tokens x (1, T, hidden) at positions position .. position + T - 1 of one
-        sequence, or for the next tokens of T sequences at the positions position (T,).
+        """Like a call for T tokens x (1, T, hidden) of one sequence at positions position ..
+        position + T - 1, or for the next tokens of T sequences at the positions position (T,).
 
         keys and values are those of a cache (ops/cached_attention.py), which is updated in place.
         """

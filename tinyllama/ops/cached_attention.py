@@ -51,7 +51,8 @@ def cached_attention(
     """q (B, T, H, D), k and v (B, T, KV, D) at positions position .. -> (B, T, H, D) like q.
 
     B or T is 1. position is an int32 tensor (B,), so that one compiled step serves every position.
-    The cache, which may hold more sequences than these, is updated in place. With a `window` a token attends to so many tokens, itself included.
+    The cache, which may hold more sequences than these, is updated in place. With a `window` a
+    token attends to so many tokens, itself included.
     """
     form = forms.choose(q, k, v, *cache, portable=_portable, cpu=_cpu, gpu=_gpu)
     return form(q, k, v, cache, position, window)
@@ -104,8 +105,8 @@ def _portable_rows(
     mask = slots <= places
     if window is not None:
         mask = mask & (slots > places - window)
-    mine = (part[: B * KV].reshape(B, KV, S, D).transpose(1, 2) for part in (keys, values))
-    return masked_attention(q, *mine, mask)
+    keys, values = (x[: B * KV].reshape(B, KV, S, D).transpose(1, 2) for x in (keys, values))
+    return masked_attention(q, keys, values, mask)
 
 
 def _cpu(
