@@ -215,7 +215,8 @@ def test_eight_clients_at_once_get_their_own_answers(server):
     texts = [f"Number {n}" for n in range(8)]
 
     def ask(text):
-        for _ in range(200):
+        deadline = time.monotonic() + 200
+        while time.monotonic() < deadline:
             try:
                 done = client(server).chat.completions.create(
                     model="tiny-chat", messages=said(text), max_tokens=10
@@ -234,7 +235,8 @@ def test_eight_clients_at_once_get_their_own_answers(server):
     ("body", "problem"),
     [
         (b"{", "the request is no JSON"),
-        (b"[" * 100_000, "the request is no JSON"),
+        (b"[" * 100_000, "Expected `object`, got `array`"),
+        (b'{"messages": ' + b"[" * 100_000, "the request is no JSON"),
         ({"messages": "x"}, "Expected `array`, got `str` - at `$.messages`"),
         ({}, "missing required field `messages`"),
         ({"messages": []}, "messages: got none"),
@@ -254,7 +256,7 @@ def test_eight_clients_at_once_get_their_own_answers(server):
         ({"messages": said("fox " * 2000)}, f"must be fewer than the {CONTEXT} of the context"),
         ({"messages": said("x"), "model": "none"}, "model: got 'none', must be one of"),
         ({"messages": said("x"), "logprobs": True, "top_logprobs": 21}, "top_logprobs: got 21"),
-        (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "surrogate"),
+        (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "the request is no JSON"),
     ],
 )
 def test_a_wrong_request_says_what_is_wrong(server, body, problem):

@@ -129,6 +129,7 @@ def run(options: argparse.Namespace) -> int:
         address = _address(listening)
         try:
             with stopping_on_signals("stopping: answers in progress may end\n") as stopped:
+                listening.listen()
                 print(f"serving {', '.join(models)} at {address}", flush=True)
                 return asyncio.run(_serve(uvicorn.Server(config), listening, stopped))
         finally:
