@@ -253,7 +253,7 @@ def test_eight_clients_at_once_get_their_own_answers(server):
         ({"messages": said("x"), "stop": [""]}, "stop: got an empty string"),
         ({"messages": said("x"), "stop": ["a"] * 17}, "stop: got 17 strings"),
         ({"messages": said("x"), "seed": -1}, "seed: got -1"),
-        ({"messages": said("fox " * 2000)}, f"must be fewer than the {CONTEXT} of the context"),
+        ({"messages": said("fox " * 6000)}, f"must be fewer than the {CONTEXT} of the context"),
         ({"messages": said("x"), "model": "none"}, "model: got 'none', must be one of"),
         ({"messages": said("x"), "logprobs": True, "top_logprobs": 21}, "top_logprobs: got 21"),
         (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "the request is no JSON"),
@@ -308,7 +308,7 @@ def test_no_page_of_another_origin_may_read(server):
 
 def test_a_client_that_leaves_ends_its_computation(server):
     host, port = server.removeprefix("http://").split(":")
-    body = json.dumps({"messages": said("Hello"), "max_tokens": 600, "stream": True}).encode()
+    body = json.dumps({"messages": said("Hello"), "max_tokens": 4000, "stream": True}).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(body)}"
     with socket.create_connection((host, int(port))) as connection:
         connection.sendall(head.encode() + b"\r\n\r\n" + body)

@@ -23,7 +23,7 @@ from tinyllama.model.build import load_model
 from tinyllama.model.lora import write_adapter
 from tinyllama.tokenizers.opening import open_tokenizer
 
-CONTEXT = 640
+CONTEXT = 4096
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

@@ -16,7 +16,7 @@ from tinyllama.cli.shared import add_threads, load, model_folder, select_device,
 from tinyllama.cli.talking import add_model_word, context_length, template_of
 from tinyllama.config.options import nearest
 from tinyllama.errors import ConfigError, TinyllamaError, reason
-from tinyllama.system.signals import Terminated, stopping_on_interrupt
+from tinyllama.system.signals import Terminated, ignoring_interrupts, stopping_on_interrupt
 
 if TYPE_CHECKING:
     from tinyllama.generate.conversation import Conversation
@@ -66,8 +66,14 @@ def run(options: argparse.Namespace) -> None:
     generator = Generator(model, length)
     conversation = Conversation(generator, tokenizer, template, options.system)
     is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
-    lines = _typed(options.history) if is_terminal else _piped()
-    _Chat(conversation, sampling, options, is_terminal).run(lines)
+    chat = _Chat(conversation, sampling, options, is_terminal)
+    if is_terminal:
+        with ignoring_interrupts():  # so that a Ctrl-C behind the end of an answer loses nothing
+            # A Ctrl-C would end the compilers, which a terminal sends it to as well.
+            generator.compile()
+            chat.run(_typed(options.history))
+    else:
+        chat.run(_piped())
 
 
 class _Chat:

@@ -74,6 +74,11 @@ class Decoder:
         self.computed += len(tokens)
         return self._run([[*tokens]], [*positions], [[0]])
 
+    def compile(self, *sizes: int) -> None:
+        """Compile the graphs for so many tokens, while the cache holds nothing."""
+        for size in sizes:
+            self._run([[0] * size], [0], [[0]])
+
     def saved(self, sequence: int, count: int) -> Saved:
         """A copy of the keys and values of a sequence's first `count` tokens."""
         return [read(part)[place].copy() for part, place in self._places(sequence, count)]
@@ -159,6 +164,11 @@ class Generator:
         self.model, self.vocabulary = model, vocabulary
         self.decoder = Decoder(model, self.length)
         self.held: list[int] = []  # the tokens whose keys and values the cache holds
+
+    def compile(self) -> None:
+        """Compile all graphs at once, instead of each when it is first needed."""
+        self.held.clear()
+        self.decoder.compile(1, PROMPT_CHUNK, LONG_CHUNK)
 
     def tokens(
         self, prompt: Sequence[int], new_tokens: int, sampling: Sampling, stop: Sequence[int] = ()

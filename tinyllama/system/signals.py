@@ -219,6 +219,16 @@ def stopping_on_interrupt() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
+@contextmanager
+def ignoring_interrupts() -> Iterator[None]:
+    """SIGINT does nothing, as for a program in which Ctrl-C is a key like others."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 # Windows has no SIGHUP.
 _SIGHUP = getattr(signal, "SIGHUP", None)
 
