@@ -29,10 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import docstrings
 
-from tinyllama.cli.arguments import exit_code, leave
 from tinyllama.config import Config, load_config
 from tinyllama.data.batches import Batch, Batches, prepare, sequential
-from tinyllama.errors import TinyllamaError
 from tinyllama.observe.metrics import read_metrics
 from tinyllama.system.files import atomic_write
 from tinyllama.tokenizers.opening import open_tokenizer

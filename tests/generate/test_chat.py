@@ -87,11 +87,10 @@ def test_the_oldest_turns_are_left_out_where_all_do_not_fit():
     assert fitting(template, messages, len(everything)) == (everything, messages)
     ids, kept = fitting(template, messages, len(everything) - 1)
     assert kept == [messages[0], *messages[3:]] and ids == template.encode_prompt(kept)
-    ids, kept = fitting(
-        template, messages, len(template.encode_prompt(messages[:1] + messages[9:]))
-    )
+    shortest = len(template.encode_prompt([messages[0], messages[9]]))
+    ids, kept = fitting(template, messages, shortest)
     assert kept == [messages[0], messages[9]]
-    with pytest.raises(ConfigError, match="the message is too long: .* must be at most 9"):
+    with pytest.raises(ConfigError, match=r"the message is too long: .* must be at most 9"):
         fitting(template, messages, 9)
 
 

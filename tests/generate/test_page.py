@@ -83,9 +83,11 @@ def test_a_refused_request_is_shown(page):
     page.get_by_label("Temperature").fill("1")
     page.get_by_label("System prompt").fill("fox " * 1500)
     # Not a status of 400, for which the browser itself writes a line.
-    page.route("**/v1/chat/completions", lambda route: route.fulfill(
-        status=200, content_type="text/event-stream",
-        body='data: {"error": {"message": "the request took too long"}}\n\ndata: [DONE]\n\n'))  # fmt: skip
+    body = 'data: {"error": {"message": "the request took too long"}}\n\ndata: [DONE]\n\n'
+    page.route(
+        "**/v1/chat/completions",
+        lambda route: route.fulfill(status=200, content_type="text/event-stream", body=body),
+    )
     send(page, "Hello")
     expect(page.locator(".problem")).to_have_text("the request took too long")
     expect(page.get_by_role("button", name="Send")).to_be_visible()

@@ -26,7 +26,7 @@ from tinyllama.errors import TokenizerError
 from tinyllama.tokenizers import special
 from tinyllama.tokenizers.cutting import LONGEST_CHARS, crosses, cut, holds
 from tinyllama.tokenizers.files import CONFIG_FILE, JSON_FILE, decode_json, read_settings, to_json
-from tinyllama.tokenizers.tokenizer import SpecialToken, Span, StreamDecoder, check_encodable
+from tinyllama.tokenizers.tokenizer import Span, SpecialToken, StreamDecoder, check_encodable
 
 if TYPE_CHECKING:
     import tokenizers
@@ -200,9 +200,7 @@ class JsonTokenizer:
         ids: list[int] = self._encoding(text, continued, special).ids
         return ids
 
-    def _located(
-        self, text: str, continued: bool, special: bool
-    ) -> tuple[list[int], list[Span]]:
+    def _located(self, text: str, continued: bool, special: bool) -> tuple[list[int], list[Span]]:
         """Ids and their places in the text."""
         ids: list[int] = []
         spans: list[Span] = []

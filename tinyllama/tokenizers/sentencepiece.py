@@ -41,9 +41,10 @@ from tinyllama.tokenizers.sentencepiece_model import (
     USER_DEFINED,
     Model,
     read_model,
+    read_places,
     with_space,
 )
-from tinyllama.tokenizers.tokenizer import SpecialToken, Span, StreamDecoder, check_encodable
+from tinyllama.tokenizers.tokenizer import Span, SpecialToken, StreamDecoder, check_encodable
 
 TRAINING = 1  # version of train_tokenizer: changes when the same texts give a different model
 
@@ -279,8 +280,9 @@ class SentencePieceTokenizer:
             if processor is None:
                 yield from ((number, at, at + 1) for number in self._space_ids)
             else:
-                found = processor.encode(piece, out_type="immutable_proto")
-                yield from ((p.id, at + p.begin, at + p.end) for p in found.pieces)
+                found = processor.encode(piece, out_type="serialized_proto")
+                for number, begin, end in read_places(found, piece):
+                    yield number, at + begin, at + end
             at += len(piece)
 
     def _encode_part(self, text: str, continued: bool) -> list[int]:

@@ -24,6 +24,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache, cached_property
+from itertools import count, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tinyllama.errors import DataError
@@ -109,10 +110,11 @@ class Marked(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """Ids of a conversation, and whether each is trained."""
+    """Ids of a conversation, whether each is trained, and the text that they are of."""
 
     ids: list[int]
     trained: list[bool]
+    text: str
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,6 @@ class ChatTemplate:
         bos, eos = tokenizer.bos_id, tokenizer.eos_id
         self._tokens.setdefault("bos_token", "" if bos is None else tokenizer.pieces[bos])
         self._tokens.setdefault("eos_token", tokenizer.pieces[eos])
-        self._tokens["begin"] = "".join(tokenizer.pieces[number] for number in tokenizer.begin)
         self._plain = _compile(source, name, marked=False)
         special = sorted(tokenizer.special_tokens, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, special)) if special else r"(?!)")
@@ -201,8 +202,8 @@ class ChatTemplate:
         text = _with_marks_at(marked.text, marked.inert, marks.inert)
         ids, spans = self._tokenizer.encode_with_spans(text, marks.inert)
         if everything:
-            return Encoded(ids, [True] * len(ids))
-        return Encoded(ids, _overlapping(spans, marked.trained))
+            return Encoded(ids, [True] * len(ids), marked.text)
+        return Encoded(ids, _overlapping(spans, marked.trained), marked.text)
 
     def mark(
         self,
@@ -266,7 +267,14 @@ class ChatTemplate:
                 size += len(part)
                 if size > _MOST_CHARACTERS:
                     raise DataError(f"{self.name}: writes more than {_MOST_CHARACTERS} characters")
-        except (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+        except (
+            TemplateError,
+            TypeError,
+            ValueError,
+            KeyError,
+            IndexError,
+            AttributeError,
+        ) as error:
             why = short(" ".join(str(error).split()), 200)
             raise DataError(f"{self.name} refuses the row: {why}") from None
         except (RecursionError, ArithmeticError, LookupError) as error:
@@ -353,7 +361,17 @@ class ChatTemplate:
 
 def named_template(name: str, tokenizer: Tokenizer) -> ChatTemplate:
     """One of NAMED for a tokenizer."""
-    return ChatTemplate(NAMED[name], tokenizer, f"the template {name}")
+    return ChatTemplate(_named_source(name, tokenizer), tokenizer, f"the template {name}")
+
+
+def portable_template(name: str, tokenizer: Tokenizer) -> str:
+    """One of NAMED as other programs read it, which do not know {% generation %}."""
+    return re.sub(r"{% (end)?generation %}", "", _named_source(name, tokenizer))
+
+
+def _named_source(name: str, tokenizer: Tokenizer) -> str:
+    """A begin is written where this tokenizer has texts begin with one."""
+    return NAMED[name].replace("{{ begin }}", "{{ bos_token }}" if tokenizer.begin else "")
 
 
 def text_of(value: Any) -> str:
@@ -460,7 +478,7 @@ def _with_marks_at(text: str, places: Sequence[int], mark: str) -> str:
     if not places:
         return text
     cuts = [0, *places, len(text)]
-    return mark.join(text[a:b] for a, b in zip(cuts, cuts[1:], strict=False))
+    return mark.join(text[begin:end] for begin, end in pairwise(cuts))
 
 
 def _chosen(layout: _Layout, wanted: Collection[int]) -> list[tuple[int, int]]:
@@ -475,15 +493,19 @@ def _chosen(layout: _Layout, wanted: Collection[int]) -> list[tuple[int, int]]:
 
 
 def _overlapping(spans: Sequence[tuple[int, int]], wanted: list[tuple[int, int]]) -> list[bool]:
-    """Whether a token has a character in one of the wanted spans. A token reaches from the end of
-    the one before it at least: the library leaves spaces out of a token's place."""
+    """Whether a token has a character in one of the wanted spans.
+
+    A token reaches from the end of the one before it at least: the library leaves spaces out of a
+    token's place. One without a width is a byte of the character that follows.
+    """
     trained, before, at = [], 0, 0
-    for begin, end in spans:
-        begin = min(begin, before)
+    for start, stop in spans:
+        begin = min(start, before)
+        end = max(stop, begin + 1)
         while at < len(wanted) and wanted[at][1] <= begin:
             at += 1
         trained.append(at < len(wanted) and wanted[at][0] < end and begin < wanted[at][1])
-        before = end
+        before = stop
     return trained
 
 
@@ -536,7 +558,7 @@ def _environment() -> Any:
         def parse(self, parser: Any) -> "list[nodes.Node]":
             line = next(parser.stream).lineno
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            begin, end = (_note("generation", kind, line) for kind in "gh")
+            begin, end = (_note(kind, line) for kind in "gh")
             return [begin, *body, end]
 
     class Sandbox(ImmutableSandboxedEnvironment):
@@ -576,11 +598,11 @@ def _check_product(operator: str, left: Any, right: Any) -> None:
         raise ValueError("a width is too large")
 
 
-def _note(name: str, kind: str, line: int) -> "nodes.Node":
-    """A place for a mark, which `_prepare` fills or removes."""
+def _note(kind: str, line: int) -> "nodes.Node":
+    """A place for a mark of that kind, which `_prepare` fills or removes."""
     from jinja2 import nodes
 
-    return nodes.ExprStmt(nodes.Const(f"\0{name}{kind}"), lineno=line)
+    return nodes.ExprStmt(nodes.Const(kind), lineno=line)
 
 
 def _output(arguments: "list[nodes.Expr]") -> "nodes.Node":
@@ -594,46 +616,47 @@ def _prepare(tree: "nodes.Node", marked: bool) -> None:
     """Put marks into a parsed template, or nothing where they would be."""
     from jinja2 import nodes
 
-    loops = 0
+    loops = count()
 
     def visit(node: nodes.Node) -> None:
         for _, value in node.iter_fields():
+            for child in value if isinstance(value, list) else [value]:
+                if isinstance(child, nodes.Node):
+                    visit(child)
             if isinstance(value, list):
                 value[:] = [made for child in value for made in replaced(child)]
-            elif isinstance(value, nodes.Node):
-                visit(value)
 
     def replaced(child: Any) -> list[Any]:
-        nonlocal loops
-        if not isinstance(child, nodes.Node):
-            return [child]
-        if isinstance(child, nodes.ExprStmt) and _is_note(child):
-            kind = str(child.node.value)[-1]  # type: ignore[attr-defined]
-            return [_output([nodes.Const(kind)])] if marked else []
-        visit(child)
-        if not (marked and isinstance(child, nodes.For) and isinstance(child.target, nodes.Name)):
-            return [child]
-        loop, loops = nodes.Const(loops), loops + 1
-        turn = nodes.Name(child.target.name, "load")
-        number = nodes.Getattr(turn, "number", "load")
-        begin = nodes.If(
-            nodes.Test(turn, "turn", [], [], None, None),
-            [_output([nodes.Const("t"), number, loop])],
-            [],
-            [],
-        )
-        child.body.insert(0, begin)
-        return [child, _output([nodes.Const("e"), nodes.Const(""), loop])]
+        if isinstance(child, nodes.ExprStmt) and _noted(child):
+            return [_output([nodes.Const(_noted(child))])] if marked else []
+        if marked and isinstance(child, nodes.For) and isinstance(child.target, nodes.Name):
+            return _marked_loop(child, child.target.name, next(loops))
+        return [child]
 
     visit(tree)
     tree.set_environment(_environment())
     for node in tree.find_all(nodes.Node):
-        if node.lineno is None:
-            node.lineno = 1
+        node.lineno = node.lineno or 1
 
 
-def _is_note(node: "nodes.ExprStmt") -> bool:
+def _marked_loop(loop: "nodes.For", name: str, number: int) -> "list[nodes.Node]":
+    """A loop with a mark before each of its turns, if they are messages, and one behind it."""
+    from jinja2 import nodes
+
+    turn = nodes.Name(name, "load")
+    mark: list[nodes.Expr] = [
+        nodes.Const("t"),
+        nodes.Getattr(turn, "number", "load"),
+        nodes.Const(number),
+    ]
+    is_turn = nodes.Test(turn, "turn", [], [], None, None)
+    loop.body.insert(0, nodes.If(is_turn, [_output(mark)], [], []))
+    return [loop, _output([nodes.Const("e"), nodes.Const(""), nodes.Const(number)])]
+
+
+def _noted(node: "nodes.ExprStmt") -> str:
+    """The kind of mark that belongs here, or "". No statement of a template becomes such a node."""
     from jinja2 import nodes
 
     value = node.node.value if isinstance(node.node, nodes.Const) else None
-    return isinstance(value, str) and value.startswith("\0generation")
+    return value if value in ("g", "h") else ""
