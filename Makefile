@@ -49,7 +49,7 @@ demo: $(VENV)/.demo ## train a LLaMA on Python's own source for BUDGET=300 secon
 	@$(PY) tools/demo.py --budget $(BUDGET)
 
 test: $(VENV)/.dev ## install what is missing and run every test
-	@tools/system.sh clang opencl sanitizers git
+	@tools/system.sh clang opencl sanitizers git chromium
 	$(PYTEST) $(PARALLEL)
 
 readme: $(VENV)/.dev ## run README's commands in a fresh clone, as a reader types them (2 minutes)
