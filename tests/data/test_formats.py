@@ -1,7 +1,6 @@
 """Formats by what a file holds: rows are rows in whatever container and under whatever name."""
 
 import csv
-import gzip
 import io
 import itertools
 import json
@@ -129,9 +128,9 @@ def test_rows_of_another_kind_are_refused_in_an_array(tokenizer: Tokenizer, name
     with pytest.raises(DataError) as error:
         load(tokenizer, name)
     assert str(error.value) == (
-        f"{name}, row 3, line 8: no \"text\"; keys found: 'instruction', 'input', 'output'; the file"
-        ' begins with rows that have "text": rows with "instruction" and "output" belong into a file'
-        " of their own"
+        f"{name}, row 3, line 8: no \"text\"; keys found: 'instruction', 'input', 'output'; "
+        'the file begins with rows that have "text": rows with "instruction" and "output" belong '
+        "into a file of their own"
     )
 
 

@@ -121,8 +121,8 @@ def test_empty_rows_and_empty_files_of_a_folder_are_left_out_and_counted(
         (
             "a.jsonl",
             '{"text": "a"}\n{"prompt": "a", "completion": "b"}',
-            "line 2: no \"text\"; keys found: 'prompt', 'completion'; the file begins with rows that"
-            ' have "text": rows with "prompt" and "completion" belong into a file of their own',
+            "line 2: no \"text\"; keys found: 'prompt', 'completion'; the file begins with rows"
+            ' that have "text": rows with "prompt" and "completion" belong into a file of',
         ),
         ("a.jsonl", '{"messages": []}', 'a.jsonl, line 1: "messages" is empty'),
     ],

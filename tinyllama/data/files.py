@@ -33,10 +33,11 @@ from tqdm import tqdm
 
 from tinyllama.data import json_array, table
 from tinyllama.data.conversations import COLUMNS, Conversation, Kind, kind_of, parse
-from tinyllama.data.detect import BOM, HEAD_BYTES, SUFFIXES, Format, detect, is_read
+from tinyllama.data.detect import BOM, COMPRESSED, HEAD_BYTES, SUFFIXES, Format, detect, is_read
 from tinyllama.data.jsonl import parse_object, parse_row
 from tinyllama.data.packed import Packing, decompressed, packing_of, parquet_kind, unpack
-from tinyllama.errors import DataError, reason
+from tinyllama.errors import DataError, WeightsError, reason
+from tinyllama.formats import hub
 from tinyllama.system.files import atomic_write, make_folder, read_file, sha256_file
 from tinyllama.system.json_files import MOST_BYTES, parse_json
 
@@ -48,6 +49,7 @@ MAX_ROW_BYTES = 64 << 20  # a row is parsed whole, so it bounds the memory
 _WINDOW = 1 << 14  # characters behind a border in which a joint is looked for
 _BEFORE_BYTES = 8  # two characters
 _VALIDATION = {"val", "valid", "validation", "test"}  # names without their suffix
+_PACKED_SUFFIXES = (".parquet", *(f"{s}{packed}" for s in SUFFIXES for packed in COMPRESSED))
 _DIGESTS_FILE = "digests.json"
 _SETTLED_SECONDS = 2.0
 
@@ -99,7 +101,8 @@ class Chunk:
 
 def find_sources(patterns: str | Sequence[str]) -> list[Source]:
     """Files that the patterns name: a file; a folder, for the files in it and its folders that have
-    one of SUFFIXES; or a glob (`**` reaches into folders), for every file it matches.
+    one of SUFFIXES; a glob (`**` reaches into folders), for every file it matches; or a data set on
+    the hub, see hub.fetch_data.
 
     In the order of the patterns, by name within each, every file once. Raises DataError, with all
     problems at once: nothing found, a file that is named and empty, only empty files, a format
@@ -327,6 +330,11 @@ def _expand(pattern: str) -> list[Path]:
         if path.stat().st_size == 0:
             raise DataError(f"{pattern}: the file is empty")
         return [path]
+    if hub.names_data(pattern) and not path.parent.is_dir():
+        try:
+            return hub.fetch_data(pattern, (*SUFFIXES, *_PACKED_SUFFIXES))
+        except WeightsError as error:
+            raise DataError(str(error)) from None
     if not glob.has_magic(pattern):
         raise DataError(f"{pattern}: no such file or folder")
     matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
