@@ -236,7 +236,7 @@ def test_eight_clients_at_once_get_their_own_answers(server):
     [
         (b"{", "the request is no JSON"),
         (b"[" * 100_000, "Expected `object`, got `array`"),
-        (b'{"messages": ' + b"[" * 100_000, "the request is no JSON"),
+        (b'{"messages": ' + b"[" * 100_000, "Expected `object`, got `array` - at `$.messages[0]`"),
         ({"messages": "x"}, "Expected `array`, got `str` - at `$.messages`"),
         ({}, "missing required field `messages`"),
         ({"messages": []}, "messages: got none"),
@@ -358,7 +358,7 @@ def test_a_signal_ends_answers_in_progress_and_the_server(tmp_path):
         with socket.create_connection((host, int(port))) as connection:
             connection.sendall(head.encode() + b"\r\n\r\n" + body)
             received = connection.recv(1000)
-            while b"delta" not in received:
+            while received.count(b"delta") < 4:  # compilers may take longer than the grace
                 received += connection.recv(1000)
             process.send_signal(signal.SIGINT)
             while part := connection.recv(65536):
