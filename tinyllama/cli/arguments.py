@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from tinyllama.errors import TinyllamaError, reason
-from tinyllama.system.signals import Terminated, terminating
+from tinyllama.system.signals import Terminated, reporting_lost_files, terminating
 
 # An option less similar than this to what was typed is not suggested.
 SIMILAR = 0.6
@@ -74,7 +74,7 @@ def exit_code(run: Callable[[], int | None], name: str) -> int:
     the user, 130 interrupted, 143 terminated, 141 where nobody reads the output any more."""
     hook = sys.unraisablehook
     try:
-        with terminating():
+        with terminating(), reporting_lost_files():
             return _completed(run)
     except TinyllamaError as error:
         code, message = 2, str(error)

@@ -2,6 +2,7 @@
 
     terminating            a command: the first signal raises KeyboardInterrupt or Terminated
     stopping_on_signals    training: the first signal requests a stop, the second raises as above
+    reporting_lost_files   SIGBUS, of a mapped file that cannot be read, exits with one line
 
 Python runs a signal handler between two of its own instructions, so a call into a driver holds it
 up: OpenCL on a processor computes a large step for minutes within one call. A thread therefore
@@ -9,6 +10,7 @@ watches what the C level reports, and ends the process if Python does not. It sa
 was saved before is whole, since files appear under their names only when they are complete.
 """
 
+import ctypes
 import os
 import signal
 import socket
@@ -188,6 +190,36 @@ def stopping_on_signals(
             _watch.stop = None
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+_LOST = b"a file that is being read was shortened, or its disk fails (SIGBUS)\n"
+
+
+@contextmanager
+def reporting_lost_files() -> Iterator[None]:
+    """SIGBUS writes one line and ends the process with exit code 2.
+
+    Memory that a file is mapped to raises it where the file has become shorter, or cannot be read.
+    The instruction that reads cannot go on, so a handler of Python's `signal`, which runs later,
+    would never run: this one runs within the handler of C.
+    """
+    number = getattr(signal, "SIGBUS", None)
+    if number is None:  # Windows
+        yield
+        return
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_int)
+    def end(number: int) -> None:
+        os.write(2, _LOST)
+        os._exit(2)
+
+    install = ctypes.CDLL(None).signal
+    install.restype, install.argtypes = ctypes.c_void_p, [ctypes.c_int, ctypes.c_void_p]
+    before = install(number, ctypes.cast(end, ctypes.c_void_p))
+    try:
+        yield
+    finally:
+        install(number, before)
 
 
 # Windows has no SIGHUP.
