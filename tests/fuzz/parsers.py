@@ -13,7 +13,6 @@ import os
 import random
 import resource
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -47,7 +46,7 @@ class Judge:
     """Runs a parser on inputs, and says what breaks the rules."""
 
     def __init__(self, name: str) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="fuzz-", dir=_fast_folder()))
+        self.folder = targets.new_folder()
         self.parse: Callable[[bytes], None] = targets.TARGETS[name](self.folder)
         self.name = name
         self.peak = _peak_bytes()
@@ -89,10 +88,6 @@ class Judge:
             if folder := os.environ.get("FUZZ_FINDINGS"):
                 kept = Path(folder) / f"{self.name}-{len(self.seen)}-{os.getpid()}"
                 kept.write_bytes(data)
-
-
-def _fast_folder() -> str | None:
-    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
 def _peak_bytes() -> int:

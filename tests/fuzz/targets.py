@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 
 import msgspec
 import numpy as np
@@ -18,7 +18,7 @@ from tinyllama.config import LlamaConfig
 from tinyllama.config.loader import config_from_toml, load_config
 from tinyllama.convert.export import Job, export
 from tinyllama.data import corpus, files
-from tinyllama.errors import CheckpointError, DataError
+from tinyllama.errors import DataError
 from tinyllama.formats import hub, peft
 from tinyllama.formats.expressions import Expression
 from tinyllama.formats.gguf import open_gguf, read_metadata
@@ -34,7 +34,6 @@ from tinyllama.system.json_files import read_json_file
 from tinyllama.tokenizers.gguf import files_of_gguf
 from tinyllama.tokenizers.opening import from_files
 from tinyllama.tokenizers.sentencepiece import SentencePieceTokenizer, train_tokenizer
-from tinyllama.tokenizers.sentencepiece_json import tokenizer_json
 from tinyllama.train import checkpoint, manifest
 
 Parse = Callable[[bytes], None]
@@ -43,6 +42,17 @@ MODEL = LlamaConfig(
     vocab_size=300, hidden_size=8, num_layers=1, num_heads=2, num_kv_heads=1, intermediate_size=8,
     max_seq_len=16, tie_word_embeddings=True,
 )  # fmt: skip
+
+
+def new_folder() -> Path:
+    """A folder for files, in memory where that can be; removed when the process ends."""
+    fast = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    held = TemporaryDirectory(prefix="fuzz-", dir=fast)
+    _folders.append(held)
+    return Path(held.name)
+
+
+_folders: list[TemporaryDirectory[str]] = []
 
 
 @cache
@@ -54,7 +64,7 @@ def tokenizer() -> SentencePieceTokenizer:
 @cache
 def model() -> Path:
     """A tiny model's folder, with a tokenizer.model; not to be written to."""
-    folder = Path(mkdtemp(prefix="fuzz-model-")) / "model"
+    folder = new_folder() / "model"
     zeros = {
         name: (lambda shape=shape: np.full(shape, 0.125, np.float32))
         for name, shape in llama_shapes(MODEL).items()
@@ -68,7 +78,7 @@ def model() -> Path:
 @cache
 def adapter() -> Path:
     """An adapter of that model."""
-    folder = Path(mkdtemp(prefix="fuzz-adapter-"))
+    folder = new_folder()
     paths = [f"model.layers.0.self_attn.{name}" for name in ("q_proj", "v_proj")]
     config = AdapterConfig(dict.fromkeys(paths, Placement(2, 4.0)), base=str(model()))
     shapes = {p: llama_shapes(MODEL)[f"{p}.weight"] for p in paths}
@@ -87,7 +97,7 @@ def adapter() -> Path:
 @cache
 def gguf() -> bytes:
     """That model as a GGUF file, tokenizer and all."""
-    out = Path(mkdtemp(prefix="fuzz-gguf-")) / "m.gguf"
+    out = new_folder() / "m.gguf"
     export(Job(model(), out, "gguf", None))
     return out.read_bytes()
 
@@ -326,7 +336,8 @@ def meta_params(folder: Path) -> Parse:
             "attention.wk": (4, 8), "attention.wv": (4, 8), "attention.wo": (8, 8),
             "feed_forward.w1": (8, 8), "feed_forward.w2": (8, 8), "feed_forward.w3": (8, 8),
         }.items()
-    }, "norm.weight": np.zeros(8, np.float32), "output.weight": np.zeros((300, 8), np.float32)}  # fmt: skip
+    }, "norm.weight": np.zeros(8, np.float32), "output.weight": np.zeros((300, 8), np.float32),
+    }  # fmt: skip
     write_safetensors(folder / "consolidated.safetensors", half)
 
     def parse(data: bytes) -> None:
@@ -430,7 +441,7 @@ def seeds(name: str) -> list[bytes]:
         file = model() / MODEL_FILES[name]
         return [file.read_bytes() if file.exists() else json.dumps(index).encode()]
     if name.startswith("cache_"):
-        folder = dataset(Path(mkdtemp(prefix="fuzz-seed-")))
+        folder = dataset(new_folder())
         kept = {"tokens": "tokens.bin", "documents": "documents.bin"}
         return [(folder / kept.get(name.removeprefix("cache_"), "meta.json")).read_bytes()]
     made: dict[str, Callable[[], list[bytes]]] = {
@@ -468,7 +479,7 @@ def seeds(name: str) -> list[bytes]:
 
 
 def _manifest() -> bytes:
-    folder = Path(mkdtemp(prefix="fuzz-seed-"))
+    folder = new_folder()
     for name in ("model.safetensors", "training_state.json"):
         (folder / name).write_bytes(b"{}")
     manifest.write_manifest(folder, {})
@@ -476,7 +487,7 @@ def _manifest() -> bytes:
 
 
 def _digests() -> bytes:
-    folder = Path(mkdtemp(prefix="fuzz-seed-"))
+    folder = new_folder()
     (folder / "text.txt").write_text(WORDS)
     os.utime(folder / "text.txt", (1, 1))
     files.content_digests(files.find_sources(str(folder / "text.txt")), folder)

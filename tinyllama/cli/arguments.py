@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-from tinyllama.errors import TinyllamaError, reason
+from tinyllama.errors import TinyllamaError, fit_for_terminal, reason
 from tinyllama.system.signals import Terminated, reporting_lost_files, terminating
 
 # An option less similar than this to what was typed is not suggested.
@@ -92,7 +92,7 @@ def exit_code(run: Callable[[], int | None], name: str) -> int:
     # Not before the exception is gone, and with it the progress bars that it held.
     sys.unraisablehook = hook
     with suppress(OSError):
-        print(message, file=sys.stderr)
+        print(fit_for_terminal(message), file=sys.stderr)
     return code
 
 

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from tinyllama.data import json_array, table
 from tinyllama.data.detect import BOM, HEAD_BYTES, SUFFIXES, Format, detect
 from tinyllama.data.jsonl import parse_row
-from tinyllama.errors import DataError, reason
+from tinyllama.errors import DataError, fit_for_terminal, reason
 from tinyllama.system.files import atomic_write, make_folder, read_file, sha256_file
 from tinyllama.system.json_files import MOST_BYTES, parse_json
 
@@ -248,7 +248,7 @@ def _remembered(file: Path) -> dict[str, tuple[list[int], str]]:
         what = f"{file}: cannot be read: {reason(error)}"
     except DataError as error:
         what = str(error)
-    print(f"{what}; the texts are read again", file=sys.stderr)
+    print(fit_for_terminal(f"{what}; the texts are read again"), file=sys.stderr)
     return {}
 
 
