@@ -208,14 +208,14 @@ def reporting_lost_files() -> Iterator[None]:
         yield
         return
 
-    @ctypes.CFUNCTYPE(None, ctypes.c_int)
     def end(number: int) -> None:
         os.write(2, _LOST)
         os._exit(2)
 
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(end)
     install = ctypes.CDLL(None).signal
     install.restype, install.argtypes = ctypes.c_void_p, [ctypes.c_int, ctypes.c_void_p]
-    before = install(number, ctypes.cast(end, ctypes.c_void_p))
+    before = install(number, ctypes.cast(handler, ctypes.c_void_p))
     try:
         yield
     finally:
