@@ -1,0 +1,240 @@
+"""Fine-tune SmolLM2 on docstrings here and with peft, on the same rows, and use what came out.
+
+    rows -> LoRA with transformers and peft   }  the same windows in the same order, rank, rate,
+         -> LoRA, QLoRA with `tinyllama train` }  schedule and steps; held-out loss before and after
+    adapter -> merge -> export to each format -> open it again -> generate
+
+python tools/compare_peft.py --gguf SmolLM2-135M-Instruct.Q4_1.gguf --out docs/real-models.md
+
+peft trains on what transformers reads from the same file, in float32. Exits with code 1 if held-out
+loss falls by less than 95 % of what it falls with peft. Every part that is done leaves a file in
+--work, so that a run that was stopped goes on behind it; --only makes one part.
+"""
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import docstrings
+
+from tinyllama.config import Config, load_config
+from tinyllama.data.batches import Batch, Batches, prepare, sequential
+from tinyllama.observe.metrics import read_metrics
+from tinyllama.system.files import atomic_write
+from tinyllama.tokenizers.opening import open_tokenizer
+from tinyllama.train.schedule import learning_rate
+
+ROOT = Path(__file__).resolve().parents[1]
+LEAST = 0.95  # of the fall that peft reaches
+PROMPT = "def read_lines(path, encoding='utf-8'):\n"
+EXPORTS = {"hf": "float32", "f16.gguf": "float16", "q8_0.gguf": "q8_0", "q4_0.gguf": "q4_0"}
+
+
+@dataclass
+class Result:
+    """Held-out loss in nats per token before and after training, and how long that took."""
+
+    start: float
+    end: float
+    seconds: float
+
+    @property
+    def fall(self) -> float:
+        return self.start - self.end
+
+
+class Task:
+    """The file, the rows, and the settings that all three share."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.gguf: Path = options.gguf.resolve()
+        self.work: Path = options.work
+        self.settings = {
+            "model.base": str(self.gguf),
+            "data.train_path": str(self.work / "train.jsonl"),
+            "data.val_path": str(self.work / "val.jsonl"),
+            "data.cache_dir": str(self.work / "cache"),
+            "data.context_length": options.context,
+            "training.batch_size": options.batch,
+            "training.micro_batch_size": options.batch,
+            "training.max_steps": options.steps,
+            "training.eval_every": options.steps,
+            "training.eval_first": "true",
+        }
+        self.config = load_config(
+            "lora", [f"{key}={value}" for key, value in self.settings.items()]
+        )
+
+    def write_rows(self) -> None:
+        """The rows, unless an earlier part wrote them."""
+        if not (self.work / "val.jsonl").exists():
+            docstrings.write_rows(Path(argparse.__file__).parent, self.work)
+
+    def batches(self, patterns: Any, *, held_out: bool = False) -> Iterator[Batch]:
+        """The batches of training in their order, without end, or of the held-out text, once."""
+        data, training = self.config.data, self.config.training
+        assert data.context_length is not None
+        tokenizer = open_tokenizer(self.gguf)
+        dataset = prepare(patterns, tokenizer, data.cache_dir, progress=False)
+        if held_out:
+            yield from sequential(dataset, data.context_length, training.batch_size)
+            return
+        endless = Batches(dataset, data.context_length, training.batch_size, training.seed)
+        while True:
+            yield endless.next()
+
+
+def ours(task: Task, name: str, more: dict[str, Any]) -> Result:
+    """`tinyllama train lora`, with its own first and last validation."""
+    folder = task.work / name
+    settings = {**task.settings, "checkpointing.checkpoint_dir": folder, **more}
+    words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    if any(folder.glob("step-*")):
+        words.append("--resume")
+    start = time.monotonic()
+    tinyllama("train", "lora", *words)
+    seconds = time.monotonic() - start
+    losses = [
+        row["val_loss"] for row in read_metrics(folder / "metrics.jsonl") if "val_loss" in row
+    ]
+    return Result(losses[0], losses[-1], seconds)
+
+
+def lora(task: Task) -> Result:
+    """Adapters on the file's weights, widened to float32."""
+    return ours(task, "lora", {})
+
+
+def qlora(task: Task) -> Result:
+    """Adapters on the file's own blocks of 4 bits."""
+    return ours(task, "qlora", {"qlora.quantize_base": "true"})
+
+
+def peft(task: Task) -> Result:
+    """transformers reads the file into float32, peft adds the adapters, PyTorch trains them."""
+    model = peft_model(task)
+    c = task.config
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = adamw(weights, c)
+    losses = [held_out_loss(model, task)]
+    start = time.monotonic()
+    assert c.training.max_steps is not None
+    batches = task.batches(c.data.train_path)
+    for step in range(1, c.training.max_steps + 1):
+        batch = next(batches)
+        (summed_loss(model, batch) / int((batch.targets >= 0).sum())).backward()
+        one_step(optimizer, weights, c, step)
+        if step % 10 == 0:
+            print(f"peft: step {step}, {time.monotonic() - start:.0f} s", flush=True)
+    seconds = time.monotonic() - start
+    losses.append(held_out_loss(model, task))
+    return Result(losses[0], losses[1], seconds)
+
+
+def peft_model(task: Task) -> Any:
+    """The base with adapters of the configuration's rank, alpha and targets."""
+    import peft
+    import torch
+    import transformers
+
+    torch.manual_seed(task.config.training.seed)
+    base = transformers.AutoModelForCausalLM.from_pretrained(
+        task.gguf.parent, gguf_file=task.gguf.name, dtype=torch.float32
+    )
+    section = task.config.lora
+    assert section is not None
+    adapters = peft.LoraConfig(
+        r=section.rank,
+        lora_alpha=section.alpha,
+        lora_dropout=section.dropout,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    return peft.get_peft_model(base, adapters).train()
+
+
+def adamw(weights: Sequence[Any], config: Config) -> Any:
+    """PyTorch's AdamW with the configuration's values."""
+    import torch
+
+    c = config.training
+    return torch.optim.AdamW(
+        weights,
+        lr=c.learning_rate,
+        betas=(c.beta1, c.beta2),
+        eps=c.epsilon,
+        weight_decay=c.weight_decay,
+    )
+
+
+def one_step(optimizer: Any, weights: Sequence[Any], config: Config, step: int) -> None:
+    """Clip, update at the schedule's rate, clear the gradients."""
+    import torch
+
+    c = config.training
+    assert c.max_steps is not None
+    rate = learning_rate(step, c.max_steps, c.learning_rate, config.lr_schedule)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    torch.nn.utils.clip_grad_norm_(weights, c.grad_clip)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def summed_loss(model: Any, batch: Batch) -> Any:
+    """Cross entropy over the batch's targets, summed; a token attends within its document."""
+    import torch
+
+    tokens, targets = (torch.from_numpy(part.astype(np.int64)) for part in batch[:2])
+    positions = np.arange(batch.tokens.shape[1])
+    sees = (positions >= batch.starts[:, :, None]) & (positions <= positions[:, None])  # (B, T, T)
+    mask = torch.zeros(sees.shape).masked_fill(torch.from_numpy(~sees), -math.inf)
+    where = torch.from_numpy((positions - batch.starts).astype(np.int64))
+    logits = model(input_ids=tokens, attention_mask=mask[:, None], position_ids=where).logits
+    return torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum"
+    )
+
+
+def held_out_loss(model: Any, task: Task) -> float:
+    """Nats per token, of the windows that our evaluation takes."""
+    import torch
+
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for batch in task.batches(task.config.data.val_path, held_out=True):
+            total += float(summed_loss(model, batch))
+            count += int((batch.targets >= 0).sum())
+    return total / count
+
+
+PARTS: dict[str, Callable[[Task], Result]] = {"peft": peft, "lora": lora, "qlora": qlora}
+
+
+def part(task: Task, name: str) -> Result:
+    """The result of one part: an earlier one, or a new one."""
+    file = task.work / f"{name}.json"
+    if not file.exists():
+        atomic_write(file, json.dumps(asdict(PARTS[name](task))).encode())
+    result = Result(**json.loads(file.read_text()))
+    print(f"{name}: held-out loss {result.start:.4f} -> {result.end:.4f}", flush=True)
+    return result
+
+
+def tinyllama(*words: str, capture: bool = False) -> str:
+    """Run a command of ours as a user does; returns what it printed, if captured."""
+    command = [sys.executable, "-m", "tinyllama", *words]
+    output = subprocess.PIPE if capture else None
+    return subprocess.run(command, check=True, cwd=ROOT, stdout=output, text=True).stdout or ""
