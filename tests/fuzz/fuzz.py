@@ -71,7 +71,7 @@ def fuzz_kernel(source: Path, flags: str, seconds: float, seed: int, folder: Pat
         [
             program, str(place / "corpus"), *([str(kept)] if kept.is_dir() else []),
             f"-max_total_time={max(1, round(seconds))}", "-max_len=400", f"-seed={seed}",
-            "-print_final_stats=1", "-timeout=20", f"-artifact_prefix={place}/",
+            "-print_final_stats=1", "-timeout=60", f"-artifact_prefix={place}/",
         ],
         capture_output=True, text=True, env={**os.environ, "ASAN_OPTIONS": "detect_leaks=0"},
     )  # fmt: skip
