@@ -16,6 +16,7 @@ from tinyllama.config.sections import (
     LlamaConfig,
     LoraConfig,
     LRScheduleConfig,
+    ObserveConfig,
     QloraConfig,
     TrainingConfig,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "LRScheduleConfig",
     "LlamaConfig",
     "LoraConfig",
+    "ObserveConfig",
     "QloraConfig",
     "RopeScaling",
     "TrainingConfig",

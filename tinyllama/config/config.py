@@ -24,6 +24,7 @@ from tinyllama.config.sections import (
     LlamaConfig,
     LoraConfig,
     LRScheduleConfig,
+    ObserveConfig,
     QloraConfig,
     TrainingConfig,
     checkable,
@@ -36,6 +37,7 @@ SECTIONS: dict[str, type] = {
     "lr_schedule": LRScheduleConfig,
     "data": DataConfig,
     "checkpointing": CheckpointingConfig,
+    "observe": ObserveConfig,
     "lora": LoraConfig,
     "qlora": QloraConfig,
 }
@@ -57,6 +59,7 @@ class Config:
     lr_schedule: LRScheduleConfig = field(default_factory=LRScheduleConfig)
     data: DataConfig = field(default_factory=DataConfig)
     checkpointing: CheckpointingConfig = field(default_factory=CheckpointingConfig)
+    observe: ObserveConfig = field(default_factory=ObserveConfig)
     lora: LoraConfig | None = None
     qlora: QloraConfig | None = None
     given: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
