@@ -10,6 +10,7 @@ operations between the kernels of ours that surround it. Kernels are the same wi
 """
 
 import dataclasses
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,8 @@ LAYERS = ("layers.py", "lora.py", "int4.py")
 ASKING = ("model", "train", "generate")
 
 Lines = tuple[str, ...]  # "model/llama.py:60", the innermost first
+
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 _tracking = 0
 _inherited: list[tuple[Metadata, ...]] = []  # of what an operation is being made for
@@ -73,6 +76,11 @@ def stack_lines() -> Lines:
                 lines.append(f"{package}/{path.name}:{frame.f_lineno}")
         frame = frame.f_back
     return next((tuple(found[package]) for package in ASKING if package in found), ())
+
+
+def plain_name(name: str) -> str:
+    """A kernel's name without tinygrad's colours."""
+    return _COLOURS.sub("", name)
 
 
 def lines_of(metadata: Iterable[Metadata]) -> Lines:
