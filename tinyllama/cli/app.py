@@ -19,6 +19,7 @@ from tinyllama.cli import (
     merge,
     params,
     plot,
+    profile,
     tokenizer,
     train,
 )
@@ -39,6 +40,7 @@ COMMANDS: dict[str, ModuleType] = {
         memory,
         tokenizer,
         plot,
+        profile,
         bench,
         backends,
     )

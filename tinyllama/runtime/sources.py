@@ -29,7 +29,9 @@ LAYERS = ("layers.py", "lora.py", "int4.py")
 # Who may ask for an operation, in the order in which their lines are taken.
 ASKING = ("model", "train", "generate")
 
-Lines = tuple[str, ...]  # "model/llama.py:60", the innermost first
+_MODEL = f"{PACKAGE.name}/model/"
+
+Lines = tuple[str, ...]  # "tinyllama/model/llama.py:60", the innermost first
 
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -72,10 +74,14 @@ def stack_lines() -> Lines:
         package = path.parent.name
         if package in ASKING and path.parent.parent == PACKAGE:
             lines = found.setdefault(package, [])
-            if not lines or lines[-1].startswith(tuple(f"{package}/{f}:" for f in LAYERS)):
-                lines.append(f"{package}/{path.name}:{frame.f_lineno}")
+            if not lines or _is_of_a_layer(lines[-1]):
+                lines.append(f"{PACKAGE.name}/{package}/{path.name}:{frame.f_lineno}")
         frame = frame.f_back
     return next((tuple(found[package]) for package in ASKING if package in found), ())
+
+
+def _is_of_a_layer(line: str) -> bool:
+    return line.rpartition("/")[2].partition(":")[0] in LAYERS
 
 
 def plain_name(name: str) -> str:
@@ -208,4 +214,4 @@ def _is_given(uop: UOp) -> bool:
 def _of_the_model(metadata: Iterable[Metadata]) -> tuple[Metadata, ...]:
     """Metadata that names lines; those of the model alone if there are any."""
     named = dict.fromkeys(m for m in metadata if m.caller)
-    return tuple(m for m in named if m.caller.startswith("model/")) or tuple(named)
+    return tuple(m for m in named if m.caller.startswith(_MODEL)) or tuple(named)

@@ -84,7 +84,8 @@ class NativeGraph(GraphRunner):  # type: ignore[misc]  # tinygrad.engine is unty
         kernels = [self._kernel(number) for number in range(len(self.calls))]
         self.recorder = timing.recorder()
         names = None if self.recorder is None else timing.kernels_of(self)
-        self.table = Table(kernels) if names is None else TimedTable(kernels, names)
+        self.timed = None if names is None else TimedTable(kernels, names)
+        self.table = self.timed or Table(kernels)
         self.threads = min(max(k.parts for k in kernels), device.threads())
         self.inputs = [
             (self.table.starts[number] + place, index)
@@ -121,8 +122,8 @@ class NativeGraph(GraphRunner):  # type: ignore[misc]  # tinygrad.engine is unty
         cpu, queue = self.cpu, CPUComputeQueue()
         queue.wait(cpu.timeline_signal, cpu.timeline_value - 1)
         queue.cmd(self.table.prepare, changes).cmd(self.table.run, threads=self.threads)
-        if self.recorder is not None:
-            queue.cmd(self.table.collect, self.recorder)
+        if self.timed is not None:
+            queue.cmd(self.timed.collect, self.recorder)
         queue.signal(cpu.timeline_signal, cpu.next_timeline()).submit(cpu)
         if not wait:
             return None

@@ -31,7 +31,7 @@ class Kernel:
     """A launch of a step: what computes, how much, and who asked for it."""
 
     name: str
-    lines: tuple[str, ...]  # "model/llama.py:60", the innermost first
+    lines: tuple[str, ...]  # "tinyllama/model/llama.py:60", the innermost first
     is_backward: bool
     flops: int
     nbytes: int  # of its different buffers
