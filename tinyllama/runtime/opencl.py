@@ -121,7 +121,7 @@ class QueueGraph(GraphRunner):  # type: ignore[misc]  # tinygrad.engine is untyp
         if self.recorder is not None:
             self.recorder.add(functools.partial(self._decoded, events, begun))
 
-    def _decoded(self, events: Any, begun: float) -> list[timing.Run]:
+    def _decoded(self, events: Any, begun: float, which: timing.Which | None) -> list[timing.Run]:
         """The runs of a batch that has ended, whose first kernel was put into the queue at `begun`
         and which the device's own clock measured."""
         cl, runs, base = self.opencl, [], None
@@ -137,7 +137,7 @@ class QueueGraph(GraphRunner):  # type: ignore[misc]  # tinygrad.engine is untyp
             base = queued if base is None else base
             runs.append(timing.Run(kernel, begun + first - base, begun + last - base))
             cl.clReleaseEvent(event)
-        return runs
+        return [run for run in runs if which is None or which(run.kernel)]
 
     def _moment(self, event: Any, which: int) -> float:
         """Seconds of the device's clock at a moment of an event."""

@@ -190,10 +190,14 @@ class TimedTable(Table):
         """A command: hand over the stamps of the run that has ended."""
         recorder.add(functools.partial(self._decoded, bytes(self.stamps), Clock.now()))
 
-    def _decoded(self, stamps: bytes, clock: "Clock") -> list[timing.Run]:
+    def _decoded(
+        self, stamps: bytes, clock: "Clock", which: timing.Which | None
+    ) -> list[timing.Run]:
         words, runs = memoryview(stamps).cast("Q"), []
         seconds = clock.seconds
         for number, (kernel, count) in enumerate(zip(self.names, self.parts, strict=True)):
+            if which is not None and not which(kernel):
+                continue
             first = 3 * self.most * number
             parts = tuple(
                 timing.Part(int(words[at + 2]), seconds(words[at]), seconds(words[at + 1]))

@@ -12,6 +12,7 @@ Times are seconds of `time.perf_counter`. A step that is captured otherwise has 
 
 import ctypes
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -56,24 +57,30 @@ class Run:
     parts: tuple[Part, ...] = ()
 
 
-Decode = Callable[[], list[Run]]
+Which = Callable[[Kernel], bool]
+Decode = Callable[[Which | None], list[Run]]  # the runs of those kernels; of all for None
+_MOST_BATCHES = 4096
 
 
 class Recorder:
-    """Collects the runs of kernels until they are taken."""
+    """Collects the runs of kernels until they are taken; of many batches only the latest."""
 
     def __init__(self) -> None:
-        self._undecoded: list[Decode] = []
+        self._undecoded: deque[Decode] = deque(maxlen=_MOST_BATCHES)
 
     def add(self, decode: Decode) -> None:
         """Note runs, which `decode` returns once the device has been waited for."""
         self._undecoded.append(decode)
 
-    def take(self) -> list[Run]:
-        """The runs since the last call, in the order of time. The device must be idle."""
-        count = len(self._undecoded)
-        taken, self._undecoded[:count] = self._undecoded[:count], []
-        return sorted((run for decode in taken for run in decode()), key=lambda run: run.begin)
+    def take(self, which: Which | None = None) -> list[Run]:
+        """The runs since the last call, of some kernels or of all, in the order of time.
+
+        The device must be idle.
+        """
+        runs: list[Run] = []
+        while self._undecoded:
+            runs += self._undecoded.popleft()(which)
+        return sorted(runs, key=lambda run: run.begin)
 
 
 _recorders: list[Recorder] = []
@@ -175,7 +182,7 @@ class WaitingGraph(_LaunchingGraph):
             end = time.perf_counter()
             runs.append(Run(kernel, end - seconds, end))
         if self.recorder is not None:
-            self.recorder.add(lambda: runs)
+            self.recorder.add(partial(_chosen, runs))
         return sum(run.end - run.begin for run in runs) if wait else None
 
 
@@ -198,7 +205,7 @@ class EventGraph(_LaunchingGraph):
             launch()
             _check(cuda.cuEventRecord(event, None))
         if self.recorder is not None:
-            self.recorder.add(lambda: self._decoded(events, begun))
+            self.recorder.add(lambda which: _chosen(self._decoded(events, begun), which))
         if not wait:
             return None
         self.opened.synchronize()
@@ -216,6 +223,10 @@ class EventGraph(_LaunchingGraph):
         for event in events:
             _check(cuda.cuEventDestroy_v2(event))
         return runs
+
+
+def _chosen(runs: list[Run], which: Which | None) -> list[Run]:
+    return [run for run in runs if which is None or which(run.kernel)]
 
 
 def _check(status: int) -> None:
