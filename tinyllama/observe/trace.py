@@ -294,6 +294,8 @@ class OtlpTracing(Tracing):
         thread = threading.Thread(target=finish, name="traces", daemon=True)
         thread.start()
         thread.join(FLUSH_SECONDS)
+        if self.dropped:
+            self._note()
 
 
 def _updates(kernel: Kernel) -> bool:
