@@ -1,5 +1,6 @@
 """Traces of a run as a collector gets them, and runs that no collector slows, stops or changes."""
 
+import itertools
 import socket
 import subprocess
 import sys
@@ -76,7 +77,7 @@ def test_times_of_a_steps_parts_follow_each_other_within_it(received):
         order = [parts[name] for name in ("data", "forward and backward", "update")]
         slack = 1_000_000  # a millisecond: the clock of the day may be adjusted
         assert step.start_time_unix_nano <= order[0].start_time_unix_nano
-        for earlier, later in zip(order, order[1:], strict=False):
+        for earlier, later in itertools.pairwise(order):
             assert earlier.end_time_unix_nano <= later.start_time_unix_nano + slack
         assert all(p.end_time_unix_nano > p.start_time_unix_nano for p in order)
         assert order[-1].end_time_unix_nano <= step.end_time_unix_nano + slack
@@ -162,7 +163,9 @@ def test_the_end_of_a_run_waits_for_a_slow_collector_two_seconds_at_most():
 def test_without_the_sdk_an_endpoint_is_refused_with_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http", None)
     config = configuration(tmp_path / "run", 'observe.otlp_endpoint="http://127.0.0.1:1"')
-    with pytest.raises(ConfigError, match=r"otlp_endpoint.*pip install 'tinyllama-trainer\[otel\]'"):
+    with pytest.raises(
+        ConfigError, match=r"otlp_endpoint.*pip install 'tinyllama-trainer\[otel\]'"
+    ):
         with tracing(config, lambda _: None):
             pass
     said: list[str] = []

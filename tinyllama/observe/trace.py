@@ -124,7 +124,7 @@ class OtlpTracing(Tracing):
 
         self.endpoint, self.recorder, self.every, self.say = endpoint, recorder, every, say
         self._ended = self._sent = 0
-        self._is_noted = False
+        self._noted: set[str] = set()
         self._epoch = ExitStack()
         # The clock of spans is that of the day, in nanoseconds.
         self._offset = time.time_ns() - time.perf_counter_ns()
@@ -191,8 +191,8 @@ class OtlpTracing(Tracing):
 
             def export(self, *args: Any, **options: Any) -> Any:
                 result = tracing._guarded(super().export, *args, **options)
-                if result is not MetricExportResult.SUCCESS:
-                    tracing._note()
+                if result is not MetricExportResult.SUCCESS and tracing._sent:
+                    tracing._note("metrics")  # where spans fail too, their notice says it all
                 return result or MetricExportResult.FAILURE
 
         exporter = Noting(f"{self.endpoint.rstrip('/')}/v1/metrics")
@@ -210,14 +210,11 @@ class OtlpTracing(Tracing):
         except Exception:
             return None
 
-    def _note(self) -> None:
+    def _note(self, what: str = "spans") -> None:
         """Say once that the collector does not take what is sent."""
-        if not self._is_noted:
-            self._is_noted = True
-            self.say(
-                f"{self.endpoint} takes no traces or metrics: those that it does not take are "
-                "dropped, and the run goes on"
-            )
+        if what not in self._noted:
+            self._noted.add(what)
+            self.say(f"{self.endpoint} takes no {what}: they are dropped, and the run goes on")
 
     @contextmanager
     def span(self, name: str, **attributes: Any) -> Iterator[None]:

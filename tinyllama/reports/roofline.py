@@ -14,14 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from tinygrad import Tensor, dtypes
+from tinygrad.dtype import DType
 
 from tinyllama.ops.matmul import linear
 from tinyllama.reports.profile import Operation, Profile
 from tinyllama.runtime.capture import captured, synchronize
 
-_TRIES = 5
-_SIZE = {"CPU": 1024}  # of the square matrices; a GPU needs larger ones to be busy
-_GPU_SIZE = 4096
+_TRIES = 12
+_SIZES = (512, 1024)  # of square matrices, on the CPU: the smaller fit its caches
+_GPU_SIZES = (4096,)  # a GPU needs larger ones to be busy
+_NAMED = 6  # operations that the picture names
 _ELEMENTS = 1 << 24  # of each vector: 64 MiB, more than caches hold
 
 
@@ -44,15 +46,18 @@ class Ceilings:
 
 def measure_ceilings() -> Ceilings:
     """Measure the selected device: the best of a few tries each. Takes a second."""
-    n = _SIZE.get(Tensor.empty(1).device, _GPU_SIZE)
-    peaks = []
-    for dtype in (dtypes.float32, dtypes.bfloat16):
-        a, b = (Tensor.ones(n, n).cast(dtype).contiguous().realize() for _ in range(2))
-        seconds = _best(captured(lambda a, b: linear(a, b).contiguous().realize()), a, b)
-        peaks.append(2 * n**3 / seconds / 1e9)
+    sizes = _SIZES if Tensor.empty(1).device == "CPU" else _GPU_SIZES
+    peaks = [max(_gflops(n, dtype) for n in sizes) for dtype in (dtypes.float32, dtypes.bfloat16)]
     x, y = (Tensor.ones(_ELEMENTS).contiguous().realize() for _ in range(2))
     seconds = _best(captured(lambda x, y: (x + y).contiguous().realize()), x, y)
     return Ceilings(peaks[0], peaks[1], 3 * 4 * _ELEMENTS / seconds / 1e9)
+
+
+def _gflops(n: int, dtype: DType) -> float:
+    """The speed of a product of two n x n matrices."""
+    a, b = (Tensor.ones(n, n).cast(dtype).contiguous().realize() for _ in range(2))
+    seconds = _best(captured(lambda a, b: linear(a, b).contiguous().realize()), a, b)
+    return 2 * n**3 / seconds / 1e9
 
 
 def _best(step: Callable[..., Tensor], *inputs: Tensor) -> float:
@@ -97,10 +102,11 @@ def draw_roofline(profile: Profile, ceilings: Ceilings, *files: Path) -> None:
             [o.flops / o.nbytes for o in shown], [o.gflops for o in shown],
             s=[20 + 1500 * o.share for o in shown], color=colour, alpha=0.55, label=label,
         )  # fmt: skip
-    for o in sorted(operations, key=lambda o: -o.share)[:6]:
-        text = f"{o.name.partition('_')[0]} {(o.source or ('',))[-1]}\n{o.share:.0%}"
-        axes.annotate(text, (o.flops / o.nbytes, o.gflops), fontsize=7, xytext=(6, 4),
-                      textcoords="offset points")  # fmt: skip
+    hottest = sorted(operations, key=lambda o: -o.share)[:_NAMED]
+    for number, o in enumerate(hottest, 1):
+        axes.annotate(str(number), (o.flops / o.nbytes, o.gflops), ha="center", va="center")
+    names = "\n".join(f"{number}  {_label(o)}" for number, o in enumerate(hottest, 1))
+    axes.text(0.02, 0.98, names, transform=axes.transAxes, va="top", fontsize=7)
     axes.set(xscale="log", yscale="log", xlim=(low, high), title=f"Roofline of {profile.what}")
     axes.set(xlabel="operations per byte", ylabel="GFLOPS")
     axes.grid(alpha=0.25, which="both")
@@ -108,6 +114,12 @@ def draw_roofline(profile: Profile, ceilings: Ceilings, *files: Path) -> None:
     for file in files:
         figure.savefig(file)
     pyplot.close(figure)
+
+
+def _label(operation: Operation) -> str:
+    line = operation.source[-1] if operation.source else ""
+    back = " backward" * operation.name.endswith("(backward)")
+    return f"{operation.share:4.0%}  {operation.name.partition('_')[0]}{back}, {line}"
 
 
 def _draw_ceilings(axes: Any, ceilings: Ceilings, low: float, high: float) -> None:
