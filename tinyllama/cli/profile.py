@@ -1,4 +1,4 @@
-"""Show where the time of a step goes: kernels, and the lines of the model that asked for them.
+"""Show where the time of a step goes: kernels, and the lines of the model that they come from.
 
 tinyllama profile 124m --steps 5
 tinyllama profile --generate checkpoints/124m/final --steps 20 --out profile

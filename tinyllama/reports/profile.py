@@ -1,4 +1,4 @@
-"""Where the time of a step goes: operations and kernels, with the lines that asked for them.
+"""Where the time of a step goes: operations and kernels, with the lines that they come from.
 
     step = data + python until the first kernel + kernels and the gaps between them + python after
 
@@ -61,7 +61,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Operation:
-    """A kernel asked for by the same lines, over all its calls in a step: means of all steps."""
+    """A kernel that comes from the same lines, over all its calls in a step: means of all steps."""
 
     name: str
     source: tuple[str, ...]  # "tinyllama/model/llama.py:60", the innermost first
@@ -124,14 +124,14 @@ class Profile:
                 "share": f"{operation.share:.1%}",
                 "GFLOPS": f"{operation.gflops:.1f}" if operation.flops else "",
                 "GB/s": f"{operation.gb_per_second:.1f}" if operation.nbytes else "",
-                "asked for by": _shown(operation.source),
+                "source": _shown(operation.source),
             }
             for operation in self.operations
         ]
         total = sum(operation.share for operation in self.operations)
         return (
             f"{self.what}: {1e3 * self.step_seconds:.2f} ms, mean of {len(self.steps)}\n"
-            f"{aligned(rows, left=('asked for by',))}\nin all {total:.1%} of the step"
+            f"{aligned(rows, left=('source',))}\nin all {total:.1%} of the step"
         )
 
 

@@ -96,7 +96,7 @@ def write_speedscope(profile: Profile, file: Path) -> None:
 
 
 def _stack(kernel: Kernel, frame: Any) -> Iterator[int]:
-    """The frames of a kernel, outermost first: its pass, the lines that asked for it, itself."""
+    """The frames of a kernel, outermost first: its pass, the lines it comes from, itself."""
     yield frame("backward" if kernel.is_backward else "forward")
     for line in reversed(kernel.lines):
         path, _, number = line.rpartition(":")

@@ -1,4 +1,4 @@
-"""Which lines of the model asked for each kernel, noted while `tracked` is on and only then.
+"""Which lines of the model each kernel comes from, noted while `tracked` is on and only then.
 
 tinygrad keeps metadata of the operations of a tensor, beside the graph and not in it. While lines
 are tracked they name the lines of `model/`, or else of `train/`, that are on Python's stack when an
@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from tinygrad import Tensor
-from tinygrad import tensor as tinygrad_tensor
 from tinygrad.helpers import Metadata
 from tinygrad.tensor import _apply_map_to_tensors
 from tinygrad.uop.ops import GroupOp, Ops, UOp, all_metadata
+
+from tinyllama.runtime.patches.recording import noted_by
 
 PACKAGE = Path(__file__).resolve().parents[1]
 # Files of the layers that the model is built from: which of them it is, their caller says.
@@ -50,14 +51,12 @@ def tracking() -> bool:
 def tracked() -> Iterator[None]:
     """Note lines of what is built within."""
     global _tracking
-    made = tinygrad_tensor.Metadata
     _tracking += 1
-    tinygrad_tensor.Metadata = _metadata
     try:
-        yield
+        with noted_by(_metadata):
+            yield
     finally:
         _tracking -= 1
-        tinygrad_tensor.Metadata = made
         if not _tracking:
             _calls.clear()
 

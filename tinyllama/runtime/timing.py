@@ -20,16 +20,16 @@ from functools import partial
 from typing import Any
 
 from tinygrad.device import Compiled, Device
-from tinygrad.engine import jit
 from tinygrad.engine.jit import GraphRunner
 from tinygrad.uop.ops import UOp, sym_infer
 
 from tinyllama.runtime import sources
+from tinyllama.runtime.patches.recording import divided_into
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """A launch of a step: what computes, how much, and who asked for it."""
+    """A launch of a step: what computes, how much, and where it comes from."""
 
     name: str
     lines: tuple[str, ...]  # "tinyllama/model/llama.py:60", the innermost first
@@ -93,28 +93,23 @@ def recorder() -> Recorder | None:
 
 @contextmanager
 def recording() -> Iterator[Recorder]:
-    """Steps that are captured within note when their kernels run, and which lines asked for them.
+    """Steps that are captured within note when their kernels run, and which lines they come from.
 
     Also batches of one kernel are graphs meanwhile: tinygrad starts a lone one by itself.
     """
-    divide, getenv = jit.graph_split_rewrite, jit.getenv
-
-    def divide_into_timed(linear: UOp, *args: Any, **options: Any) -> UOp:
-        opened = Device[Device.DEFAULT]
-        name = Device.DEFAULT.partition(":")[0]
-        if name not in ("CPU", "CL"):  # whose own graphs measure
-            opened.graph = EventGraph if name == "CUDA" else WaitingGraph
-        return divide(linear, *args, **options)
-
-    jit.graph_split_rewrite = divide_into_timed
-    jit.getenv = lambda key, default=0: key == "GRAPH_ONE_KERNEL" or getenv(key, default)
     _recorders.append(Recorder())
     try:
-        with sources.tracked():
+        with sources.tracked(), divided_into(_graph_of):
             yield _recorders[-1]
     finally:
         _recorders.pop()
-        jit.graph_split_rewrite, jit.getenv = divide, getenv
+
+
+def _graph_of(device: str) -> Any:
+    """What runs the batches of a step on a device; None for those whose own graphs measure."""
+    if device in ("CPU", "CL"):
+        return None
+    return EventGraph if device == "CUDA" else WaitingGraph
 
 
 def kernels_of(graph: GraphRunner) -> tuple[Kernel, ...]:
