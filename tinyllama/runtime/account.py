@@ -23,6 +23,7 @@ from tinyllama.runtime import cubin, precompile
 from tinyllama.runtime.patches import install
 from tinyllama.runtime.patches.cubin import CubinCompiler
 from tinyllama.runtime.plan import recorded
+from tinyllama.runtime.sources import plain_name
 
 # Our own kernels that are products: what their texts begin with.
 _PRODUCTS = ("gemm", "attention")
@@ -30,7 +31,6 @@ _PRODUCTS = ("gemm", "attention")
 _FRAGMENTS = re.compile(r"^#define FRAGMENT [123]$", re.MULTILINE)
 # Below this, a sum of products is a sum over rows and no product of matrices.
 _PRODUCT_FLOPS_PER_BYTE = 4
-_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Compiled:
     """What the machine code of a step's kernels takes, at most."""
 
     kernels: int  # different ones
-    seconds: float  # to compile all, on every core
+    seconds: float  # of processor time, to compile all
     spilled_bytes: int  # per thread
     shared_bytes: int  # per block
     registers: int
@@ -128,7 +128,7 @@ _KERNELS = (Ops.PROGRAM, Ops.SINK)
 def _launch(kernel: UOp, device: str, times: int, nbytes: int) -> Launch:
     ours = kernel.op is Ops.PROGRAM
     program = kernel if ours else precompile.program(device, kernel)
-    name = _COLOURS.sub("", program.arg.name)
+    name = plain_name(program.arg.name)
     flops, text = int(program.src[0].arg.estimates.ops), program.src[3].arg
     if ours:
         is_product = name.startswith(_PRODUCTS)
@@ -188,13 +188,16 @@ def _compile(launches: Sequence[Launch], devices: Iterable[Any]) -> Compiled | N
     if not isinstance(compiler, CubinCompiler):
         return None
     names = {launch.text: launch.name for launch in launches}
-    began = time.perf_counter()
-    made = list(precompile.pool().map(compiler.compile, names))
-    seconds = time.perf_counter() - began
+
+    def timed(text: str) -> tuple[bytes, float]:
+        began = time.thread_time()
+        return compiler.compile(text), time.thread_time() - began
+
+    made, seconds = zip(*precompile.pool().map(timed, names), strict=True)
     spilled = [cubin.spilled_bytes(code) for code in made]
     return Compiled(
         kernels=len(made),
-        seconds=seconds,
+        seconds=sum(seconds),
         spilled_bytes=max(spilled),
         shared_bytes=max(map(cubin.shared_bytes, made)),
         registers=max(cubin.attributes(code)[cubin.REGISTERS] for code in made),
