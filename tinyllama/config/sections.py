@@ -154,7 +154,7 @@ class TrainingConfig:
         None, "steps between validations; when not set, after each epoch"
     )
     eval_first: bool = option(
-        False, "validate before the first step too, as step 0; needs data.val_path"
+        False, "validate before the first step too, as step 0; needs validation text"
     )
     checkpoint_activations: bool = option(
         False, "keep only the input of each layer and recompute the rest: less memory, more time"
@@ -219,15 +219,33 @@ class DataConfig:
         "allow another tokenizer than that of model.base, whose embeddings then mean nothing until "
         "they are trained anew; for training the whole model, not for adapters",
     )
-    train_on: Literal["all", "assistant", "last"] = option(
-        "all",
-        "which tokens of a conversation are trained on: all, the assistant's, or its last answer's;"
-        " only all for now",
+    train_on: Literal["all", "assistant", "last"] | None = option(
+        None,
+        "which tokens of a conversation are trained on: all, the assistant's, or those of its last "
+        "answer; when not set, the assistant's, of a prompt its completion, and of text all",
+    )
+    template: Literal["chatml", "llama2", "llama3", "alpaca", "none"] | None = option(
+        None,
+        "how conversations are written as text; none: one message behind the other; when not set, "
+        "as the chat template of the tokenizer says",
+    )
+    pack: bool = option(
+        True,
+        "several documents share a row, without seeing each other; false: a row for each, the rows "
+        "of a batch of similar length",
+    )
+    val_fraction: Annotated[float, Meta(gt=0, lt=1)] | None = option(
+        None, "share of the rows of train_path that is kept for validation, chosen by their hash"
     )
     cache_dir: Place = option(".cache/tinyllama", "folder that keeps tokenized text between runs")
 
     def __post_init__(self) -> None:
         _validate("data", self)
+
+    @property
+    def validates(self) -> bool:
+        """Whether there is validation text."""
+        return self.val_path is not None or self.val_fraction is not None
 
 
 @dataclass(frozen=True)
@@ -320,9 +338,14 @@ RELATIONS = (
         "a divisor of training.batch_size, which is {1}",
     ),
     Relation(
-        ("training.eval_first", "data.val_path"),
-        lambda first, path: not first or path is not None,
-        "false where data.val_path is not set",
+        ("training.eval_first", "data.val_path", "data.val_fraction"),
+        lambda first, path, share: not first or path is not None or share is not None,
+        "false where neither data.val_path nor data.val_fraction is set",
+    ),
+    Relation(
+        ("data.val_fraction", "data.val_path"),
+        lambda share, path: share is None or path is None,
+        "not set where data.val_path is, which names {1}",
     ),
     Relation(
         ("lr_schedule.min_lr", "training.learning_rate"),

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-from tinyllama.data.batches import TokenDataset, sequential
+from tinyllama.data.batches import TokenDataset, layout_of, sequential
 from tinyllama.model.llama import Llama
 from tinyllama.runtime.capture import captured
 from tinyllama.runtime.storage import Inputs
@@ -55,7 +55,7 @@ class Evaluator:
 
         total, tokens = 0.0, 0
         shape = self.context_length, self.batch_size, self.stride
-        windows = self.dataset.window_count(self.context_length, self.stride)
+        windows = layout_of(self.dataset, self.context_length, stride=self.stride).n_rows
         with tqdm(total=windows, desc="Evaluating", unit="window", disable=not progress) as bar:
             for batch in sequential(self.dataset, *shape):
                 if stopping():

@@ -123,7 +123,7 @@ def estimate_memory(config: Config, step: TrainStep | None = None) -> MemoryEsti
     with dropout_on(model):  # as in training, and not in validation
         plans = step.plans(*batch, hyperparameters=hyperparameters)
     first = plans[0]
-    if config.data.val_path is not None:
+    if config.data.validates:
         plans.append(plan(StagedLoss(model).loss, batch))
     gradients = first.gradients + _bytes(step.sums())
     given = _bytes([*batch, hyperparameters, *model.rotations(context)])

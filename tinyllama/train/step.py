@@ -51,6 +51,8 @@ class TrainStep:
         self._batch, self._numbers = Inputs(), Inputs()
         self._whole = captured(self._whole_step)
         self._accumulate = captured(self._accumulate_step)
+        self._row_tokens: int | None = None  # the length that these two are captured for
+        self._of_other_lengths: dict[int, Any] = {}
         self._update = captured(self._update_step)
         self._add_stage = Stage()
         self._sums: dict[str, Tensor] = {}
@@ -67,15 +69,27 @@ class TrainStep:
         (hyperparameters,) = self._numbers(numbers)
         if self.micro_batches == 1:
             with self.around(step, 0):
-                result = self._whole(*self._batch(*batches[0]), hyperparameters)
+                whole = self._for_rows(batches[0], self._whole, self._whole_step)
+                result = whole(*self._batch(*batches[0]), hyperparameters)
         else:
             self._clear_sums()
             for number, batch in enumerate(batches):
                 with self.around(step, number):
-                    self._accumulate(*self._batch(*batch))
+                    add = self._for_rows(batch, self._accumulate, self._accumulate_step)
+                    add(*self._batch(*batch))
             result = self._update(hyperparameters)
         summed_loss, norm = result.numpy().tolist()
         return StepResult(summed_loss / max(tokens, 1), norm, tokens)
+
+    def _for_rows(self, batch: Batch, graph: Any, function: Callable[..., Any]) -> Any:
+        """The graph for rows of the batch's length: `graph` for the first length that is met."""
+        length = batch.tokens.shape[1]
+        self._row_tokens = self._row_tokens or length
+        if length == self._row_tokens:
+            return graph
+        if length not in self._of_other_lengths:
+            self._of_other_lengths[length] = captured(function)
+        return self._of_other_lengths[length]
 
     def take_over(self, planned: "TrainStep") -> None:
         """Reuse what a step of the same configuration scheduled when it was planned (`plans`)."""

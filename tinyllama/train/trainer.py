@@ -15,12 +15,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tinyllama.config import Config
-from tinyllama.data.batches import Batch, Batches, prepare
+from tinyllama.data.batches import Batch, Batches
+from tinyllama.data.layout import trimmed
 from tinyllama.errors import CheckpointError, TrainingError
 from tinyllama.model.build import build
 from tinyllama.model.counts import parameters
@@ -42,6 +42,7 @@ from tinyllama.train.prepare import (
     find_tokenizer,
     made_with,
     supported,
+    texts,
     trained_and_validated,
     unused_rows,
     without_effect,
@@ -87,10 +88,8 @@ class Trainer:
         check_files(config)  # before a tokenizer is trained in vain
         self.tokenizer = find_tokenizer(config, resume, show)
         t, context = config.training, config.context_length
-        cache = config.data.cache_dir
-        read = partial(prepare, special_tokens=config.data.special_tokens, progress=show)
-        train = read(config.data.train_path, self.tokenizer, cache)
-        self.batches = Batches(train, context, t.batch_size, t.seed)
+        train, val = texts(config, self.tokenizer, show)
+        self.batches = Batches(train, context, t.batch_size, t.seed, pack=config.data.pack)
         self.model, trained, adapter = build(self.config, resume)
         if adapter is not None:
             adapter = replace(adapter, tokenizer_digest=self.tokenizer.vocabulary_digest)
@@ -101,8 +100,7 @@ class Trainer:
         if planned is not None:
             self.train_step.take_over(planned)
         self.evaluator = None
-        if config.data.val_path is not None:
-            val = read(config.data.val_path, self.tokenizer, cache)
+        if val is not None:
             self.evaluator = Evaluator(self.model, val, context, t.micro_batch)
         self.step = run_folder.restore(resume, self.optimizer, self.batches) if resume else 0
         state = run_folder.read_state(resume) if resume else {}
@@ -251,6 +249,7 @@ class Trainer:
         other = differences(self.config, self._resumed) if self._resumed else None
         lines = without_effect(self.config, self.batches.n_windows, self.total_steps)
         lines += trained_and_validated(self.config)
+        lines += self.batches.layout.notices()
         unused = unused_rows(self.config.model.vocab_size, self.tokenizer)
         return [line for line in (other, lacking.notice(), unused, *lines) if line]
 
@@ -267,7 +266,10 @@ class Trainer:
         schedule = self.config.lr_schedule
         lr = learning_rate(step, self.total_steps, t.learning_rate, schedule, self.anchor)
         clock = time.perf_counter()
-        result = self.train_step(_micro_batches(batch, t.micro_batch), step, lr)
+        parts = _micro_batches(batch, t.micro_batch)
+        if not self.config.data.pack:
+            parts = [trimmed(part) for part in parts]
+        result = self.train_step(parts, step, lr)
         seconds = time.perf_counter() - clock
         seen = {"loss": result.loss, "gradient norm": result.grad_norm, "learning rate": lr}
         self._check_finite(step, seen)
