@@ -25,12 +25,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
-<<<<<<< HEAD
-from typing import TYPE_CHECKING, Annotated, BinaryIO
-=======
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any, BinaryIO, TypeVar
->>>>>>> main
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, TypeVar
 
 import msgspec
 
