@@ -12,6 +12,7 @@ from typing import NoReturn
 from tinyllama.cli import (
     backends,
     bench,
+    chat,
     evaluate,
     export,
     generate,
@@ -20,6 +21,8 @@ from tinyllama.cli import (
     merge,
     params,
     plot,
+    profile,
+    serve,
     tokenizer,
     train,
 )
@@ -33,6 +36,8 @@ COMMANDS: dict[str, ModuleType] = {
     for command in (
         train,
         generate,
+        chat,
+        serve,
         evaluate,
         inspect,
         merge,
@@ -41,6 +46,7 @@ COMMANDS: dict[str, ModuleType] = {
         memory,
         tokenizer,
         plot,
+        profile,
         bench,
         backends,
     )
