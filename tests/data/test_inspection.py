@@ -16,7 +16,10 @@ from tinyllama.data.inspection import Totals, inspect, runs
 from tinyllama.reports.inspection import html_page, terminal_row, terminal_totals
 from tinyllama.tokenizers.tokenizer import write_files
 
-TURNS = [{"role": "user", "content": "<b>q</b> \x1b[0m"}, {"role": "assistant", "content": "a\u00e9"}]
+TURNS = [
+    {"role": "user", "content": "<b>q</b> \x1b[0m"},
+    {"role": "assistant", "content": "a\u00e9"},
+]
 ROOT = Path(__file__).resolve().parents[2]
 
 

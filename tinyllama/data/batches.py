@@ -9,19 +9,30 @@ of a document has no target, so that no document is predicted from another.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from tinyllama.data.corpus import TokenDataset, prepare
-from tinyllama.data.layout import Batch, Layout, Pieces, Windows
+from tinyllama.data.layout import Batch, Layout, Pieces, Rows, Windows
 from tinyllama.errors import DataError
-from tinyllama.system.json_files import short
+from tinyllama.system.untrusted import printable
 
-__all__ = ["Batch", "Batches", "TokenDataset", "prepare", "sequential"]
+__all__ = ["Batch", "Batches", "Layout", "Rows", "TokenDataset", "prepare", "sequential"]
 
 _MOST_EPOCHS = 1 << 53
+
+
+class Named(Protocol):
+    """What rows are of: its name for errors, and a folder whose name is a digest of it."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def name(self) -> str: ...
 
 
 class Batches:
@@ -34,19 +45,19 @@ class Batches:
 
     def __init__(
         self,
-        dataset: TokenDataset,
+        dataset: TokenDataset | Named,
         context_length: int,
         batch_size: int,
         seed: int,
         shuffle: bool = True,
         pack: bool = True,
+        layout: Layout | None = None,
     ) -> None:
-        self.layout = layout_of(dataset, context_length, pack)
-        if isinstance(self.layout, Windows) and dataset.n_tokens < context_length:
-            raise DataError(
-                f"{dataset.name}: {dataset.n_tokens} tokens in all, fewer than one context of"
-                f" {context_length}: more text or a smaller data.context_length"
-            )
+        """`layout` is for rows of something else than text, or with more in them."""
+        if layout is None:
+            assert isinstance(dataset, TokenDataset)
+            layout = text_layout(dataset, context_length, pack)
+        self.layout = layout
         self._dataset = dataset
         self._context_length = context_length
         self._batch_size = batch_size
@@ -59,7 +70,7 @@ class Batches:
         self.epoch = 0  # of the next batch, from 0: the epochs that are done
         self.steps_per_epoch = -(-self.n_windows // batch_size)
 
-    def next(self) -> Batch:
+    def next(self) -> Rows:
         """The next batch; after an epoch's last one, `epoch` has grown by one."""
         if self._order is None:
             self._order = self._make_order()
@@ -81,7 +92,7 @@ class Batches:
         """
         for key, ours in self._identity().items():
             if key not in state or state[key] != ours:
-                found = short(repr(state.get(key)), 80)
+                found = printable(repr(state.get(key)), 80)
                 difference = f"its {key} is {found}, here it is {ours!r}"
                 if key == "data":  # a digest would not help the user
                     difference = "it was trained on a different text or with a different tokenizer"
@@ -89,7 +100,7 @@ class Batches:
                     f"{self._dataset.name}: cannot continue from the checkpoint: {difference}"
                 )
         epoch, window = state.get("epoch"), state.get("window")
-        shown = short(repr(state))
+        shown = printable(repr(state))
         if type(epoch) is not int or type(window) is not int:
             raise DataError(f"the checkpoint holds no position in the data: {shown}")
         if not 0 <= epoch < _MOST_EPOCHS or not 0 <= window < self.n_windows:
@@ -132,7 +143,19 @@ def sequential(
         batch = layout.batch(np.arange(first, min(first + batch_size, layout.n_rows)), batch_size)
         overlapping = slice(int(first == 0), None)  # all but the text's first window
         batch.targets[overlapping, :overlap] = -1
+        assert isinstance(batch, Batch)
         yield batch
+
+
+def text_layout(dataset: TokenDataset, context_length: int, pack: bool) -> Layout:
+    """The rows of a text that is trained. Raises DataError if it is shorter than one context."""
+    layout = layout_of(dataset, context_length, pack)
+    if isinstance(layout, Windows) and dataset.n_tokens < context_length:
+        raise DataError(
+            f"{dataset.name}: {dataset.n_tokens} tokens in all, fewer than one context of"
+            f" {context_length}: more text or a smaller data.context_length"
+        )
+    return layout
 
 
 def layout_of(

@@ -26,10 +26,9 @@ from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, TypeVar
 
 import msgspec
-from tqdm import tqdm
 
 from tinyllama.data import json_array, table
 from tinyllama.data.conversations import COLUMNS, Conversation, Kind, kind_of, parse
@@ -39,9 +38,12 @@ from tinyllama.data.packed import Packing, decompressed, packing_of, parquet_kin
 from tinyllama.errors import DataError, WeightsError, reason
 from tinyllama.formats import hub
 from tinyllama.system.files import atomic_write, make_folder, read_file, sha256_file
-from tinyllama.system.json_files import MOST_BYTES, parse_json
+from tinyllama.system.untrusted import MOST_BYTES, parse_json
 
 T = TypeVar("T")
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 CHUNK_BYTES = 1 << 20
 MAX_ROW_BYTES = 64 << 20  # a row is parsed whole, so it bounds the memory
@@ -240,6 +242,8 @@ def read_texts(sources: Iterable[Source], *, progress: bool = False) -> Iterator
 
 def progress_bar(sources: Iterable[Source], what: str, shown: bool) -> "tqdm[None]":
     """A bar over the bytes of the sources, on standard error."""
+    from tqdm import tqdm  # here: a training step without files does not need it
+
     total = sum(source.size_bytes for source in sources)
     return tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=not shown)
 

@@ -7,7 +7,7 @@ A conversation longer than a row loses its end, which is counted; a text goes on
 Either way a token attends to its own document alone, and no document is predicted from another.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -32,6 +32,21 @@ class Batch(NamedTuple):
     starts: Int32  # (B, T)
 
 
+class Rows(Protocol):
+    """What every batch begins with, see Batch; it may hold more arrays of as many rows."""
+
+    @property
+    def tokens(self) -> Int32: ...
+
+    @property
+    def targets(self) -> Int32: ...
+
+    @property
+    def starts(self) -> Int32: ...
+
+    def __iter__(self) -> Iterator[npt.NDArray[Any]]: ...
+
+
 class Layout(Protocol):
     """Rows of T tokens over a dataset."""
 
@@ -39,7 +54,7 @@ class Layout(Protocol):
     def n_rows(self) -> int:
         """How many there are."""
 
-    def batch(self, rows: Int64, batch_size: int) -> Batch:
+    def batch(self, rows: Int64, batch_size: int) -> Rows:
         """These rows, filled up to `batch_size` with padding: EOS that attends to itself alone."""
 
     def notices(self) -> list[str]:
@@ -176,14 +191,18 @@ class Pieces:
         return trained is None or bool((trained[begin + 1 : begin + length] == 1).any())
 
 
-def trimmed(batch: Batch) -> Batch:
+def trimmed(batch: Rows) -> Rows:
     """The batch without the padding that all of its rows end with, as far as its length remains one
     of a few: a quarter, half, or all of the context, for each of which a graph is compiled."""
     T = batch.tokens.shape[1]
     is_used = (batch.starts != np.arange(T, dtype=np.int32)) | (batch.targets >= 0)
     used = int(np.flatnonzero(is_used.any(axis=0)).max(initial=0)) + 1
     length = next(length for length in (-(-T // 4), -(-T // 2), T) if length >= used)
-    return batch if length == T else Batch(*(np.ascontiguousarray(a[:, :length]) for a in batch))
+    if length == T:
+        return batch
+    make: Callable[..., Rows] = type(batch)
+    parts = (a if a.ndim == 1 else a[:, :length] for a in batch)  # a number per row, or per token
+    return make(*map(np.ascontiguousarray, parts))
 
 
 def _packed(lengths: Int64, longest: int) -> Int64:

@@ -42,6 +42,7 @@ from tinyllama.model import int4, lora
 from tinyllama.model.initialize import first_values
 from tinyllama.model.layers import block_linears
 from tinyllama.model.llama import Llama
+from tinyllama.model.noise import EmbeddingNoise
 from tinyllama.system import device
 from tinyllama.tokenizers.opening import holds_tokenizer
 
@@ -180,6 +181,8 @@ def _assemble(
     dtype = getattr(dtypes, config.training.dtype)
     model = _layers(config.model, dtype, _packing(config), base)
     model.checkpoint_activations = config.training.checkpoint_activations
+    if config.training.neftune_alpha:
+        model.noise = EmbeddingNoise(config.training.neftune_alpha)
     fill(model)
     if config.lora is None:
         return Built(model, model.state_dict(), None)

@@ -10,6 +10,8 @@ leaves the text as it is (LLaMA's and Mistral's do, and those trained here). Sen
 breaks that for one character: it writes a space as U+2581, so a real U+2581 came back as a space.
 """
 
+from __future__ import annotations
+
 import hashlib
 import io
 import itertools
@@ -19,9 +21,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
-
-import sentencepiece
+from typing import TYPE_CHECKING, NamedTuple
 
 from tinyllama.errors import TokenizerError
 from tinyllama.system.files import atomic_write
@@ -45,6 +45,9 @@ from tinyllama.tokenizers.sentencepiece_model import (
     with_space,
 )
 from tinyllama.tokenizers.tokenizer import Span, SpecialToken, StreamDecoder, check_encodable
+
+if TYPE_CHECKING:
+    import sentencepiece
 
 TRAINING = 1  # version of train_tokenizer: changes when the same texts give a different model
 
@@ -414,6 +417,8 @@ def train_tokenizer(
     The same texts give the same model, byte for byte. Raises TokenizerError if the texts are too
     few for `vocab_size`, or it is too small for the characters in them.
     """
+    import sentencepiece  # here: other tokenizers do not need it
+
     blocks = _sample(texts)
     lines = (line for block in blocks for line in _training_lines(block))
     written = io.BytesIO()
@@ -448,6 +453,8 @@ def train_tokenizer(
 
 def _load_processor(model: bytes, source: str) -> sentencepiece.SentencePieceProcessor:
     """Raises TokenizerError if `model` is not a SentencePiece model."""
+    import sentencepiece
+
     processor = sentencepiece.SentencePieceProcessor()
     try:
         loaded = bool(model) and processor.load_from_serialized_proto(model)

@@ -28,7 +28,7 @@ from itertools import count, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tinyllama.errors import DataError
-from tinyllama.system.json_files import short
+from tinyllama.system.untrusted import printable
 from tinyllama.tokenizers.files import read_settings
 from tinyllama.tokenizers.tokenizer import Tokenizer
 
@@ -275,7 +275,7 @@ class ChatTemplate:
             IndexError,
             AttributeError,
         ) as error:
-            why = short(" ".join(str(error).split()), 200)
+            why = printable(" ".join(str(error).split()), 200)
             raise DataError(f"{self.name} refuses the row: {why}") from None
         except (RecursionError, ArithmeticError, LookupError) as error:
             raise DataError(f"{self.name} fails on the row: {type(error).__name__}") from None

@@ -87,6 +87,11 @@ def supported(config: Config) -> Config:
             f"{config.where('data.replace_tokenizer')}: got true, must be false with [lora]: "
             "adapters leave the base's embeddings, and so its tokens, as they are"
         )
+    if t.objective == "dpo" and config.model.base is None:
+        raise ConfigError(
+            f'{config.where("training.objective")}: got "dpo", must come with model.base: the '
+            "model that answers are compared with is the one that training begins with"
+        )
     problems = [
         f"{config.where(key)}: {got(value, f'{shown(only)} for now')}"
         for key, value, only in (
@@ -122,6 +127,7 @@ _FREE_OF_NUMBERS = (
     "checkpointing.",
     "model.base",
     "training.eval_",
+    "training.early_stopping",
     "data.train_path",
     "data.val_path",
     "data.context_length",
