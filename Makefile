@@ -54,11 +54,7 @@ smollm2: $(VENV)/.demo ## fine-tune SmolLM2 on docstrings for BUDGET=300 seconds
 	@$(PY) tools/smollm2.py --budget $(BUDGET)
 
 test: $(VENV)/.dev ## install what is missing and run every test
-<<<<<<< HEAD
-	@tools/system.sh clang opencl sanitizers git chromium
-=======
-	@tools/system.sh clang opencl sanitizers git spin
->>>>>>> main
+	@tools/system.sh clang opencl sanitizers git spin chromium
 	$(PYTEST) $(PARALLEL)
 
 readme: $(VENV)/.dev ## run README's commands in a fresh clone, as a reader types them (2 minutes)

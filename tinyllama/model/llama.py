@@ -83,14 +83,10 @@ class Attention:
 
         keys and values are those of a cache (ops/cached_attention.py), which is updated in place.
         """
-<<<<<<< HEAD
         B = position.shape[0]
-        parts = self.project(x, cos, sin)  # (1, T, heads, D)
+        q, k, v = self.project(x)  # (1, T, heads, D)
+        parts = rope(q, cos, sin), rope(k, cos, sin), v
         q, k, v = (part.reshape(B, -1, *part.shape[2:]) for part in parts)
-=======
-        q, k, v = self.project(x)
-        q, k = rope(q, cos, sin), rope(k, cos, sin)
->>>>>>> main
         out = cached_attention(q, k, v, Cache(keys, values), position, self.window)
         return self.o_proj(out.reshape(1, x.shape[1], -1))  # (1, T, H * D)
 
