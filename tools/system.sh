@@ -114,14 +114,12 @@ has_git() { command -v git >/dev/null; }
 
 has_chromium() { command -v chromium >/dev/null || command -v chromium-browser >/dev/null; }
 
-package_clang() { echo clang; }
-package_git() { echo git; }
-package_chromium() { echo chromium; }
 has_spin() { command -v spin >/dev/null; }
 
 package_clang() { echo clang; }
 package_git() { echo git; }
 package_spin() { echo spin; }
+package_chromium() { echo chromium; }
 package_opencl() { echo pocl-opencl-icd ocl-icd-libopencl1; }
 package_emulator() { echo qemu-user lld libc6-dev-arm64-cross libgcc-12-dev-arm64-cross; }
 package_oclgrind() { echo oclgrind ocl-icd-libopencl1; }
