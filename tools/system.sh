@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # Installs what pip cannot: a C compiler, an OpenCL driver, the sanitizers' runtime, Python's venv,
-# git, an emulator of ARM processors, one of OpenCL devices that reports data races, spin, and a
-# browser.
+# git, an emulator of ARM processors, one of OpenCL devices that reports data races, spin, and a browser.
 #
 #   tools/system.sh [--required] [clang] [opencl] [sanitizers] [emulator] [oclgrind] [venv] [git]
 #      [spin] [chromium]
@@ -21,7 +20,8 @@ main() {
   for word in "$@"; do
     case $word in
       --required) required=true ;;
-      clang | opencl | sanitizers | emulator | oclgrind | venv | git | spin | chromium) "has_$word" || missing+=("$word") ;;
+      clang | opencl | sanitizers | emulator | oclgrind | venv | git | spin | chromium)
+        "has_$word" || missing+=("$word") ;;
       *) usage ;;
     esac
   done
@@ -112,9 +112,8 @@ has_venv() {
 
 has_git() { command -v git >/dev/null; }
 
-has_chromium() { command -v chromium >/dev/null || command -v chromium-browser >/dev/null; }
-
 has_spin() { command -v spin >/dev/null; }
+has_chromium() { command -v chromium >/dev/null || command -v chromium-browser >/dev/null; }
 
 package_clang() { echo clang; }
 package_git() { echo git; }
@@ -143,8 +142,8 @@ complain() {
     oclgrind) what="looking for data races needs oclgrind" ;;
     venv) what="$PYTHON cannot make virtual environments" ;;
     git) what="the test of README's commands needs git" ;;
-    chromium) what="the test of the chat page needs chromium" ;;
     spin) what="exploring the protocol of checkpoints needs spin" ;;
+    chromium) what="the test of the chat page needs chromium" ;;
   esac
   if [ "$(uname)" = Darwin ]; then
     echo "$what: type  xcode-select --install  and then run make again." >&2

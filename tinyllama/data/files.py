@@ -35,7 +35,7 @@ from tinyllama.data.conversations import COLUMNS, Conversation, Kind, kind_of, p
 from tinyllama.data.detect import BOM, COMPRESSED, HEAD_BYTES, SUFFIXES, Format, detect, is_read
 from tinyllama.data.jsonl import parse_object, parse_row
 from tinyllama.data.packed import Packing, decompressed, packing_of, parquet_kind, unpack
-from tinyllama.errors import DataError, WeightsError, reason
+from tinyllama.errors import DataError, WeightsError, fit_for_terminal, reason
 from tinyllama.formats import hub
 from tinyllama.system.files import atomic_write, make_folder, read_file, sha256_file
 from tinyllama.system.untrusted import MOST_BYTES, parse_json
@@ -304,7 +304,7 @@ def _remembered(file: Path) -> dict[str, tuple[list[int], str]]:
         what = f"{file}: cannot be read: {reason(error)}"
     except DataError as error:
         what = str(error)
-    print(f"{what}; the texts are read again", file=sys.stderr)
+    print(fit_for_terminal(f"{what}; the texts are read again"), file=sys.stderr)
     return {}
 
 

@@ -102,8 +102,11 @@ def read_json(
     path: Path, wrong: type[TinyllamaError] = ConfigError, most: int = MAX_JSON_BYTES
 ) -> dict[str, Any]:
     """A JSON object from a file; raises `wrong`, naming the file."""
+    data = read_small(path, wrong, most)
     try:
-        value = json.loads(read_small(path, wrong, most))
+        value = json.loads(data)
+        if b"\\u" in data:  # may spell half a surrogate pair, which is no text
+            json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise wrong(
             f"{path}: not JSON, so it is damaged or truncated: {printable(error)}"

@@ -101,7 +101,7 @@ class SentencePieceTokenizer:
         self.settings = read_settings(self.sources, source)
         self._processor = own = _load_processor(model, source)
         self._size: int = own.get_piece_size()
-        pieces: list[str] = own.id_to_piece(list(range(self._size)))
+        pieces = _texts_of_pieces(own, source)
         added = special.check(self.settings.added, self._size, source)
         self._controls = [n for n in range(self._size) if own.is_control(n) or own.is_unknown(n)]
         self._beyond = self._not_the_models(added, pieces)
@@ -451,6 +451,15 @@ def train_tokenizer(
     return tokenizer
 
 
+def _texts_of_pieces(own: sentencepiece.SentencePieceProcessor, source: str) -> list[str]:
+    """The text of every piece. Raises TokenizerError if one is not UTF-8."""
+    try:
+        pieces: list[str] = own.id_to_piece(list(range(own.get_piece_size())))
+    except UnicodeDecodeError:
+        raise TokenizerError(f"{source}: damaged: a piece that is not UTF-8") from None
+    return pieces
+
+
 def _load_processor(model: bytes, source: str) -> sentencepiece.SentencePieceProcessor:
     """Raises TokenizerError if `model` is not a SentencePiece model."""
     import sentencepiece
@@ -458,7 +467,7 @@ def _load_processor(model: bytes, source: str) -> sentencepiece.SentencePiecePro
     processor = sentencepiece.SentencePieceProcessor()
     try:
         loaded = bool(model) and processor.load_from_serialized_proto(model)
-    except RuntimeError:
+    except (RuntimeError, UnicodeDecodeError):  # the latter of a message that quotes the model
         loaded = False
     if not loaded and _TIKTOKEN.match(model):
         raise TokenizerError(
