@@ -1,4 +1,4 @@
-"""Training and evaluation on conversations: masked, packed or not, resumed, and saved."""
+"""Training and evaluation on conversations: masked, packed or not, resumed, with their template."""
 
 import json
 from dataclasses import replace
@@ -53,7 +53,8 @@ def test_the_loss_of_packed_conversations_is_that_of_each_alone(tmp_path):
 
 
 def options(tmp_path: Path, *more: str) -> list[str]:
-    return [f"data.train_path={write_chats(tmp_path / 'chat.jsonl', 60)}", "data.val_path=none",
+    sizes = ["model.max_seq_len=96", "data.context_length=96", "training.batch_size=4"]
+    return [f"data.train_path={write_chats(tmp_path / 'chat.jsonl', 60)}", *sizes,
             "data.template=chatml", "data.val_fraction=0.2", *more]  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from typing import NoReturn
 from tinyllama.cli import (
     backends,
     bench,
+    chat,
     evaluate,
     export,
     generate,
@@ -20,6 +21,7 @@ from tinyllama.cli import (
     merge,
     params,
     plot,
+    serve,
     tokenizer,
     train,
 )
@@ -33,6 +35,8 @@ COMMANDS: dict[str, ModuleType] = {
     for command in (
         train,
         generate,
+        chat,
+        serve,
         evaluate,
         inspect,
         merge,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinyllama.cli.arguments import path
-from tinyllama.errors import ConfigError, DeviceError
+from tinyllama.errors import ConfigError, DeviceError, fit_for_terminal
 from tinyllama.system import device
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def model_folder(folder: Path) -> Path:
         return folder
     if not folder.is_dir():
         problem = "is a file, must be the folder of a model or end in .gguf"
-        raise ConfigError(f"{folder}: {problem if folder.exists() else 'no such folder'}")
+        raise ConfigError(f"{folder}: {problem if folder.exists() else 'no such file or folder'}")
     names = ("config.json", "adapter_config.json", "params.json")
     if any((folder / name).exists() for name in names):
         return folder
@@ -154,4 +154,4 @@ def verify_model(folder: Path, base: Path | None = None, *, remembered: bool = T
 
 def to_stderr(message: str) -> None:
     """Print a line that is no result."""
-    print(message, file=sys.stderr, flush=True)
+    print(fit_for_terminal(message), file=sys.stderr, flush=True)

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from tinyllama.data.corpus import TokenDataset, prepare
 from tinyllama.data.layout import Batch, Layout, Pieces, Rows, Windows
 from tinyllama.errors import DataError
-from tinyllama.system.json_files import short
+from tinyllama.system.untrusted import printable
 
 __all__ = ["Batch", "Batches", "Layout", "Rows", "TokenDataset", "prepare", "sequential"]
 
@@ -92,7 +92,7 @@ class Batches:
         """
         for key, ours in self._identity().items():
             if key not in state or state[key] != ours:
-                found = short(repr(state.get(key)), 80)
+                found = printable(repr(state.get(key)), 80)
                 difference = f"its {key} is {found}, here it is {ours!r}"
                 if key == "data":  # a digest would not help the user
                     difference = "it was trained on a different text or with a different tokenizer"
@@ -100,7 +100,7 @@ class Batches:
                     f"{self._dataset.name}: cannot continue from the checkpoint: {difference}"
                 )
         epoch, window = state.get("epoch"), state.get("window")
-        shown = short(repr(state))
+        shown = printable(repr(state))
         if type(epoch) is not int or type(window) is not int:
             raise DataError(f"the checkpoint holds no position in the data: {shown}")
         if not 0 <= epoch < _MOST_EPOCHS or not 0 <= window < self.n_windows:

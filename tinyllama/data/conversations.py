@@ -22,7 +22,7 @@ from typing import Any, Literal
 import msgspec
 
 from tinyllama.errors import DataError
-from tinyllama.system.json_files import short
+from tinyllama.system.untrusted import printable
 from tinyllama.tokenizers.templates import NAMED, ChatTemplate, Encoded, named_template
 from tinyllama.tokenizers.tokenizer import Tokenizer
 
@@ -103,7 +103,7 @@ def parse(row: Any, kind: Kind) -> list[Conversation]:
         raise DataError(f"must be an object with {expected(kind)}, got {type(row).__name__}")
     if any(key not in row for key in _KEYS[kind]):
         found = kind_of(row)
-        keys = ", ".join(short(repr(key), 40) for key in list(row)[:8]) or "none"
+        keys = ", ".join(printable(repr(key), 40) for key in list(row)[:8]) or "none"
         other = f" of another kind ({expected(found)})" if found else ""
         raise DataError(
             f"no {expected(kind)}; keys found: {keys}: the file's first row has it, and a row"
@@ -234,7 +234,7 @@ def _message(entry: Any, place: str) -> dict[str, Any]:
         return {"role": "assistant", "content": "", "tool_calls": [_called(message, place)]}
     if not isinstance(role, str) or role not in _ROLES:
         known = "system, user, assistant or tool"
-        raise DataError(f"{place}: role: got {short(repr(role), 60)}, must be {known}")
+        raise DataError(f"{place}: role: got {printable(repr(role), 60)}, must be {known}")
     message["role"] = _ROLES[role]
     message.pop("weight", None)
     content = _content(message.get("content"), place)
@@ -256,7 +256,7 @@ def _content(content: Any, place: str) -> str | None:
         kinds = [part.get("type", "text") for part in content if isinstance(part, dict)]
         other = next((kind for kind in kinds if kind != "text"), None)
         if other is not None:
-            raise DataError(f"{place}: holds a part of type {short(repr(other), 40)}, not text")
+            raise DataError(f"{place}: holds a part of type {printable(repr(other), 40)}, not text")
         if all(isinstance(part, str) for part in parts):
             return "".join(map(str, parts))
     raise DataError(f"{place}: content must be a text, got {type(content).__name__}")

@@ -57,8 +57,8 @@ from tinyllama.system.files import (
     pieces_digest,
     remove_partials,
 )
-from tinyllama.system.json_files import read_json_file
 from tinyllama.system.processes import ordered_map
+from tinyllama.system.untrusted import read_json_file
 from tinyllama.tokenizers.opening import from_files
 from tinyllama.tokenizers.templates import NAMED, Encoded
 from tinyllama.tokenizers.tokenizer import Tokenizer

@@ -26,22 +26,24 @@ from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, TypeVar
 
 import msgspec
-from tqdm import tqdm
 
 from tinyllama.data import json_array, table
 from tinyllama.data.conversations import COLUMNS, Conversation, Kind, kind_of, parse
 from tinyllama.data.detect import BOM, COMPRESSED, HEAD_BYTES, SUFFIXES, Format, detect, is_read
 from tinyllama.data.jsonl import parse_object, parse_row
 from tinyllama.data.packed import Packing, decompressed, packing_of, parquet_kind, unpack
-from tinyllama.errors import DataError, WeightsError, reason
+from tinyllama.errors import DataError, WeightsError, fit_for_terminal, reason
 from tinyllama.formats import hub
 from tinyllama.system.files import atomic_write, make_folder, read_file, sha256_file
-from tinyllama.system.json_files import MOST_BYTES, parse_json
+from tinyllama.system.untrusted import MOST_BYTES, parse_json
 
 T = TypeVar("T")
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 CHUNK_BYTES = 1 << 20
 MAX_ROW_BYTES = 64 << 20  # a row is parsed whole, so it bounds the memory
@@ -240,6 +242,8 @@ def read_texts(sources: Iterable[Source], *, progress: bool = False) -> Iterator
 
 def progress_bar(sources: Iterable[Source], what: str, shown: bool) -> "tqdm[None]":
     """A bar over the bytes of the sources, on standard error."""
+    from tqdm import tqdm  # here: a training step without files does not need it
+
     total = sum(source.size_bytes for source in sources)
     return tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=not shown)
 
@@ -300,7 +304,7 @@ def _remembered(file: Path) -> dict[str, tuple[list[int], str]]:
         what = f"{file}: cannot be read: {reason(error)}"
     except DataError as error:
         what = str(error)
-    print(f"{what}; the texts are read again", file=sys.stderr)
+    print(fit_for_terminal(f"{what}; the texts are read again"), file=sys.stderr)
     return {}
 
 

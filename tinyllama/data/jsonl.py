@@ -7,7 +7,7 @@ import msgspec
 
 from tinyllama.data.conversations import expected, kind_of
 from tinyllama.errors import DataError
-from tinyllama.system.json_files import short
+from tinyllama.system.untrusted import printable
 
 _MOST_VALUES = 1_000_000  # that Python's reader makes objects of, 80 bytes each
 
@@ -65,7 +65,7 @@ def _text_of(row: Any) -> str:
     if not isinstance(row, dict):
         raise DataError(f'must be an object {{"text": ...}}, got {type(row).__name__}')
     if "text" not in row:
-        keys = ", ".join(short(repr(key), 40) for key in list(row)[:8]) or "none"
+        keys = ", ".join(printable(repr(key), 40) for key in list(row)[:8]) or "none"
         raise DataError(f'no "text"; keys found: {keys}{_of_another_kind(row)}')
     text = row["text"]
     if not isinstance(text, str):

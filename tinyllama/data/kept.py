@@ -26,7 +26,7 @@ from tinyllama.system.files import (
     pieces_digest,
     remove_partials,
 )
-from tinyllama.system.json_files import read_json_file
+from tinyllama.system.untrusted import read_json_file
 
 _META_FILE = "meta.json"
 _Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]

@@ -19,7 +19,7 @@ import msgspec
 
 from tinyllama.data.conversations import Kind, expected, kind_of
 from tinyllama.errors import DataError, reason
-from tinyllama.system.json_files import short
+from tinyllama.system.untrusted import printable
 
 Packing = Literal["gzip", "zstd", "parquet"]
 
@@ -57,7 +57,7 @@ def parquet_kind(path: Path) -> Kind:
         names = arrow.ParquetFile(path).schema_arrow.names
     kind = kind_of(set(names))
     if kind is None:
-        listed = ", ".join(short(repr(name), 40) for name in names[:8]) or "none"
+        listed = ", ".join(printable(repr(name), 40) for name in names[:8]) or "none"
         hint = f'name the column that holds the text "text" (or columns {expected("prompt")})'
         raise DataError(f'{path}: no column "text"; columns: {listed}; {hint}')
     return kind
@@ -96,7 +96,7 @@ def _reading(path: Path) -> Iterator[Any]:
         yield pyarrow.parquet
     except (arrow.ArrowException, OSError) as error:
         first = (str(error).splitlines() or [""])[0]
-        raise DataError(f"{path}: damaged: {short(first)}") from None
+        raise DataError(f"{path}: damaged: {printable(first)}") from None
 
 
 def _arrow(path: Path) -> Any:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from tinyllama.data.conversations import Kind, expected, kind_of
-from tinyllama.system.json_files import short
+from tinyllama.system.untrusted import printable
 
 _DELIMITERS = {"csv": ",", "tsv": "\t"}
 
@@ -57,7 +57,7 @@ def columns(header: bytes, kind: str) -> tuple[list[str], Kind]:
     names: list[str] = next(_reader(io.StringIO(header.decode(), newline="\n"), kind), [])
     rows = kind_of(set(names))
     if rows is None:
-        listed = ", ".join(short(repr(name), 40) for name in names[:8]) or "none"
+        listed = ", ".join(printable(repr(name), 40) for name in names[:8]) or "none"
         hint = f'name the column that holds the text "text" (or columns {expected("prompt")})'
         raise TableError(f'no column "text"; columns: {listed}; {hint}', 1)
     return names, rows

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tinyllama.errors import WeightsError
-from tinyllama.formats.untrusted import printable, read_json
+from tinyllama.system.untrusted import printable, read_json
 
 _PART = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
 _NAME = re.compile(

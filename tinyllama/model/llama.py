@@ -62,29 +62,33 @@ class Attention:
         self.v_proj: LinearLike = Linear(hidden, keys, bias="v_proj" in biased)
         self.o_proj: LinearLike = Linear(queries, hidden, bias="o_proj" in biased)
 
-    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, T, hidden) -> q (B, T, H, D), k and v (B, T, KV, D), q and k rotated."""
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, hidden) -> q (B, T, H, D), k and v (B, T, KV, D), without positions."""
         B, T, _ = x.shape
         q = self.q_proj(x).reshape(B, T, self.heads, self.head_dim)
         k = self.k_proj(x).reshape(B, T, self.kv_heads, self.head_dim)
         v = self.v_proj(x).reshape(B, T, self.kv_heads, self.head_dim)
-        return rope(q, cos, sin), rope(k, cos, sin), v
+        return q, k, v
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, starts: Tensor) -> Tensor:
         """x (B, T, hidden), starts (B, T) -> (B, T, hidden)."""
-        q, k, v = self.project(x, cos, sin)
-        return self.o_proj(attention(q, k, v, starts).flatten(2))  # (B, T, H * D)
+        out = attention(*self.project(x), starts, (cos, sin))
+        return self.o_proj(out.flatten(2))  # (B, T, H * D)
 
     def cached(
         self, x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, position: Tensor
     ) -> Tensor:
-        """Like a call for T tokens at positions position .. position + T - 1 of one sequence.
+        """Like a call for T tokens x (1, T, hidden) of one sequence at positions position ..
+        position + T - 1, or for the next tokens of T sequences at the positions position (T,).
 
         keys and values are those of a cache (ops/cached_attention.py), which is updated in place.
         """
-        q, k, v = self.project(x, cos, sin)
+        B = position.shape[0]
+        q, k, v = self.project(x)  # (1, T, heads, D)
+        parts = rope(q, cos, sin), rope(k, cos, sin), v
+        q, k, v = (part.reshape(B, -1, *part.shape[2:]) for part in parts)
         out = cached_attention(q, k, v, Cache(keys, values), position, self.window)
-        return self.o_proj(out.flatten(2))  # (1, T, H * D)
+        return self.o_proj(out.reshape(1, x.shape[1], -1))  # (1, T, H * D)
 
 
 class MLP:
@@ -118,7 +122,7 @@ class Block:
     def cached(
         self, x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, position: Tensor
     ) -> Tensor:
-        """One sequence's next tokens, see Attention.cached."""
+        """The next tokens, see Attention.cached."""
         cache = keys, values, position
         h = x + self.self_attn.cached(self.input_layernorm(x), cos, sin, *cache)
         return h + self.mlp(self.post_attention_layernorm(h.contiguous()))

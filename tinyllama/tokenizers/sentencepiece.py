@@ -10,6 +10,8 @@ leaves the text as it is (LLaMA's and Mistral's do, and those trained here). Sen
 breaks that for one character: it writes a space as U+2581, so a real U+2581 came back as a space.
 """
 
+from __future__ import annotations
+
 import hashlib
 import io
 import itertools
@@ -19,9 +21,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
-
-import sentencepiece
+from typing import TYPE_CHECKING, NamedTuple
 
 from tinyllama.errors import TokenizerError
 from tinyllama.system.files import atomic_write
@@ -45,6 +45,9 @@ from tinyllama.tokenizers.sentencepiece_model import (
     with_space,
 )
 from tinyllama.tokenizers.tokenizer import Span, SpecialToken, StreamDecoder, check_encodable
+
+if TYPE_CHECKING:
+    import sentencepiece
 
 TRAINING = 1  # version of train_tokenizer: changes when the same texts give a different model
 
@@ -98,7 +101,7 @@ class SentencePieceTokenizer:
         self.settings = read_settings(self.sources, source)
         self._processor = own = _load_processor(model, source)
         self._size: int = own.get_piece_size()
-        pieces: list[str] = own.id_to_piece(list(range(self._size)))
+        pieces = _texts_of_pieces(own, source)
         added = special.check(self.settings.added, self._size, source)
         self._controls = [n for n in range(self._size) if own.is_control(n) or own.is_unknown(n)]
         self._beyond = self._not_the_models(added, pieces)
@@ -414,6 +417,8 @@ def train_tokenizer(
     The same texts give the same model, byte for byte. Raises TokenizerError if the texts are too
     few for `vocab_size`, or it is too small for the characters in them.
     """
+    import sentencepiece  # here: other tokenizers do not need it
+
     blocks = _sample(texts)
     lines = (line for block in blocks for line in _training_lines(block))
     written = io.BytesIO()
@@ -446,12 +451,23 @@ def train_tokenizer(
     return tokenizer
 
 
+def _texts_of_pieces(own: sentencepiece.SentencePieceProcessor, source: str) -> list[str]:
+    """The text of every piece. Raises TokenizerError if one is not UTF-8."""
+    try:
+        pieces: list[str] = own.id_to_piece(list(range(own.get_piece_size())))
+    except UnicodeDecodeError:
+        raise TokenizerError(f"{source}: damaged: a piece that is not UTF-8") from None
+    return pieces
+
+
 def _load_processor(model: bytes, source: str) -> sentencepiece.SentencePieceProcessor:
     """Raises TokenizerError if `model` is not a SentencePiece model."""
+    import sentencepiece
+
     processor = sentencepiece.SentencePieceProcessor()
     try:
         loaded = bool(model) and processor.load_from_serialized_proto(model)
-    except RuntimeError:
+    except (RuntimeError, UnicodeDecodeError):  # the latter of a message that quotes the model
         loaded = False
     if not loaded and _TIKTOKEN.match(model):
         raise TokenizerError(

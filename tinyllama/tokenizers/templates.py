@@ -28,7 +28,7 @@ from itertools import count, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tinyllama.errors import DataError
-from tinyllama.system.json_files import short
+from tinyllama.system.untrusted import printable
 from tinyllama.tokenizers.files import read_settings
 from tinyllama.tokenizers.tokenizer import Tokenizer
 
@@ -275,7 +275,7 @@ class ChatTemplate:
             IndexError,
             AttributeError,
         ) as error:
-            why = short(" ".join(str(error).split()), 200)
+            why = printable(" ".join(str(error).split()), 200)
             raise DataError(f"{self.name} refuses the row: {why}") from None
         except (RecursionError, ArithmeticError, LookupError) as error:
             raise DataError(f"{self.name} fails on the row: {type(error).__name__}") from None
@@ -295,12 +295,15 @@ class ChatTemplate:
         if number not in layout.turns:
             return self._span_by_prefix(layout.text, messages, number, tools)
         begin, end = layout.turns[number]
-        start = self._start(layout, marks, messages, number, tools)
+        start, is_whole = self._start(layout, marks, messages, number, tools)
         content = messages[number].get("content")
         core = content.strip() if isinstance(content, str) else ""
-        at = layout.text.find(core, begin, end) if core else -1
+        # Not what stands before the answer: a short answer may also be a part of "assistant".
+        first = max(begin, start - max(len(core) - 1, 0))
+        at = layout.text.find(core, first, end) if core else -1
         if at < 0:
             return start, self._end(layout.text, start, end, start)
+        start = start if is_whole else min(start, at)
         return start, self._end(layout.text, start, end, max(at + len(core), start))
 
     def _start(
@@ -310,27 +313,24 @@ class ChatTemplate:
         messages: Sequence[Message],
         number: int,
         tools: Sequence[Any] | None,
-    ) -> int:
-        """Where the prompt for a message ends in the text."""
+    ) -> tuple[int, bool]:
+        """Where the prompt for a message ends in the text, and whether all of it is there: else it
+        may also have its first characters in common with the answer."""
         text, (begin, end) = layout.text, layout.turns[number]
         try:
             rendered = self._rendered_with(marks, messages[:number], tools, prompt=True)
         except DataError:  # no conversation begins with an answer, says the template
-            return begin
+            return begin, True
         prompt = marks.split(rendered)
-        content = messages[number].get("content")
-        core = content.strip() if isinstance(content, str) else ""
-        at = text.find(core, begin, end) if core else -1
-        most = end if at < 0 else at
         before = there = 0  # what both texts have in common begins, at the latest
         if number - 1 in layout.turns and number - 1 in prompt.turns:
             before, there = layout.turns[number - 1][0], prompt.turns[number - 1][0]
         same = _common(prompt.text, there, text, before)
         if before + same >= begin:
-            return min(before + same, end if there + same == len(prompt.text) else most)
+            return min(before + same, end), there + same == len(prompt.text)
         last = max((stop for _, stop in prompt.turns.values()), default=len(prompt.text))
         same = _common(prompt.text, last, text, begin)
-        return min(begin + same, end if last + same == len(prompt.text) else most)
+        return min(begin + same, end), last + same == len(prompt.text)
 
     def _end(self, text: str, start: int, end: int, content_end: int) -> int:
         """Where a turn ends: behind its last character that is no space, or behind the token that

@@ -39,7 +39,7 @@ from tinyllama.system.files import (
     make_folder,
     remove_partials,
 )
-from tinyllama.system.json_files import read_json_file
+from tinyllama.system.untrusted import read_json_file
 from tinyllama.train.manifest import (
     MANIFEST,
     Digests,

@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from tinyllama.data.batches import Layout, TokenDataset, layout_of, sequential
 from tinyllama.model.llama import Llama
@@ -84,6 +83,8 @@ class Evaluator:
 
         Returns None if `stopping` became true before the end.
         """
+        from tqdm import tqdm  # here: a training step does not need it
+
         total, tokens = 0.0, 0
         shape = self.context_length, self.batch_size, self.stride
         windows = layout_of(self.dataset, self.context_length, stride=self.stride).n_rows

@@ -20,6 +20,7 @@ from tinyllama.model.layers import named_tensors, structure
 from tinyllama.model.llama import Block, Function, Llama
 from tinyllama.model.lora import lora_layers, without_adapters
 from tinyllama.ops.narrow import narrow_together
+from tinyllama.ops.products import together
 from tinyllama.ops.sums import into_products, read_by_gradients
 from tinyllama.runtime.kernel import in_memory
 from tinyllama.runtime.stage import Stage, replaced, saved_for_backward
@@ -154,7 +155,7 @@ class StagedLoss:
         def build() -> list[Tensor]:
             out = in_memory(function(module, *inputs))
             saved = [] if recompute else _saved(out, inputs, weights)
-            return narrow_together(into_products([out, *saved]), weights)
+            return narrow_together(together(into_products([out, *saved])), weights)
 
         key = (function.__qualname__, structure(module), recompute)
         out, *saved = self.stages.forward([*inputs, *weights], build, key)
@@ -172,7 +173,7 @@ class StagedLoss:
             out = in_memory(part.function(part.module, *inputs))
             gradients = out.gradient(*through, *trained, gradient=d_output)
             old = _saved(out, inputs, weights) if part.saved else []
-            gradients = into_products(replaced(gradients, old, part.saved))
+            gradients = together(into_products(replaced(gradients, old, part.saved)))
             return [in_memory(g) for g in narrow_together(gradients, weights)]
 
         positions = tuple(i for i, t in enumerate(weights) if _key(t) in self.names)
