@@ -143,7 +143,10 @@ def test_defaults_are_those_a_person_would_choose() -> None:
             "tokenizer_vocab_size": None,
             "special_tokens": True,
             "replace_tokenizer": False,
-            "train_on": "all",
+            "train_on": None,
+            "template": None,
+            "pack": True,
+            "val_fraction": None,
             "cache_dir": ".cache/tinyllama",
         },
         "checkpointing": {

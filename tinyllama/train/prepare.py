@@ -134,8 +134,6 @@ _FREE_OF_NUMBERS = (
     "data.tokenizer",
     "data.replace_tokenizer",
     "data.cache_dir",
-    "data.train_on",
-    "data.template",
     "data.val_fraction",
 )
 _MICRO_BATCH, _BATCH = "training.micro_batch_size", "training.batch_size"
@@ -243,6 +241,8 @@ def differences(config: Config, checkpoint: Path) -> str | None:
     was = {**_defaults(), **saved}
     if was[_MICRO_BATCH] is None:  # as older checkpoints have it
         was[_MICRO_BATCH] = was[_BATCH]
+    if now["data.train_on"] is None and was["data.train_on"] == "all":
+        was["data.train_on"] = None  # the default while every row was a text
     differing = {key for key in was.keys() | now.keys() if was.get(key) != now.get(key)}
     if all(made[_MICRO_BATCH] == made[_BATCH] for made in (was, now)):
         differing.discard(_MICRO_BATCH)  # the whole batch, then and now
