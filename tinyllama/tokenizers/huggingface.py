@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from tinyllama.errors import TokenizerError
-from tinyllama.system.json_files import short
+from tinyllama.system.untrusted import printable
 from tinyllama.tokenizers import special
 from tinyllama.tokenizers.cutting import LONGEST_CHARS, crosses, cut, holds
 from tinyllama.tokenizers.files import CONFIG_FILE, JSON_FILE, decode_json, read_settings, to_json
@@ -343,7 +343,7 @@ def _build(values: Mapping[str, Any], source: str) -> "tokenizers.Tokenizer":
     except BaseException as error:  # a panic of the library is no Exception
         if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
             raise
-        reason = short(" ".join(str(error).split()), 400)
+        reason = printable(" ".join(str(error).split()), 400)
         raise TokenizerError(f"{source}: {JSON_FILE}: cannot be used: {reason}") from None
 
 
