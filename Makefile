@@ -65,7 +65,7 @@ tier2: lint ## tier1 and the integration tests: 30 seconds
 
 tier3: lint test ## everything: 8 to 10 minutes on 2 cores
 
-ci: ## what CI runs: lint, tests, a minute of the demo
+ci: ## what CI runs: tests, lint, a minute of fuzzing, one of the demo
 	.ci/run
 
 lint: $(VENV)/.dev ## format, lint and types
