@@ -121,7 +121,9 @@ def ci_in(
     )  # fmt: skip
 
 
-def test_ci_runs_the_tests_lint_a_minute_of_fuzzing_and_one_of_the_demo(bare: Path, tmp_path: Path) -> None:
+def test_ci_runs_the_tests_lint_a_minute_of_fuzzing_and_one_of_the_demo(
+    bare: Path, tmp_path: Path
+) -> None:
     done = ci_in(tmp_path / "clone", bare, "true")
     assert done.returncode == 0, done.stderr
     commands = (tmp_path / "clone" / "commands").read_text().splitlines()
