@@ -30,7 +30,7 @@ from tinyllama.formats.safetensors import SafetensorsFile, write_safetensors
 from tinyllama.observe.metrics import read_metrics
 from tinyllama.runtime import kernel_cache
 from tinyllama.system import checked
-from tinyllama.system.json_files import read_json_file
+from tinyllama.system.untrusted import read_json_file
 from tinyllama.tokenizers.gguf import files_of_gguf
 from tinyllama.tokenizers.opening import from_files
 from tinyllama.tokenizers.sentencepiece import SentencePieceTokenizer, train_tokenizer

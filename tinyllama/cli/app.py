@@ -12,13 +12,16 @@ from typing import NoReturn
 from tinyllama.cli import (
     backends,
     bench,
+    chat,
     evaluate,
     export,
     generate,
+    inspect,
     memory,
     merge,
     params,
     plot,
+    serve,
     tokenizer,
     train,
 )
@@ -32,7 +35,10 @@ COMMANDS: dict[str, ModuleType] = {
     for command in (
         train,
         generate,
+        chat,
+        serve,
         evaluate,
+        inspect,
         merge,
         export,
         params,

@@ -21,9 +21,11 @@ from tinyllama.config.sections import (
     RELATIONS,
     CheckpointingConfig,
     DataConfig,
+    DistillationConfig,
     LlamaConfig,
     LoraConfig,
     LRScheduleConfig,
+    PreferenceConfig,
     QloraConfig,
     TrainingConfig,
     checkable,
@@ -35,6 +37,8 @@ SECTIONS: dict[str, type] = {
     "training": TrainingConfig,
     "lr_schedule": LRScheduleConfig,
     "data": DataConfig,
+    "preference": PreferenceConfig,
+    "distillation": DistillationConfig,
     "checkpointing": CheckpointingConfig,
     "lora": LoraConfig,
     "qlora": QloraConfig,
@@ -56,6 +60,8 @@ class Config:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     lr_schedule: LRScheduleConfig = field(default_factory=LRScheduleConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
     checkpointing: CheckpointingConfig = field(default_factory=CheckpointingConfig)
     lora: LoraConfig | None = None
     qlora: QloraConfig | None = None

@@ -16,7 +16,7 @@ import msgspec
 
 from tinyllama.errors import CheckpointError, fit_for_terminal, reason
 from tinyllama.system.files import atomic_write, naming_file
-from tinyllama.system.json_files import parse_json
+from tinyllama.system.untrusted import parse_json
 
 _MOST_LINE_BYTES = 1 << 20
 

@@ -3,6 +3,7 @@
     terminating            a command: the first signal raises KeyboardInterrupt or Terminated
     stopping_on_signals    training: the first signal requests a stop, the second raises as above
     reporting_lost_files   SIGBUS, of a mapped file that cannot be read, exits with one line
+    stopping_on_interrupt  a chat's answer: the first SIGINT stops it, and the command goes on
 
 Python runs a signal handler between two of its own instructions, so a call into a driver holds it
 up: OpenCL on a processor computes a large step for minutes within one call. A thread therefore
@@ -61,6 +62,7 @@ class _Watch:
     def __init__(self) -> None:
         self.stop: _Stop | None = None
         self.handled = 0  # signals whose handler has run
+        self.ignores_interrupts = False  # which then end no process
         self._reader, self._writer = socket.socketpair()  # Windows takes no pipe here
         self._writer.setblocking(False)
         self._before = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
@@ -85,6 +87,8 @@ class _Watch:
                     if is_second or not self.handled:
                         self._end(last)
                     end = float("inf")
+                elif number == signal.SIGINT and self.ignores_interrupts:
+                    continue
                 elif not first:
                     first, last = now, number
                     if self.stop is None:
@@ -220,6 +224,41 @@ def reporting_lost_files() -> Iterator[None]:
         yield
     finally:
         install(number, before)
+
+
+@contextmanager
+def stopping_on_interrupt() -> Iterator[Callable[[], bool]]:
+    """The first SIGINT requests a stop of what this block does, a later one raises
+    KeyboardInterrupt. The yielded function says whether a stop is requested.
+
+    After the block SIGINT is what it was, as if none had come.
+    """
+    received: list[float] = []
+
+    def request(number: int, frame: FrameType | None) -> None:
+        received.append(time.monotonic())
+        if received[-1] - received[0] >= REPEAT_SECONDS:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, request)
+    if _watch is not None:
+        _watch.ignores_interrupts = True
+    try:
+        yield lambda: bool(received)
+    finally:
+        if _watch is not None:
+            _watch.ignores_interrupts = False
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def ignoring_interrupts() -> Iterator[None]:
+    """SIGINT does nothing, as for a program in which Ctrl-C is a key like others."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 # Windows has no SIGHUP.
