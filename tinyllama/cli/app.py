@@ -21,6 +21,7 @@ from tinyllama.cli import (
     merge,
     params,
     plot,
+    profile,
     serve,
     tokenizer,
     train,
@@ -45,6 +46,7 @@ COMMANDS: dict[str, ModuleType] = {
         memory,
         tokenizer,
         plot,
+        profile,
         bench,
         backends,
     )

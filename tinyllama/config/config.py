@@ -25,6 +25,7 @@ from tinyllama.config.sections import (
     LlamaConfig,
     LoraConfig,
     LRScheduleConfig,
+    ObserveConfig,
     PreferenceConfig,
     QloraConfig,
     TrainingConfig,
@@ -40,6 +41,7 @@ SECTIONS: dict[str, type] = {
     "preference": PreferenceConfig,
     "distillation": DistillationConfig,
     "checkpointing": CheckpointingConfig,
+    "observe": ObserveConfig,
     "lora": LoraConfig,
     "qlora": QloraConfig,
 }
@@ -63,6 +65,7 @@ class Config:
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     checkpointing: CheckpointingConfig = field(default_factory=CheckpointingConfig)
+    observe: ObserveConfig = field(default_factory=ObserveConfig)
     lora: LoraConfig | None = None
     qlora: QloraConfig | None = None
     given: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)

@@ -36,6 +36,7 @@ Part = Annotated[float, Meta(gt=0, le=1)]
 Doubt = Annotated[float, Meta(ge=0, lt=0.5)]
 Fraction = Annotated[float, Meta(ge=0, lt=1)]
 Text = Annotated[str, Meta(min_length=1)]
+Address = Annotated[str, Meta(pattern=r"^https?://[^/\s]+")]
 Place = Annotated[str, Meta(min_length=1, extra={PATH: True})]
 Texts = Text | Annotated[tuple[Text, ...], Meta(min_length=1)]
 LinearName = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -292,6 +293,25 @@ class CheckpointingConfig:
 
     def __post_init__(self) -> None:
         _validate("checkpointing", self)
+
+
+@dataclass(frozen=True)
+class ObserveConfig:
+    """[observe]: what a run says about itself while it goes on."""
+
+    otlp_endpoint: Address | None = option(
+        None,
+        "OpenTelemetry collector that gets spans and metrics by OTLP over HTTP, such as"
+        " http://127.0.0.1:4318; when not set, OTEL_EXPORTER_OTLP_ENDPOINT, or none",
+    )
+    otlp_operations_every: Count | None = option(
+        None,
+        "steps between those whose operations are spans too; such a step is timed kernel by kernel;"
+        " when not set, none",
+    )
+
+    def __post_init__(self) -> None:
+        _validate("observe", self)
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
     terminating            a command: the first signal raises KeyboardInterrupt or Terminated
     stopping_on_signals    training: the first signal requests a stop, the second raises as above
-    reporting_lost_files   SIGBUS, of a mapped file that cannot be read, exits with one line
     stopping_on_interrupt  a chat's answer: the first SIGINT stops it, and the command goes on
+    reporting_lost_files   SIGBUS, of a mapped file that cannot be read, exits with one line
 
 Python runs a signal handler between two of its own instructions, so a call into a driver holds it
 up: OpenCL on a processor computes a large step for minutes within one call. A thread therefore
@@ -196,36 +196,6 @@ def stopping_on_signals(
             signal.signal(number, handler)
 
 
-_LOST = b"a file that is being read was shortened, or its disk fails (SIGBUS)\n"
-
-
-@contextmanager
-def reporting_lost_files() -> Iterator[None]:
-    """SIGBUS writes one line and ends the process with exit code 2.
-
-    Memory that a file is mapped to raises it where the file has become shorter, or cannot be read.
-    The instruction that reads cannot go on, so a handler of Python's `signal`, which runs later,
-    would never run: this one runs within the handler of C.
-    """
-    number = getattr(signal, "SIGBUS", None)
-    if number is None:  # Windows
-        yield
-        return
-
-    def end(number: int) -> None:
-        os.write(2, _LOST)
-        os._exit(2)
-
-    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(end)
-    install = ctypes.CDLL(None).signal
-    install.restype, install.argtypes = ctypes.c_void_p, [ctypes.c_int, ctypes.c_void_p]
-    before = install(number, ctypes.cast(handler, ctypes.c_void_p))
-    try:
-        yield
-    finally:
-        install(number, before)
-
-
 @contextmanager
 def stopping_on_interrupt() -> Iterator[Callable[[], bool]]:
     """The first SIGINT requests a stop of what this block does, a later one raises
@@ -259,6 +229,36 @@ def ignoring_interrupts() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+_LOST = b"a file that is being read was shortened, or its disk fails (SIGBUS)\n"
+
+
+@contextmanager
+def reporting_lost_files() -> Iterator[None]:
+    """SIGBUS writes one line and ends the process with exit code 2.
+
+    Memory that a file is mapped to raises it where the file has become shorter, or cannot be read.
+    The instruction that reads cannot go on, so a handler of Python's `signal`, which runs later,
+    would never run: this one runs within the handler of C.
+    """
+    number = getattr(signal, "SIGBUS", None)
+    if number is None:  # Windows
+        yield
+        return
+
+    def end(number: int) -> None:
+        os.write(2, _LOST)
+        os._exit(2)
+
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(end)
+    install = ctypes.CDLL(None).signal
+    install.restype, install.argtypes = ctypes.c_void_p, [ctypes.c_int, ctypes.c_void_p]
+    before = install(number, ctypes.cast(handler, ctypes.c_void_p))
+    try:
+        yield
+    finally:
+        install(number, before)
 
 
 # Windows has no SIGHUP.

@@ -152,7 +152,7 @@ class TrainStep:
 
     def _finish(self, loss: Tensor, grads: Mapping[str, Tensor], hyperparameters: Tensor) -> Tensor:
         norm = self.optimizer.update(grads, hyperparameters)
-        return loss.cat(norm).contiguous().realize()
+        return self._add_stage([loss, norm], lambda: [loss.cat(norm).contiguous()], "result")[0]
 
     def _clear_sums(self) -> None:
         for tensor in (self._summed_loss, *self._sums.values()):

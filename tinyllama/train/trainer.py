@@ -27,6 +27,7 @@ from tinyllama.model.lora import dropping
 from tinyllama.model.noise import noising
 from tinyllama.observe.metrics import MetricsLog
 from tinyllama.observe.progress import Progress
+from tinyllama.observe.trace import Tracing
 from tinyllama.runtime import precompile
 from tinyllama.system import lacking
 from tinyllama.system.files import make_folder
@@ -83,9 +84,12 @@ class Trainer:
         budget_seconds: float | None = None,
         show: bool = True,
         planned: TrainStep | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         """`resume` is a checkpoint folder to continue; `budget_seconds` shortens the schedule;
-        `planned` is the step that the estimate of this run was made with."""
+        `planned` is the step that the estimate of this run was made with; `tracing` hears what
+        the run does (observe/trace.py)."""
+        self.tracing = tracing or Tracing()
         self.config = supported(config)
         self.show, self.budget_seconds = show, budget_seconds
         self.folder = Path(config.checkpointing.checkpoint_dir)
@@ -119,6 +123,7 @@ class Trainer:
         # The metrics of a step whose validation was interrupted by a signal.
         self._unvalidated: dict[str, Any] | None = state.get("unvalidated")
         self._last_line: dict[str, Any] = {}  # of metrics
+        self._traced_epoch = 0
         self._metrics: MetricsLog | None = None  # while the run goes on
         if state.get("was_last") and budget_seconds is not None:
             self.total_steps = self.step  # the budget was used up there
@@ -150,7 +155,9 @@ class Trainer:
             precompile.show_waiting(progress.compiling)
             self._validate_first(metrics, progress, stopping)
             while not self._is_over() and not stopping():
-                self._one_step(metrics, progress, begun, stopping)
+                self._traced_step(metrics, progress, begun, stopping)
+            if stopping():
+                self.tracing.event("signal", **{"tinyllama.exit_code": stopping()})
             finished = self._is_over() and self._unvalidated is None
             folder = self.folder / ("final" if finished else run_folder.step_name(self.step))
             is_there = self.saved is not None and self.saved.resolve() == folder.resolve()
@@ -272,6 +279,21 @@ class Trainer:
         unused = unused_rows(self.config.model.vocab_size, self.tokenizer)
         return [line for line in (other, lacking.notice(), unused, *lines) if line]
 
+    def _traced_step(
+        self,
+        metrics: MetricsLog,
+        progress: Progress,
+        begun: tuple[int, float],
+        stopping: Callable[[], int],
+    ) -> None:
+        """One step, as a span of its epoch."""
+        epoch = self.batches.epoch + 1
+        if epoch != self._traced_epoch:
+            self._traced_epoch = epoch
+            self.tracing.epoch(epoch)
+        with self.tracing.span("step", **{"tinyllama.step": self.step + 1}):
+            self._one_step(metrics, progress, begun, stopping)
+
     def _one_step(
         self,
         metrics: MetricsLog,
@@ -280,8 +302,9 @@ class Trainer:
         stopping: Callable[[], int],
     ) -> None:
         t = self.config.training
-        epoch, batch = self.batches.epoch + 1, self.batches.next()
-        step = self.step + 1
+        step, epoch = self.step + 1, self.batches.epoch + 1
+        with self.tracing.span("data"):
+            batch = self.batches.next()
         lr = learning_rate(step, self.total_steps, t.learning_rate, self.schedule, self.anchor)
         parts = _micro_batches(batch, t.micro_batch * rows_per_example(self.config))
         if not self.config.data.pack:
@@ -289,6 +312,7 @@ class Trainer:
         clock = time.perf_counter()
         result = self.train_step(parts, step, lr)
         seconds = time.perf_counter() - clock
+        self.tracing.passes(step, clock, clock + seconds)
         seen = {"loss": result.loss, "gradient norm": result.grad_norm, "learning rate": lr}
         self._check_finite(step, seen)
         self.step, self._followed = step, self.saved
@@ -301,6 +325,7 @@ class Trainer:
                 line = self._validate(line, stopping)
         finally:
             self._write(metrics, line)
+            self.tracing.metrics(line)
         self._save_best()
         speed, val_loss = line["tokens_per_second"], line.get("val_loss")
         progress.after_step(step, self.total_steps, result.loss, speed, val_loss)
@@ -321,7 +346,8 @@ class Trainer:
         if self.evaluator is None:
             self._unvalidated = None
             return line
-        result = self.evaluator.run(stopping=stopping)
+        with self.tracing.span("validate"):
+            result = self.evaluator.run(stopping=stopping)
         self._unvalidated = line if result is None else None
         if result is None:
             return line
@@ -380,6 +406,12 @@ class Trainer:
 
     def save(self, name: str) -> Path:
         """Save the run as it stands under `name`. TrainingError if its weights are not finite."""
+        with self.tracing.span("save"):
+            folder = self._save(name)
+            self.tracing.event("checkpoint", **{"tinyllama.folder": str(folder)})
+        return folder
+
+    def _save(self, name: str) -> Path:
         if broken := run_folder.not_finite(self.optimizer.parameters):
             raise self._broken(self.step, f"{broken}: the weights are no longer finite")
         if self._metrics is not None:
