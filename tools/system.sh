@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Installs what pip cannot: a C compiler, an OpenCL driver, the sanitizers' runtime, Python's venv,
-# git, an emulator of ARM processors, and one of OpenCL devices that reports data races.
+# git, an emulator of ARM processors, one of OpenCL devices that reports data races, spin, and a browser.
 #
 #   tools/system.sh [--required] [clang] [opencl] [sanitizers] [emulator] [oclgrind] [venv] [git]
+#      [spin] [chromium]
 #
 # On Debian and its derivatives apt-get installs what is missing, if we are root or sudo needs no
 # password. Otherwise it prints one sentence per missing thing that says what to type, and exits with
@@ -19,7 +20,8 @@ main() {
   for word in "$@"; do
     case $word in
       --required) required=true ;;
-      clang | opencl | sanitizers | emulator | oclgrind | venv | git) "has_$word" || missing+=("$word") ;;
+      clang | opencl | sanitizers | emulator | oclgrind | venv | git | spin | chromium)
+        "has_$word" || missing+=("$word") ;;
       *) usage ;;
     esac
   done
@@ -30,7 +32,7 @@ main() {
 
 usage() {
   echo "usage: tools/system.sh [--required]" \
-    "[clang] [opencl] [sanitizers] [emulator] [oclgrind] [venv] [git]" >&2
+    "[clang] [opencl] [sanitizers] [emulator] [oclgrind] [venv] [git] [spin] [chromium]" >&2
   exit 2
 }
 
@@ -110,8 +112,13 @@ has_venv() {
 
 has_git() { command -v git >/dev/null; }
 
+has_spin() { command -v spin >/dev/null; }
+has_chromium() { command -v chromium >/dev/null || command -v chromium-browser >/dev/null; }
+
 package_clang() { echo clang; }
 package_git() { echo git; }
+package_spin() { echo spin; }
+package_chromium() { echo chromium; }
 package_opencl() { echo pocl-opencl-icd ocl-icd-libopencl1; }
 package_emulator() { echo qemu-user lld libc6-dev-arm64-cross libgcc-12-dev-arm64-cross; }
 package_oclgrind() { echo oclgrind ocl-icd-libopencl1; }
@@ -135,6 +142,8 @@ complain() {
     oclgrind) what="looking for data races needs oclgrind" ;;
     venv) what="$PYTHON cannot make virtual environments" ;;
     git) what="the test of README's commands needs git" ;;
+    spin) what="exploring the protocol of checkpoints needs spin" ;;
+    chromium) what="the test of the chat page needs chromium" ;;
   esac
   if [ "$(uname)" = Darwin ]; then
     echo "$what: type  xcode-select --install  and then run make again." >&2

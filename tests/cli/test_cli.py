@@ -210,7 +210,7 @@ def test_a_mistake_in_training_is_one_message_and_exit_code_2(tmp_path, capsys, 
 def test_a_missing_configuration_is_named_with_those_that_are_shipped(capsys):
     for word in ("nowhere.toml", "12m"):
         assert cli("train", word) == 2
-        expected = f"{word}: no such file; configurations by name: 124m, 7b or demo\n"
+        expected = f"{word}: no such file; configurations by name: 124m, 7b, demo or lora\n"
         assert capsys.readouterr().err == expected
 
 
@@ -252,7 +252,7 @@ def test_what_is_no_model_is_called_what_it_is(tmp_path, capsys):
     found = {
         "file": "is a file, must be the folder of a model or end in .gguf",
         "empty": "holds neither a model nor a checkpoint of a run",
-        "none": "no such folder",
+        "none": "no such file or folder",
     }
     for name, message in found.items():
         assert cli("generate", "--model", tmp_path / name) == 2

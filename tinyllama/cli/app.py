@@ -12,14 +12,17 @@ from typing import NoReturn
 from tinyllama.cli import (
     backends,
     bench,
+    chat,
     evaluate,
     export,
     generate,
+    inspect,
     memory,
     merge,
     params,
     plot,
     profile,
+    serve,
     tokenizer,
     train,
 )
@@ -33,7 +36,10 @@ COMMANDS: dict[str, ModuleType] = {
     for command in (
         train,
         generate,
+        chat,
+        serve,
         evaluate,
+        inspect,
         merge,
         export,
         params,

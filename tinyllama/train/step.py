@@ -11,11 +11,12 @@ step.
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from tinygrad import Tensor
 
-from tinyllama.data.batches import Batch
+from tinyllama.data.batches import Rows
 from tinyllama.model.llama import Llama
 from tinyllama.runtime.account import Account, account
 from tinyllama.runtime.capture import captured
@@ -23,15 +24,18 @@ from tinyllama.runtime.plan import Plan, plan
 from tinyllama.runtime.stage import Stage
 from tinyllama.runtime.storage import Inputs, fill_zero
 from tinyllama.train.gradients import StagedLoss
+from tinyllama.train.losses import Loss
 from tinyllama.train.optimizer import AdamW
 
 
 class StepResult(NamedTuple):
-    """Of one step: mean loss in nats per token, norm of the mean gradient, trained tokens."""
+    """Of one step: mean loss in nats per token (or per pair), norm of the mean gradient, trained
+    tokens, and means of what else the loss measures, by name."""
 
     loss: float
     grad_norm: float
     tokens: int
+    measures: Mapping[str, float] = MappingProxyType({})
 
 
 class TrainStep:
@@ -43,39 +47,58 @@ class TrainStep:
         optimizer: AdamW,
         micro_batches: int,
         around: Callable[[int, int], AbstractContextManager[None]] = lambda *_: nullcontext(),
+        loss: Loss | None = None,
     ) -> None:
-        """`around(step, micro_batch)` is entered for each pass forward and back (dropout)."""
+        """`around(step, micro_batch)` is entered for each pass forward and back (dropout); the loss
+        is cross entropy if none is given."""
         self.optimizer, self.around = optimizer, around
-        self.staged = StagedLoss(model, optimizer.parameters)
+        self.staged = StagedLoss(model, optimizer.parameters, loss)
         self.micro_batches = micro_batches
         self._batch, self._numbers = Inputs(), Inputs()
         self._whole = captured(self._whole_step)
         self._accumulate = captured(self._accumulate_step)
+        self._row_tokens: int | None = None  # the length that these two are captured for
+        self._of_other_lengths: dict[int, Any] = {}
         self._update = captured(self._update_step)
         self._add_stage = Stage()
         self._sums: dict[str, Tensor] = {}
-        self._summed_loss = Tensor.empty(1)
+        self._summed_loss = Tensor.empty(1 + len(self.staged.criterion.measures))
         self._planned_gradients: list[Tensor] = []  # the captured graph's gradients, for `plans`
         if micro_batches > 1:
             self._sums = {name: Tensor.empty(*p.shape) for name, p in optimizer.parameters.items()}
 
-    def __call__(self, batches: Sequence[Batch], step: int, lr: float) -> StepResult:
+    def __call__(self, batches: Sequence[Rows], step: int, lr: float) -> StepResult:
         """Run optimizer step number `step` (1, 2, ...) on its micro-batches."""
         assert len(batches) == self.micro_batches
         tokens = sum(int((b.targets >= 0).sum()) for b in batches)
-        numbers = self.optimizer.hyperparameters(step, lr, max(tokens, 1))
+        count = max(sum(map(self.staged.criterion.count, batches)), 1)
+        numbers = self.optimizer.hyperparameters(step, lr, count)
         (hyperparameters,) = self._numbers(numbers)
         if self.micro_batches == 1:
             with self.around(step, 0):
-                result = self._whole(*self._batch(*batches[0]), hyperparameters)
+                whole = self._for_rows(batches[0], self._whole, self._whole_step)
+                result = whole(*self._batch(*batches[0]), hyperparameters)
         else:
             self._clear_sums()
             for number, batch in enumerate(batches):
                 with self.around(step, number):
-                    self._accumulate(*self._batch(*batch))
+                    add = self._for_rows(batch, self._accumulate, self._accumulate_step)
+                    add(*self._batch(*batch))
             result = self._update(hyperparameters)
-        summed_loss, norm = result.numpy().tolist()
-        return StepResult(summed_loss / max(tokens, 1), norm, tokens)
+        summed_loss, *measured, norm = result.numpy().tolist()
+        means = (value / count for value in measured)
+        measures = dict(zip(self.staged.criterion.measures, means, strict=True))
+        return StepResult(summed_loss / count, norm, tokens, measures)
+
+    def _for_rows(self, batch: Rows, graph: Any, function: Callable[..., Any]) -> Any:
+        """The graph for rows of the batch's length: `graph` for the first length that is met."""
+        length = batch.tokens.shape[1]
+        self._row_tokens = self._row_tokens or length
+        if length == self._row_tokens:
+            return graph
+        if length not in self._of_other_lengths:
+            self._of_other_lengths[length] = captured(function)
+        return self._of_other_lengths[length]
 
     def take_over(self, planned: "TrainStep") -> None:
         """Reuse what a step of the same configuration scheduled when it was planned (`plans`)."""
@@ -87,7 +110,7 @@ class TrainStep:
         return list(self._sums.values())
 
     def plans(self, *batch: Tensor, hyperparameters: Tensor) -> list[Plan]:
-        """The memory of each graph of a step, for a micro-batch's three tensors; nothing runs."""
+        """The memory of each graph of a step, for a micro-batch's tensors; nothing runs."""
         if self.micro_batches == 1:
             return [self._plan(self._whole_step, *batch, hyperparameters)]
         return [
@@ -104,22 +127,19 @@ class TrainStep:
         self._planned_gradients = []
         return plan(function, inputs, lambda: self._planned_gradients)
 
-    def _gradients(
-        self, tokens: Tensor, targets: Tensor, starts: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Summed loss (1,) and its gradient by parameter name."""
-        loss, grads = self.staged.gradients(tokens, targets, starts)
+    def _gradients(self, batch: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Summed loss and measures, and the gradient of the loss by parameter name."""
+        loss, grads = self.staged.gradients(*batch)
         self._planned_gradients = list(grads.values())
         return loss, grads
 
-    def _whole_step(
-        self, tokens: Tensor, targets: Tensor, starts: Tensor, hyperparameters: Tensor
-    ) -> Tensor:
-        loss, grads = self._gradients(tokens, targets, starts)
+    def _whole_step(self, *inputs: Tensor) -> Tensor:
+        *batch, hyperparameters = inputs
+        loss, grads = self._gradients(batch)
         return self._finish(loss, grads, hyperparameters)
 
-    def _accumulate_step(self, tokens: Tensor, targets: Tensor, starts: Tensor) -> None:
-        loss, grads = self._gradients(tokens, targets, starts)
+    def _accumulate_step(self, *batch: Tensor) -> None:
+        loss, grads = self._gradients(batch)
         self._add(self._summed_loss, loss)
         for name, grad in grads.items():
             self._add(self._sums[name], grad)
