@@ -14,6 +14,7 @@ from proof_source import least, most, proved, python_expression, quoted
 
 from tinyllama.config import LRScheduleConfig
 from tinyllama.data import batches, corpus
+from tinyllama.data import layout as rows
 from tinyllama.formats import int4
 from tinyllama.runtime import layout
 from tinyllama.train import schedule
@@ -184,9 +185,11 @@ def test_every_token_but_the_first_is_a_target_once() -> None:
     """Evaluation: window w begins at w * stride and its targets are the tokens from w * stride + 1
     to w * stride + context, of which later windows leave out the first context - stride."""
     source = inspect.getsource(batches.sequential)
-    quoted(source, "batch.targets[overlapping, : context_length - stride] = -1")
-    quoted(source, "_make_batch(dataset, windows * stride, context_length, batch_size)")
-    quoted(inspect.getsource(batches._make_batch), "rows[:, :-1].copy(), rows[:, 1:].copy()")
+    quoted(source, "batch.targets[overlapping, :overlap] = -1")
+    quoted(source, "overlap = context_length - (stride or context_length)")
+    made = inspect.getsource(rows.Windows.batch)
+    quoted(made, "begins = rows * self._stride")
+    quoted(made, "made[:, :-1].copy(), made[:, 1:].copy()")
     tokens, context, stride, target = z3.Ints("tokens context stride target")
     first, second, q, r, count = z3.Ints("first second q r count")
     given = (
@@ -224,7 +227,7 @@ def test_every_token_but_the_first_is_a_target_once() -> None:
 def test_masks_leave_out_padding_and_the_first_tokens_of_documents_and_nothing_else() -> None:
     """targets = -1 where there is padding and where the next token begins a document; every other
     target is the next token."""
-    source = inspect.getsource(batches._make_batch)
+    source = inspect.getsource(rows.Windows.batch)
     quoted(source, "is_padding = tokens < 0")
     quoted(source, "targets[is_padding | begin_of[:, 1:]] = -1")
     token, following = z3.Ints("token following")
