@@ -91,7 +91,7 @@ def test_groups_without_slices_never_hold_two_living_tensors() -> None:
 # ---- the learning rate
 
 
-@pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("kind", ["cosine", "linear", "constant", "wsd"])
 def test_the_learning_rate_stays_between_min_lr_and_the_peak_and_meets_its_ends(kind: str) -> None:
     """For all steps, over the real numbers; cos is any function with -1 <= cos <= 1, cos(0) = 1 and
     cos(pi) = -1."""
@@ -119,14 +119,19 @@ def test_the_learning_rate_stays_between_min_lr_and_the_peak_and_meets_its_ends(
     proved(way == 0, *given, clipped, step == begin)
     proved(z3.And(share <= done, done <= 1), 0 <= way, way <= 1, *reached[1:])
     # The rate itself.
+    decay = z3.Real("decay")  # decay_fraction
+    falling = least(z3.RealVal(1), (1 - done) / decay)
     heights = {"cosine": (1 + cos) / 2, "linear": 1 - done, "constant": z3.RealVal(1)}
-    lines = {"cosine": "(1 + math.cos(math.pi * r)) / 2", "linear": "else 1 - r"}
+    heights["wsd"] = falling
+    lines = {"cosine": "height = (1 + math.cos(math.pi * r)) / 2", "linear": "height = 1 - r"}
+    lines["wsd"] = "height = min(1.0, (1 - r) / schedule.decay_fraction)"
     for line in (
         lines.get(kind, "return peak"),
         "schedule.min_lr + (peak - schedule.min_lr) * height",
     ):
         quoted(inspect.getsource(schedule.learning_rate), line)
     bounded = (height == heights[kind], -1 <= cos, cos <= 1, 0 <= done, done <= 1)
+    bounded += (0 < decay, decay <= 1)
     rate = low + (peak - low) * height
     proved(z3.And(low <= rate, rate <= peak), 0 <= low, low <= peak, *bounded)
     if kind != "constant":
@@ -151,7 +156,7 @@ def test_the_order_of_an_epoch_is_a_permutation() -> None:
     its own, and n windows have the ranks 0 .. n - 1."""
     quoted(
         inspect.getsource(batches.Batches._make_order),
-        'return np.argsort(generator.random_raw(self.n_windows), kind="stable")',
+        'order = np.argsort(generator.random_raw(self.n_windows), kind="stable")',
     )
     keys = z3.Function("key", z3.IntSort(), z3.IntSort())
 
