@@ -75,7 +75,7 @@ def test_a_form_that_writes_another_text_or_no_docstring_is_a_problem() -> None:
     text = f'{smollm2.PROMPT}\n    """Read."""\n'
     adapter, other = (
         Use("adapter on the GGUF file", 1, "", text),
-        f'{smollm2.PROMPT}    """No."""\n',
+        f'{smollm2.PROMPT}\n    """No."""\n',
     )
     results = {"peft": Result(4.0, 3.0, 1.0)}
     assert problems(results, [adapter, Use("hf, float32", 1, "", text)]) == []

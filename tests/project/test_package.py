@@ -68,7 +68,7 @@ def wheel(sdist, build_tools, tmp_path_factory):
 
 def test_the_wheel_holds_every_source_file_and_the_configurations(wheel):
     found = {name for name in wheel.namelist() if name.startswith("tinyllama/")}
-    suffixes = (".py", ".c", ".h")
+    suffixes = (".py", ".c", ".h", ".html")
     package = ROOT / "tinyllama"
     expected = {str(p.relative_to(ROOT)) for p in package.rglob("*") if p.suffix in suffixes}
     expected |= {f"tinyllama/configs/{name}" for name in CONFIGS} | {"tinyllama/py.typed"}

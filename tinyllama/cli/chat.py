@@ -14,7 +14,6 @@ from tinyllama.cli.arguments import path
 from tinyllama.cli.sampling import add_sampling, sampling_of
 from tinyllama.cli.shared import add_threads, load, model_folder, select_device, to_stderr
 from tinyllama.cli.talking import add_model_word, context_length, template_of
-from tinyllama.config.options import nearest
 from tinyllama.errors import ConfigError, TinyllamaError, reason
 from tinyllama.system.signals import Terminated, ignoring_interrupts, stopping_on_interrupt
 
@@ -116,6 +115,8 @@ class _Chat:
 
     def _command(self, word: str, rest: str) -> None:
         if word not in self._commands:
+            from tinyllama.config.options import nearest
+
             raise ConfigError(f"no command {word}, the nearest is {nearest(word, COMMANDS)}")
         self._commands[word](rest)
 
