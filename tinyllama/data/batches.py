@@ -66,6 +66,7 @@ class Batches:
         self._window = 0  # windows of this epoch that are done
         self.epoch = 0  # of the next batch, from 0: the epochs that are done
         self.steps_per_epoch = -(-self.n_windows // batch_size)
+        self._last = np.zeros(0, np.int64)  # the windows of the batch that `next` gave
 
     def next(self) -> Batch:
         """The next batch; after an epoch's last one, `epoch` has grown by one."""
@@ -76,7 +77,17 @@ class Batches:
         if self._window == self.n_windows:
             self.epoch, self._window, self._order = self.epoch + 1, 0, None
         begins = windows * self._context_length
+        self._last = windows
         return _make_batch(self._dataset, begins, self._context_length, self._batch_size)
+
+    def documents(self) -> npt.NDArray[np.int64]:
+        """The documents that the last batch held tokens of, by their index in the text; sorted."""
+        starts, context = self._dataset.starts, self._context_length
+        begins = self._last * context
+        first = np.searchsorted(starts, begins, side="right") - 1
+        last = np.searchsorted(starts, begins + context, side="left")
+        held = [np.arange(a, b) for a, b in zip(first, last, strict=True)]
+        return np.unique(np.concatenate(held)) if held else np.zeros(0, np.int64)
 
     def state(self) -> dict[str, int | str | bool]:
         """The position, as plain values for JSON."""

@@ -25,7 +25,6 @@ from tinyllama.model.counts import (
 from tinyllama.model.layers import named_tensors
 from tinyllama.model.llama import Llama
 from tinyllama.model.lora import dropout_on
-from tinyllama.ops.adamw import SCALARS
 from tinyllama.runtime.plan import plan
 from tinyllama.system import memory
 from tinyllama.train.gradients import StagedLoss
@@ -106,7 +105,8 @@ def blank_step(config: Config) -> TrainStep:
     """The training step of a configuration; model and optimizer hold no memory yet."""
     model, trained, _ = build_blank(config)
     optimizer = AdamW(trained, config.training, blank=True)
-    return TrainStep(model, optimizer, config.training.accumulation_steps)
+    guarded = config.observe.guards_updates
+    return TrainStep(model, optimizer, config.training.accumulation_steps, guarded=guarded)
 
 
 def estimate_memory(config: Config, step: TrainStep | None = None) -> MemoryEstimate:
@@ -119,7 +119,7 @@ def estimate_memory(config: Config, step: TrainStep | None = None) -> MemoryEsti
     step = step or blank_step(config)
     model, optimizer = step.staged.model, step.optimizer
     batch = [Tensor.empty(t.micro_batch, context, dtype=dtypes.int32) for _ in range(3)]
-    hyperparameters = Tensor.empty(len(SCALARS))
+    hyperparameters = Tensor.empty(step.hyperparameter_count)
     with dropout_on(model):  # as in training, and not in validation
         plans = step.plans(*batch, hyperparameters=hyperparameters)
     first = plans[0]

@@ -125,6 +125,10 @@ _FREE_OF_NUMBERS = (
     "data.tokenizer",
     "data.replace_tokenizer",
     "data.cache_dir",
+    "observe.otlp_",
+    "observe.update_ratio_every",
+    "observe.trackers",
+    "observe.sample_",
 )
 _MICRO_BATCH, _BATCH = "training.micro_batch_size", "training.batch_size"
 

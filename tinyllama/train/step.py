@@ -13,10 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
+import numpy as np
 from tinygrad import Tensor
 
 from tinyllama.data.batches import Batch
 from tinyllama.model.llama import Llama
+from tinyllama.observe.anomalies import Limits
+from tinyllama.ops.adamw import SCALARS
 from tinyllama.runtime.account import Account, account
 from tinyllama.runtime.capture import captured
 from tinyllama.runtime.plan import Plan, plan
@@ -26,12 +29,17 @@ from tinyllama.train.gradients import StagedLoss
 from tinyllama.train.optimizer import AdamW
 
 
+NO_LIMITS = Limits()
+
+
 class StepResult(NamedTuple):
-    """Of one step: mean loss in nats per token, norm of the mean gradient, trained tokens."""
+    """Of one step: mean loss in nats per token, norm of the mean gradient, trained tokens, and
+    whether the update was made."""
 
     loss: float
     grad_norm: float
     tokens: int
+    applied: bool = True
 
 
 class TrainStep:
@@ -43,11 +51,14 @@ class TrainStep:
         optimizer: AdamW,
         micro_batches: int,
         around: Callable[[int, int], AbstractContextManager[None]] = lambda *_: nullcontext(),
+        *,
+        guarded: bool = False,
     ) -> None:
-        """`around(step, micro_batch)` is entered for each pass forward and back (dropout)."""
+        """`around(step, micro_batch)` is entered for each pass forward and back (dropout). An
+        update is left out if the step is `guarded` and its loss or norm exceeds the limits."""
         self.optimizer, self.around = optimizer, around
         self.staged = StagedLoss(model, optimizer.parameters)
-        self.micro_batches = micro_batches
+        self.micro_batches, self.guarded = micro_batches, guarded
         self._batch, self._numbers = Inputs(), Inputs()
         self._whole = captured(self._whole_step)
         self._accumulate = captured(self._accumulate_step)
@@ -59,11 +70,21 @@ class TrainStep:
         if micro_batches > 1:
             self._sums = {name: Tensor.empty(*p.shape) for name, p in optimizer.parameters.items()}
 
-    def __call__(self, batches: Sequence[Batch], step: int, lr: float) -> StepResult:
-        """Run optimizer step number `step` (1, 2, ...) on its micro-batches."""
+    def __call__(
+        self,
+        batches: Sequence[Batch],
+        step: int,
+        lr: float,
+        limits: Limits = NO_LIMITS,
+        left_out: int = 0,
+    ) -> StepResult:
+        """Run step number `step` (1, 2, ...) on its micro-batches. `limits` are those of a guarded
+        step, `left_out` the updates that were left out before."""
         assert len(batches) == self.micro_batches
         tokens = sum(int((b.targets >= 0).sum()) for b in batches)
-        numbers = self.optimizer.hyperparameters(step, lr, max(tokens, 1))
+        most = self._most(limits, max(tokens, 1))
+        update = step - left_out
+        numbers = self.optimizer.hyperparameters(update, lr, max(tokens, 1), most)
         (hyperparameters,) = self._numbers(numbers)
         if self.micro_batches == 1:
             with self.around(step, 0):
@@ -75,7 +96,20 @@ class TrainStep:
                     self._accumulate(*self._batch(*batch))
             result = self._update(hyperparameters)
         summed_loss, norm = result.numpy().tolist()
-        return StepResult(summed_loss / max(tokens, 1), norm, tokens)
+        applied = all(seen <= limit for seen, limit in zip((summed_loss, norm), most, strict=False))
+        return StepResult(summed_loss / max(tokens, 1), norm, tokens, applied)
+
+    def _most(self, limits: Limits, tokens: int) -> tuple[float, ...]:
+        """The largest summed loss and norm, as the device has them; none without a guard."""
+        if not self.guarded:
+            return ()
+        most, largest = np.array([limits.loss * tokens, limits.grad_norm]), np.finfo(np.float32).max
+        return tuple(np.minimum(most, largest).astype(np.float32).tolist())
+
+    @property
+    def hyperparameter_count(self) -> int:
+        """How many numbers a step reads besides its batch."""
+        return len(SCALARS) + 2 * self.guarded
 
     def take_over(self, planned: "TrainStep") -> None:
         """Reuse what a step of the same configuration scheduled when it was planned (`plans`)."""
@@ -131,7 +165,7 @@ class TrainStep:
         return self._finish(self._summed_loss, self._sums, hyperparameters)
 
     def _finish(self, loss: Tensor, grads: Mapping[str, Tensor], hyperparameters: Tensor) -> Tensor:
-        norm = self.optimizer.update(grads, hyperparameters)
+        norm = self.optimizer.update(grads, hyperparameters, loss if self.guarded else None)
         return loss.cat(norm).contiguous().realize()
 
     def _clear_sums(self) -> None:
