@@ -29,10 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import docstrings
 
-from tinyllama.cli.arguments import exit_code, leave
 from tinyllama.config import Config, load_config
 from tinyllama.data.batches import Batch, Batches, prepare, sequential
-from tinyllama.errors import TinyllamaError
 from tinyllama.observe.metrics import read_metrics
 from tinyllama.system.files import atomic_write
 from tinyllama.tokenizers.opening import open_tokenizer
@@ -75,7 +73,9 @@ class Task:
             "training.eval_every": options.steps,
             "training.eval_first": "true",
         }
-        self.config = load_config("lora", [f"{key}={value}" for key, value in self.settings.items()])
+        self.config = load_config(
+            "lora", [f"{key}={value}" for key, value in self.settings.items()]
+        )
 
     def write_rows(self) -> None:
         """The rows, unless an earlier part wrote them."""
@@ -106,7 +106,9 @@ def ours(task: Task, name: str, more: dict[str, Any]) -> Result:
     start = time.monotonic()
     tinyllama("train", "lora", *words)
     seconds = time.monotonic() - start
-    losses = [row["val_loss"] for row in read_metrics(folder / "metrics.jsonl") if "val_loss" in row]
+    losses = [
+        row["val_loss"] for row in read_metrics(folder / "metrics.jsonl") if "val_loss" in row
+    ]
     return Result(losses[0], losses[-1], seconds)
 
 

@@ -66,7 +66,10 @@ def write_rows(library: Path, folder: Path) -> None:
                 seen[part] |= {json.dumps(row): None for row in rows(file.read())}
         except (SyntaxError, UnicodeError):  # files that show what is refused
             continue
-    parts = {"train": list(seen["train"]), "val": [r for r in seen["val"] if r not in seen["train"]]}
+    parts = {
+        "train": list(seen["train"]),
+        "val": [r for r in seen["val"] if r not in seen["train"]],
+    }
     make_folder(folder)
     for part, lines in parts.items():
         atomic_write(folder / f"{part}.jsonl", "".join(f"{line}\n" for line in lines).encode())

@@ -1,8 +1,8 @@
 """What is unusual in a run: spikes, slow divergence, a machine that became slow.
 
-spike       value > median + SCORE sigma of the steps before, sigma = 1.4826 MAD: median and MAD, the
-            median absolute deviation, do not move with the outliers that they are to find (Iglewicz
-            & Hoaglin 1993). A gradient norm is compared by its logarithm.
+spike       value > median + score sigma of the steps before, sigma = 1.4826 MAD: median and MAD,
+            the median absolute deviation, do not move with the outliers that they are to find
+            (Iglewicz & Hoaglin 1993). A gradient norm is compared by its logarithm.
 divergence  Page-Hinkley's test (Page 1954) of the loss: the sum of its distances to its own moving
             average, less a tolerance, rises by more than a limit
 slow        a step, or the median of the last few, against the steps before

@@ -6,8 +6,8 @@ v <- beta2 v + (1 - beta2) g^2
 p <- p - lr weight_decay p - lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 
 Only 2-D weights decay. Both changes are summed before p changes, so that a decay too small for
-1 - lr weight_decay in float32 is not lost. A grad_scale of 0 leaves p, m and v as they are, whatever
-the gradients hold: the step is left out.
+1 - lr weight_decay in float32 is not lost. A grad_scale of 0 leaves p, m and v as they are,
+whatever the gradients hold: the step is left out.
 """
 
 from collections.abc import Sequence

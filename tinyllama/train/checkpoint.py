@@ -205,6 +205,7 @@ class _State(msgspec.Struct):
     schedule_anchor: _Anchor | None = None
     unvalidated: _Unvalidated | None = None
     was_last: bool = False
+    watching: dict[str, Any] | None = None
 
 
 def read_state(folder: str | os.PathLike[str]) -> dict[str, Any]:

@@ -28,7 +28,6 @@ from tinyllama.runtime.storage import Inputs, fill_zero
 from tinyllama.train.gradients import StagedLoss
 from tinyllama.train.optimizer import AdamW
 
-
 NO_LIMITS = Limits()
 
 

@@ -22,9 +22,11 @@ from typing import Any
 from tinyllama.config import Config
 from tinyllama.data.batches import Batch, Batches, prepare
 from tinyllama.errors import CheckpointError, TrainingError
+from tinyllama.formats.models import open_model
+from tinyllama.formats.peft import AdapterFolder
 from tinyllama.model.build import build
 from tinyllama.model.counts import parameters
-from tinyllama.model.lora import dropping
+from tinyllama.model.lora import dropping, read_adapters
 from tinyllama.observe.metrics import MetricsLog
 from tinyllama.observe.progress import Progress
 from tinyllama.runtime import precompile
@@ -46,8 +48,10 @@ from tinyllama.train.prepare import (
     unused_rows,
     without_effect,
 )
+from tinyllama.train.samples import Samples, forget_after
 from tinyllama.train.schedule import Place, learning_rate
-from tinyllama.train.step import TrainStep
+from tinyllama.train.step import StepResult, TrainStep
+from tinyllama.train.watching import MOST_ROLLBACKS, Watching, greatest, update_ratios
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,10 @@ class Trainer:
         self.adapter = adapter
         self.optimizer = AdamW(trained, t)
         around = dropping(self.model, t.seed)
-        self.train_step = TrainStep(self.model, self.optimizer, t.accumulation_steps, around)
+        self.train_step = TrainStep(
+            self.model, self.optimizer, t.accumulation_steps, around,
+            guarded=config.observe.guards_updates,
+        )  # fmt: skip
         if planned is not None:
             self.train_step.take_over(planned)
         self.evaluator = None
@@ -111,6 +118,9 @@ class Trainer:
         self.anchor = run_folder.schedule_anchor(state)
         if (was := run_folder.batch_size(state)) not in (None, t.batch_size):
             self.anchor = place.anchor(was, config.lr_schedule, self.anchor)
+        self.watching = Watching(config, self.batches, state.get("watching") or {})
+        self.samples = Samples(config, self.model, self.tokenizer)
+        self._rolled_back: dict[str, Any] | None = None  # for the next line of metrics
         # The metrics of a step whose validation was interrupted by a signal.
         self._unvalidated: dict[str, Any] | None = state.get("unvalidated")
         self._last_line: dict[str, Any] = {}  # of metrics
@@ -262,29 +272,116 @@ class Trainer:
         stopping: Callable[[], int],
     ) -> None:
         t = self.config.training
+        began, at = time.perf_counter(), self.batches.state()
         epoch, batch = self.batches.epoch + 1, self.batches.next()
-        step = self.step + 1
+        step, left_out = self.step + 1, self.watching.left_out
         schedule = self.config.lr_schedule
         lr = learning_rate(step, self.total_steps, t.learning_rate, schedule, self.anchor)
-        clock = time.perf_counter()
-        result = self.train_step(_micro_batches(batch, t.micro_batch), step, lr)
+        parts, clock = _micro_batches(batch, t.micro_batch), time.perf_counter()
+        result = self.train_step(parts, step, lr, self.watching.limits(), left_out)
         seconds = time.perf_counter() - clock
-        seen = {"loss": result.loss, "gradient norm": result.grad_norm, "learning rate": lr}
-        self._check_finite(step, seen)
+        if result.applied:
+            seen = {"loss": result.loss, "gradient norm": result.grad_norm, "learning rate": lr}
+            self._check_finite(step, seen)
+        line: dict[str, Any] = {"step": step, "lr": lr} | _measured(result)
+        line |= {"tokens_per_second": result.tokens / seconds}
+        line |= {"memory_bytes": memory_in_use_bytes(), "epoch": epoch}
+        line |= self._watched(line, result, seconds, clock - began)
+        if self._acts(line, metrics, at):
+            return
         self.step, self._followed = step, self.saved
         self._shorten(*begun)
-        line: dict[str, Any] = {"step": step, "loss": result.loss, "lr": lr}
-        line |= {"grad_norm": result.grad_norm, "tokens_per_second": result.tokens / seconds}
-        line |= {"memory_bytes": memory_in_use_bytes(), "epoch": epoch}
+        validates = self._validation_is_due(step, epoch)
         try:
-            if self._validation_is_due(step, epoch):
+            if validates:
                 line = self._validate(line, stopping)
         finally:
             self._write(metrics, line)
+        if self.samples.are_due(step, validates):
+            self.samples.write(self.folder, step)
         speed, val_loss = line["tokens_per_second"], line.get("val_loss")
         progress.after_step(step, self.total_steps, result.loss, speed, val_loss)
         if step % self.config.checkpointing.save_every == 0 and step < self.total_steps:
             self.save(run_folder.step_name(step))
+
+    def _watched(
+        self, line: dict[str, Any], result: StepResult, seconds: float, data_seconds: float
+    ) -> dict[str, Any]:
+        """What a step's line says besides its measurements: anomalies, and the layers' updates."""
+        step, every = line["step"], self.config.observe.update_ratio_every
+        found = self.watching.numbers(step, result)
+        slow = self.watching.machine.step(step, seconds, data_seconds, line["memory_bytes"])
+        more: dict[str, Any] = {}
+        if (found or (every and step % every == 0)) and result.applied:
+            ratios = update_ratios(self.optimizer, step - self.watching.left_out, line["lr"])
+            slow += self.watching.machine.layers(step, ratios)
+            more["update_ratios"] = ratios
+        layer = greatest(more.get("update_ratios", {}))
+        if entries := self.watching.record([*found, *slow], self.watching.action, layer):
+            more["anomalies"] = entries
+        if self._rolled_back is not None:
+            more["rolled_back"], self._rolled_back = self._rolled_back, None
+        return more
+
+    def _acts(self, line: dict[str, Any], metrics: MetricsLog, at: dict[str, Any]) -> bool:
+        """Go back or stop where an anomaly of this step leads to that; `at` is the position in the
+        data before the step."""
+        wanted = {entry["action"] for entry in line.get("anomalies", ())}
+        if "rollback" in wanted:
+            return self._roll_back(line, metrics)
+        if "stop" in wanted:
+            self._stop_before(line, metrics, at)
+        return False
+
+    def _roll_back(self, line: dict[str, Any], metrics: MetricsLog) -> bool:
+        """Take weights, moments and step from the last checkpoint, and go on with the data that
+        follows; False where there is no checkpoint yet, so that the update is only left out."""
+        folder, step = self.saved, self._saved_step
+        if folder is None or not run_folder.looks_whole(folder):
+            return False
+        times = self.watching.rollbacks.get(str(step), 0) + 1
+        if times > MOST_ROLLBACKS:
+            raise TrainingError(
+                f"step {line['step']}: an anomaly again after going back to {folder} "
+                f"{MOST_ROLLBACKS} times, so training stops: it is not the text; a lower "
+                "training.learning_rate may help"
+            )
+        position = self.batches.state()
+        self._write(metrics, line)
+        if self.adapter is None:
+            self.model.read_weights(open_model(folder))
+        else:
+            read_adapters(self.model, AdapterFolder(folder))
+        run_folder.restore(folder, self.optimizer, self.batches)
+        self.batches.restore(position)
+        state = run_folder.read_state(folder)
+        self.watching.rollbacks[str(step)] = times
+        self.watching.restore(state.get("watching") or {})
+        self.step = step
+        if self.budget_seconds is None:
+            self.planned_steps = self._place().total_steps(self.config.training.batch_size)
+            self.total_steps = self.planned_steps
+        metrics.go_back(step + 1)
+        forget_after(self.folder, step)
+        self._rolled_back = {"from": line["step"], "to": step, "anomalies": line["anomalies"]}
+        return True
+
+    def _stop_before(self, line: dict[str, Any], metrics: MetricsLog, at: dict[str, Any]) -> None:
+        """End the run at an anomaly, with a checkpoint of what came before it."""
+        self._write(metrics, line)
+        first = line["anomalies"][0]
+        if self.watching.left_out and first["kind"] == "spike":
+            self.watching.left_out -= 1
+            self.batches.restore(at)
+        else:
+            self.step = line["step"]
+        saved = self.save(run_folder.step_name(self.step)) if self.step else None
+        shown = f"{saved} holds what came before" if saved else "nothing was trained before"
+        raise TrainingError(
+            f"step {line['step']}: {first['series']} {first['value']}, the usual is "
+            f"{first['usual']}, so training stops as observe.on_anomaly says; {shown}. To go on "
+            'without that data: --resume --set observe.on_anomaly="skip"'
+        )
 
     def _validation_is_due(self, step: int, epoch: int) -> bool:
         """Whether the model is validated after `step`, which belonged to `epoch`."""
@@ -377,13 +474,19 @@ class Trainer:
         """What training_state.json holds."""
         parts = self.config.training.micro_batch
         state = {"step": self.step, "data": self.batches.state(), "micro_batch_size": parts}
-        state |= {"made_with": made_with(self.config)}
+        state |= {"made_with": made_with(self.config), "watching": self.watching.state()}
         if self.anchor is not None:
             state["schedule_anchor"] = asdict(self.anchor)
         if self._unvalidated is None:
             return state
         was_last = self.step >= self.total_steps
         return state | {"unvalidated": self._unvalidated, "was_last": was_last}
+
+
+def _measured(result: StepResult) -> dict[str, float]:
+    """Loss and gradient norm of a step; JSON has no place for what is not finite."""
+    seen = {"loss": result.loss, "grad_norm": result.grad_norm}
+    return {name: value for name, value in seen.items() if math.isfinite(value)}
 
 
 def _micro_batches(batch: Batch, size: int) -> list[Batch]:
