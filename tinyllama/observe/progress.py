@@ -44,6 +44,12 @@ class Progress:
         if self._shown and not self._is_terminal:
             self._write(f"step {self._done}, validation loss {val_loss:.4f}\n")
 
+    def notice(self, text: str) -> None:
+        """Print a line that stays, above the terminal's line."""
+        if self._is_terminal and self._line:
+            self._write("\r\x1b[K")
+        self._write(f"{text}\n")
+
     def compiling(self, done: int, total: int) -> None:
         """Show that `done` of `total` kernels for a GPU are compiled."""
         if not self._shown:

@@ -153,6 +153,7 @@ class Trainer:
             self._open_metrics(stopping) as metrics,
         ):
             precompile.show_waiting(progress.compiling)
+            self.watching.notice = progress.notice
             self._validate_first(metrics, progress, stopping)
             while self.step < self.total_steps and not stopping():
                 self._one_step(metrics, progress, begun, stopping)
@@ -278,12 +279,14 @@ class Trainer:
         schedule = self.config.lr_schedule
         lr = learning_rate(step, self.total_steps, t.learning_rate, schedule, self.anchor)
         parts, clock = _micro_batches(batch, t.micro_batch), time.perf_counter()
-        result = self.train_step(parts, step, lr, self.watching.limits(), left_out)
+        guard = (self.watching.limits(), left_out) if self.config.observe.guards_updates else ()
+        result = self.train_step(parts, step, lr, *guard)
         seconds = time.perf_counter() - clock
         if result.applied:
             seen = {"loss": result.loss, "gradient norm": result.grad_norm, "learning rate": lr}
             self._check_finite(step, seen)
-        line: dict[str, Any] = {"step": step, "lr": lr} | _measured(result)
+        line: dict[str, Any] = {"step": step} | _finite(loss=result.loss) | {"lr": lr}
+        line |= _finite(grad_norm=result.grad_norm)
         line |= {"tokens_per_second": result.tokens / seconds}
         line |= {"memory_bytes": memory_in_use_bytes(), "epoch": epoch}
         line |= self._watched(line, result, seconds, clock - began)
@@ -483,10 +486,9 @@ class Trainer:
         return state | {"unvalidated": self._unvalidated, "was_last": was_last}
 
 
-def _measured(result: StepResult) -> dict[str, float]:
-    """Loss and gradient norm of a step; JSON has no place for what is not finite."""
-    seen = {"loss": result.loss, "grad_norm": result.grad_norm}
-    return {name: value for name, value in seen.items() if math.isfinite(value)}
+def _finite(**values: float) -> dict[str, float]:
+    """The values that are finite: JSON has no place for the others."""
+    return {name: value for name, value in values.items() if math.isfinite(value)}
 
 
 def _micro_batches(batch: Batch, size: int) -> list[Batch]:

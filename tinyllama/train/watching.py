@@ -6,7 +6,6 @@ resumed meets the same anomalies and does the same about them.
 """
 
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from tinyllama.data.batches import Batches
 from tinyllama.data.places import Places
 from tinyllama.errors import CheckpointError, DataError
 from tinyllama.observe.anomalies import Anomaly, Limits, MachineWatch, Watch
+from tinyllama.observe.metrics import to_stderr
 from tinyllama.runtime.storage import read
 from tinyllama.train.optimizer import AdamW
 from tinyllama.train.step import StepResult
@@ -37,6 +37,7 @@ class Watching:
         self.watch, self.machine = Watch(size), MachineWatch(size)
         self.left_out = 0  # updates
         self.rollbacks: dict[str, int] = {}  # how often the run went back to each step
+        self.notice = to_stderr
         self._batches, self._places = batches, Places(config.data.train_path)
         self.restore(state)
 
@@ -91,7 +92,7 @@ class Watching:
                 entry |= {"documents": self._documents()} | ({"layer": layer} if layer else {})
             entries.append(entry)
             if self.watch.is_new(anomaly):
-                print(f"\nstep {anomaly.step}: {sentence(anomaly, entry)}", file=sys.stderr)
+                self.notice(f"step {anomaly.step}: {sentence(anomaly, entry)}")
         return entries
 
     def _documents(self) -> list[str]:
