@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from tinyllama.cli import (
+    analyze,
     backends,
     bench,
     evaluate,
@@ -19,6 +20,7 @@ from tinyllama.cli import (
     merge,
     params,
     plot,
+    report,
     tokenizer,
     train,
 )
@@ -39,6 +41,8 @@ COMMANDS: dict[str, ModuleType] = {
         memory,
         tokenizer,
         plot,
+        report,
+        analyze,
         bench,
         backends,
     )

@@ -70,15 +70,19 @@ class Batches:
 
     def next(self) -> Batch:
         """The next batch; after an epoch's last one, `epoch` has grown by one."""
+        self.skip()
+        begins = self._last * self._context_length
+        return _make_batch(self._dataset, begins, self._context_length, self._batch_size)
+
+    def skip(self) -> None:
+        """Go past the next batch as if it had been given."""
         if self._order is None:
             self._order = self._make_order()
         windows = self._order[self._window : self._window + self._batch_size]
         self._window += len(windows)
         if self._window == self.n_windows:
             self.epoch, self._window, self._order = self.epoch + 1, 0, None
-        begins = windows * self._context_length
         self._last = windows
-        return _make_batch(self._dataset, begins, self._context_length, self._batch_size)
 
     def documents(self) -> npt.NDArray[np.int64]:
         """The documents that the last batch held tokens of, by their index in the text; sorted."""

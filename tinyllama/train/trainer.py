@@ -182,6 +182,8 @@ class Trainer:
             for old, new in run_folder.go_back(self.folder, self._resumed, self.step):
                 print(f"{old} is of a later step: renamed to {new.name}", file=sys.stderr)
         run_folder.write_config(self.folder, self.config)
+        run_folder.write_machine(self.folder)
+        forget_after(self.folder, self.step)
 
     @contextmanager
     def _open_metrics(self, stopping: Callable[[], int]) -> Iterator[MetricsLog]:

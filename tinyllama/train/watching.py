@@ -6,7 +6,7 @@ resumed meets the same anomalies and does the same about them.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,7 +37,7 @@ class Watching:
         self.watch, self.machine = Watch(size), MachineWatch(size)
         self.left_out = 0  # updates
         self.rollbacks: dict[str, int] = {}  # how often the run went back to each step
-        self.notice = to_stderr
+        self.notice: Callable[[str], None] = to_stderr
         self._batches, self._places = batches, Places(config.data.train_path)
         self.restore(state)
 
