@@ -24,6 +24,7 @@ _RUN = 16  # unusual values in a row that are a new level, and no anomaly any mo
 _QUIET = 16  # steps after a note in which the same thing is not noted again
 _RECENT = 8  # steps whose median shows a lasting change
 _SLOW = 1.75  # times slower, over these steps
+_STALL = 8.0  # times the usual time, and a second more: one such step is enough
 _FORGETTING = 1 / 512  # weight of the newest loss in its moving average
 _TOLERANCE, _RISE = 0.5, 50.0  # of Page-Hinkley's test, in standard deviations
 
@@ -248,10 +249,11 @@ class MachineWatch:
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self._seconds = Spikes(size, score=12.0, least=3.0, relative=True)
-        self._data = Spikes(size, score=20.0, least=0.02)
+        self._seconds = Spikes(size, score=12.0, least=1.0, relative=True)
+        self._data = Spikes(size, score=20.0, least=0.01)
         self._memory = Spikes(size, score=20.0, least=0.25, relative=True)
         self._recent: deque[float] = deque(maxlen=_RECENT)
+        self._often = {"step_seconds": 0, "data_seconds": 0}
         self._layers: dict[str, Spikes] = {}
         self._is_slow = False
 
@@ -260,11 +262,26 @@ class MachineWatch:
     ) -> list[Anomaly]:
         """What is unusual about a step."""
         found = [
-            *self._spike(step, "slow", "step_seconds", self._seconds, seconds),
-            *self._spike(step, "slow", "data_seconds", self._data, data_seconds),
+            *self._slow(step, "step_seconds", self._seconds, seconds),
+            *self._slow(step, "data_seconds", self._data, data_seconds),
             *self._spike(step, "growth", "memory_bytes", self._memory, memory_bytes),
         ]
         return found or self._lasting(step, seconds)
+
+    def _slow(self, step: int, name: str, spikes: Spikes, value: float) -> list[Anomaly]:
+        """A delay that comes again within a few steps, or a long one; other programs on the
+        machine make a single step late every now and then."""
+        found = self._spike(step, "slow", name, spikes, value)
+        if not found:
+            self._often[name] = max(0, self._often[name] - 1)
+            return []
+        self._often[name] = min(self._often[name] + _RECENT // 2, 2 * _RECENT)
+        usual = found[0].usual
+        is_long = value > _STALL * max(usual, self._usual_seconds()) and value > usual + 1.0
+        return found if is_long or self._often[name] > _RECENT else []
+
+    def _usual_seconds(self) -> float:
+        return self._seconds.window.median() if len(self._seconds.window) else 0.0
 
     def layers(self, step: int, ratios: Mapping[str, float]) -> list[Anomaly]:
         """What is unusual about the update-to-weight ratios of the layers."""

@@ -68,10 +68,12 @@ def _step_lines(run: Run) -> Iterator[str]:
     features = _features(run)
     conditions = list(_conditions(run, features, usable))
     yield from _groups(features, usable)
-    yield from _speed_lines(seconds, usable, conditions)
+    yield from _speed_lines(run.steps, seconds, usable, conditions)
     for name, words in (("loss", "loss"), ("grad_norm", "gradient norm")):
         values = run.columns[name]
-        yield from _outlier_lines(values, usable & np.isfinite(values), words, conditions)
+        yield from _outlier_lines(
+            run.steps, values, usable & np.isfinite(values), words, conditions
+        )
 
 
 def _features(run: Run) -> dict[str, Column]:
@@ -200,7 +202,9 @@ def _threshold(values: Column, target: Column, usable: Mask) -> float | None:
     return threshold if tree.tree_.node_count > 1 else None
 
 
-def _speed_lines(seconds: Column, usable: Mask, conditions: Sequence[_Condition]) -> Iterator[str]:
+def _speed_lines(
+    steps: Column, seconds: Column, usable: Mask, conditions: Sequence[_Condition]
+) -> Iterator[str]:
     """Conditions under which steps are slower, and the slow steps."""
     for words, holds in conditions:
         inside, outside = usable & holds, usable & ~holds
@@ -209,11 +213,11 @@ def _speed_lines(seconds: Column, usable: Mask, conditions: Sequence[_Condition]
         ratio = np.median(seconds[inside]) / np.median(seconds[outside])
         if ratio >= _SLOWER:
             yield f"steps {words} are {ratio:.1f} times slower ({inside.sum():,} steps)"
-    yield from _outlier_lines(seconds, usable, "time", conditions)
+    yield from _outlier_lines(steps, seconds, usable, "time", conditions)
 
 
 def _outlier_lines(
-    values: Column, usable: Mask, name: str, conditions: Sequence[_Condition]
+    steps: Column, values: Column, usable: Mask, name: str, conditions: Sequence[_Condition]
 ) -> Iterator[str]:
     """The steps whose value is far above those around them, and what most of them share."""
     local = _local_median(np.where(usable, values, np.nan))
@@ -225,9 +229,9 @@ def _outlier_lines(
     if not far.any():
         return
     times = float(np.nanmedian(ratios[far]))
-    steps = np.flatnonzero(far)
-    shown = ", ".join(str(int(step) + 1) for step in steps[:5]) + (", ..." if far.sum() > 5 else "")
-    line = f"{far.sum():,} steps have {times:.1f} times the {name} of those around (rows {shown})"
+    shown = ", ".join(f"{step:.0f}" for step in steps[far][:5]) + (", ..." if far.sum() > 5 else "")
+    which = f"step {shown} has" if far.sum() == 1 else f"{far.sum():,} steps ({shown}) have"
+    line = f"{which} {times:.1f} times the {name} of those around"
     shared = [
         f"{(holds & far).sum() / far.sum():.0%} of them are steps {words}, and "
         f"{(holds & usable & ~far).sum() / max(1, (usable & ~far).sum()):.0%} of the others"

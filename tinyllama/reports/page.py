@@ -113,7 +113,7 @@ def charts_of(runs: Sequence[Run]) -> list[Chart]:
             Chart(
                 "update_ratios",
                 "Updates",
-                "size of the update / size of the weights",
+                "update / weights",
                 lines,
                 lines[0].column,
                 marks=tuple(f"update_ratio of {layer}" for layer in layers),
@@ -343,7 +343,8 @@ def _configuration(runs: Sequence[Run]) -> str:
     keys = [key for key in dict.fromkeys(k for run in runs for k in run.config) if "." in key]
     if not keys:
         return ""
-    rows, same = [], []
+    rows: list[str] = []
+    same: list[str] = []
     for key in keys:
         values = [_shown(run.config.get(key)) for run in runs]
         cells = [f"<td><code>{html.escape(key)}</code></td>"]

@@ -5,6 +5,7 @@
   const LIGHT = ["#2457d6", "#d9480f", "#2b8a3e", "#9c36b5", "#0c8599", "#c2255c", "#e67700", "#5f3dc4"];
   const DARK = ["#7aa2ff", "#ff9d66", "#69db7c", "#da9bf0", "#3bc9db", "#faa2c1", "#ffd43b", "#b197fc"];
   const AXES = { step: "optimizer step", tokens: "tokens", seconds: "training time" };
+  const POWERS = Array.from({ length: 50 }, (_, i) => 2 ** i);
   const byId = (id) => document.getElementById(id);
   const state = { axis: "step", smoothing: 0.9, theme: "auto", log: {}, hidden: new Set(), range: null };
   let data = JSON.parse(byId("data").textContent);
@@ -71,6 +72,7 @@
   const count = (values) => values ? values.reduce((n, v) => n + !Number.isNaN(v), 0) : 0;
   const palette = () => (shownTheme() === "dark" ? DARK : LIGHT);
   const faint = (color) => color + "40";
+  const solid = (color) => color.slice(0, 7);
 
   function tablesOf(chart, log) {
     const tables = [], series = [], colors = palette();
@@ -94,7 +96,8 @@
         const smooth = state.smoothing > 0 && line.smooth;
         tables.push(smooth ? [Array.from(x), plain(values, log), smoothed(values, state.smoothing)] : [Array.from(x), plain(values, log)]);
         const few = count(values) < 60;
-        series.push({ label: name, stroke: smooth ? faint(ink) : ink, width: smooth ? 1 : 1.6, points: { show: few && !smooth, size: 5 } });
+        const dash = chart.lines.length > 2 && index ? [6, 3] : undefined;
+        series.push({ label: name, stroke: smooth ? faint(ink) : ink, width: smooth ? 1 : 1.6, dash, points: { show: few && !smooth, size: 5 } });
         if (smooth) series.push({ label: name + " smoothed", stroke: ink, width: 2, points: { show: false } });
       });
     });
@@ -171,9 +174,10 @@
       scales: { x: { time: false }, y: { distr: log ? 3 : 1, range: log ? undefined : padded(chart.zero) } },
       axes: [
         { ...axis, label: AXES[state.axis], size: 34, values: (u, all) => all.map(atX[state.axis]), space: 70 },
-        { ...axis, label: chart.unit, size: 58, values: (u, all) => all.map((v) => (v == null ? "" : show(v))) },
+        { ...axis, label: chart.unit, size: chart.kind === "bytes" ? 74 : 58, incrs: chart.kind === "bytes" ? POWERS : undefined, values: (u, all) => all.map((v) => (v == null ? "" : show(v))) },
       ],
       cursor: { sync: { key: "report", setSeries: false }, drag: { x: true, y: false }, focus: { prox: 24 }, points: { size: 6 } },
+      legend: { markers: { width: 0, fill: (u, i) => (i ? solid(series[i - 1].stroke) : null) } },
       hooks: { draw: [drawMarks(chart)], setScale: [(u, key) => { if (key === "x" && !chart.quiet) follow(chart, u); }] },
       padding: [14, 12, 0, 0],
     };
