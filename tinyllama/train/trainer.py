@@ -29,6 +29,7 @@ from tinyllama.model.counts import parameters
 from tinyllama.model.lora import dropping, read_adapters
 from tinyllama.observe.metrics import MetricsLog
 from tinyllama.observe.progress import Progress
+from tinyllama.observe.trackers import Trackers
 from tinyllama.runtime import precompile
 from tinyllama.system import lacking
 from tinyllama.system.files import make_folder
@@ -125,6 +126,7 @@ class Trainer:
         self._unvalidated: dict[str, Any] | None = state.get("unvalidated")
         self._last_line: dict[str, Any] = {}  # of metrics
         self._metrics: MetricsLog | None = None  # while the run goes on
+        self._tracked: Trackers | None = None
         if state.get("was_last") and budget_seconds is not None:
             self.total_steps = self.step  # the budget was used up there
         self._resumed = self.saved = resume
@@ -151,6 +153,7 @@ class Trainer:
             stopping_on_signals(message if self.show else "", self._so_far) as stopping,
             Progress(self.step, self.show) as progress,
             self._open_metrics(stopping) as metrics,
+            closing(self._trackers(progress)) as self._tracked,
         ):
             precompile.show_waiting(progress.compiling)
             self.watching.notice = progress.notice
@@ -204,7 +207,13 @@ class Trainer:
         if metrics.is_gone():
             self._find_folder_again(metrics)
         metrics.write(line)
+        if self._tracked is not None:
+            self._tracked.log(line)
         self._last_line = line
+
+    def _trackers(self, progress: Progress) -> Trackers:
+        values = {k: v for k, v in self.config.values().items() if v is not None}
+        return Trackers(self.config.observe.trackers, self.folder, values, progress.notice)
 
     def _find_folder_again(self, metrics: MetricsLog) -> None:
         """Go on where somebody removed metrics.jsonl, or the run's folder, while training."""
