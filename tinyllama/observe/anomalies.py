@@ -22,8 +22,9 @@ WARM = 32  # values before anything is unusual
 SIGMA = 1.4826  # standard deviations of a normal distribution per MAD
 _RUN = 16  # unusual values in a row that are a new level, and no anomaly any more
 _QUIET = 16  # steps after a note in which the same thing is not noted again
-_RECENT = 8  # steps whose median shows a lasting change
-_SLOW = 1.75  # times slower, over these steps
+_RECENT = 12  # steps whose median shows a lasting change
+_SLOW = 2.0  # times slower, over these steps
+_LEAST_SECONDS = 0.02  # that a delay must be: less is what other programs take
 _STALL = 8.0  # times the usual time, and a second more: one such step is enough
 _FORGETTING = 1 / 512  # weight of the newest loss in its moving average
 _TOLERANCE, _RISE = 0.5, 50.0  # of Page-Hinkley's test, in standard deviations
@@ -158,7 +159,9 @@ class Divergence:
         """Whether the series has been rising up to this value."""
         self.count += 1
         weight = max(_FORGETTING, 1 / self.count)
-        distance = (value - self.mean) / max(sigma, 1e-3) if self.count > 1 else 0.0
+        distance = (
+            (value - self.mean) / max(sigma, 0.01 * abs(self.mean), 1e-9) if self.count > 1 else 0.0
+        )
         self.mean += weight * (value - self.mean)
         # One outlier is a spike, and no rise: it counts as 3 sigma at most.
         self.total += max(-3.0, min(3.0, distance)) - _TOLERANCE
@@ -209,7 +212,10 @@ class Watch:
         for name, spikes, value, _, compared in seen:
             usual = spikes.window.median() if len(spikes.window) else math.nan
             usual = math.exp(usual) if spikes is self._norm else usual
-            if spikes.add(compared, above[name]) and above[name]:
+            known = spikes.add(compared, above[name])
+            if not known and spikes is self._loss:
+                self._divergence = Divergence()
+            if known and above[name]:
                 found.append(Anomaly(step, "spike", name, value, usual))
         mean = self._divergence.mean
         if not found and self._divergence.add(loss, self._sigma()):
@@ -272,7 +278,7 @@ class MachineWatch:
         """A delay that comes again within a few steps, or a long one; other programs on the
         machine make a single step late every now and then."""
         found = self._spike(step, "slow", name, spikes, value)
-        if not found:
+        if not found or value - found[0].usual < _LEAST_SECONDS:
             self._often[name] = max(0, self._often[name] - 1)
             return []
         self._often[name] = min(self._often[name] + _RECENT // 2, 2 * _RECENT)
@@ -310,7 +316,8 @@ class MachineWatch:
         if len(self._seconds.window) < WARM + _RECENT or len(self._recent) < _RECENT:
             return []
         usual, now = self._seconds.window.median(), _median(sorted(self._recent))
-        was, self._is_slow = self._is_slow, now > _SLOW * usual
+        was = self._is_slow
+        self._is_slow = now > max(_SLOW * usual, usual + _LEAST_SECONDS)
         if was or not self._is_slow:
             return []
         return [Anomaly(step, "slow", "step_seconds", now, usual)]

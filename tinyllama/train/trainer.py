@@ -377,7 +377,8 @@ class Trainer:
             self.total_steps = self.planned_steps
         metrics.go_back(step + 1)
         forget_after(self.folder, step)
-        self._rolled_back = {"from": line["step"], "to": step, "anomalies": line["anomalies"]}
+        why = [entry for entry in line["anomalies"] if entry["action"] == "rollback"]
+        self._rolled_back = {"from": line["step"], "to": step, "anomalies": why}
         return True
 
     def _stop_before(self, line: dict[str, Any], metrics: MetricsLog, at: dict[str, Any]) -> None:
