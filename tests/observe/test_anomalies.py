@@ -70,8 +70,8 @@ def test_nothing_is_unusual_before_enough_is_known() -> None:
     for step in range(1, WARM + 1):
         assert watch.limits() == (math.inf, math.inf)
         watch.numbers(step, 2.0, 1.0)
-    assert watch.limits().loss == pytest.approx(2.0 * 1.15)
-    assert watch.limits().grad_norm == pytest.approx(2.5)
+    assert watch.limits().loss == pytest.approx(2.0 * 1.1)
+    assert watch.limits().grad_norm == pytest.approx(3.0)
 
 
 def test_a_value_that_stays_is_a_new_level_and_not_unusual_for_ever() -> None:
@@ -141,7 +141,7 @@ def test_a_step_that_hangs_is_found_and_a_late_one_is_not() -> None:
 
 def test_a_machine_that_stays_slower_is_found_once() -> None:
     usual = [0.1 + 0.002 * (i % 5) for i in range(100)]
-    slower = [0.25 + 0.002 * (i % 5) for i in range(30)]
+    slower = [0.45 + 0.002 * (i % 5) for i in range(30)]
     (slow,) = machine(usual + slower)
     assert slow.series == "step_seconds" and 101 <= slow.step <= 116
 

@@ -23,7 +23,7 @@ SIGMA = 1.4826  # standard deviations of a normal distribution per MAD
 _RUN = 16  # unusual values in a row that are a new level, and no anomaly any more
 _QUIET = 16  # steps after a note in which the same thing is not noted again
 _RECENT = 12  # steps whose median shows a lasting change
-_SLOW = 2.0  # times slower, over these steps
+_SLOW = 3.0  # times slower, over these steps
 _LEAST_SECONDS = 0.02  # that a delay must be: less is what other programs take
 _STALL = 8.0  # times the usual time, and a second more: one such step is enough
 _FORGETTING = 1 / 512  # weight of the newest loss in its moving average
@@ -159,9 +159,8 @@ class Divergence:
         """Whether the series has been rising up to this value."""
         self.count += 1
         weight = max(_FORGETTING, 1 / self.count)
-        distance = (
-            (value - self.mean) / max(sigma, 0.01 * abs(self.mean), 1e-9) if self.count > 1 else 0.0
-        )
+        scale = max(sigma, 0.01 * abs(self.mean), 1e-9)
+        distance = (value - self.mean) / scale if self.count > 1 else 0.0
         self.mean += weight * (value - self.mean)
         # One outlier is a spike, and no rise: it counts as 3 sigma at most.
         self.total += max(-3.0, min(3.0, distance)) - _TOLERANCE
@@ -185,8 +184,8 @@ class Watch:
     """Watches the numbers of a run: `limits` before a step, `numbers` after it."""
 
     def __init__(self, size: int) -> None:
-        self._loss = Spikes(size, score=7.0, least=0.15, relative=True)
-        self._norm = Spikes(size, score=7.0, least=math.log(2.5))
+        self._loss = Spikes(size, score=6.0, least=0.1, relative=True)
+        self._norm = Spikes(size, score=7.0, least=math.log(3.0))
         self._divergence = Divergence()
         self._noted: dict[str, int] = {}
 
@@ -255,11 +254,12 @@ class MachineWatch:
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self._seconds = Spikes(size, score=12.0, least=1.0, relative=True)
+        self._seconds = Spikes(size, score=12.0, least=2.0, relative=True)
         self._data = Spikes(size, score=20.0, least=0.01)
         self._memory = Spikes(size, score=20.0, least=0.25, relative=True)
         self._recent: deque[float] = deque(maxlen=_RECENT)
         self._often = {"step_seconds": 0, "data_seconds": 0}
+        self._late = {"step_seconds": False, "data_seconds": False}  # and it was noted
         self._layers: dict[str, Spikes] = {}
         self._is_slow = False
 
@@ -280,11 +280,13 @@ class MachineWatch:
         found = self._spike(step, "slow", name, spikes, value)
         if not found or value - found[0].usual < _LEAST_SECONDS:
             self._often[name] = max(0, self._often[name] - 1)
+            self._late[name] = self._late[name] and self._often[name] > 0
             return []
         self._often[name] = min(self._often[name] + _RECENT // 2, 2 * _RECENT)
         usual = found[0].usual
         is_long = value > _STALL * max(usual, self._usual_seconds()) and value > usual + 1.0
-        return found if is_long or self._often[name] > _RECENT else []
+        was, self._late[name] = self._late[name], is_long or self._often[name] > _RECENT
+        return found if self._late[name] and not was else []
 
     def _usual_seconds(self) -> float:
         return self._seconds.window.median() if len(self._seconds.window) else 0.0
@@ -318,7 +320,7 @@ class MachineWatch:
         usual, now = self._seconds.window.median(), _median(sorted(self._recent))
         was = self._is_slow
         self._is_slow = now > max(_SLOW * usual, usual + _LEAST_SECONDS)
-        if was or not self._is_slow:
+        if was or not self._is_slow or self._late["step_seconds"]:
             return []
         return [Anomaly(step, "slow", "step_seconds", now, usual)]
 
