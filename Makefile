@@ -36,7 +36,7 @@ LLAMA_DEMOS := llama-demo-train llama-demo-lora llama-demo-qlora
 .NOTPARALLEL:
 .PHONY: help venv demo test readme tier1 tier2 tier3 ci lint coverage mutants \
   llama-properties llama-mutations llama-tests llama-demo-train llama-demo-lora llama-demo-qlora \
-  llama-ci chaos conformance llamacpp neon gpu-races backends-report tinygrad proof-7b clean
+  llama-ci chaos anomalies conformance llamacpp neon gpu-races backends-report tinygrad proof-7b clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-17s %s\n", $$1, $$2}' Makefile
@@ -49,7 +49,7 @@ demo: $(VENV)/.demo ## train a LLaMA on Python's own source for BUDGET=300 secon
 	@$(PY) tools/demo.py --budget $(BUDGET)
 
 test: $(VENV)/.dev ## install what is missing and run every test
-	@tools/system.sh clang opencl sanitizers git
+	@tools/system.sh clang opencl sanitizers git chromium
 	$(PYTEST) $(PARALLEL)
 
 readme: $(VENV)/.dev ## run README's commands in a fresh clone, as a reader types them (2 minutes)
@@ -105,6 +105,10 @@ llama-ci: lint llama-tests $(LLAMA_DEMOS) ## lint, then all llama- targets in th
 chaos: $(VENV)/.dev ## kill, starve and damage real runs TRIES=100 times per kind of fault (an hour)
 	@tools/system.sh --required clang
 	$(PY) tests/chaos/chaos.py --tries $(TRIES) --out docs/reliability.md
+
+anomalies: $(VENV)/.dev ## how often anomalies are found that are there, and that are not (20 minutes)
+	@tools/system.sh clang
+	$(PY) tools/anomalies.py --out docs/observe.md
 
 conformance: $(VENV)-conformance/.made ## compare with torch, transformers and peft (a large download)
 	@tools/system.sh clang

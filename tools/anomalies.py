@@ -6,7 +6,7 @@
     disk        20 steps whose data comes late             found: data_seconds or step_seconds
     thread      a step in which a thread hangs for 2 s     found: step_seconds
 
-python tools/anomalies.py --out docs/anomalies.md
+python tools/anomalies.py --out docs/observe.md
 """
 
 import argparse

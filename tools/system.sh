@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Installs what pip cannot: a C compiler, an OpenCL driver, the sanitizers' runtime, Python's venv,
-# git, an emulator of ARM processors, and one of OpenCL devices that reports data races.
+# git, an emulator of ARM processors, one of OpenCL devices that reports data races, and a browser.
 #
 #   tools/system.sh [--required] [clang] [opencl] [sanitizers] [emulator] [oclgrind] [venv] [git]
+#     [chromium]
 #
 # On Debian and its derivatives apt-get installs what is missing, if we are root or sudo needs no
 # password. Otherwise it prints one sentence per missing thing that says what to type, and exits with
@@ -19,7 +20,7 @@ main() {
   for word in "$@"; do
     case $word in
       --required) required=true ;;
-      clang | opencl | sanitizers | emulator | oclgrind | venv | git) "has_$word" || missing+=("$word") ;;
+      clang | opencl | sanitizers | emulator | oclgrind | venv | git | chromium) "has_$word" || missing+=("$word") ;;
       *) usage ;;
     esac
   done
@@ -30,7 +31,7 @@ main() {
 
 usage() {
   echo "usage: tools/system.sh [--required]" \
-    "[clang] [opencl] [sanitizers] [emulator] [oclgrind] [venv] [git]" >&2
+    "[clang] [opencl] [sanitizers] [emulator] [oclgrind] [venv] [git] [chromium]" >&2
   exit 2
 }
 
@@ -108,9 +109,12 @@ has_venv() {
   "$PYTHON" -c 'import ensurepip, venv' 2>/dev/null
 }
 
+has_chromium() { command -v chromium >/dev/null || command -v chromium-browser >/dev/null; }
+
 has_git() { command -v git >/dev/null; }
 
 package_clang() { echo clang; }
+package_chromium() { echo chromium; }
 package_git() { echo git; }
 package_opencl() { echo pocl-opencl-icd ocl-icd-libopencl1; }
 package_emulator() { echo qemu-user lld libc6-dev-arm64-cross libgcc-12-dev-arm64-cross; }
@@ -134,6 +138,7 @@ complain() {
     emulator) what="running NEON code here needs an emulator and ARM's libraries" ;;
     oclgrind) what="looking for data races needs oclgrind" ;;
     venv) what="$PYTHON cannot make virtual environments" ;;
+    chromium) what="the test of the report needs Chromium" ;;
     git) what="the test of README's commands needs git" ;;
   esac
   if [ "$(uname)" = Darwin ]; then
