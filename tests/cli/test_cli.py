@@ -339,10 +339,7 @@ def test_numbers_of_options_are_checked(capsys):
     assert "argument --batch: got '0', must be an integer of 1 or more" in capsys.readouterr().err
 
 
-NAMES = [
-    "train", "generate", "evaluate", "merge", "params", "memory", "tokenizer", "plot", "bench",
-    "backends",
-]  # fmt: skip
+NAMES = [*COMMANDS]
 
 
 def test_no_command_and_an_unknown_one_say_which_there_are(capsys):

@@ -145,7 +145,7 @@ def test_an_adapter_is_put_on_the_base_that_is_named_instead(base, adapter, tmp_
     moved = base.rename(tmp_path / "moved")
     with pytest.raises(
         WeightsError,
-        match=r"must be the folder of the base model, or its name on the hub; .* --base FOLDER",
+        match=r"must be the folder of the base model; if that has moved, type --base FOLDER",
     ):
         load_model(folder)
     model = load_model(folder, base=moved)

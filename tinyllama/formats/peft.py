@@ -572,7 +572,7 @@ def _whole_fingerprint(folder: ModelSource) -> str:
         digest.update(f"{name} {folder.dtype(name)} {folder.shape(name)}\n".encode())
         for start in range(0, values.size, _PART_ELEMENTS):
             digest.update(values[start : start + _PART_ELEMENTS].view(np.uint8).data)
-        folder.forget(name)
+            folder.forget(name)  # of a large tensor no more than a part is resident
         return digest.digest()
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -33,8 +33,6 @@
 #define SCORE_FLOATS ((long)TILE * TILE)
 /* Below every score, and still finite after a subtraction. */
 #define MASKED -3e38f
-/* Keeps clang from turning loops that clear or copy into calls of memset or memcpy. */
-#define NO_LIBC __attribute__((no_builtin("memset", "memcpy", "memmove")))
 
 INLINE long least(long a, long b) { return a < b ? a : b; }
 INLINE long most(long a, long b) { return a > b ? a : b; }

@@ -3,8 +3,9 @@
 
    k, v (T, KV, D) ACT; position (1) int32. Threads split the heads' dimensions. */
 
-void KERNEL(ELEM(ACT) *restrict keys, ELEM(ACT) *restrict values, const ELEM(ACT) *restrict k,
-            const ELEM(ACT) *restrict v, const int *restrict position, int core_id) {
+NO_LIBC void KERNEL(ELEM(ACT) *restrict keys, ELEM(ACT) *restrict values,
+                    const ELEM(ACT) *restrict k, const ELEM(ACT) *restrict v,
+                    const int *restrict position, int core_id) {
   long first = position[0], count = first + T <= S ? T : S - first;
   long begin = split(KV * D, 16, core_id, NT), end = split(KV * D, 16, core_id + 1, NT);
   for (long t = 0; t < count; t++)

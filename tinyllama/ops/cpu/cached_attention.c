@@ -98,7 +98,7 @@ INLINE void add_values(float (*out)[D + WIDE * VW], const float *p, const ELEM(A
     for (int j = 0; j < vectors; j++) vstore(out[i] + d + j * VW, sum[i][j]);
 }
 
-void KERNEL(ELEM(ACT) *restrict out, float *restrict scratch, const ELEM(ACT) *restrict q,
+NO_LIBC void KERNEL(ELEM(ACT) *restrict out, float *restrict scratch, const ELEM(ACT) *restrict q,
             const ELEM(ACT) *restrict keys, const ELEM(ACT) *restrict values,
             const int *restrict position, int core_id) {
   float *scores = scratch + (long)core_id * SCRATCH_FLOATS;

@@ -11,6 +11,8 @@
    alignment of their element. */
 
 #define INLINE static inline __attribute__((always_inline))
+/* Keeps clang from turning loops that clear or copy into calls of memset or memcpy. */
+#define NO_LIBC __attribute__((no_builtin("memset", "memcpy", "memmove")))
 /* Before a loop that runs too rarely to be worth vectorizing and unrolling: without these loops a
    kernel compiles in half the time. */
 #define AS_WRITTEN _Pragma("clang loop vectorize(disable) unroll(disable)")

@@ -3,10 +3,11 @@
    Macros: COUNT ids, N rows of the table, K width, ACT, NT, and those of int4.h. Threads split the
    ids. */
 
-void KERNEL(ELEM(ACT) *restrict out, B_PARAMS, const int *restrict ids, int core_id) {
+NO_LIBC void KERNEL(ELEM(ACT) *restrict out, B_PARAMS, const int *restrict ids, int core_id) {
   for (long n = split(COUNT, 1, core_id, NT); n < split(COUNT, 1, core_id + 1, NT); n++) {
     for (int i = 0; i < K; i += INT4_STEP) {
-      float run[INT4_STEP + VW] = {0};
+      float run[INT4_STEP + VW];
+      AS_WRITTEN for (int j = 0; j < INT4_STEP + VW; j += VW) vstore(run + j, (vf){0});
       int count = K - i < INT4_STEP ? K - i : INT4_STEP;
       if (ids[n] >= 0 && ids[n] < N) int4_run(run, B_ARGS, ids[n], i, count);
       AS_WRITTEN for (int j = 0; j < count; j += VW)
