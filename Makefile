@@ -36,7 +36,8 @@ LLAMA_DEMOS := llama-demo-train llama-demo-lora llama-demo-qlora
 .NOTPARALLEL:
 .PHONY: help venv demo test readme tier1 tier2 tier3 ci lint coverage mutants \
   llama-properties llama-mutations llama-tests llama-demo-train llama-demo-lora llama-demo-qlora \
-  llama-ci chaos anomalies conformance llamacpp neon gpu-races backends-report tinygrad proof-7b clean
+  llama-ci chaos anomalies conformance llamacpp neon gpu-races backends-report phoenix profile-files profile-overhead \
+  tinygrad proof-7b clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-17s %s\n", $$1, $$2}' Makefile
@@ -130,6 +131,19 @@ backends-report: $(VENV)/.dev ## count a step on every backend, with or without 
 	@tools/system.sh --required clang opencl
 	$(PY) -m tinyllama.backends --report docs
 
+phoenix: $(VENV)/.dev $(VENV)-phoenix/.made ## read a run's traces back from Arize Phoenix (850 MB)
+	@tools/system.sh clang
+	$(VENV)-phoenix/bin/python tools/phoenix.py --tinyllama $(VENV)/bin/tinyllama --picture docs/phoenix.png
+
+profile-files: $(VENV)/.dev ## open a profile's files in speedscope (npm, chromium) and Perfetto
+	@tools/system.sh clang
+	@$(PIP) playwright perfetto
+	$(PY) tools/check_profile.py
+
+profile-overhead: $(VENV)/.demo ## what recording the kernels of a step costs (a minute)
+	@tools/system.sh clang
+	$(PY) tools/profile_overhead.py demo --set training.batch_size=2
+
 tinygrad: $(VENV)/.created ## measure the pinned tinygrad beside the newest (VERSIONS=...)
 	@tools/system.sh clang
 	@env -u PYTHON $(PY) tools/check_tinygrad.py $(VERSIONS) # tinygrad 0.12 takes PYTHON for a device
@@ -139,7 +153,7 @@ proof-7b: $(VENV)/.demo ## QLoRA on 6.7 billion parameters in 8 GiB (an hour, 15
 	$(PY) tools/proof_7b.py --work /tmp/tinyllama-proof-7b --out docs/proof-7b.md
 
 clean: ## remove everything that make created, .venv too
-	rm -rf $(VENV) $(VENV)-conformance $(VENV)-llamacpp .demo .llamacpp build *.egg-info .coverage .benchmarks
+	rm -rf $(VENV) $(VENV)-phoenix $(VENV)-conformance $(VENV)-llamacpp .demo .llamacpp build *.egg-info .coverage .benchmarks
 	rm -rf .hypothesis .pytest_cache .mypy_cache .ruff_cache mutants
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -155,6 +169,14 @@ $(VENV)/.demo $(VENV)/.dev $(VENV)/.mutants: $(VENV)/.%: pyproject.toml setup.py
 	@echo "Installing tinyllama[$*] into $(VENV) ..."
 	@$(PIP) --editable '.[$*]'
 	@if [ $* = dev ]; then $(PIP) --no-deps '$(REAL_TOKENIZER)'; fi
+	@touch $@
+
+# Phoenix pins versions of its own; it needs Debian's chromium for the picture.
+$(VENV)-phoenix/.made:
+	@tools/system.sh venv
+	@echo "Installing arize-phoenix into $(VENV)-phoenix ..."
+	@$(PYTHON) -m venv $(VENV)-phoenix
+	@$(VENV)-phoenix/bin/python -m pip install --quiet --disable-pip-version-check arize-phoenix playwright
 	@touch $@
 
 $(VENV)-conformance/.made: pyproject.toml setup.py

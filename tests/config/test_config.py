@@ -135,6 +135,7 @@ def test_defaults_are_those_a_person_would_choose() -> None:
             "train_on": "all",
             "cache_dir": ".cache/tinyllama",
         },
+        "observe": {"otlp_endpoint": None, "otlp_operations_every": None},
         "checkpointing": {
             "save_every": 1000,
             "checkpoint_dir": "checkpoints",

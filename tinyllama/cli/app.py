@@ -20,6 +20,7 @@ from tinyllama.cli import (
     merge,
     params,
     plot,
+    profile,
     report,
     tokenizer,
     train,
@@ -43,6 +44,7 @@ COMMANDS: dict[str, ModuleType] = {
         plot,
         report,
         analyze,
+        profile,
         bench,
         backends,
     )

@@ -12,6 +12,9 @@ from tinyllama.cli.arguments import seconds
 from tinyllama.cli.shared import add_set, add_threads, select_device, to_stderr
 
 if TYPE_CHECKING:
+    from tinyllama.config import Config
+    from tinyllama.observe.trace import Tracing
+    from tinyllama.system.device import DeviceChoice
     from tinyllama.train.trainer import Outcome
 
 
@@ -60,10 +63,24 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Train to the end of the schedule, of the budget, or to a signal; returns the exit code."""
-    from tinyllama.config import defaults_notice, load_config
+    from tinyllama.config import load_config
 
     config = load_config(options.config, options.set)
     choice = select_device(options.threads)
+    from tinyllama.observe.trace import tracing
+
+    with tracing(config, to_stderr) as traces:
+        outcome = _train(options, config, choice, traces)
+    dropped = f"; {traces.dropped} spans dropped" if traces.dropped else ""
+    _say(_result(outcome) + dropped)
+    return outcome.exit_code
+
+
+def _train(
+    options: argparse.Namespace, config: "Config", choice: "DeviceChoice", traces: "Tracing"
+) -> "Outcome":
+    """Build the run and train."""
+    from tinyllama.config import defaults_notice
     from tinyllama.train.micro_batch import plan_run
     from tinyllama.train.prepare import (
         check_files,
@@ -91,7 +108,12 @@ def run(options: argparse.Namespace) -> int:
     config, step, report = plan_run(with_base(config, to_stderr), force=options.force)
     say(report)
     trainer = Trainer(
-        config, resume=resume, budget_seconds=options.budget, show=not options.quiet, planned=step
+        config,
+        resume=resume,
+        budget_seconds=options.budget,
+        show=not options.quiet,
+        planned=step,
+        tracing=traces,
     )
     if resume is not None:
         say(f"resuming {resume} at step {trainer.step}")
@@ -99,9 +121,7 @@ def run(options: argparse.Namespace) -> int:
     say(trainer.summary())
     if options.budget is not None:
         say(_budget_notice(options.budget, trainer.total_steps))
-    outcome = trainer.run()
-    _say(_result(outcome))
-    return outcome.exit_code
+    return trainer.run()
 
 
 def _say(*lines: str) -> None:

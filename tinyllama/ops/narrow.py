@@ -11,7 +11,7 @@ from tinygrad.uop.ops import UOp
 
 from tinyllama.ops import forms
 from tinyllama.ops.gpu import narrow as gpu
-from tinyllama.runtime import blocks
+from tinyllama.runtime import blocks, sources
 from tinyllama.runtime.kernel import empty, written
 from tinyllama.runtime.stage import is_narrowed
 
@@ -32,7 +32,10 @@ def narrow_together(tensors: Sequence[Tensor], weights: Sequence[Tensor]) -> lis
         alike = [uop for uop in found if uop.dtype == dtype]
         for start in range(0, len(alike), most):
             places |= _narrowed(alike[start : start + most])
-    return [Tensor(uop) for uop in sink.substitute(places, walk=True).src]
+    narrowed = sink.substitute(places, walk=True)
+    if sources.tracking():
+        sources.carried(sink.src, narrowed.src)
+    return [Tensor(uop) for uop in narrowed.src]
 
 
 def _weight(narrowed: UOp) -> Tensor:
@@ -41,10 +44,10 @@ def _weight(narrowed: UOp) -> Tensor:
 
 def _narrowed(uops: Sequence[UOp]) -> dict[UOp, UOp]:
     """What takes the place of each of these, all of one type: the output of a common kernel."""
-    sources = [_weight(uop) for uop in uops]
-    dialect, _ = blocks.language(sources[0])
+    wide = [_weight(uop) for uop in uops]
+    dialect, _ = blocks.language(wide[0])
     dtype = uops[0].dtype
-    launch = gpu.narrow(dialect, [s.numel() for s in sources], blocks.TYPE_NAME[dtype])
-    outputs = [empty(*s.shape, dtype=dtype, device=s.device) for s in sources]
-    results = blocks.run(launch, outputs, sources)
+    launch = gpu.narrow(dialect, [w.numel() for w in wide], blocks.TYPE_NAME[dtype])
+    outputs = [empty(*w.shape, dtype=dtype, device=w.device) for w in wide]
+    results = blocks.run(launch, outputs, wide)
     return {uop: written(result).uop for uop, result in zip(uops, results, strict=True)}

@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 from tinygrad import Tensor
 from tinygrad.uop.ops import Ops, UOp
 
-from tinyllama.runtime import kernel
+from tinyllama.runtime import kernel, sources
 
 # A kernel's inputs and an addend like its first output -> its outputs, of which the first has the
 # addend added.
@@ -53,21 +53,23 @@ def into_products(tensors: Sequence[Tensor]) -> list[Tensor]:
     places: dict[UOp, UOp] = {}
     others: dict[UOp, UOp] = {}  # further outputs of kernels that were replaced by adding ones
     for uop in order:
-        sources = tuple(places[source] for source in uop.src)
-        if sources == uop.src:
+        given = tuple(places[source] for source in uop.src)
+        if given == uop.src:
             place = uop
-        elif uop.op is Ops.CONTIGUOUS and _is_written(sources[0]):
-            place = sources[0]  # the product has already written the sum to memory
+        elif uop.op is Ops.CONTIGUOUS and _is_written(given[0]):
+            place = given[0]  # the product has already written the sum to memory
         elif uop.op is Ops.CALL:
-            place = uop.replace(src=tuple(kernel.written(Tensor(s)).uop for s in sources))
+            place = uop.replace(src=tuple(kernel.written(Tensor(s)).uop for s in given))
         else:
-            place = uop.replace(src=sources)
+            place = uop.replace(src=given)
         if uop.op is Ops.ADD:
             place = _apart(_added(uop, place, readers, others))
         elif uop.op is Ops.REDUCE:
             place = _reduced_apart(place)
         places[uop] = place
     result = places[sink].substitute(others, walk=True) if others else places[sink]
+    if sources.tracking():
+        sources.carried(sink.src, result.src)
     return [Tensor(uop) for uop in result.src]
 
 
@@ -96,7 +98,8 @@ def _added(uop: UOp, place: UOp, readers: Counter[UOp], others: dict[UOp, UOp]) 
         adding = _adding.get(call.src[0])
         if adding is not None:
             old, inputs = kernel.buffers_of(call)
-            total, *new = adding(*map(Tensor, inputs), Tensor(place.src[other]))
+            with sources.made_for(call):
+                total, *new = adding(*map(Tensor, inputs), Tensor(place.src[other]))
             for before, after in zip(old[1:], new, strict=False):  # scratch is not among the new
                 others[before.after(call)] = kernel.written(after).uop
             return total.reshape(uop.shape).uop

@@ -23,6 +23,7 @@ from tinyllama.runtime import cubin, precompile
 from tinyllama.runtime.patches import install
 from tinyllama.runtime.patches.cubin import CubinCompiler
 from tinyllama.runtime.plan import recorded
+from tinyllama.runtime.sources import plain_name
 
 # Our own kernels that are products: what their texts begin with.
 _PRODUCTS = ("gemm", "attention")
@@ -30,7 +31,6 @@ _PRODUCTS = ("gemm", "attention")
 _FRAGMENTS = re.compile(r"^#define FRAGMENT [123]$", re.MULTILINE)
 # Below this, a sum of products is a sum over rows and no product of matrices.
 _PRODUCT_FLOPS_PER_BYTE = 4
-_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ _KERNELS = (Ops.PROGRAM, Ops.SINK)
 def _launch(kernel: UOp, device: str, times: int, nbytes: int) -> Launch:
     ours = kernel.op is Ops.PROGRAM
     program = kernel if ours else precompile.program(device, kernel)
-    name = _COLOURS.sub("", program.arg.name)
+    name = plain_name(program.arg.name)
     flops, text = int(program.src[0].arg.estimates.ops), program.src[3].arg
     if ours:
         is_product = name.startswith(_PRODUCTS)

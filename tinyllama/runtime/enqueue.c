@@ -1,12 +1,12 @@
 /* Puts the kernels of a captured step into an OpenCL queue, one after another.
 
-   Each has its own cl_kernel, which keeps the arguments it was given. Returns 0, or OpenCL's error
-   and, in `failed`, the number of the kernel. */
+   Each has its own cl_kernel, which keeps the arguments it was given. `made` gets the event of each
+   unless it is 0. Returns 0, or OpenCL's error and, in `failed`, the number of the kernel. */
 
 typedef unsigned long word;
 typedef int enqueue_function(void *queue, void *kernel, unsigned dimensions, const word *offset,
                              const word *global, const word *local, unsigned events,
-                             const void *after, void *event);
+                             const void *after, void **event);
 
 struct launch {
   void *kernel;
@@ -15,11 +15,11 @@ struct launch {
 };
 
 int KERNEL(enqueue_function *call, void *queue, const struct launch *launches, word count,
-           word *failed) {
+           word *failed, void **made) {
   for (word i = 0; i < count; i++) {
     const struct launch *l = launches + i;
     const word *local = l->local[0] ? l->local : 0;
-    int error = call(queue, l->kernel, 3, 0, l->global, local, 0, 0, 0);
+    int error = call(queue, l->kernel, 3, 0, l->global, local, 0, 0, made ? made + i : 0);
     if (error) {
       *failed = i;
       return error;

@@ -15,6 +15,7 @@ from tinygrad.function import function
 from tinygrad.renderer import Estimates
 from tinygrad.uop.ops import KernelInfo, Ops, ProgramInfo, UOp
 
+from tinyllama.runtime import sources
 from tinyllama.runtime.patches import install
 
 # Type codes shared with ops/cpu/common.h and ops/gpu/common.h.
@@ -67,6 +68,8 @@ def run(
         fxn=program,
         grad_fxn=gradient and _kernel_gradient(gradient, outputs, inputs),
     )
+    if sources.tracking():
+        sources.noted(results, launch.name)
     return [r.reshape(t.shape) for r, t in zip(results, outputs, strict=False)]
 
 
@@ -81,7 +84,8 @@ def _kernel_gradient(
         wrote, read = buffers_of(call)
         # An output is read after the call wrote it, not before.
         outputs = _shaped([u.after(call) for u in wrote], output_shapes)
-        grads = gradient(Tensor(grad), Call(outputs, _shaped(read, input_shapes)))
+        with sources.made_for(call, backward=True):
+            grads = gradient(Tensor(grad), Call(outputs, _shaped(read, input_shapes)))
         pairs = zip(grads, read, strict=True)
         flat = [None if g is None else g.uop.reshape(buffer.shape) for g, buffer in pairs]
         return (*[None] * len(wrote), *flat)
@@ -100,10 +104,24 @@ def with_gradient(
 
     def run_gradient(grad: UOp, call: UOp) -> tuple[UOp | None, ...]:
         outputs = [Tensor(call.gettuple(place)) for place in range(len(call.src[0].src))]
-        grads = gradient(Tensor(grad), Call(outputs, [Tensor(u) for u in call.src[1:]]))
+        with sources.made_for(call, backward=True):
+            grads = gradient(Tensor(grad), Call(outputs, [Tensor(u) for u in call.src[1:]]))
         return tuple(None if g is None else g.uop for g in grads)
 
-    return function(forward, grad_fxn=run_gradient)  # type: ignore[no-any-return]
+    run: Callable[..., Any] = function(forward, grad_fxn=run_gradient)
+    return _noting(run, forward.__name__) if sources.tracking() else run
+
+
+def _noting(run: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """`run`, whose lines are noted."""
+
+    def run_and_note(*inputs: Tensor) -> Any:
+        result = run(*inputs)
+        outputs = [result] if isinstance(result, Tensor) else result
+        sources.noted([Tensor(output.uop.src[0]) for output in outputs], name)
+        return result
+
+    return run_and_note
 
 
 def buffers_of(call: UOp) -> tuple[tuple[UOp, ...], tuple[UOp, ...]]:

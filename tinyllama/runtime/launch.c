@@ -9,7 +9,10 @@
    The table consists of 64-bit words: the head below, in which fields that many threads write are on
    cache lines of their own, then one line for each part's claim. Arguments are addresses and int32
    values. Passed as 64-bit words, both are what the x86-64 System V and AArch64 calling conventions
-   require, and a kernel ignores words beyond its arguments. */
+   require, and a kernel ignores words beyond its arguments.
+
+   With TIMED each part's begin and end, as the processor's counter has them, and its thread are
+   written to the head's `stamps`, three words for each part of each kernel of a run. */
 
 typedef unsigned long word;
 #define INLINE static inline __attribute__((always_inline))
@@ -19,7 +22,9 @@ struct head {
   word first;   /* number of the first kernel of this run */
   word kernels; /* how many */
   word table;   /* address of their struct kernel */
-  word unused[LINE - 3];
+  word stamps;  /* with TIMED: address of the stamps */
+  word most;    /* with TIMED: parts of the kernel with most parts */
+  word unused[LINE - 5];
   word open; /* number of the kernel that runs now */
   word unused_1[LINE - 1];
   word done; /* parts of it that are done */
@@ -44,6 +49,23 @@ INLINE void rest(void) {
   __asm__ volatile("yield");
 #endif
 }
+
+/* The processor's counter, which runs evenly and is the same on every core. */
+INLINE word stamp(void) {
+#if defined(__x86_64__)
+  return __builtin_ia32_rdtsc();
+#elif defined(__aarch64__)
+  word now;
+  __asm__ volatile("mrs %0, cntvct_el0" : "=r"(now));
+  return now;
+#else
+  return __builtin_readcyclecounter();
+#endif
+}
+
+#ifdef COUNTER
+word KERNEL(void) { return stamp(); }
+#else
 
 #define MOST 128 /* arguments of a kernel */
 #define A4(i) a[i], a[i + 1], a[i + 2], a[i + 3]
@@ -86,7 +108,15 @@ void KERNEL(struct head *h, int thread) {
     const struct kernel *k = kernels + (now - first);
     for (word i = 0, part = thread % k->parts; i < k->parts; i++) {
       if (take(&h->claims[part * LINE], now)) {
+#ifdef TIMED
+        word *at = (word *)h->stamps + 3 * ((now - first) * h->most + part);
+        at[0] = stamp();
         call(k, part);
+        at[1] = stamp();
+        at[2] = thread;
+#else
+        call(k, part);
+#endif
         if (__atomic_add_fetch(&h->done, 1, __ATOMIC_ACQ_REL) == k->parts) {
           __atomic_store_n(&h->done, 0, __ATOMIC_RELAXED);
           __atomic_store_n(&h->open, now + 1, __ATOMIC_RELEASE);
@@ -98,3 +128,4 @@ void KERNEL(struct head *h, int thread) {
       if (!left--) return;
   }
 }
+#endif

@@ -21,6 +21,7 @@ from tinygrad.dtype import ImageDType
 from tinygrad.engine.jit import GraphRunner
 from tinygrad.uop.ops import UOp
 
+from tinyllama.runtime import timing
 from tinyllama.runtime.cpu import clang_compiles, cpu_device
 
 LAUNCH_WORDS = 7  # struct launch of enqueue.c: the kernel, threads in all, threads per block
@@ -43,6 +44,8 @@ class QueueGraph(GraphRunner):  # type: ignore[misc]  # tinygrad.engine is untyp
             self._set_values(len(self.kernels) - 1, len(buffers), values)
             words += _launch(self.kernels[-1], program.arg)
         self.launches = (ctypes.c_uint64 * len(words))(*words)
+        self.recorder = timing.recorder()
+        self.names = () if self.recorder is None else timing.kernels_of(self)
         # The memory object that stands at each place of an input, to set it only where it changed.
         self.inputs: dict[tuple[int, int], Any] = {}
 
@@ -108,12 +111,40 @@ class QueueGraph(GraphRunner):  # type: ignore[misc]  # tinygrad.engine is untyp
         _check("clSetKernelArg", self.runtimes[number].name, status)
 
     def _enqueue(self) -> None:
-        failed = ctypes.c_uint64()
+        failed, begun = ctypes.c_uint64(), time.perf_counter()
+        events = None if self.recorder is None else (ctypes.c_void_p * len(self.kernels))()
         call = _address(self.opencl.dll.clEnqueueNDRangeKernel)
         queue, count = self.opened.queue, len(self.kernels)
-        status = _native()(call, queue, self.launches, count, ctypes.byref(failed))
+        status = _native()(call, queue, self.launches, count, ctypes.byref(failed), events)
         _check("clEnqueueNDRangeKernel", self.runtimes[failed.value].name, status)
         self.opencl.clFlush(queue)  # so that the device begins
+        if self.recorder is not None:
+            self.recorder.add(functools.partial(self._decoded, events, begun))
+
+    def _decoded(self, events: Any, begun: float, which: timing.Which | None) -> list[timing.Run]:
+        """The runs of a batch that has ended, whose first kernel was put into the queue at `begun`
+        and which the device's own clock measured."""
+        cl, runs, base = self.opencl, [], None
+        for kernel, address in zip(self.names, events, strict=True):
+            event = ctypes.cast(ctypes.c_void_p(address), cl.cl_event)
+            queued, first, last = (
+                self._moment(event, at)
+                for at in (
+                    cl.CL_PROFILING_COMMAND_QUEUED, cl.CL_PROFILING_COMMAND_START,
+                    cl.CL_PROFILING_COMMAND_END,
+                )
+            )  # fmt: skip
+            base = queued if base is None else base
+            runs.append(timing.Run(kernel, begun + first - base, begun + last - base))
+            cl.clReleaseEvent(event)
+        return [run for run in runs if which is None or which(run.kernel)]
+
+    def _moment(self, event: Any, which: int) -> float:
+        """Seconds of the device's clock at a moment of an event."""
+        moment = ctypes.c_uint64()
+        status = self.opencl.clGetEventProfilingInfo(event, which, 8, ctypes.byref(moment), None)
+        _check("clGetEventProfilingInfo", "a kernel", status)
+        return float(moment.value * 1e-9)
 
 
 def _launch(kernel: Any, info: Any) -> list[int]:
@@ -144,7 +175,8 @@ def _native() -> Any:
     cpu = cpu_device()
     text = (resources.files("tinyllama.runtime") / "enqueue.c").read_text()
     program = cpu.runtime("enqueue", cpu.compiler.compile_cached("#define KERNEL enqueue\n" + text))
-    types = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_void_p)
+    pointer = ctypes.c_void_p
+    types = (pointer, pointer, pointer, ctypes.c_uint64, pointer, pointer)
     function: Any = ctypes.CFUNCTYPE(ctypes.c_int, *types)(_address(program.fxn))
     function.program = program
     return function

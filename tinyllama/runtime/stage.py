@@ -14,7 +14,7 @@ from tinygrad.engine.realize import capturing, run_linear
 from tinygrad.helpers import Context
 from tinygrad.uop.ops import Ops, UOp
 
-from tinyllama.runtime import precompile
+from tinyllama.runtime import precompile, sources
 from tinyllama.runtime.fills import finish_background_writes
 from tinyllama.runtime.kernel import buffers_of
 from tinyllama.runtime.patches import install
@@ -31,9 +31,12 @@ class _Template:
         self.inputs = _buffers(tensors)
         outputs = list(build())
         pending = [t for t in outputs if not t.uop.has_buffer_identity()]
+        piece = sources.Piece(pending) if sources.tracking() else None
         # Memory is laid out by the step that the pieces become part of.
         with Context(CAPTURING=0, NO_MEMORY_PLANNER=1):
             self.kernels, variables = Tensor.linear_with_vars(*pending)
+        if piece is not None:
+            self.kernels = piece.attributed(self.kernels, pending)
         assert not variables
         self.outputs = [(_buffer(t), t.shape) for t in outputs]
         used = {u for u in self.kernels.toposort() if u.op is Ops.BUFFER}
@@ -117,7 +120,10 @@ def replaced(
 ) -> list[Tensor]:
     """`tensors`, computed from `new` wherever they were computed from `old`."""
     places = {a.uop: b.uop for a, b in zip(old, new, strict=True)}
-    sink = UOp.sink(*(t.uop for t in tensors)).substitute(places, walk=True)
+    before = UOp.sink(*(t.uop for t in tensors))
+    sink = before.substitute(places, walk=True)
+    if sources.tracking():
+        sources.carried(before.src, sink.src)
     return [Tensor(uop) for uop in sink.src]
 
 

@@ -26,12 +26,14 @@ from tinygrad.runtime.graph.hcq import HCQGraph
 from tinygrad.runtime.ops_cpu import CPUComputeQueue
 from tinygrad.uop.ops import Ops, UOp
 
+from tinyllama.runtime import timing
 from tinyllama.runtime.cpu import clang_compiles, cpu_device
 from tinyllama.system import device
 
 # Layout of `struct head` and `struct kernel` of launch.c, in 64-bit words.
 LINE = 8
-FIRST, KERNELS, TABLE, OPEN, CLAIMS = 0, 1, 2, LINE, 3 * LINE
+FIRST, KERNELS, TABLE, STAMPS, MOST = 0, 1, 2, 3, 4
+OPEN, CLAIMS = LINE, 3 * LINE
 KERNEL_WORDS = 5
 MOST_ARGUMENTS = 128
 NAP_SECONDS = 50e-6
@@ -42,7 +44,8 @@ def make_graph(batch: UOp, input_uops: tuple[UOp, ...] = ()) -> GraphRunner:
     """What runs a batch of a captured step's kernels; stands in for tinygrad's class HCQGraph."""
     native = device.kernels_enabled() and not PROFILE and clang_compiles()
     native = native and _can_launch(batch.src[0].src)
-    return (NativeGraph if native else HCQGraph)(batch, input_uops)
+    other = HCQGraph if timing.recorder() is None else timing.WaitingGraph
+    return (NativeGraph if native else other)(batch, input_uops)
 
 
 make_graph.supports_uop = HCQGraph.supports_uop  # type: ignore[attr-defined]
@@ -79,7 +82,10 @@ class NativeGraph(GraphRunner):  # type: ignore[misc]  # tinygrad.engine is unty
         super().__init__(batch, input_uops)
         self.cpu = cpu_device()
         kernels = [self._kernel(number) for number in range(len(self.calls))]
-        self.table = Table(kernels)
+        self.recorder = timing.recorder()
+        names = None if self.recorder is None else timing.kernels_of(self)
+        self.timed = None if names is None else TimedTable(kernels, names)
+        self.table = self.timed or Table(kernels)
         self.threads = min(max(k.parts for k in kernels), device.threads())
         self.inputs = [
             (self.table.starts[number] + place, index)
@@ -116,6 +122,8 @@ class NativeGraph(GraphRunner):  # type: ignore[misc]  # tinygrad.engine is unty
         cpu, queue = self.cpu, CPUComputeQueue()
         queue.wait(cpu.timeline_signal, cpu.timeline_value - 1)
         queue.cmd(self.table.prepare, changes).cmd(self.table.run, threads=self.threads)
+        if self.timed is not None:
+            queue.cmd(self.timed.collect, self.recorder)
         queue.signal(cpu.timeline_signal, cpu.next_timeline()).submit(cpu)
         if not wait:
             return None
@@ -130,8 +138,8 @@ class Table:
     It owns no tensor's memory, which tinygrad keeps, so any thread may be the last to release it.
     """
 
-    def __init__(self, kernels: Sequence[_Kernel]) -> None:
-        self.programs, self.native = [k.program for k in kernels], _native()
+    def __init__(self, kernels: Sequence[_Kernel], native: Any = None) -> None:
+        self.programs, self.native = [k.program for k in kernels], native or _native()
         entry = CLAIMS + LINE * max(k.parts for k in kernels)
         end = entry + KERNEL_WORDS * len(kernels)
         self.starts: list[int] = []  # where each kernel's arguments are
@@ -168,14 +176,77 @@ class Table:
             self.native(self.address, thread)
 
 
+class TimedTable(Table):
+    """A table whose runs are recorded: when each part of each kernel began and ended."""
+
+    def __init__(self, kernels: Sequence[_Kernel], names: Sequence[timing.Kernel]) -> None:
+        super().__init__(kernels, _native("TIMED"))
+        self.names, self.parts = names, [k.parts for k in kernels]
+        self.most = self.words[MOST] = max(self.parts)
+        self.stamps = mmap.mmap(-1, 8 * 3 * self.most * self.count)
+        self.words[STAMPS] = mv_address(self.stamps)
+
+    def collect(self, _thread: int, recorder: timing.Recorder) -> None:
+        """A command: hand over the stamps of the run that has ended."""
+        recorder.add(functools.partial(self._decoded, bytes(self.stamps), Clock.now()))
+
+    def _decoded(
+        self, stamps: bytes, clock: "Clock", which: timing.Which | None
+    ) -> list[timing.Run]:
+        words, runs = memoryview(stamps).cast("Q"), []
+        seconds = clock.seconds
+        for number, (kernel, count) in enumerate(zip(self.names, self.parts, strict=True)):
+            if which is not None and not which(kernel):
+                continue
+            first = 3 * self.most * number
+            parts = tuple(
+                timing.Part(int(words[at + 2]), seconds(words[at]), seconds(words[at + 1]))
+                for at in range(first, first + 3 * count, 3)
+            )
+            begin, end = min(p.begin for p in parts), max(p.end for p in parts)
+            runs.append(timing.Run(kernel, begin, end, parts))
+        return runs
+
+
+@dataclass(frozen=True)
+class Clock:
+    """The processor's counter and `time.perf_counter` at one moment."""
+
+    count: int
+    at: float
+
+    @classmethod
+    def now(cls) -> "Clock":
+        """Both now."""
+        count = _native("COUNTER", ctypes.c_uint64)
+        before = time.perf_counter()
+        found = int(count())
+        return cls(found, (before + time.perf_counter()) / 2)
+
+    def seconds(self, count: int) -> float:
+        """`time.perf_counter` when the counter stood at `count`."""
+        return self.at + (count - self.count) * _seconds_per_count()
+
+
 @functools.cache
-def _native() -> Any:
-    """The function of launch.c; the program's memory lives as long as the process."""
+def _seconds_per_count() -> float:
+    """Measured once, over a fiftieth of a second."""
+    first = Clock.now()
+    time.sleep(0.02)
+    last = Clock.now()
+    return (last.at - first.at) / (last.count - first.count)
+
+
+@functools.cache
+def _native(form: str = "", result: Any = None) -> Any:
+    """A form of launch.c; the program's memory lives as long as the process."""
     cpu = cpu_device()
     text = (resources.files("tinyllama.runtime") / "launch.c").read_text()
-    code = "#define KERNEL launch\n" + text
-    program = cpu.runtime("launch", cpu.compiler.compile_cached(code))
-    function: Any = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int)(_address(program))
+    name = f"launch{form}"
+    code = f"#define KERNEL {name}\n" + (f"#define {form}\n" if form else "") + text
+    program = cpu.runtime(name, cpu.compiler.compile_cached(code))
+    arguments = () if form == "COUNTER" else (ctypes.c_void_p, ctypes.c_int)
+    function: Any = ctypes.CFUNCTYPE(result, *arguments)(_address(program))
     function.program = program
     return function
 

@@ -358,6 +358,18 @@ def kernel_cache_folder() -> Path:
     return Path(named).absolute() if named else cache_folder() / "kernels"
 
 
+def otlp_endpoint() -> str | None:
+    """The collector that OTEL_EXPORTER_OTLP_ENDPOINT names for all programs, if it is set."""
+    return os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT", "").strip() or None
+
+
+def is_cpu() -> bool:
+    """Whether the selected device is the processor, driven by tinygrad's CPU backend."""
+    from tinygrad import Device
+
+    return bool(Device.DEFAULT.partition(":")[0] == "CPU")
+
+
 def patches_off() -> tuple[str, ...]:
     """Names of the patches of tinygrad that TINYLLAMA_PATCHES_OFF="name,name" switches off."""
     names = os.environ.get("TINYLLAMA_PATCHES_OFF", "").split(",")

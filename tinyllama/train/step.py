@@ -165,7 +165,7 @@ class TrainStep:
 
     def _finish(self, loss: Tensor, grads: Mapping[str, Tensor], hyperparameters: Tensor) -> Tensor:
         norm = self.optimizer.update(grads, hyperparameters, loss if self.guarded else None)
-        return loss.cat(norm).contiguous().realize()
+        return self._add_stage([loss, norm], lambda: [loss.cat(norm).contiguous()], "result")[0]
 
     def _clear_sums(self) -> None:
         for tensor in (self._summed_loss, *self._sums.values()):

@@ -25,10 +25,12 @@ from tinyllama.errors import CheckpointError, TrainingError
 from tinyllama.formats.models import open_model
 from tinyllama.formats.peft import AdapterFolder
 from tinyllama.model.build import build
-from tinyllama.model.counts import parameters
+from tinyllama.model.counts import model_flops, parameters
 from tinyllama.model.lora import dropping, read_adapters
+from tinyllama.observe.ceiling import known_gflops
 from tinyllama.observe.metrics import MetricsLog
 from tinyllama.observe.progress import Progress
+from tinyllama.observe.trace import Tracing
 from tinyllama.observe.trackers import Trackers
 from tinyllama.runtime import precompile
 from tinyllama.system import lacking
@@ -83,9 +85,12 @@ class Trainer:
         budget_seconds: float | None = None,
         show: bool = True,
         planned: TrainStep | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         """`resume` is a checkpoint folder to continue; `budget_seconds` shortens the schedule;
-        `planned` is the step that the estimate of this run was made with."""
+        `planned` is the step that the estimate of this run was made with; `tracing` hears what
+        the run does (observe/trace.py)."""
+        self.tracing = tracing or Tracing()
         self.config = supported(config)
         self.show, self.budget_seconds = show, budget_seconds
         self.folder = Path(config.checkpointing.checkpoint_dir)
@@ -125,8 +130,11 @@ class Trainer:
         # The metrics of a step whose validation was interrupted by a signal.
         self._unvalidated: dict[str, Any] | None = state.get("unvalidated")
         self._last_line: dict[str, Any] = {}  # of metrics
+        self._traced_epoch = 0
         self._metrics: MetricsLog | None = None  # while the run goes on
         self._tracked: Trackers | None = None
+        kept_as = "bfloat16" if t.dtype == "bfloat16" else "float32"
+        self._ceiling = known_gflops(kept_as) if show else None
         if state.get("was_last") and budget_seconds is not None:
             self.total_steps = self.step  # the budget was used up there
         self._resumed = self.saved = resume
@@ -159,7 +167,9 @@ class Trainer:
             self.watching.notice = progress.notice
             self._validate_first(metrics, progress, stopping)
             while self.step < self.total_steps and not stopping():
-                self._one_step(metrics, progress, begun, stopping)
+                self._traced_step(metrics, progress, begun, stopping)
+            if stopping():
+                self.tracing.event("signal", **{"tinyllama.exit_code": stopping()})
             finished = self.step >= self.total_steps and self._unvalidated is None
             folder = self.folder / ("final" if finished else run_folder.step_name(self.step))
             is_there = self.saved is not None and self.saved.resolve() == folder.resolve()
@@ -276,6 +286,21 @@ class Trainer:
         unused = unused_rows(self.config.model.vocab_size, self.tokenizer)
         return [line for line in (other, lacking.notice(), unused, *lines) if line]
 
+    def _traced_step(
+        self,
+        metrics: MetricsLog,
+        progress: Progress,
+        begun: tuple[int, float],
+        stopping: Callable[[], int],
+    ) -> None:
+        """One step, as a span of its epoch."""
+        epoch = self.batches.epoch + 1
+        if epoch != self._traced_epoch:
+            self._traced_epoch = epoch
+            self.tracing.epoch(epoch)
+        with self.tracing.span("step", **{"tinyllama.step": self.step + 1}):
+            self._one_step(metrics, progress, begun, stopping)
+
     def _one_step(
         self,
         metrics: MetricsLog,
@@ -285,14 +310,17 @@ class Trainer:
     ) -> None:
         t = self.config.training
         began, at = time.perf_counter(), self.batches.state()
-        epoch, batch = self.batches.epoch + 1, self.batches.next()
-        step, left_out = self.step + 1, self.watching.left_out
+        step, epoch = self.step + 1, self.batches.epoch + 1
+        left_out = self.watching.left_out
+        with self.tracing.span("data"):
+            batch = self.batches.next()
         schedule = self.config.lr_schedule
         lr = learning_rate(step, self.total_steps, t.learning_rate, schedule, self.anchor)
         parts, clock = _micro_batches(batch, t.micro_batch), time.perf_counter()
         guard = (self.watching.limits(), left_out) if self.config.observe.guards_updates else ()
         result = self.train_step(parts, step, lr, *guard)
         seconds = time.perf_counter() - clock
+        self.tracing.passes(step, clock, clock + seconds)
         if result.applied:
             seen = {"loss": result.loss, "gradient norm": result.grad_norm, "learning rate": lr}
             self._check_finite(step, seen)
@@ -311,12 +339,26 @@ class Trainer:
                 line = self._validate(line, stopping)
         finally:
             self._write(metrics, line)
+            self.tracing.metrics(line)
         if self.samples.are_due(step, validates):
             self.samples.write(self.folder, step)
         speed, val_loss = line["tokens_per_second"], line.get("val_loss")
-        progress.after_step(step, self.total_steps, result.loss, speed, val_loss)
+        progress.after_step(
+            step, self.total_steps, result.loss, speed, val_loss,
+            memory_bytes=line["memory_bytes"], flops_share=self._flops_share(seconds),
+        )  # fmt: skip
         if step % self.config.checkpointing.save_every == 0 and step < self.total_steps:
             self.save(run_folder.step_name(step))
+
+    def _flops_share(self, seconds: float) -> float | None:
+        """The share of the device's measured speed that a step reached; None where nobody measured
+        it (`tinyllama profile --out` does)."""
+        if self._ceiling is None:
+            return None
+        context = self.config.context_length
+        tokens = self.config.training.batch_size * context
+        flops = model_flops(self.config.model, tokens, context, self.config.lora)
+        return flops / seconds / (self._ceiling * 1e9)
 
     def _watched(
         self, line: dict[str, Any], result: StepResult, seconds: float, data_seconds: float
@@ -333,6 +375,7 @@ class Trainer:
         layer = greatest(more.get("update_ratios", {}))
         if entries := self.watching.record([*found, *slow], self.watching.action, layer):
             more["anomalies"] = entries
+            self.tracing.event("anomaly", **{"tinyllama.series": entries[0]["series"]})
         if self._rolled_back is not None:
             more["rolled_back"], self._rolled_back = self._rolled_back, None
         return more
@@ -412,7 +455,8 @@ class Trainer:
         if self.evaluator is None:
             self._unvalidated = None
             return line
-        result = self.evaluator.run(stopping=stopping)
+        with self.tracing.span("validate"):
+            result = self.evaluator.run(stopping=stopping)
         self._unvalidated = line if result is None else None
         if result is None:
             return line
@@ -463,6 +507,12 @@ class Trainer:
 
     def save(self, name: str) -> Path:
         """Save the run as it stands under `name`. TrainingError if its weights are not finite."""
+        with self.tracing.span("save"):
+            folder = self._save(name)
+            self.tracing.event("checkpoint", **{"tinyllama.folder": str(folder)})
+        return folder
+
+    def _save(self, name: str) -> Path:
         if broken := run_folder.not_finite(self.optimizer.parameters):
             raise self._broken(self.step, f"{broken}: the weights are no longer finite")
         if self._metrics is not None:

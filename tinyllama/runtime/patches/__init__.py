@@ -19,6 +19,7 @@ from tinyllama.runtime.patches import (
     native_launch,
     opencl_graph,
     parallel_compilers,
+    recording,
     wait_when_lowered,
 )
 from tinyllama.runtime.patches.patch import Patch
@@ -36,6 +37,7 @@ PATCHES: tuple[Patch, ...] = (
     opencl_graph.PATCH,
     free_steps.PATCH,
     wait_when_lowered.PATCH,
+    recording.PATCH,
 )
 
 

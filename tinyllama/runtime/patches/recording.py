@@ -1,0 +1,72 @@
+"""Hooks for recording: which lines kernels come from, and when those run (runtime/timing.py).
+
+They act only within `noted_by` and `divided_into`: otherwise tinygrad does what it always does.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from tinygrad import tensor
+from tinygrad.device import Device
+from tinygrad.engine import jit
+from tinygrad.uop.ops import UOp
+
+from tinyllama.runtime.patches.patch import Patch
+
+# Called with a device's name; the class of its graphs, or None for those that it has.
+GraphOf = Callable[[str], Any]
+
+_graph_of: list[GraphOf] = []
+
+
+@contextmanager
+def divided_into(graph_of: GraphOf) -> Iterator[None]:
+    """Steps captured within run as graphs of these classes, also where one is a single kernel."""
+    _graph_of.append(graph_of)
+    try:
+        yield
+    finally:
+        _graph_of.pop()
+
+
+@contextmanager
+def noted_by(make: Callable[..., Any]) -> Iterator[None]:
+    """Metadata of operations that are made within is made by `make`."""
+    made = tensor.Metadata
+    tensor.Metadata = make
+    try:
+        yield
+    finally:
+        tensor.Metadata = made
+
+
+def apply() -> None:
+    """From here on, a step that is captured within `divided_into` is divided as that says."""
+    divide, variable = jit.graph_split_rewrite, jit.getenv
+
+    def divide_as_said(linear: UOp, *args: Any, **options: Any) -> UOp:
+        opened = Device[Device.DEFAULT]
+        graph = _graph_of[-1](Device.DEFAULT.partition(":")[0]) if _graph_of else None
+        if graph is not None:
+            opened.graph = graph
+        return divide(linear, *args, **options)
+
+    def variable_or_said(key: str, default: Any = 0) -> Any:
+        return 1 if key == "GRAPH_ONE_KERNEL" and _graph_of else variable(key, default)
+
+    jit.graph_split_rewrite, jit.getenv = divide_as_said, variable_or_said
+
+
+PATCH = Patch(
+    name="recording",
+    replaces=(
+        "tinygrad.engine.jit.graph_split_rewrite",
+        "tinygrad.engine.jit.getenv",
+        "tinygrad.tensor.Metadata",
+    ),
+    why="lets `tinyllama profile` and traces know when each kernel of a step ran, and which line"
+    " of the model it comes from; while nothing is recorded it changes nothing",
+    test="tests/reports/test_profile.py::test_every_kernel_of_a_training_step_has_a_line",
+    apply=apply,
+)
