@@ -36,10 +36,12 @@ ROOT = Path(__file__).resolve().parents[1]
 FAULT_STEP = 150
 STEPS_WITH_FAULT = 200
 SIZES = {
-    "model.vocab_size": 1024, "model.hidden_size": 64, "model.num_layers": 2, "model.num_heads": 2,
-    "model.intermediate_size": 192, "model.max_seq_len": 128, "data.context_length": 128, "lr_schedule.type": "constant",
-    "data.tokenizer_vocab_size": 1024,
-    "training.batch_size": 4, "data.val_path": "none", "checkpointing.save_every": 100000,
+    "model.vocab_size": 400, "model.hidden_size": 64, "model.num_layers": 2, "model.num_heads": 2,
+    "model.intermediate_size": 192, "model.max_seq_len": 256, "data.context_length": 256,
+    "lr_schedule.type": "constant",
+    "training.learning_rate": 5e-3,
+    "data.tokenizer_vocab_size": 400,
+    "training.batch_size": 2, "data.val_path": "none", "checkpointing.save_every": 100000,
 }  # fmt: skip
 
 
@@ -112,7 +114,7 @@ def corrupted(text: Path, seed: int) -> Path:
     """The same text with a row of random bytes in its middle, as a damaged file has them."""
     rows = text.read_text(encoding="utf-8").splitlines()[:60]
     noise = random.Random(seed)
-    row = "".join(chr(noise.randrange(0x80, 0x2000)) for _ in range(4000))
+    row = "".join(chr(noise.randrange(33, 127)) for _ in range(4000))
     rows.insert(30, json.dumps({"text": row}))
     file = text.with_name(f"corrupt-{seed}.jsonl")
     file.write_text("\n".join(rows) + "\n", encoding="utf-8")

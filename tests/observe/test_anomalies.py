@@ -71,7 +71,7 @@ def test_nothing_is_unusual_before_enough_is_known() -> None:
         assert watch.limits() == (math.inf, math.inf)
         watch.numbers(step, 2.0, 1.0)
     assert watch.limits().loss == pytest.approx(2.0 * 1.1)
-    assert watch.limits().grad_norm == pytest.approx(3.0)
+    assert watch.limits().grad_norm == pytest.approx(4.0)
 
 
 def test_a_value_that_stays_is_a_new_level_and_not_unusual_for_ever() -> None:

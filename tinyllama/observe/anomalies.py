@@ -185,7 +185,7 @@ class Watch:
 
     def __init__(self, size: int) -> None:
         self._loss = Spikes(size, score=6.0, least=0.1, relative=True)
-        self._norm = Spikes(size, score=7.0, least=math.log(3.0))
+        self._norm = Spikes(size, score=8.0, least=math.log(4.0))
         self._divergence = Divergence()
         self._noted: dict[str, int] = {}
 

@@ -49,10 +49,14 @@ def available() -> bool:
 
 def findings(run: Run) -> list[str]:
     """One line per finding; needs scikit-learn."""
-    lines = list(_step_lines(run))
-    kernels = _kernels(run)
-    if len(kernels) >= 4:
-        lines += _kernel_lines(kernels)
+    from threadpoolctl import threadpool_limits
+
+    # Its threads wait for each other in a loop, which is slow beside a run that trains.
+    with threadpool_limits(1):
+        lines = list(_step_lines(run))
+        kernels = _kernels(run)
+        if len(kernels) >= 4:
+            lines += _kernel_lines(kernels)
     return lines or [f"{len(run.steps)} steps: too few to group, {_LEAST_STEPS} are needed"]
 
 
