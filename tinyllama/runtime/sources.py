@@ -22,8 +22,6 @@ from tinygrad.helpers import Metadata
 from tinygrad.tensor import _apply_map_to_tensors
 from tinygrad.uop.ops import GroupOp, Ops, UOp, all_metadata
 
-from tinyllama.runtime.patches.recording import noted_by
-
 PACKAGE = Path(__file__).resolve().parents[1]
 # Files of the layers that the model is built from: which of them it is, their caller says.
 LAYERS = ("layers.py", "lora.py", "int4.py")
@@ -50,6 +48,9 @@ def tracking() -> bool:
 @contextmanager
 def tracked() -> Iterator[None]:
     """Note lines of what is built within."""
+    # Only here: the patches import what imports this file.
+    from tinyllama.runtime.patches.recording import noted_by
+
     global _tracking
     _tracking += 1
     try:

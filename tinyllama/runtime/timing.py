@@ -24,7 +24,6 @@ from tinygrad.engine.jit import GraphRunner
 from tinygrad.uop.ops import UOp, sym_infer
 
 from tinyllama.runtime import sources
-from tinyllama.runtime.patches.recording import divided_into
 
 
 @dataclass(frozen=True)
@@ -97,6 +96,9 @@ def recording() -> Iterator[Recorder]:
 
     Also batches of one kernel are graphs meanwhile: tinygrad starts a lone one by itself.
     """
+    # Only here: the patches import what imports this file.
+    from tinyllama.runtime.patches.recording import divided_into
+
     _recorders.append(Recorder())
     try:
         with sources.tracked(), divided_into(_graph_of):

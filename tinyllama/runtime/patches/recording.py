@@ -10,7 +10,7 @@ from typing import Any
 from tinygrad import tensor
 from tinygrad.device import Device
 from tinygrad.engine import jit
-from tinygrad.uop.ops import UOp
+from tinygrad.uop.ops import Ops, UOp
 
 from tinyllama.runtime.patches.patch import Patch
 
@@ -43,26 +43,31 @@ def noted_by(make: Callable[..., Any]) -> Iterator[None]:
 
 def apply() -> None:
     """From here on, a step that is captured within `divided_into` is divided as that says."""
-    divide, variable = jit.graph_split_rewrite, jit.getenv
+    divide = jit.graph_split_rewrite
 
     def divide_as_said(linear: UOp, *args: Any, **options: Any) -> UOp:
+        if not _graph_of:
+            return divide(linear, *args, **options)
         opened = Device[Device.DEFAULT]
-        graph = _graph_of[-1](Device.DEFAULT.partition(":")[0]) if _graph_of else None
+        graph = _graph_of[-1](Device.DEFAULT.partition(":")[0])
         if graph is not None:
             opened.graph = graph
-        return divide(linear, *args, **options)
+        divided = divide(linear, *args, **options)
+        return divided.replace(src=tuple(_as_graph(call) for call in divided.src))
 
-    def variable_or_said(key: str, default: Any = 0) -> Any:
-        return 1 if key == "GRAPH_ONE_KERNEL" and _graph_of else variable(key, default)
+    jit.graph_split_rewrite = divide_as_said
 
-    jit.graph_split_rewrite, jit.getenv = divide_as_said, variable_or_said
+
+def _as_graph(call: UOp) -> UOp:
+    """A kernel that is a batch of its own, as a graph; tinygrad would start it by itself."""
+    is_lone = call.src[0].op is Ops.PROGRAM and Device[call.device].graph is not None
+    return jit.create_graph_call([call]) if is_lone else call
 
 
 PATCH = Patch(
     name="recording",
     replaces=(
         "tinygrad.engine.jit.graph_split_rewrite",
-        "tinygrad.engine.jit.getenv",
         "tinygrad.tensor.Metadata",
     ),
     why="lets `tinyllama profile` and traces know when each kernel of a step ran, and which line"
