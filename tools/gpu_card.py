@@ -1,6 +1,6 @@
 """The first minutes on an NVIDIA card: what is right, how fast it is, and beside what.
 
-python tools/gpu_card.py --out FOLDER                  every stage, 12 minutes at most
+python tools/gpu_card.py --out FOLDER                  every stage, 15 minutes at most
 python tools/gpu_card.py --out FOLDER --stages products,step
 python tools/gpu_card.py --out FOLDER --tiny           small sizes, for a try
 python tools/gpu_card.py --out FOLDER --compile-only   no card: every kernel is compiled for sm_90
@@ -8,8 +8,10 @@ python tools/gpu_card.py --out FOLDER --compile-only   no card: every kernel is 
 Stages, each a process with a limit of its own, whose results are kept if it is stopped:
 
     products   every shape of 124m and 7b in several tilings, checked on rows against float64
+    together   products that share a launch in a step of 124m: q, k and v, gate and up, gradients
     attention  forward, gradients of q, and of k and v; one document per row and several
     int4       products with packed weights
+    decoding   one row times the weights of 7b, bfloat16 and 4 bits: bytes per second
     library    the same products and attention by PyTorch
     losses     20 steps of a small model beside the processor's
     step       124m, 8 x 1024: bfloat16 and float32, first loss with cold and with warm caches
@@ -48,8 +50,8 @@ from tinyllama.system import device
 ROOT = Path(__file__).resolve().parents[1]
 # Stages and the seconds that each may take.
 STAGES = {
-    "products": 150, "attention": 60, "int4": 40, "library": 60, "losses": 60, "step": 120,
-    "profile": 90, "peers": 240,
+    "products": 150, "together": 50, "attention": 60, "int4": 40, "decoding": 30, "library": 60,
+    "losses": 60, "step": 120, "profile": 90, "peers": 240,
 }  # fmt: skip
 ARCH = "sm_90"  # with --compile-only
 # How much longer stages may take; without a card nothing is in a hurry.
@@ -110,6 +112,19 @@ INT4 = tuple(Shape(layout, m, n, k) for m in (512, 2048) for layout, n, k in
              (("NT", 4096, 4096), ("NT", 11008, 4096), ("NN", 4096, 11008)))  # fmt: skip
 TINY_INT4 = (Shape("NT", 136, 192, 256), Shape("NN", 136, 192, 256))
 GROUP = 64
+# Launches that compute several products: how often in a step of 124m, options of gemm.product.
+TOGETHER: dict[str, tuple[Shape, dict[str, Any]]] = {
+    "q, k and v": (Shape("NT", ROWS, H, H, 12), {"batch": 3}),
+    "gate and up": (Shape("NT", ROWS, INNER, H, 12), {"gated": True}),
+    "gradients of gate and up": (Shape("NN", ROWS, INNER, H, 12), {"ungated": True}),
+    "gradient of q, k and v's input": (Shape("NN", ROWS, H, H, 12), {"terms": 3}),
+    "gradient of gate and up's input": (Shape("NN", ROWS, H, INNER, 12), {"terms": 2}),
+    "gradients of q, k and v's weights": (Shape("TN", H, H, ROWS, 12), {"batch": 3}),
+    "gradients of gate and up's weights": (Shape("TN", INNER, H, ROWS, 12), {"batch": 2}),
+}
+HEAD, LENGTH = 64, 1024  # q and k are turned by rotary positions
+DECODING = ((4096, 4096), (11008, 4096), (4096, 11008), (32000, 4096))  # N, K
+TINY_DECODING = ((136, 256), (264, 512))
 ALLOWED = {"bfloat16": 1e-2, "float32": 5e-6}
 
 
@@ -356,6 +371,160 @@ def run_product(card: Card, cut: Cut) -> dict[str, Any]:
                     "times": shape.times, "dtype": cut.dtype}  # fmt: skip
 
 
+# ---- products that share a launch
+
+
+def together(card: Card, results: Results) -> None:
+    from tinyllama.ops.gpu import gemm
+
+    runs: list[tuple[str, str, Any]] = []
+    for name, (shape, options) in TOGETHER.items():
+        if results.tiny:
+            shape = dataclasses.replace(shape, M=136, N=128, K=72)
+        for dtype in results.dtypes:
+            out, more = "float32" if shape.layout == "TN" else dtype, dict(options)
+            if name == "q, k and v":
+                more["turned"] = gemm.Turned(HEAD, LENGTH, 2)
+            if shape.layout == "TN":
+                count = more["batch"]
+                more["tile"], more["split"] = gemm.best_cut(
+                    "cuda", shape.M, shape.N, shape.K, dtype, 132, batch=count
+                )
+            launch = gemm.product(
+                "cuda", shape.layout, shape.M, shape.N, shape.K, dtype, out, **more
+            )
+            run = functools.partial(run_together, card, shape, options, dtype, out, launch)
+            runs.append((name, f"{dtype} today", run))
+    card.compile([run.args[-1] for _, _, run in runs])
+    for name, what, run in runs:
+        results.measure(name, what, run)
+
+
+def run_together(
+    card: Card, shape: Shape, options: dict[str, Any], dtype: str, out: str, launch: Any
+) -> dict[str, Any]:
+    facts = card.facts(launch)
+    if not card.runs:
+        return facts
+    arrays = factors(card, shape, options, dtype)
+    count = {"gated": 3, "ungated": 2}.get(next(iter(options)), options.get("batch", 1))
+    split = launch.grid[2] // options.get("batch", 1)
+    size = (split, shape.M, shape.N)
+    empty = np.full(size, np.nan, np.float32)
+    results = [card.buffer(held(empty, out) if split == 1 else empty) for _ in range(count)]
+    start = functools.partial(card.program(launch), *results, *map(card.buffer, arrays))
+    start()
+    rows = np.linspace(0, shape.M - 1, 8).astype(int)
+    wanted = wanted_together(shape, options, arrays, rows)
+    kind = out if split == 1 else "float32"
+    found = [card.read(result, kind).reshape(size)[:, rows].sum(0) for result in results]
+    error = max(error_of(a, b) for a, b in zip(found, wanted, strict=True))
+    ms = card.milliseconds([start])
+    return facts | {"ms": ms, "tflops": launch.flops / ms / 1e9, "error": error,
+                    "times": shape.times, "dtype": dtype}  # fmt: skip
+
+
+def factors(card: Card, shape: Shape, options: dict[str, Any], dtype: str) -> list[np.ndarray]:
+    """The inputs of such a launch, in their order."""
+    M, N, K = shape.M, shape.N, shape.K
+    a = (K, M) if shape.layout == "TN" else (M, K)
+    b = (N, K) if shape.layout == "NT" else (K, N)
+    others = [a if shape.layout == "TN" else b] * (options.get("batch", 1) - 1)
+    others += [a, b] * (options.get("terms", 1) - 1)
+    others += [b] * ("gated" in options) + [(M, N)] * (2 * ("ungated" in options))
+    made = [
+        held(card.numbers(math.prod(size), place) / (1 if size == (M, N) else K**0.25), dtype)
+        .reshape(size)
+        for place, size in enumerate([a, b, *others])
+    ]  # fmt: skip
+    if options == {"batch": 3} and shape.layout == "NT":
+        angles = np.resize(card.numbers(LENGTH * HEAD // 2, 7), (LENGTH, HEAD // 2))
+        made += [np.cos(angles), np.sin(angles)]
+    return made
+
+
+def wanted_together(
+    shape: Shape, options: dict[str, Any], arrays: Sequence[np.ndarray], rows: np.ndarray
+) -> list[np.ndarray]:
+    """Those rows of the results, in float64."""
+    a, b, *others = (wide(array) for array in arrays)
+    if "gated" in options:
+        gate, up = a[rows] @ b.T, a[rows] @ others[0].T
+        return [gate / (1 + np.exp(-gate)) * up, gate, up]
+    if "ungated" in options:
+        dy, gate, up = a[rows] @ b, others[0][rows], others[1][rows]
+        s = 1 / (1 + np.exp(-gate))
+        return [dy * up * s * (1 + gate * (1 - s)), dy * gate * s]
+    if "terms" in options:
+        pairs = [a, b, *others]
+        return [sum(x[rows] @ y for x, y in zip(pairs[::2], pairs[1::2], strict=True))]
+    if shape.layout == "TN":
+        return [x[:, rows].T @ b for x in (a, *others)]
+    *weights, cos, sin = others
+    q, k, v = (a[rows] @ x.T for x in (b, *weights))
+    return [turned(q, cos, sin, rows), turned(k, cos, sin, rows), v]
+
+
+def turned(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    heads = x.reshape(len(x), -1, 2, HEAD // 2)
+    c, s = (table[rows % LENGTH][:, None] for table in (cos, sin))
+    first, second = heads[:, :, 0], heads[:, :, 1]
+    return np.stack([first * c - second * s, second * c + first * s], 2).reshape(x.shape)
+
+
+# ---- one row times a weight
+
+
+def decoding(card: Card, results: Results) -> None:
+    from tinyllama.ops.gpu import few_rows
+    from tinyllama.ops.gpu.gemm import Packed
+
+    runs = []
+    for N, K in DECODING if not results.tiny else TINY_DECODING:
+        for name, weight in (("bfloat16", "bfloat16"), ("4 bits", Packed(4, GROUP))):
+            launch = few_rows.product("cuda", 1, N, K, "bfloat16", weight)
+            run = functools.partial(run_decoding, card, N, K, name, launch)
+            runs.append((f"1 x {N} x {K}", f"{name} today", run))
+    card.compile([run.args[-1] for _, _, run in runs])
+    for case, what, run in runs:
+        results.measure(case, what, run)
+
+
+def run_decoding(card: Card, N: int, K: int, name: str, launch: Any) -> dict[str, Any]:
+    facts = card.facts(launch)
+    if not card.runs:
+        return facts
+    x = held(card.numbers(K, 0), "bfloat16")
+    if name == "bfloat16":
+        stored = [held(card.numbers(N * K, 1), "bfloat16").reshape(N, K)]
+        weight = wide(stored[0])
+    else:
+        *stored, weight = packed_weight(card, N, K)
+    moved = sum(array.nbytes for array in stored)
+    sets = max(2, math.ceil(400e6 / moved)) if N > 1000 else 2  # more than a cache holds
+    program, y = card.program(launch), card.buffer(np.full(N, 0x7FC0, np.uint16))
+    given = card.buffer(x)
+    starts = [functools.partial(program, y, given, *map(card.buffer, stored)) for _ in range(sets)]
+    starts[0]()
+    error = error_of(card.read(y, "bfloat16"), weight @ wide(x))
+    ms = card.milliseconds(starts)
+    return facts | {"ms": ms, "gb_per_second": moved / ms / 1e6, "tflops": 2 * N * K / ms / 1e9,
+                    "error": error, "dtype": "bfloat16"}  # fmt: skip
+
+
+def packed_weight(card: Card, rows: int, columns: int) -> tuple[np.ndarray, ...]:
+    """4-bit numbers, their scales, and the weight (rows, columns) that they stand for."""
+    values = np.random.default_rng(1).integers(-7, 8, (rows, columns)).astype(np.int8)
+    pairs = (values & 15).astype(np.uint8)
+    packed = pairs[:, ::2] | pairs[:, 1::2] << 4
+    scales = np.abs(card.numbers(rows * columns // GROUP, 3)).astype(np.float16)
+    scales = scales.reshape(rows, -1)
+    return packed, scales, values * np.repeat(scales.astype(np.float32), GROUP, 1)
+
+
+# ---- packed weights
+
+
 def int4(card: Card, results: Results) -> None:
     from tinyllama.ops.gpu.gemm import Packed
 
@@ -373,13 +542,8 @@ def run_int4(card: Card, cut: Cut) -> dict[str, Any]:
         return facts
     shape, start = cut.shape, card.program(cut.launch)
     rows, columns = (shape.N, shape.K) if shape.layout == "NT" else (shape.K, shape.N)
-    values = np.random.default_rng(1).integers(-7, 8, (rows, columns)).astype(np.int8)
-    pairs = (values & 15).astype(np.uint8)
-    packed = pairs[:, ::2] | pairs[:, 1::2] << 4
-    scales = np.abs(card.numbers(rows * columns // GROUP, 3)).astype(np.float16)
-    scales = scales.reshape(rows, -1)
+    packed, scales, whole = packed_weight(card, rows, columns)
     a = narrowed(card.numbers(shape.M * shape.K, 0)).reshape(shape.M, shape.K)
-    whole = values * np.repeat(scales.astype(np.float32), GROUP, 1)
     weight = wide(narrowed(whole))
     out = card.buffer(np.full((shape.M, shape.N), 0x7FC0, np.uint16))
     given = [card.buffer(array) for array in (a, packed, scales)]
@@ -713,7 +877,7 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
     """The results in a few lines each."""
     text: list[str] = []
     good = [line for line in lines if "failed" not in line]
-    for stage in ("products", "int4", "attention"):
+    for stage in ("products", "together", "int4", "decoding", "attention"):
         text += _fastest(stage, good)
     for line in good:
         if line["stage"] == "losses":
@@ -753,7 +917,8 @@ def _fastest(stage: str, lines: Sequence[dict[str, Any]]) -> list[str]:
         text.append(
             f"{stage} {case} {kind}: today {today['ms']:.3f} ms {today['tflops']:.0f} TFLOP/s, "
             f"best {best['ms']:.3f} {best['tflops']:.0f} ({best['what']}), torch {theirs}, "
-            f"error {best['error']:.0e}"
+            + (f"{best['gb_per_second']:.0f} GB/s, " if "gb_per_second" in best else "")
+            + f"error {best['error']:.0e}"
         )
         for name, line in (("today", today), ("best", best)):
             totals[kind, name] += line.get("times", 0) * (line["ms"] + line.get("sum_ms", 0))
@@ -767,8 +932,10 @@ def _fastest(stage: str, lines: Sequence[dict[str, Any]]) -> list[str]:
 
 def run_stage(folder: Path, stage: str, mode: str) -> None:
     results = Results(folder, stage, mode)
-    if stage in ("products", "attention", "int4"):
-        {"products": products, "attention": attention, "int4": int4}[stage](Card(mode), results)
+    kernels = {"products": products, "together": together, "attention": attention, "int4": int4,
+               "decoding": decoding}  # fmt: skip
+    if stage in kernels:
+        kernels[stage](Card(mode), results)
     elif mode != "compile":
         if stage == "library" and importlib.util.find_spec("torch") is None:
             results.write("PyTorch", "library", failed="PyTorch is not installed")

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Installs what pip cannot: a C compiler, an OpenCL driver, the sanitizers' runtime, Python's venv,
-# git, an emulator of ARM processors, one of OpenCL devices that reports data races, and a browser.
+# git, an emulator of ARM processors, one of OpenCL devices that reports data races, spin, and a browser.
 #
 #   tools/system.sh [--required] [clang] [opencl] [sanitizers] [emulator] [oclgrind] [venv] [git]
-#     [chromium]
+#      [spin] [chromium]
 #
 # On Debian and its derivatives apt-get installs what is missing, if we are root or sudo needs no
 # password. Otherwise it prints one sentence per missing thing that says what to type, and exits with
@@ -20,7 +20,8 @@ main() {
   for word in "$@"; do
     case $word in
       --required) required=true ;;
-      clang | opencl | sanitizers | emulator | oclgrind | venv | git | chromium) "has_$word" || missing+=("$word") ;;
+      clang | opencl | sanitizers | emulator | oclgrind | venv | git | spin | chromium)
+        "has_$word" || missing+=("$word") ;;
       *) usage ;;
     esac
   done
@@ -31,7 +32,7 @@ main() {
 
 usage() {
   echo "usage: tools/system.sh [--required]" \
-    "[clang] [opencl] [sanitizers] [emulator] [oclgrind] [venv] [git] [chromium]" >&2
+    "[clang] [opencl] [sanitizers] [emulator] [oclgrind] [venv] [git] [spin] [chromium]" >&2
   exit 2
 }
 
@@ -109,13 +110,16 @@ has_venv() {
   "$PYTHON" -c 'import ensurepip, venv' 2>/dev/null
 }
 
-has_chromium() { command -v chromium >/dev/null || command -v chromium-browser >/dev/null; }
 
 has_git() { command -v git >/dev/null; }
 
+has_spin() { command -v spin >/dev/null; }
+has_chromium() { command -v chromium >/dev/null || command -v chromium-browser >/dev/null; }
+
 package_clang() { echo clang; }
-package_chromium() { echo chromium; }
 package_git() { echo git; }
+package_spin() { echo spin; }
+package_chromium() { echo chromium; }
 package_opencl() { echo pocl-opencl-icd ocl-icd-libopencl1; }
 package_emulator() { echo qemu-user lld libc6-dev-arm64-cross libgcc-12-dev-arm64-cross; }
 package_oclgrind() { echo oclgrind ocl-icd-libopencl1; }
@@ -138,8 +142,9 @@ complain() {
     emulator) what="running NEON code here needs an emulator and ARM's libraries" ;;
     oclgrind) what="looking for data races needs oclgrind" ;;
     venv) what="$PYTHON cannot make virtual environments" ;;
-    chromium) what="the test of the report needs Chromium" ;;
     git) what="the test of README's commands needs git" ;;
+    spin) what="exploring the protocol of checkpoints needs spin" ;;
+    chromium) what="the tests of the chat page and of the report need chromium" ;;
   esac
   if [ "$(uname)" = Darwin ]; then
     echo "$what: type  xcode-select --install  and then run make again." >&2

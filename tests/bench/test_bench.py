@@ -186,7 +186,7 @@ def test_a_context_longer_than_the_model_is_refused() -> None:
 def test_a_user_mistake_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["configs/nowhere.toml"]) == 2
     assert capsys.readouterr().err == (
-        "configs/nowhere.toml: no such file; configurations by name: 124m, 7b or demo\n"
+        "configs/nowhere.toml: no such file; configurations by name: 124m, 7b, demo or lora\n"
     )
     with pytest.raises(SystemExit) as stop:
         command.main(["--steps", "0"])

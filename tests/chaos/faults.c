@@ -3,8 +3,11 @@
 //   faults_arm(root, seed, rate, kill_at)   from now on, calls on files below `root` are counted;
 //                                           each fails with probability `rate`, by a generator that
 //                                           `seed` starts, and call number `kill_at` is the last
+//   faults_jump(seed, rate)                 the clock of the day jumps, at such a share of its readings
 //   faults_seen(), faults_made()            calls counted, calls that failed
+//   faults_jumps()                          jumps of the clock
 #define _GNU_SOURCE
+#include <dirent.h>
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -15,8 +18,13 @@
 #include <stdint.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/file.h>
+#include <sys/mman.h>
+#include <sys/sendfile.h>
 #include <sys/stat.h>
+#include <sys/time.h>
 #include <sys/types.h>
+#include <time.h>
 #include <unistd.h>
 
 static char root[PATH_MAX];
@@ -137,4 +145,116 @@ int rmdir(const char *path) {
 }
 int ftruncate64(int file, off64_t size) {
   return fails(root[0] && descriptor_below_root(file), ON_WRITE) ? -1 : REAL(ftruncate64)(file, size);
+}
+
+// The same for what takes a descriptor first, and for what takes a path first.
+#define DESCRIPTOR(type, name, codes, takes, ...)                                       \
+  type name takes {                                                                     \
+    if (fails(root[0] && descriptor_below_root(file), codes)) return -1;                \
+    return REAL(name)(file, __VA_ARGS__);                                               \
+  }
+#define PATH(type, name, codes, takes, ...)                           \
+  type name takes {                                                   \
+    if (fails(path_below_root(AT_FDCWD, path), codes)) return -1;     \
+    return REAL(name)(path, __VA_ARGS__);                             \
+  }
+static const int ON_LOOK[] = {EIO, EACCES, ESTALE, 0}, ON_MODE[] = {EPERM, EROFS, EIO, 0};
+DESCRIPTOR(ssize_t, pread64, ON_READ, (int file, void *to, size_t size, off64_t at), to, size, at)
+DESCRIPTOR(ssize_t, pwrite64, ON_WRITE, (int file, const void *from, size_t size, off64_t at), from,
+           size, at)
+DESCRIPTOR(off64_t, lseek64, ON_READ, (int file, off64_t at, int from), at, from)
+DESCRIPTOR(int, fchmod, ON_MODE, (int file, mode_t mode), mode)
+DESCRIPTOR(int, futimens, ON_MODE, (int file, const struct timespec times[2]), times)
+DESCRIPTOR(int, fstat, ON_LOOK, (int file, struct stat *to), to)
+DESCRIPTOR(int, fstat64, ON_LOOK, (int file, struct stat64 *to), to)
+PATH(int, stat, ON_LOOK, (const char *path, struct stat *to), to)
+PATH(int, stat64, ON_LOOK, (const char *path, struct stat64 *to), to)
+PATH(int, lstat, ON_LOOK, (const char *path, struct stat *to), to)
+PATH(int, lstat64, ON_LOOK, (const char *path, struct stat64 *to), to)
+PATH(int, chmod, ON_MODE, (const char *path, mode_t mode), mode)
+PATH(int, truncate64, ON_WRITE, (const char *path, off64_t size), size)
+int fdatasync(int file) {
+  return fails(root[0] && descriptor_below_root(file), ON_SYNC) ? -1 : REAL(fdatasync)(file);
+}
+int flock(int file, int how) {
+  static const int codes[] = {ENOLCK, EIO, 0};
+  return fails(root[0] && descriptor_below_root(file), codes) ? -1 : REAL(flock)(file, how);
+}
+int utimensat(int folder, const char *path, const struct timespec times[2], int flags) {
+  if (fails(path_below_root(folder, path), ON_MODE)) return -1;
+  return REAL(utimensat)(folder, path, times, flags);
+}
+ssize_t sendfile64(int to, int from, off64_t *at, size_t size) {
+  if (fails(root[0] && descriptor_below_root(to), ON_WRITE)) return -1;
+  return REAL(sendfile64)(to, from, at, size);
+}
+ssize_t copy_file_range(int from, off64_t *at, int to, off64_t *into, size_t size, unsigned flags) {
+  if (fails(root[0] && descriptor_below_root(to), ON_WRITE)) return -1;
+  return REAL(copy_file_range)(from, at, to, into, size, flags);
+}
+int link(const char *from, const char *to) {
+  return fails(path_below_root(AT_FDCWD, to), ON_NAME) ? -1 : REAL(link)(from, to);
+}
+int symlink(const char *from, const char *to) {
+  return fails(path_below_root(AT_FDCWD, to), ON_NAME) ? -1 : REAL(symlink)(from, to);
+}
+DIR *opendir(const char *path) {
+  return fails(path_below_root(AT_FDCWD, path), ON_OPEN) ? NULL : REAL(opendir)(path);
+}
+DIR *fdopendir(int file) {
+  return fails(root[0] && descriptor_below_root(file), ON_OPEN) ? NULL : REAL(fdopendir)(file);
+}
+#define MAP(name, offset)                                                               \
+  void *name(void *at, size_t size, int protection, int flags, int file, offset from) { \
+    static const int codes[] = {ENOMEM, EIO, 0};                                        \
+    int concerned = root[0] && file >= 0 && descriptor_below_root(file);                \
+    if (fails(concerned, codes)) return MAP_FAILED;                                     \
+    return REAL(name)(at, size, protection, flags, file, from);                         \
+  }
+MAP(mmap, off_t)
+MAP(mmap64, off64_t)
+
+// The clock of the day. What counts seconds (CLOCK_MONOTONIC) does not jump, as on a real machine.
+static double jump_rate;
+static atomic_llong offset;
+static atomic_long read_times, jumps;
+
+void faults_jump(unsigned long with_seed, double with_rate) {
+  seed = with_seed;
+  jump_rate = with_rate;
+}
+long faults_jumps(void) { return jumps; }
+
+static void jump(void) {
+  uint64_t random = mixed(seed * 7000003 + (uint64_t)++read_times);
+  if ((random >> 11) * 0x1p-53 >= jump_rate) return;
+  // An hour, a day, a year, back to 1990, past 2038.
+  static const long long by[] = {3600, 86400, 31622400, 1135000000, 600000000};
+  long long size = by[mixed(random) % 5];
+  offset = size == by[3] || (size != by[4] && random & 1) ? -size : size;
+  ++jumps;
+}
+int clock_gettime(clockid_t clock, struct timespec *to) {
+  static typeof(&clock_gettime) real;
+  if (!real) real = REAL(clock_gettime);
+  int done = real(clock, to);
+  if (done == 0 && jump_rate > 0 && clock == CLOCK_REALTIME) {
+    jump();
+    to->tv_sec += offset;
+  }
+  return done;
+}
+int gettimeofday(struct timeval *restrict to, void *restrict zone) {
+  int done = REAL(gettimeofday)(to, zone);
+  if (done == 0 && jump_rate > 0) {
+    jump();
+    to->tv_sec += offset;
+  }
+  return done;
+}
+time_t time(time_t *to) {
+  struct timespec now;
+  clock_gettime(CLOCK_REALTIME, &now);
+  if (to) *to = now.tv_sec;
+  return now.tv_sec;
 }

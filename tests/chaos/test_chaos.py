@@ -5,7 +5,9 @@ import shutil
 from collections.abc import Iterator
 
 import pytest
-from chaos import KINDS, Count, Failure, Lab, Skipped, attempt, damage, newest, table
+from chaos import KINDS, Count, attempt, table
+from lab import Failure, Fault, Lab, Skipped, newest
+from runs import damage
 
 TRIES = {"dies_at_a_call": 3, "calls_fail": 3, "bits_flip": 4}
 SEED = 900_000
@@ -47,16 +49,16 @@ def test_what_is_lost_is_noticed(lab: Lab) -> None:
     assert newest(lab.run) == 6
     (lab.run / "final" / "model.safetensors").write_bytes(b"")
     assert newest(lab.run) == 4
-    count = Count()
+    count = Count(begun=1)
     attempt(lab, "killed", lambda lab, seed: lab.continued(6) or 1, count, 5)
     assert count.tries == 1 and "step 6 was saved" in count.failures[0]
-    assert "| 1 | 0 | 1 |" in table({"killed": count}, 5)
+    assert "| 1 | 0 | 1 |" in table({"killed": count}, 5, 60)
 
 
 def test_files_fail_by_their_seed(lab: Lab) -> None:
     def failing(seed: int) -> tuple[int, str]:
         lab.anew()
-        ended = lab.train(fault=(str(lab.run), seed, 1.0, 0))
+        ended = lab.train(fault=Fault(seed, 1.0))
         return ended.code, ended.err
 
     code, err = failing(1)

@@ -1,13 +1,15 @@
 """A server that forks a process for each command, so that a run costs no start of Python.
 
-Reads a JSON object per line: {"words": [...], "out": FILE, "err": FILE, "saves": FILE, "fault":
-[root, seed, rate, kill_at] or null}; answers "started PID", then "ended STATUS SEEN MADE".
+Reads a JSON object per line: the words of a command, the files for what it prints (out, err), what
+it has saved and what it met (saves, counts), and the parts of a `lab.Fault`, which begins at files
+below `root`. Answers "started PID", then "ended STATUS".
 """
 
 import ctypes
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,28 +35,50 @@ def run(job: dict[str, Any]) -> None:
     """One command, in the process that was forked for it."""
     code = 99
     try:
+        for group in job["groups"]:
+            Path(group, "cgroup.procs").write_text(str(os.getpid()))
         for name, number in (("out", 1), ("err", 2)):
             handle = os.open(job[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(handle, number)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         note_saves(Path(job["saves"]))
-        faults = ctypes.CDLL(os.environ["LD_PRELOAD"])
-        if job["fault"] is not None:
-            root, seed, rate, kill_at = job["fault"]
-            faults.faults_arm.argtypes = [
-                ctypes.c_char_p, ctypes.c_ulong, ctypes.c_double, ctypes.c_long,
-            ]  # fmt: skip
-            faults.faults_arm(root.encode(), seed, rate, kill_at)
+        faults = armed(job)
         try:
-            main(job["words"])
+            commands.get(job["words"][0], main)(job["words"])
         except SystemExit as ended:
             code = int(ended.code or 0)
         sys.stdout.flush()
         sys.stderr.flush()
-        counts = [faults.faults_seen(), faults.faults_made()]
-        Path(f"{job['saves']}.faults").write_text(json.dumps(counts))
+        counts = [faults.faults_seen(), faults.faults_made(), faults.faults_jumps()]
+        Path(job["counts"]).write_text(json.dumps(counts))
     finally:
         os._exit(code)
+
+
+def armed(job: dict[str, Any]) -> ctypes.CDLL:
+    """The library of faults.c, once it knows what to do."""
+    faults = ctypes.CDLL(os.environ["LD_PRELOAD"])
+    number, share = ctypes.c_ulong, ctypes.c_double
+    faults.faults_arm.argtypes = [ctypes.c_char_p, number, share, ctypes.c_long]
+    faults.faults_jump.argtypes = [number, share]
+    faults.faults_arm(job["root"].encode(), job["seed"], job["rate"], job["last_call"])
+    if job["jump_rate"]:
+        faults.faults_jump(job["seed"], job["jump_rate"])
+    return faults
+
+
+def tokenize(words: Sequence[str]) -> None:
+    """tokenize TEXT TOKENIZER FOLDER: the tokens of a text, kept in a folder, as a run does."""
+    from tinyllama.cli.arguments import exit_code
+    from tinyllama.data.corpus import prepare
+    from tinyllama.tokenizers.opening import open_tokenizer
+
+    text, tokenizer, folder = words[1:]
+
+    def command() -> None:
+        print(prepare(text, open_tokenizer(tokenizer), folder, progress=False).tokens.sum())
+
+    sys.exit(exit_code(command, "tokenize"))
 
 
 def note_saves(file: Path) -> None:
@@ -69,6 +93,8 @@ def note_saves(file: Path) -> None:
 
     trainer.Trainer.save = noted  # type: ignore[method-assign]
 
+
+commands = {"tokenize": tokenize}
 
 if __name__ == "__main__":
     serve()

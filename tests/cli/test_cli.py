@@ -145,12 +145,12 @@ def test_a_run_that_a_signal_stopped_says_so_in_its_exit_code_and_one_short_line
 
 
 def test_all_that_is_unsupported_is_reported_together_and_first(tmp_path, capsys):
-    words = ["--set", "training.beam=2", "--set", "data.train_on=last"]
+    words = ["--set", "training.beam=2", "--set", "training.devices=2"]
     assert cli("train", config_file(tmp_path / "run"), "--resume", "nowhere", *words) == 2
     shown = capsys.readouterr()
     assert shown.out == "" and shown.err.splitlines() == [
+        "--set training.devices=2: got 2, must be 1 for now",
         "--set training.beam=2: got 2, must be 0 for now",
-        '--set data.train_on=last: got "last", must be "all" for now',
     ]
 
 
@@ -188,7 +188,7 @@ MISTAKES = {
     ),
     "a part of conversations": (
         ["--set", "data.train_on=last"],
-        '--set data.train_on=last: got "last", must be "all" for now',
+        "holds text, in which nobody speaks: set data.train_on to all, got last",
     ),
     "validation text that is not there": (
         ["--set", "data.tokenizer=nowhere.model", "--set", "data.val_path=none.txt"],
@@ -210,7 +210,7 @@ def test_a_mistake_in_training_is_one_message_and_exit_code_2(tmp_path, capsys, 
 def test_a_missing_configuration_is_named_with_those_that_are_shipped(capsys):
     for word in ("nowhere.toml", "12m"):
         assert cli("train", word) == 2
-        expected = f"{word}: no such file; configurations by name: 124m, 7b or demo\n"
+        expected = f"{word}: no such file; configurations by name: 124m, 7b, demo or lora\n"
         assert capsys.readouterr().err == expected
 
 
@@ -252,7 +252,7 @@ def test_what_is_no_model_is_called_what_it_is(tmp_path, capsys):
     found = {
         "file": "is a file, must be the folder of a model or end in .gguf",
         "empty": "holds neither a model nor a checkpoint of a run",
-        "none": "no such folder",
+        "none": "no such file or folder",
     }
     for name, message in found.items():
         assert cli("generate", "--model", tmp_path / name) == 2

@@ -120,11 +120,11 @@ def test_empty_rows_and_empty_files_of_a_folder_are_left_out_and_counted(
         ("a.jsonl", '{"id": 1, "body": ""}', "no \"text\"; keys found: 'id', 'body'"),
         (
             "a.jsonl",
-            '{"prompt": "a", "completion": "b"}',
-            "no \"text\"; keys found: 'prompt', 'completion'; prompt/completion and messages rows"
-            " are not supported yet",
+            '{"text": "a"}\n{"prompt": "a", "completion": "b"}',
+            "line 2: no \"text\"; keys found: 'prompt', 'completion'; the file begins with rows"
+            ' that have "text": rows with "prompt" and "completion" belong into a file of',
         ),
-        ("a.jsonl", '{"messages": []}', "prompt/completion and messages rows are not supported"),
+        ("a.jsonl", '{"messages": []}', 'a.jsonl, line 1: "messages" is empty'),
     ],
 )
 def test_what_cannot_be_read_is_named_with_its_place(

@@ -17,6 +17,7 @@ with warnings.catch_warnings():
 from tinyllama.config import LlamaConfig
 from tinyllama.formats.dtypes import to_bfloat16
 from tinyllama.formats.huggingface import llama_shapes, open_folder, save_folder
+from tinyllama.tokenizers.opening import from_files
 
 pytestmark = pytest.mark.filterwarnings("default")  # theirs are not ours to turn into errors
 
@@ -119,7 +120,7 @@ def test_folder_saved_by_transformers_opens_here(tmp_path, config, dtype, shard)
         assert (opened.float32(name) == state[name].float().numpy()).all(), name
 
 
-def test_copied_tokenizer_model_encodes_alike_in_transformers(tmp_path):
+def test_the_files_of_a_tokenizer_model_encode_alike_in_transformers(tmp_path):
     sentencepiece = pytest.importorskip("sentencepiece")
     pytest.importorskip("google.protobuf")  # transformers reads tokenizer.model with it
     text = ["the quick brown fox jumps over the lazy dog", "pack my box with five dozen jugs"] * 20
@@ -137,7 +138,7 @@ def test_copied_tokenizer_model_encodes_alike_in_transformers(tmp_path):
     config = LlamaConfig(
         vocab_size=320, hidden_size=16, num_layers=1, num_heads=2, intermediate_size=16
     )
-    files = {"tokenizer.model": model.getvalue()}
+    files = from_files({"tokenizer.model": model.getvalue()}, "tokenizer.model").files
     options = {"dtype": "float32", "files": files, "bos_id": 1, "eos_id": 2}
     save_folder(tmp_path, config, random_tensors(config), **options)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)

@@ -1,6 +1,8 @@
 """Generation: the cache changes nothing but the speed, and the draws follow the probabilities."""
 
 import functools
+import io
+import json
 from collections import Counter
 from dataclasses import replace
 
@@ -115,15 +117,15 @@ def test_characters_of_several_bytes_are_printed_when_they_are_whole(monkeypatch
     assert len(pieces) >= 9  # bytes, for the small tokenizer knows none of these
     seen = []
 
-    def tokens(self, prompt, new_tokens, sampling, stop):
-        for piece in pieces:
-            yield piece
-            seen.append(capsys.readouterr().out)
+    def drawn(logits, sampling, generator, text):
+        seen.append(capsys.readouterr().out)
+        return pieces[len(seen) - 1]
 
-    monkeypatch.setattr(Generator, "tokens", tokens)
-    assert cli("generate", "--model", finished_run() / "final", "--prompt", "a b") == 0
-    assert seen == ["a b", "é", "", "", "世", "", "", "", "🙂"]
-    assert capsys.readouterr().out == "\n"
+    monkeypatch.setattr("tinyllama.generate.completion.sample", drawn)
+    words = ["--max-new-tokens", len(pieces)]
+    assert cli("generate", "--model", finished_run() / "final", "--prompt", "a b", *words) == 0
+    assert seen == ["a b", "", "é", "", "", "世", "", "", ""]
+    assert capsys.readouterr().out == "🙂\n"
 
 
 def test_a_prompt_that_fills_the_context_is_refused(capsys):
@@ -131,3 +133,79 @@ def test_a_prompt_that_fills_the_context_is_refused(capsys):
     assert cli(*words) == 2
     out, err = capsys.readouterr()
     assert out == "" and "tokens, must be fewer than the 48 of the model's context" in err
+
+
+def test_a_prompt_can_come_from_standard_input(monkeypatch, capsys):
+    words = ["generate", "--model", finished_run() / "final", "--max-new-tokens", 6]
+    assert cli(*words, "--prompt", "import sched\n") == 0
+    given = capsys.readouterr().out
+    monkeypatch.setattr("sys.stdin", io.StringIO("import sched\n"))
+    assert cli(*words, "--prompt", "-") == 0
+    assert capsys.readouterr().out == given and given.startswith("import sched\n")
+
+
+def test_prompts_of_a_file_are_each_continued_as_alone(tmp_path, capsys):
+    texts = ["import sched", "class Event", "def ", "the quick fox", "for x in range(8):", "a"]
+    model = ["generate", "--model", finished_run() / "final", "--max-new-tokens", 7]
+    model += ["--temperature", 0]
+    alone = []
+    for text in texts:
+        assert cli(*model, "--prompt", text) == 0
+        alone.append(capsys.readouterr().out[len(text) : -1])
+    (tmp_path / "prompts.txt").write_text("\n".join(texts) + "\n\n")
+    assert cli(*model, "--prompts", tmp_path / "prompts.txt", "--parallel", 3) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["prompt"] for row in rows] == texts and [row["text"] for row in rows] == alone
+    assert {row["finish_reason"] for row in rows} <= {"stop", "length"}
+    lines = [json.dumps({"prompt": text, "id": n}) for n, text in enumerate(texts)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+    out = tmp_path / "out.jsonl"
+    assert cli(*model, "--prompts", tmp_path / "prompts.jsonl", "--out", out) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(row["id"], row["text"]) for row in rows] == [*enumerate(alone)]
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("{", "line 2: not JSON"),
+        ('{"text": "x"}', 'line 2: must be {"prompt": TEXT} or {"messages": [...]}'),
+        ('{"prompt": "%s"}' % ("fox " * 60), "line 2: got "),
+        ('{"messages": [{"role": "user", "content": "x"}]}', "line 2: the model has no chat"),
+    ],
+)
+def test_a_wrong_row_of_a_file_of_prompts_is_named_before_anything_is_computed(
+    tmp_path, capsys, line, problem
+):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "a"}\n' + line + "\n")
+    assert cli("generate", "--model", finished_run() / "final", "--prompts", file) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and f"{file}, {problem}" in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["--prompt", "a", "--prompts", "b"], "--prompt: must be left out with --prompts"),
+        (["--out", "b"], "--out: must be left out without --prompts"),
+        (["--chat"], "--chat: needs a message"),
+        (["--template", "chatml"], "--template: must be left out without --chat"),
+        (["--min-p", "2"], "--min-p: got 2.0, must be 0 to 1"),
+        (["--stop", ""], "--stop: got an empty string"),
+        (["--repetition-penalty", "0"], "--repetition-penalty: got 0.0, must be finite"),
+    ],
+)
+def test_options_that_are_wrong_are_refused(words, problem, capsys):
+    assert cli("generate", "--model", finished_run() / "final", *words) == 2
+    assert problem in capsys.readouterr().err
+
+
+def test_a_stop_string_ends_what_is_printed(capsys):
+    words = ["generate", "--model", finished_run() / "final", "--prompt", "import sched"]
+    words += ["--temperature", 0, "--max-new-tokens", 20]
+    assert cli(*words) == 0
+    new = capsys.readouterr().out[len("import sched") : -1]
+    assert cli(*words, "--stop", new[5:8], "--stop", "never there") == 0
+    place = new.index(new[5:8])
+    assert capsys.readouterr().out == "import sched" + new[:place] + "\n"

@@ -55,6 +55,27 @@ def test_top_k_and_top_p_act_together():
     assert set(draws(Sampling(temperature=1.0, top_k=3, top_p=0.8))) == {1, 4}
 
 
+def test_min_p_keeps_those_near_the_likeliest():
+    assert set(draws(Sampling(temperature=1.0, min_p=0.3))) == {1, 3, 4}
+    assert set(draws(Sampling(temperature=1.0, min_p=0.76))) == {1}
+    assert set(draws(Sampling(temperature=1.0, min_p=1.0))) == {1}
+    found = draws(Sampling(temperature=1.0, min_p=0.3))
+    assert found == pytest.approx({1: 8 / 17, 3: 3 / 17, 4: 6 / 17}, abs=0.03)
+
+
+def test_a_token_of_the_text_is_made_less_likely_whatever_its_sign():
+    logits = np.array([3.0, 2.0, -1.0, -3.0], np.float32)
+    random = np.random.default_rng(0)
+    twice = Sampling(temperature=0, repetition_penalty=2.0)
+    assert sample(logits, twice, random) == 0
+    assert sample(logits, twice, random, [0]) == 1
+    assert sample(logits, twice, random, [0, 1, 0]) == 0
+    negative = np.array([-1.0, -1.5, -2.5], np.float32)
+    assert sample(negative, twice, random, [0]) == 1
+    assert sample(negative, twice, random, [0, 1, 99]) == 0  # 99: not in this vocabulary
+    assert logits.tolist() == [3.0, 2.0, -1.0, -3.0]
+
+
 @pytest.mark.parametrize(
     ("option", "value", "allowed"),
     [
@@ -64,6 +85,9 @@ def test_top_k_and_top_p_act_together():
         ("top_k", 0, "1 or more"),
         ("top_p", 0.0, "above 0 and at most 1"),
         ("top_p", 1.1, "above 0 and at most 1"),
+        ("min_p", 1.5, "0 to 1"),
+        ("repetition_penalty", 0.0, "finite and above 0"),
+        ("repetition_penalty", math.inf, "finite and above 0"),
     ],
 )
 def test_a_wrong_option_says_what_is_allowed(option, value, allowed):

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from tinyllama.ops.gpu.attention import attention
-from tinyllama.ops.gpu.gemm import Packed, product
+from tinyllama.ops.gpu.gemm import Packed, Turned, product
 from tinyllama.runtime.blocks import Launch
 
 EMULATOR = Path(__file__).resolve().parents[1] / "ops" / "gpu"
@@ -218,6 +218,72 @@ def product_error(
     return error(c.sum(0) if split > 1 else c, wanted)
 
 
+def together_errors(
+    run: Runner,
+    dialect: str,
+    what: str,
+    M: int,
+    N: int,
+    K: int,
+    dtype: str = "float32",
+    change: Callable[[str], str] = str,
+    **more: Any,
+) -> dict[str, float]:
+    """Errors of several products that one launch computes (gemm.c), by the results' names.
+
+    what: sum2, sum3 (NN), batch2, batch3 of NT or TN, gated (NT), ungated (NN), or turned, three
+    products NT of which two are turned.
+    """
+    rng = np.random.default_rng(M * N + K)
+
+    def matrix(*shape: int) -> np.ndarray:
+        return stored(rng.standard_normal(shape), dtype)
+
+    kind, count = what.rstrip("23"), int(what[-1]) if what[-1] in "23" else 1
+    if kind == "sum":
+        layout, options = "NN", {"terms": count}
+        factors = [matrix(*shape) for _ in range(count) for shape in ((M, K), (K, N))]
+        pairs = zip(factors[::2], factors[1::2], strict=True)
+        wanted = {"c": sum(loaded(a) @ loaded(b) for a, b in pairs)}
+    elif kind == "gated":
+        layout, options = "NT", {"gated": True}
+        factors = [matrix(M, K), matrix(N, K), matrix(N, K)]
+        gate, up = (loaded(factors[0]) @ loaded(b).T for b in factors[1:])
+        wanted = {"c": gate / (1 + np.exp(-gate)) * up, "gate": gate, "up": up}
+    elif kind == "ungated":
+        layout, options = "NN", {"ungated": True}
+        factors = [matrix(M, K), matrix(K, N), matrix(M, N), matrix(M, N)]
+        dy, (gate, up) = loaded(factors[0]) @ loaded(factors[1]), map(loaded, factors[2:])
+        s = 1 / (1 + np.exp(-gate))
+        wanted = {"dgate": dy * up * s * (1 + gate * (1 - s)), "dup": dy * gate * s}
+    elif kind == "TN batch":
+        layout, options = "TN", {"batch": count}
+        a, b, *others = [matrix(K, M), matrix(K, N), *(matrix(K, M) for _ in range(count - 1))]
+        factors = [a, b, *others]
+        wanted = {f"c{i}": loaded(x).T @ loaded(b) for i, x in enumerate([a, *others])}
+    else:  # NT batch, turned
+        layout, count = "NT", 3 if kind == "turned" else count
+        options = {"batch": count}
+        factors = [matrix(M, K), *(matrix(N, K) for _ in range(count))]
+        wanted = {f"c{i}": loaded(factors[0]) @ loaded(b).T for i, b in enumerate(factors[1:])}
+    if kind == "turned":
+        head, length = more.pop("head"), 50
+        options["turned"] = Turned(head, length, 2)
+        angles = rng.uniform(-3, 3, (length, head // 2))
+        factors += [np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)]
+        for name in ("c0", "c1"):
+            heads = np.resize(wanted[name], (1, M, N // head, head))
+            turned = turned_back(heads, -np.resize(angles, (M, head // 2)))
+            wanted[name] = turned.reshape(M, N)
+    split = more.get("split", 1)
+    launch = product(dialect, layout, M, N, K, dtype, "float32", **options, **more)
+    results = [unwritten((split, M, N), "float32") for _ in wanted]
+    if kind == "ungated":  # gate and up have the results' type
+        factors[2:] = [loaded(x).astype(np.float32) for x in factors[2:]]
+    run(replaced(launch, change), [*results, *factors])
+    return {name: error(x.sum(0), wanted[name]) for name, x in zip(wanted, results, strict=True)}
+
+
 def replaced(launch: Launch, change: Callable[[str], str]) -> Launch:
     return Launch(**{**vars(launch), "text": change(launch.text)})
 
@@ -235,6 +301,7 @@ def attention_errors(
     D: int,
     dtype: str = "float32",
     documents: Sequence[int] = (),
+    turned: bool = False,
     change: Callable[[str], str] = str,
     **more: Any,
 ) -> dict[str, float]:
@@ -251,19 +318,31 @@ def attention_errors(
     out, lse = unwritten(q.shape, dtype), np.full((B, H, T), np.nan, np.float32)
     dq, dk, dv = (unwritten(x.shape, dtype) for x in (q, k, v))
     wanted = attention_formula(*map(loaded, (q, k, v, dout)), starts)
+    angles = rng.uniform(-3, 3, (T, D // 2))
+    places = [starts]
+    if turned:
+        places += [np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)]
+        wanted |= {name: turned_back(wanted[name], angles) for name in ("dq", "dk")}
 
     def start(which: str, *arrays: np.ndarray) -> None:
-        launch = attention(dialect, which, B, T, H, KV, D, dtype, **more)
-        run(replaced(launch, change), arrays)
+        launch = attention(dialect, which, B, T, H, KV, D, dtype, turned=turned, **more)
+        run(replaced(launch, change), [*arrays, *places])
 
-    start("forward", out, lse, q, k, v, starts)
+    start("forward", out, lse, q, k, v)
     with np.errstate(invalid="ignore"):  # a wrong kernel's results may be infinite
         delta = (loaded(dout) * loaded(out)).sum(-1).swapaxes(1, 2)
     delta = np.ascontiguousarray(delta, np.float32)
-    start("gradient_q", dq, q, k, v, dout, lse, delta, starts)
-    start("gradient_kv", dk, dv, q, k, v, dout, lse, delta, starts)
+    start("gradient_q", dq, q, k, v, dout, lse, delta)
+    start("gradient_kv", dk, dv, q, k, v, dout, lse, delta)
     lse *= math.log(2)
     return {n: error(x, wanted[n]) for n, x in zip(wanted, (out, lse, dq, dk, dv), strict=True)}
+
+
+def turned_back(x: np.ndarray, angles: np.ndarray) -> np.ndarray:
+    """x (B, T, H, D): pairs that lie D/2 apart, turned by minus `angles` (T, D/2)."""
+    half, cos, sin = x.shape[-1] // 2, np.cos(angles)[:, None], np.sin(angles)[:, None]
+    first, second = x[..., :half], x[..., half:]
+    return np.concatenate([first * cos + second * sin, second * cos - first * sin], -1)
 
 
 def run_forward_on_zeros(run: Runner, dialect: str, T: int, D: int, dtype: str) -> None:
@@ -334,6 +413,25 @@ PRODUCTS: dict[str, dict[str, Any]] = {
         "layout": "NN", "dtype": "bfloat16", "packed": Packed(8, 64, True),
     },
 }  # fmt: skip
+# Arguments of together_errors.
+TOGETHER: dict[str, dict[str, Any]] = {
+    "a sum of two": {"what": "sum2", "M": 133, "N": 152, "K": 168, "dtype": "bfloat16"},
+    "a sum of three": {"what": "sum3", "M": 70, "N": 68, "K": 36},
+    "three turned": {"what": "turned", "M": 133, "N": 192, "K": 72, "head": 32},
+    "three of one A": {"what": "NT batch3", "M": 37, "N": 150, "K": 168, "dtype": "bfloat16"},
+    "two of one B, split": {"what": "TN batch2", "M": 136, "N": 152, "K": 171, "split": 3},
+    "gate and up": {"what": "gated", "M": 133, "N": 150, "K": 72, "dtype": "bfloat16"},
+    "gate and up, float32": {"what": "gated", "M": 70, "N": 128, "K": 36},
+    "their gradients": {"what": "ungated", "M": 133, "N": 152, "K": 168, "dtype": "float16"},
+}  # fmt: skip
+
+
+def wrong_together(run: Runner, dialect: str, name: str, **more: Any) -> dict[str, float]:
+    """Those results of one of TOGETHER that differ by more than rounding."""
+    found = together_errors(run, dialect, **TOGETHER[name] | more)
+    return {result: value for result, value in found.items() if not value <= 1e-6}
+
+
 # (M, N, K) by layout: what rows of 16 bytes leave free is odd.
 SIZES = {"NT": (133, 150, 168), "NN": (133, 152, 168), "TN": (136, 152, 171)}
 PACKED_SIZES = {"NT": (37, 150, 192), "NN": (29, 192, 184)}
@@ -362,11 +460,12 @@ ATTENTION: dict[str, dict[str, Any]] = {
     },
     "bfloat16, D 64, three queries per key": {
         "B": 1, "T": 77, "H": 6, "KV": 2, "D": 64, "dtype": "bfloat16", "documents": (33,),
+        "turned": True,
     },
     "float16, D 128": {
         "B": 1, "T": 93, "H": 1, "KV": 1, "D": 128, "dtype": "float16", "documents": (80,),
     },
-    "float32, D 128": {"B": 1, "T": 40, "H": 1, "KV": 1, "D": 128},
+    "float32, D 128": {"B": 1, "T": 40, "H": 1, "KV": 1, "D": 128, "turned": True},
     "bfloat16, D 80, tiles divide T": {
         "B": 1, "T": 128, "H": 1, "KV": 1, "D": 80, "dtype": "bfloat16",
     },

@@ -1,4 +1,6 @@
-"""Runs OpenCL texts for real: `python gpu_on_opencl.py product|attention|rows NAME...` prints JSON.
+"""Runs OpenCL texts for real, and prints JSON:
+
+    python gpu_on_opencl.py product|together|attention|rows NAME...
 
 A process of its own: pocl reads POCL_MAX_PTHREAD_COUNT when it is loaded.
 """
@@ -38,6 +40,8 @@ if __name__ == "__main__":
     for name in names:
         if kind == "product":
             found[name] = gpu_kernels.run_product(run, "opencl", name)
+        elif kind == "together":
+            found[name] = gpu_kernels.wrong_together(run, "opencl", name)
         elif kind == "rows":
             found[name] = gpu_rows.CASES[name](run, "opencl", gpu_rows.same)
         else:

@@ -18,7 +18,10 @@ from tinyllama.ops.attention import attention
 from tinyllama.ops.gpu.attention import attention as gpu_attention
 from tinyllama.ops.int4 import int4_linear
 from tinyllama.ops.matmul import NN, NT, TN, gemm, linear
+from tinyllama.ops.products import together
+from tinyllama.ops.rope import tables
 from tinyllama.ops.sums import into_products
+from tinyllama.ops.swiglu import swiglu
 from tinyllama.runtime import blocks
 
 F32, BF16, F16 = dtypes.float32, dtypes.bfloat16, dtypes.float16
@@ -42,10 +45,15 @@ def errors(found: Sequence[np.ndarray], wanted: Sequence[np.ndarray]) -> list[fl
     ]
 
 
-def compared(function: Callable[..., Tensor], tensors: Sequence[Tensor], *fixed: Tensor) -> dict:
+def compared(
+    function: Callable[..., Tensor],
+    tensors: Sequence[Tensor],
+    *fixed: Tensor,
+    finish: Callable[[Sequence[Tensor]], Sequence[Tensor]] = list,
+) -> dict:
     """Value and gradients of `tensors` where the GPU form differs from the portable one.
 
-    `kernels` is how many kernels of ours computed them, if none or not all did.
+    `kernels` is how many kernels of ours computed them, after `finish`.
     """
     results, calls = {}, {}
     slope = None
@@ -53,7 +61,7 @@ def compared(function: Callable[..., Tensor], tensors: Sequence[Tensor], *fixed:
         with forms.forced(form):
             out = function(*tensors, *fixed)
             slope = normal(*out.shape, dtype=out.dtype) if slope is None else slope
-            all_of_it = [out, *out.gradient(*tensors, gradient=slope)]
+            all_of_it = finish([out, *out.gradient(*tensors, gradient=slope)])
             calls[form] = kernels(all_of_it)
             results[form] = [array(t.contiguous()) for t in all_of_it]
     assert calls["portable"] == 0
@@ -79,6 +87,32 @@ def attending(dtype, D: int) -> dict:
     starts[0, 20:], starts[1, 5:] = 20, 5
     shapes = [(2, 37, 4, D), (2, 37, 2, D), (2, 37, 2, D)]
     return compared(attention, [normal(*s, dtype=dtype) for s in shapes], Tensor(starts))
+
+
+def feed_forward(dtype, inner: int) -> dict:
+    weights = [normal(inner, 24), normal(inner, 24), normal(24, inner)]
+    return compared(
+        lambda x, gate, up, down: linear(swiglu(linear(x, gate), linear(x, up)), down),
+        [normal(2, 19, 24, dtype=dtype), *weights],
+    )
+
+
+def self_attention(dtype, KV: int) -> dict:
+    """With positions, and with what shares a launch put together, as a layer has it."""
+    D, H, T = 32, 2, 37
+    starts = np.zeros((2, T), np.int32)
+    starts[0, 20:] = 20
+    rotation = tuple(map(Tensor, tables(D, 10000.0, T)))
+
+    def function(x: Tensor, *weights: Tensor) -> Tensor:
+        heads = [linear(x, w).reshape(2, T, w.shape[0] // D, D) for w in weights]
+        return attention(*heads, Tensor(starts), rotation)
+
+    return compared(
+        function,
+        [normal(2, T, 24, dtype=dtype), *(normal(n * D, 24) for n in (H, KV, KV))],
+        finish=lambda tensors: together(into_products(tensors)),
+    )
 
 
 def written_in_place() -> dict:
@@ -133,6 +167,15 @@ CASES: dict[str, Callable[[], dict]] = {
     "4 bits, groups of 16": lambda: packed_product(16),
     "attention, bfloat16, D 32": lambda: attending(BF16, 32),
     "attention, float32, D 24": lambda: attending(F32, 24),
+    # gate and up; down; dgate and dup; dx; three of weights
+    "feed-forward, bfloat16": lambda: feed_forward(BF16, 48),
+    "feed-forward, float32": lambda: feed_forward(F32, 48),
+    # Too narrow for gate and up in one.
+    "feed-forward, float32, narrow": lambda: feed_forward(F32, 24),
+    # q, k and v; attention; delta; dq; dk and dv; dx; of weights
+    "self-attention, float32": lambda: self_attention(F32, 2),
+    # The same, in which q has another size than k and v.
+    "self-attention, bfloat16, grouped": lambda: self_attention(BF16, 1),
     "local memory": granted,
     "in place": written_in_place,
     "sums": summed,

@@ -1,12 +1,15 @@
 """A small server that speaks the endpoints of a model hub that downloads use, for tests.
 
     HEAD, GET /OWNER/NAME/resolve/REVISION/FILE    with ETag, X-Repo-Commit and Range
+    HEAD, GET /datasets/OWNER/NAME/resolve/...     the same
+    GET /api/datasets/OWNER/NAME/tree/REVISION     the names of its files
 
 A repository may be gated or private (401), be slow to end (a download is cut), and counts what is
 asked of it.
 """
 
 import hashlib
+import json
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -46,8 +49,12 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def answer(self, body):
-        parts = self.path.lstrip("/").split("/")
-        repository = self.server.repositories.get("/".join(parts[:2]))
+        parts = self.path.partition("?")[0].lstrip("/").split("/")
+        if parts[0] == "api":
+            return self.tree("/".join(parts[1:4]), parts[4:])
+        prefix = ["datasets/"] if parts[0] == "datasets" else []
+        parts = parts[len(prefix) :]
+        repository = self.server.repositories.get("".join(prefix) + "/".join(parts[:2]))
         if repository is None or parts[2:3] != ["resolve"]:
             return self.refuse(401, "RepoNotFound")
         file = "/".join(parts[4:])
@@ -63,6 +70,23 @@ class Handler(BaseHTTPRequestHandler):
         if file not in files:
             return self.refuse(404, "EntryNotFound", commit)
         return self.send(repository, commit, files[file], body)
+
+    def tree(self, name, parts):
+        """The names of a data set's files."""
+        repository = self.server.repositories.get(name)
+        found = repository and repository.find(parts[1])
+        if not found or parts[:1] != ["tree"]:
+            return self.refuse(401, "RepoNotFound")
+        listed = [
+            {"type": "file", "path": file, "size": len(data), "oid": "0" * 40}
+            for file, data in found[1].items()
+        ]
+        data = json.dumps(listed).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
 
     def refuse(self, status, code, commit=None):
         self.send_response(status)

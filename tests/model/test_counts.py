@@ -247,7 +247,7 @@ def test_params_prints_published_and_true(capsys):
 def test_params_says_what_is_wrong(tmp_path, capsys):
     code, _, err = tool("params", str(tmp_path / "no.toml"), capsys=capsys)
     assert code == 2
-    message = "no such file; configurations by name: 124m, 7b or demo"
+    message = "no such file; configurations by name: 124m, 7b, demo or lora"
     assert err == f"params: {tmp_path / 'no.toml'}: {message}\n"
     code, _, err = tool("params", capsys=capsys)
     message = "name a configuration or a folder, or type --published instead"

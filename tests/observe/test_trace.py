@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from runs_helpers import VAL_FILES, configuration, environment, metrics, train
 from tinyllama.errors import ConfigError
 from tinyllama.observe import trace
 from tinyllama.observe.trace import FLUSH_SECONDS, GAUGES, Tracing, tracing
+from tinyllama.train import trainer as trainer_module
 
 STEPS = 4
 
@@ -56,6 +58,7 @@ def test_spans_are_nested_as_the_run_is(received):
     assert not run.parent_span_id and not said and traces.dropped == 0
     (epoch,) = got.named("epoch")
     assert epoch.parent_span_id == run.span_id
+    assert epoch.end_time_unix_nano <= run.end_time_unix_nano
     steps = got.children(epoch)
     assert [step.name for step in steps if step.name == "step"] == ["step"] * STEPS
     numbers = [attributes(s)["tinyllama.step"] for s in steps if s.name == "step"]
@@ -109,6 +112,16 @@ def test_events_name_the_checkpoints(received):
     folders = {attributes(event)["tinyllama.folder"] for event in events}
     assert {event.name for event in events} == {"checkpoint"}
     assert folders == {str(run / "step-00000002"), str(run / "final")}
+
+
+def test_a_signal_is_an_event_of_the_epoch(tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer_module, "stopping_on_signals", lambda *_: nullcontext(lambda: 130))
+    with collector() as (endpoint, got):
+        config = configuration(tmp_path / "run", f'observe.otlp_endpoint="{endpoint}"')
+        with tracing(config, print) as traces:
+            assert train(config, tracing=traces).exit_code == 130
+    (event,) = [event for span in got.named("run") for event in span.events]
+    assert (event.name, attributes(event)["tinyllama.exit_code"]) == ("signal", 130)
 
 
 def test_metrics_are_those_of_metrics_jsonl(received):

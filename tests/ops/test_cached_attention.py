@@ -69,3 +69,36 @@ def test_tokens_past_the_last_slot_are_left_out(form):
         held = cache.values.numpy()
     assert (held[:, :14] == 0).all()
     assert (held[:, 14:] == v.numpy()[0, :2].transpose(1, 0, 2)).all()
+
+
+@pytest.mark.parametrize(("form", "window"), [("cpu", None), ("cpu", 3), ("portable", None)])
+def test_one_token_of_several_sequences_is_that_of_each_alone(form, window):
+    """Three sequences of 2, 9 and 17 tokens, in a cache that holds a fourth, untouched one."""
+    rng = np.random.default_rng(1)
+    lengths, (H, KV, D, S) = (2, 9, 17), (4, 2, 12, 32)
+    whole = [rng.standard_normal((3, 18, n, D)).astype(np.float32) for n in (H, KV, KV)]
+    with forms.forced(form):
+        cache = new_cache(KV, S, D, dtypes.float32, sequences=4)
+        untouched = [np.full(part.shape, 5.0, np.float32) for part in cache]
+        for b, length in enumerate(lengths):
+            alone = new_cache(KV, S, D, dtypes.float32)
+            q, k, v = (Tensor(part[b : b + 1, :length]).realize() for part in whole)
+            position = Tensor([0], dtype=dtypes.int32).realize()
+            cached_attention(q, k, v, alone, position, window).realize()
+            for all_of_them, part in zip(untouched, alone, strict=True):
+                all_of_them[b * KV : (b + 1) * KV] = part.numpy()
+        for part, values in zip(cache, untouched, strict=True):
+            part.assign(Tensor(values)).realize()
+        picked = [
+            Tensor(np.stack([part[b, n : n + 1] for b, n in enumerate(lengths)])).realize()
+            for part in whole
+        ]
+        positions = Tensor([*lengths], dtype=dtypes.int32).realize()
+        found = cached_attention(*picked, cache, positions, window).numpy()
+        assert found.shape == (3, 1, H, D)
+        for part, values in zip(cache, untouched, strict=True):
+            assert (part.numpy()[3 * KV :] == 5.0).all()
+            assert (part.numpy() != values).sum() == 3 * KV * D
+    for b, length in enumerate(lengths):
+        q, k, v = (part[b, : length + 1].astype(np.float64) for part in whole)
+        assert np.abs(found[b] - expected(q, k, v, window)[-1:]).max() < 1e-5

@@ -21,7 +21,7 @@ def results(folder: Path, *words: str, **more: str) -> tuple[list[dict[str, Any]
     return [json.loads(line) for line in lines], done.stdout
 
 
-@pytest.mark.parametrize("stage", ["products", "attention", "int4"])
+@pytest.mark.parametrize("stage", ["products", "together", "attention", "int4", "decoding"])
 def test_every_kernel_is_started_and_checked(stage: str, tmp_path: Path) -> None:
     lines, printed = results(
         tmp_path / "out", "--tiny", "--stages", stage, **variables(tmp_path / "log")
@@ -53,6 +53,27 @@ def test_without_a_card_kernels_are_compiled(tmp_path: Path) -> None:
     lines, _ = results(tmp_path / "out", "--compile-only", "--stages", "int4")
     assert [line for line in lines if "failed" in line] == []
     assert all(0 < line["registers"] <= 255 for line in lines)
+
+
+def test_packages_that_a_bare_machine_lacks_are_not_needed() -> None:
+    """A card's machine has PyTorch and numpy; tinygrad, msgspec and tomli are brought along."""
+    done = subprocess.run(
+        [sys.executable, "-c", BARE], capture_output=True, text=True, env=environment()
+    )
+    assert done.returncode == 0, done.stderr
+
+
+BARE = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("tqdm", "sentencepiece", "tokenizers", "gguf", "huggingface_hub"):
+            raise ModuleNotFoundError(f"{name} is not here", name=name)
+sys.meta_path.insert(0, Blocked())
+import tools.gpu_card
+import tinyllama.bench.__main__, tinyllama.bench.worker_tinyllama
+import tinyllama.model.build, tinyllama.train.step, tinyllama.generate.generator
+"""
 
 
 def test_a_stage_that_fails_is_said_with_its_log(tmp_path: Path) -> None:

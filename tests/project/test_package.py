@@ -98,7 +98,7 @@ def check_commands(program, folder, **variables):
         [*program, "params", "125m"], cwd=folder, env=variables, capture_output=True, text=True
     )
     assert (missing.returncode, missing.stdout) == (2, "")
-    assert missing.stderr == "125m: no such file; configurations by name: 124m, 7b or demo\n"
+    assert missing.stderr == "125m: no such file; configurations by name: 124m, 7b, demo or lora\n"
 
 
 def test_an_installed_wheel_finds_its_configurations_by_name(wheel, tmp_path):

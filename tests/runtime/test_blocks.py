@@ -6,7 +6,7 @@ import pytest
 
 from tinyllama.ops.gpu import gemm
 from tinyllama.ops.gpu.attention import PASSES, Cut, attention
-from tinyllama.ops.gpu.gemm import Packed, Tile, best_cut, best_split, product
+from tinyllama.ops.gpu.gemm import Packed, Tile, Turned, best_cut, best_split, product
 from tinyllama.runtime import blocks
 from tinyllama.runtime.blocks import LIMITS, Limits, UnsupportedSize
 
@@ -111,6 +111,14 @@ def test_groups_that_do_not_divide_a_row_are_refused() -> None:
 def test_heads_that_no_kernel_takes_are_refused(D: int, H: int, KV: int) -> None:
     with pytest.raises(UnsupportedSize, match=r"head_dim: got \d+|num_kv_heads: got 2"):
         attention("cuda", "forward", 1, 64, H, KV, D, "bfloat16")
+
+
+def test_several_products_that_no_kernel_takes_are_refused() -> None:
+    with pytest.raises(UnsupportedSize, match="two matrices in groups of 16 columns"):
+        product("metal", "NT", 64, 24, 64, "float32", gated=True)
+    for head in (24, 128):
+        with pytest.raises(UnsupportedSize, match=f"heads of {head} in groups of 64 columns"):
+            product("cuda", "NT", 64, 384, 64, "bfloat16", turned=Turned(head, 64))
 
 
 def test_limits_of_a_device_are_held() -> None:

@@ -404,3 +404,39 @@ def test_a_command_that_is_over_leaves_no_thread_and_no_wakeup_descriptor():
     thread.join(5)
     assert watching() == []
     assert signal.set_wakeup_fd(before) == before
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGBUS"), reason="Windows has no SIGBUS")
+def test_a_mapped_file_that_shrinks_ends_a_command_with_one_line(tmp_path):
+    """Also within numpy, on a thread, and while another thread waits in a call."""
+    script = """
+import os, sys, threading, time
+import numpy as np
+from tinyllama.cli.arguments import exit_code
+
+def command():
+    with open("numbers", "wb") as file:
+        file.write(bytes(1 << 20))
+    mapped = np.memmap("numbers", np.uint16, mode="r")
+    os.truncate("numbers", 0)
+    if sys.argv[1] == "here":
+        mapped.sum()
+    else:
+        threading.Thread(target=mapped.copy).start()
+        time.sleep(20)
+
+sys.exit(exit_code(command, "name"))
+"""
+    for where in ("here", "on a thread"):
+        ended = subprocess.run(
+            [sys.executable, "-c", script, where],
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=15,
+        )
+        assert ended.returncode == 2, ended
+        assert ended.stderr == (
+            "a file that is being read was shortened, or its disk fails (SIGBUS)\n"
+        )

@@ -10,6 +10,7 @@ from lora_helpers import run_config, write_text
 from model_helpers import random_batch
 from tinygrad import Tensor, dtypes
 
+from tinyllama.cli.app import main
 from tinyllama.convert.merge import merge
 from tinyllama.errors import ConfigError, WeightsError
 from tinyllama.formats.gguf_blocks import PACKED_TYPES
@@ -148,6 +149,18 @@ def test_merged_onto_its_file_it_computes_what_the_run_computed(run, tmp_path, d
     allowed = 1e-5 if dtype == "fp32" else 1e-3  # o_proj returns to float16
     assert np.abs(merged(tokens).numpy() - trained).max() < allowed * np.abs(trained).max()
     assert merged.config == SIZES
+
+
+def test_the_command_says_which_layers_are_as_the_file_holds_them(run, tmp_path, capsys):
+    words = ["--base", str(run.folder / "base.gguf"), "--adapter", str(run.final)]
+    with pytest.raises(SystemExit) as done:
+        main(["merge", *words, "--out", str(tmp_path / "out")])
+    assert done.value.code == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first == (
+        "the base's layers as its file holds them: 12; 2 in 4 bits, groups of 64 (embedding and"
+        " head in bfloat16):"
+    )
 
 
 def test_random_weights_have_the_forms_of_the_file(run):

@@ -338,7 +338,8 @@ def test_a_plain_resume_says_nothing(tmp_path, capsys, written):
     made_with = read_state(run / step_name(4))["made_with"]
     assert made_with["training.micro_batch_size"] == made_with["training.batch_size"] == 12
     if written != "now":
-        edit_made_with(run / step_name(4), {"training.micro_batch_size": None}, ("data.train_on",))
+        older = {"training.micro_batch_size": None, "data.train_on": "all"}
+        edit_made_with(run / step_name(4), older, ("data.pack", "data.template"))
     words = ["train", config_file(run), "--quiet", "--resume", "--set", "training.max_steps=5"]
     edit_made_with(run / step_name(4), {"training.max_steps": 5})
     assert cli(*words) == 0
@@ -357,10 +358,10 @@ def edit_made_with(checkpoint, changes, dropped=()):
 
 def test_data_options_that_decide_what_is_learned_are_compared(tmp_path):
     run = part_of(finished_run(), tmp_path / "run", step_name(4)) / step_name(4)
-    assert read_state(run)["made_with"]["data.train_on"] == "all"
+    assert read_state(run)["made_with"]["data.train_on"] is None
     edit_made_with(run, {"data.train_on": "last"})
     says = differences(configuration(tmp_path / "other"), run)
-    assert says.endswith('never stopped: data.train_on is "all", was "last"')
+    assert says.endswith('never stopped: data.train_on is nothing, was "last"')
 
 
 def test_parts_of_the_batch_that_differ_are_said_as_they_were(tmp_path):

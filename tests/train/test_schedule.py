@@ -8,14 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinyllama.config import LRScheduleConfig
-from tinyllama.train.schedule import Place, learning_rate
+from tinyllama.train.schedule import Place, learning_rate, with_warmup_steps
+
+KINDS = ["cosine", "linear", "constant", "wsd"]
 
 
-def schedule(kind, warmup, min_lr):
-    return LRScheduleConfig(type=kind, warmup_steps=warmup, min_lr=min_lr)
+def schedule(kind, warmup, min_lr, decay=0.25):
+    return LRScheduleConfig(type=kind, warmup_steps=warmup, min_lr=min_lr, decay_fraction=decay)
 
 
-@pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_warm_up_is_a_straight_line_from_zero_to_the_peak(kind):
     rates = [learning_rate(step, 100, 0.8, schedule(kind, 4, 0.1)) for step in range(1, 5)]
     assert rates == pytest.approx([0.2, 0.4, 0.6, 0.8], rel=1e-12)
@@ -39,12 +41,31 @@ def test_linear_goes_from_the_peak_to_min_lr_at_the_last_step():
     assert found == pytest.approx([1.1, 0.85, 0.6, 0.35, 0.11, 0.1, 0.1], rel=1e-12)
 
 
+def test_wsd_stays_at_the_peak_and_falls_over_the_last_part_to_min_lr():
+    wsd = schedule("wsd", 10, 0.1, decay=0.2)
+    found = [learning_rate(step, 110, 1.1, wsd) for step in (5, 10, 60, 90, 95, 100, 105, 110, 200)]
+    assert found == pytest.approx([0.55, 1.1, 1.1, 1.1, 0.85, 0.6, 0.35, 0.1, 0.1], rel=1e-12)
+    whole = schedule("wsd", 10, 0.1, decay=1.0)
+    linear = schedule("linear", 10, 0.1)
+    for step in (1, 10, 37, 110):
+        assert learning_rate(step, 110, 1.1, whole) == learning_rate(step, 110, 1.1, linear)
+
+
+def test_a_warm_up_ratio_is_rounded_up_and_kept_over_a_resume():
+    ratio = LRScheduleConfig(type="linear", warmup_ratio=0.03, min_lr=0.1)
+    resolved = with_warmup_steps(ratio, 110)
+    assert resolved == LRScheduleConfig(type="linear", warmup_steps=4, min_lr=0.1)
+    assert with_warmup_steps(ratio, 220, saved=4) == resolved
+    plain = LRScheduleConfig(warmup_steps=7)
+    assert with_warmup_steps(plain, 110, saved=None) is plain
+
+
 def test_constant_stays_at_the_peak():
     constant = schedule("constant", 3, 0.1)
     assert {learning_rate(step, 50, 0.8, constant) for step in range(3, 60)} == {0.8}
 
 
-@pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_without_warm_up_the_first_step_has_the_peak(kind):
     assert learning_rate(1, 20, 0.8, schedule(kind, 0, 0.1)) == pytest.approx(0.8, rel=1e-12)
 
@@ -56,16 +77,17 @@ def test_a_schedule_that_is_shorter_than_its_warm_up_only_rises(kind):
 
 
 @given(
-    kind=st.sampled_from(["cosine", "linear", "constant"]),
+    kind=st.sampled_from(KINDS),
+    decay=st.floats(1e-3, 1.0),
     total=st.integers(1, 300),
     warmup=st.integers(0, 100),
     peak=st.floats(1e-6, 1.0),
     share=st.just(0.0) | st.floats(1e-3, 1.0),
 )
 def test_rate_rises_to_the_peak_then_never_rises_and_stays_between(
-    kind, total, warmup, peak, share
+    kind, total, warmup, peak, share, decay
 ):
-    config = schedule(kind, warmup, peak * share)
+    config = schedule(kind, warmup, peak * share, decay)
     rates = [learning_rate(step, total, peak, config) for step in range(1, total + 1)]
     tiny = 1e-12 * peak
     assert all(0 <= rate <= peak + tiny for rate in rates)
@@ -100,7 +122,7 @@ def test_a_limit_of_steps_is_one_of_the_whole_run():
     assert place(13, 1, 8, max_steps=30).total_steps(8) == 24
 
 
-@pytest.mark.parametrize("kind", ["cosine", "linear"])
+@pytest.mark.parametrize("kind", ["cosine", "linear", "wsd"])
 @pytest.mark.parametrize("batch_size", [2, 8])
 def test_with_another_batch_size_the_rate_goes_on_from_where_it_was_to_min_lr(kind, batch_size):
     chosen, here = schedule(kind, 4, 0.1), place(13, 1, 8)
@@ -112,6 +134,8 @@ def test_with_another_batch_size_the_rate_goes_on_from_where_it_was_to_min_lr(ki
     half = 13 + (total - 13) / 2  # of the steps left: half of what is left of the way
     share = 1 - (1 - 9 / 29) / 2
     height = (1 + math.cos(math.pi * share)) / 2 if kind == "cosine" else 1 - share
+    if kind == "wsd":
+        height = 1  # a quarter of the way is left for the decay, and here it has a third
     assert learning_rate(half, total, 1.1, chosen, anchor) == pytest.approx(0.1 + height)
 
 

@@ -11,8 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-from tinyllama.errors import TinyllamaError, reason
-from tinyllama.system.signals import Terminated, terminating
+from tinyllama.errors import TinyllamaError, fit_for_terminal, reason
+from tinyllama.system.signals import Terminated, reporting_lost_files, terminating
 
 # An option less similar than this to what was typed is not suggested.
 SIMILAR = 0.6
@@ -74,7 +74,7 @@ def exit_code(run: Callable[[], int | None], name: str) -> int:
     the user, 130 interrupted, 143 terminated, 141 where nobody reads the output any more."""
     hook = sys.unraisablehook
     try:
-        with terminating():
+        with terminating(), reporting_lost_files():
             return _completed(run)
     except TinyllamaError as error:
         code, message = 2, str(error)
@@ -92,7 +92,7 @@ def exit_code(run: Callable[[], int | None], name: str) -> int:
     # Not before the exception is gone, and with it the progress bars that it held.
     sys.unraisablehook = hook
     with suppress(OSError):
-        print(message, file=sys.stderr)
+        print(fit_for_terminal(message), file=sys.stderr)
     return code
 
 

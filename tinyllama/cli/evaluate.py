@@ -8,14 +8,25 @@ import json
 import math
 
 from tinyllama.cli.arguments import count, path
-from tinyllama.cli.shared import add_model, add_threads, load, select_device, to_stderr
+from tinyllama.cli.shared import (
+    add_form,
+    add_model,
+    add_threads,
+    form_of,
+    load,
+    select_device,
+    to_stderr,
+)
 from tinyllama.errors import ConfigError, TrainingError
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the command line."""
     add_model(parser)
-    parser.add_argument("--data", required=True, nargs="+", help="text: files, folders or patterns")
+    parser.add_argument(
+        "--data", required=True, nargs="+", help="text or conversations: files, folders or patterns"
+    )
+    add_form(parser)
     parser.add_argument("--context", type=count, help="tokens per window (default: the model's)")
     parser.add_argument(
         "--batch", type=count, default=1, help="windows computed together (default: 1)"
@@ -38,7 +49,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Print the object."""
     choice = select_device(options.threads)
-    from tinyllama.data.batches import prepare
+    from tinyllama.data.batches import layout_of, prepare
     from tinyllama.train.evaluate import Evaluator
 
     tokenizer, model = load(options.model, options.base)
@@ -49,7 +60,9 @@ def run(options: argparse.Namespace) -> None:
         raise ConfigError(f"--context: got {context}, must be at most the model's {longest}")
     if options.stride and options.stride > context:
         raise ConfigError(f"--stride: got {options.stride}, must be at most the context, {context}")
-    dataset = prepare(options.data, tokenizer, options.cache_dir)
+    dataset = prepare(options.data, tokenizer, options.cache_dir, form=form_of(options))
+    for notice in layout_of(dataset, context, stride=options.stride).notices():
+        to_stderr(notice)
     result = Evaluator(model, dataset, context, options.batch, options.stride).run(progress=True)
     assert result is not None  # it was given nothing to stop it
     if not math.isfinite(result.loss):

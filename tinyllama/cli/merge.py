@@ -94,20 +94,26 @@ def _packing(options: argparse.Namespace) -> "Packing":
 
 
 def _precision(done: "Merged") -> str:
-    """A line per tensor that was rounded to 4 bits, and one for all."""
+    """A line per tensor that was rounded, to 4 bits or to bfloat16, and one for all."""
     from tinyllama.convert.merge import total_lost
     from tinyllama.model.counts import aligned
 
     rows = [
         {
-            "w: the base, held: in 4 bits": part.name,
+            "w: the base, held: in training": part.name,
             "max |w - held|": f"{part.largest:.3e}",
             "rms(w - held)": f"{part.rms:.3e}",
             "rms(w - held) / rms(w)": f"{part.relative:.3%}",
         }
         for part in (*done.lost, total_lost(done.lost))
     ]
-    return (
-        f"the base in 4 bits, groups of {done.block_size} (embedding and head in bfloat16):\n"
-        f"{aligned(rows)}"
-    )
+    return f"{_held(done)} (embedding and head in bfloat16):\n{aligned(rows)}"
+
+
+def _held(done: "Merged") -> str:
+    """How the adapters' run held the base."""
+    packed = f"in 4 bits, groups of {done.block_size}"
+    if not done.as_stored:
+        return f"the base {packed}"
+    kept = f"the base's layers as its file holds them: {done.as_stored}"
+    return f"{kept}; {done.packed} {packed}" if done.packed else kept

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinyllama.cli.arguments import path
-from tinyllama.errors import ConfigError, DeviceError
+from tinyllama.errors import ConfigError, DeviceError, fit_for_terminal
 from tinyllama.system import device
 
 if TYPE_CHECKING:
+    from tinyllama.data.conversations import Form
     from tinyllama.model.llama import Llama
     from tinyllama.tokenizers.tokenizer import Tokenizer
 
@@ -28,6 +29,27 @@ def add_set(parser: argparse.ArgumentParser) -> None:
 def add_threads(parser: argparse.ArgumentParser) -> None:
     """--threads N."""
     parser.add_argument("--threads", type=int, help="threads of CPU kernels (default: every core)")
+
+
+def add_form(parser: argparse.ArgumentParser) -> None:
+    """--template and --train-on."""
+    parser.add_argument(
+        "--template",
+        choices=("chatml", "llama2", "llama3", "alpaca", "none"),
+        help="how conversations are written as text (default: the model's chat template)",
+    )
+    parser.add_argument(
+        "--train-on",
+        choices=("all", "assistant", "last"),
+        help="tokens of conversations that count (default: the assistant's; of text all)",
+    )
+
+
+def form_of(options: argparse.Namespace) -> "Form":
+    """What add_form's options say."""
+    from tinyllama.data.conversations import Form
+
+    return Form(options.template, options.train_on)
 
 
 def select_device(threads: int | None) -> device.DeviceChoice:
@@ -72,7 +94,7 @@ def model_folder(folder: Path) -> Path:
         return folder
     if not folder.is_dir():
         problem = "is a file, must be the folder of a model or end in .gguf"
-        raise ConfigError(f"{folder}: {problem if folder.exists() else 'no such folder'}")
+        raise ConfigError(f"{folder}: {problem if folder.exists() else 'no such file or folder'}")
     names = ("config.json", "adapter_config.json", "params.json")
     if any((folder / name).exists() for name in names):
         return folder
@@ -132,4 +154,4 @@ def verify_model(folder: Path, base: Path | None = None, *, remembered: bool = T
 
 def to_stderr(message: str) -> None:
     """Print a line that is no result."""
-    print(message, file=sys.stderr, flush=True)
+    print(fit_for_terminal(message), file=sys.stderr, flush=True)

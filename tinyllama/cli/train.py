@@ -149,5 +149,6 @@ def _result(outcome: "Outcome") -> str:
         )
     losses = {"loss": outcome.loss, "validation loss": outcome.val_loss}
     shown = [f"{name} {value:.4f}" for name, value in losses.items() if value is not None]
-    saved = f"finished: step {outcome.step}, saved {outcome.checkpoint}"
+    early = f" ({outcome.early})" if outcome.early else ""
+    saved = f"finished: step {outcome.step}{early}, saved {outcome.checkpoint}"
     return f"{saved}; {', '.join(shown)}" if shown else saved

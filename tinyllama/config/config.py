@@ -21,10 +21,12 @@ from tinyllama.config.sections import (
     RELATIONS,
     CheckpointingConfig,
     DataConfig,
+    DistillationConfig,
     LlamaConfig,
     LoraConfig,
     LRScheduleConfig,
     ObserveConfig,
+    PreferenceConfig,
     QloraConfig,
     TrainingConfig,
     checkable,
@@ -36,6 +38,8 @@ SECTIONS: dict[str, type] = {
     "training": TrainingConfig,
     "lr_schedule": LRScheduleConfig,
     "data": DataConfig,
+    "preference": PreferenceConfig,
+    "distillation": DistillationConfig,
     "checkpointing": CheckpointingConfig,
     "observe": ObserveConfig,
     "lora": LoraConfig,
@@ -58,6 +62,8 @@ class Config:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     lr_schedule: LRScheduleConfig = field(default_factory=LRScheduleConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
     checkpointing: CheckpointingConfig = field(default_factory=CheckpointingConfig)
     observe: ObserveConfig = field(default_factory=ObserveConfig)
     lora: LoraConfig | None = None

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 
 import msgspec
 
-from tinyllama.system.json_files import short
+from tinyllama.system.untrusted import printable
 
 _NOUNS = {int: "an integer", float: "a finite number", bool: "true or false", str: "a string"}
 _LIMITS = {
@@ -176,7 +176,7 @@ def shown(value: object) -> str:
     """A value for a message: as in TOML, and shortened if it is long."""
     text = "nothing" if value is None else to_toml(value)
     cut = text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
-    return short(cut, len(cut))
+    return printable(cut, 4 * len(cut))  # escapes are longer than what they stand for
 
 
 def nearest(word: str, candidates: Iterable[str]) -> str:

@@ -31,6 +31,9 @@ Rows = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Natural = Annotated[int, Meta(ge=0)]
 Positive = Annotated[float, Meta(gt=0)]
 NotNegative = Annotated[float, Meta(ge=0)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+Part = Annotated[float, Meta(gt=0, le=1)]
+Doubt = Annotated[float, Meta(ge=0, lt=0.5)]
 Fraction = Annotated[float, Meta(ge=0, lt=1)]
 Text = Annotated[str, Meta(min_length=1)]
 Address = Annotated[str, Meta(pattern=r"^https?://[^/\s]+")]
@@ -155,10 +158,30 @@ class TrainingConfig:
         None, "steps between validations; when not set, after each epoch"
     )
     eval_first: bool = option(
-        False, "validate before the first step too, as step 0; needs data.val_path"
+        False, "validate before the first step too, as step 0; needs validation text"
     )
     checkpoint_activations: bool = option(
         False, "keep only the input of each layer and recompute the rest: less memory, more time"
+    )
+    objective: Literal["sft", "dpo", "orpo", "distill"] = option(
+        "sft",
+        "what is minimised: the loss of the next token (sft), of pairs of a chosen and a rejected"
+        " answer (dpo, orpo; [preference]), or of a teacher's distribution (distill;"
+        " [distillation])",
+    )
+    label_smoothing: Fraction = option(
+        0.0, "share of the target's probability that is spread over the whole vocabulary"
+    )
+    z_loss: NotNegative = option(
+        0.0, "weight of the square of log Z, the logarithm of the softmax's denominator"
+    )
+    neftune_alpha: NotNegative = option(
+        0.0, "noise on embeddings while training, uniform in +-alpha / sqrt(tokens x hidden_size)"
+    )
+    early_stopping: Count | None = option(
+        None,
+        "validations without a lower validation loss after which the run ends; best/ holds the"
+        " weights of the lowest",
     )
     devices: Count = option(1, "devices that share the batch; only 1 for now")
     beam: Natural = option(
@@ -183,10 +206,18 @@ class TrainingConfig:
 class LRScheduleConfig:
     """[lr_schedule]: the learning rate over the steps."""
 
-    type: Literal["cosine", "linear", "constant"] = option(
-        "cosine", "shape of the decay from learning_rate to min_lr"
+    type: Literal["cosine", "linear", "constant", "wsd"] = option(
+        "cosine",
+        "shape of the decay from learning_rate to min_lr; wsd (warm-up, stable, decay) stays at the"
+        " peak until the last decay_fraction of the steps, then falls in a straight line",
     )
     warmup_steps: Natural = option(0, "steps over which the learning rate rises from 0")
+    warmup_ratio: Share = option(
+        0.0, "the same as a share of the run's steps, rounded up; instead of warmup_steps"
+    )
+    decay_fraction: Part = option(
+        0.2, "share of the steps behind the warm-up over which type wsd decays"
+    )
     min_lr: NotNegative = option(0.0, "learning rate at the last step")
 
     def __post_init__(self) -> None:
@@ -220,15 +251,33 @@ class DataConfig:
         "allow another tokenizer than that of model.base, whose embeddings then mean nothing until "
         "they are trained anew; for training the whole model, not for adapters",
     )
-    train_on: Literal["all", "assistant", "last"] = option(
-        "all",
-        "which tokens of a conversation are trained on: all, the assistant's, or its last answer's;"
-        " only all for now",
+    train_on: Literal["all", "assistant", "last"] | None = option(
+        None,
+        "which tokens of a conversation are trained on: all, the assistant's, or those of its last "
+        "answer; when not set, the assistant's, of a prompt its completion, and of text all",
+    )
+    template: Literal["chatml", "llama2", "llama3", "alpaca", "none"] | None = option(
+        None,
+        "how conversations are written as text; none: one message behind the other; when not set, "
+        "as the chat template of the tokenizer says",
+    )
+    pack: bool = option(
+        True,
+        "several documents share a row, without seeing each other; false: a row for each, the rows "
+        "of a batch of similar length",
+    )
+    val_fraction: Annotated[float, Meta(gt=0, lt=1)] | None = option(
+        None, "share of the rows of train_path that is kept for validation, chosen by their hash"
     )
     cache_dir: Place = option(".cache/tinyllama", "folder that keeps tokenized text between runs")
 
     def __post_init__(self) -> None:
         _validate("data", self)
+
+    @property
+    def validates(self) -> bool:
+        """Whether there is validation text."""
+        return self.val_path is not None or self.val_fraction is not None
 
 
 @dataclass(frozen=True)
@@ -238,6 +287,9 @@ class CheckpointingConfig:
     save_every: Count = option(1000, "steps between checkpoints")
     checkpoint_dir: Place = option("checkpoints", "folder of the run")
     keep_last_n: Count = option(3, "checkpoints to keep; older ones are removed")
+    keep_best: bool = option(
+        False, "also keep the checkpoint of the lowest validation loss, in best/"
+    )
 
     def __post_init__(self) -> None:
         _validate("checkpointing", self)
@@ -332,6 +384,44 @@ class QloraConfig:
         _validate("qlora", self)
 
 
+@dataclass(frozen=True)
+class PreferenceConfig:
+    """[preference]: objectives of pairs: dpo (Rafailov et al. 2023, arXiv:2305.18290) and orpo
+    (Hong et al. 2024, arXiv:2403.07691)."""
+
+    beta: Positive = option(
+        0.1,
+        "how strongly a difference from the reference counts (dpo), or the"
+        " odds ratio beside the loss of the chosen answer (orpo)",
+    )
+    label_smoothing: Doubt = option(
+        0.0, "dpo: probability that a pair is labelled the wrong way round (arXiv:2305.18290, 3)"
+    )
+
+    def __post_init__(self) -> None:
+        _validate("preference", self)
+
+
+@dataclass(frozen=True)
+class DistillationConfig:
+    """[distillation]: learning from a teacher's distribution (Hinton et al. 2015)."""
+
+    teacher: Place | None = option(
+        None, "model whose distribution is learned: a folder or file with the same vocabulary"
+    )
+    temperature: Positive = option(
+        1.0, "divides the logits of both; the soft loss is multiplied by its square"
+    )
+    alpha: Share = option(0.5, "share of the loss of the text's own tokens; the rest is soft")
+    top_k: Count = option(
+        64,
+        "most likely tokens of the teacher that are kept, on disk in data.cache_dir",
+    )
+
+    def __post_init__(self) -> None:
+        _validate("distillation", self)
+
+
 RELATIONS = (
     Relation(
         ("model.hidden_size", "model.num_heads", "model.head_dim"),
@@ -367,9 +457,44 @@ RELATIONS = (
         "a divisor of training.batch_size, which is {1}",
     ),
     Relation(
-        ("training.eval_first", "data.val_path"),
-        lambda first, path: not first or path is not None,
-        "false where data.val_path is not set",
+        ("training.eval_first", "data.val_path", "data.val_fraction"),
+        lambda first, path, share: not first or path is not None or share is not None,
+        "false where neither data.val_path nor data.val_fraction is set",
+    ),
+    Relation(
+        ("data.val_fraction", "data.val_path"),
+        lambda share, path: share is None or path is None,
+        "not set where data.val_path is, which names {1}",
+    ),
+    Relation(
+        ("training.early_stopping", "data.val_path", "data.val_fraction"),
+        lambda patience, *texts: patience is None or texts != (None, None),
+        "not set where neither data.val_path nor data.val_fraction is set",
+    ),
+    Relation(
+        ("checkpointing.keep_best", "data.val_path", "data.val_fraction"),
+        lambda keeps, *texts: not keeps or texts != (None, None),
+        "false where neither data.val_path nor data.val_fraction is set",
+    ),
+    Relation(
+        ("training.label_smoothing", "training.objective"),
+        lambda share, objective: not share or objective in ("sft", "distill"),
+        "0 where training.objective is {1}; that of pairs is preference.label_smoothing",
+    ),
+    Relation(
+        ("training.z_loss", "training.objective"),
+        lambda weight, objective: not weight or objective in ("sft", "distill"),
+        "0 where training.objective is {1}",
+    ),
+    Relation(
+        ("distillation.teacher", "training.objective"),
+        lambda teacher, objective: teacher is not None or objective != "distill",
+        'set where training.objective is "distill": the folder or file of a model',
+    ),
+    Relation(
+        ("lr_schedule.warmup_ratio", "lr_schedule.warmup_steps"),
+        lambda share, steps: not (share and steps),
+        "0 where lr_schedule.warmup_steps is set, to {1}",
     ),
     Relation(
         ("lr_schedule.min_lr", "training.learning_rate"),

@@ -54,8 +54,8 @@ from tinyllama.formats.model_config import config_to_hf
 from tinyllama.formats.models import ModelSource, open_model
 from tinyllama.formats.peft import AdapterConfig, AdapterFolder
 from tinyllama.formats.safetensors import LazyArray, write_safetensors
-from tinyllama.formats.untrusted import read_json
 from tinyllama.system.files import atomic_directory, remove_partials
+from tinyllama.system.untrusted import read_json
 from tinyllama.tokenizers.opening import holds_tokenizer, open_tokenizer
 from tinyllama.tokenizers.tokenizer import write_files
 from tinyllama.train.manifest import verify_loaded
@@ -110,7 +110,8 @@ class Merged:
     """The result of a merge: `changed` of `total` tensors, `bytes` of weights.
 
     block_size is that of the 4 bits into which the base was packed, or None; `lost` is the
-    difference which that made, per tensor.
+    difference which that made, per tensor. `as_stored` counts layers in the blocks of a GGUF file,
+    or widened from them, which nothing rounded.
     """
 
     changed: int
@@ -118,6 +119,12 @@ class Merged:
     bytes: int
     block_size: int | None = None
     lost: tuple[Lost, ...] = ()
+    as_stored: int = 0
+
+    @property
+    def packed(self) -> int:
+        """Layers that were rounded to 4 bits."""
+        return sum(part.name not in (EMBEDDING, HEAD) for part in self.lost)
 
 
 @dataclass(frozen=True)
@@ -282,7 +289,8 @@ def _write_weights(reader: "_Reader", parts: Sequence[_Part], out: Path, dtype: 
         index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
         _write_json(out / INDEX, index)
     lost = tuple(reader.lost)
-    return Merged(changed, len(base.names), total_bytes, reader.block_size, lost)
+    counts = changed, len(base.names), total_bytes
+    return Merged(*counts, reader.block_size, lost, len(reader.stored))
 
 
 def _kept_type(base: ModelSource, name: str) -> str:

@@ -19,21 +19,18 @@ from tinyllama.errors import DataError
 Format = Literal["text", "jsonl", "json", "csv", "tsv"]
 
 SUFFIXES = (".csv", ".json", ".jsonl", ".ndjson", ".tsv", ".txt")  # what is read of a folder
+COMPRESSED = (".gz", ".zst", ".zstd")
 BOM = b"\xef\xbb\xbf"
 HEAD_BYTES = 1 << 16  # decides
 
 # How a file begins -> what it is and how it becomes one that is read.
 _REFUSED = {
-    b"\x1f\x8b": ("is compressed with gzip", "decompress it first: gunzip -k {}"),
-    b"\x28\xb5\x2f\xfd": ("is compressed with zstd", "decompress it first: zstd -d {}"),
     b"\xfd7zXZ\x00": ("is compressed with xz", "decompress it first: xz -dk {}"),
     b"BZh": ("is compressed with bzip2", "decompress it first: bunzip2 -k {}"),
     b"PK\x03\x04": ("is a zip archive", "unpack it first: unzip {}"),
-    b"PAR1": ("is a Parquet file", "convert it to JSON Lines first, {}"),
     b"ARROW1": ("is an Arrow file", "convert it to JSON Lines first, {}"),
 }
 _PANDAS = {
-    b"PAR1": 'with pandas: read_parquet(FILE).to_json(NEW, orient="records", lines=True)',
     b"ARROW1": 'with pandas: read_feather(FILE).to_json(NEW, orient="records", lines=True)',
 }
 _ARRAY = re.compile(rb"\s*\[\s*[{\]]")
@@ -41,15 +38,22 @@ _ARRAY_OF_OBJECTS = re.compile(rb'\s*\[\s*\{\s*"[^"\n]*"\s*:')
 _OBJECT = re.compile(rb'\{\s*"[^"\n]*"\s*:')
 
 
-def detect(path: Path, head: bytes) -> Format:
-    """The format of a file that begins with `head` (HEAD_BYTES or the whole file).
+def is_read(path: Path) -> bool:
+    """Whether a file of this name is read where its folder is named."""
+    name = path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
+    return path.suffix.lower() == ".parquet" or name.suffix.lower() in SUFFIXES
+
+
+def detect(path: Path, head: bytes, shown: Path | None = None) -> Format:
+    """The format of a file that begins with `head` (HEAD_BYTES or the whole file). `shown` is its
+    name in errors, if that is another one.
 
     Raises DataError for one that must be decompressed or converted first.
     """
     for magic, (what, advice) in _REFUSED.items():
         if head.startswith(magic):
             advice = advice.format(_PANDAS.get(magic) or shlex.quote(str(path)))
-            raise DataError(f"{path}: {what}, which is not read; {advice}")
+            raise DataError(f"{shown or path}: {what}, which is not read; {advice}")
     head = head.removeprefix(BOM)
     suffix = path.suffix.lower()
     if suffix == ".csv":

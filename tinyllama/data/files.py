@@ -2,37 +2,48 @@
 
     find_sources     names, folders and globs -> files, in an order that does not change
     cut              one file -> byte ranges of about 1 MiB, cut between rows or after line ends
+    unpacked         gzip, zstd and Parquet -> files that are read like others, for a while
     read_chunk       one range -> the texts in it
+    read_rows        one range -> the conversations in it
     read_joined      one range of a document -> its text, cut where a tokenizer may be cut
     content_digests  files -> SHA-256, remembered for as long as a file is untouched
 
-A file has rows of {"text": ...}, each a document (JSON Lines, a JSON array, CSV), or is one
-document; detect.py says which. A text is taken exactly as it is (line ends, tabs, spaces); only a
-byte order mark at the start is dropped.
+A file has rows (JSON Lines, a JSON array, CSV, Parquet), each a document of {"text": ...} or a
+conversation, as its first row has it; or it is one document. detect.py says which. A text is taken
+exactly as it is (line ends, tabs, spaces); only a byte order mark at the start is dropped.
 """
 
 import glob
 import hashlib
+import io
 import os
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
-from typing import Annotated, BinaryIO
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, TypeVar
 
 import msgspec
-from tqdm import tqdm
 
 from tinyllama.data import json_array, table
-from tinyllama.data.detect import BOM, HEAD_BYTES, SUFFIXES, Format, detect
-from tinyllama.data.jsonl import parse_row
-from tinyllama.errors import DataError, reason
+from tinyllama.data.conversations import COLUMNS, Conversation, Kind, kind_of, parse
+from tinyllama.data.detect import BOM, COMPRESSED, HEAD_BYTES, SUFFIXES, Format, detect, is_read
+from tinyllama.data.jsonl import parse_object, parse_row
+from tinyllama.data.packed import Packing, decompressed, packing_of, parquet_kind, unpack
+from tinyllama.errors import DataError, WeightsError, fit_for_terminal, reason
+from tinyllama.formats import hub
 from tinyllama.system.files import atomic_write, make_folder, read_file, sha256_file
-from tinyllama.system.json_files import MOST_BYTES, parse_json
+from tinyllama.system.untrusted import MOST_BYTES, parse_json
+
+T = TypeVar("T")
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 CHUNK_BYTES = 1 << 20
 MAX_ROW_BYTES = 64 << 20  # a row is parsed whole, so it bounds the memory
@@ -40,6 +51,7 @@ MAX_ROW_BYTES = 64 << 20  # a row is parsed whole, so it bounds the memory
 _WINDOW = 1 << 14  # characters behind a border in which a joint is looked for
 _BEFORE_BYTES = 8  # two characters
 _VALIDATION = {"val", "valid", "validation", "test"}  # names without their suffix
+_PACKED_SUFFIXES = (".parquet", *(f"{s}{packed}" for s in SUFFIXES for packed in COMPRESSED))
 _DIGESTS_FILE = "digests.json"
 _SETTLED_SECONDS = 2.0
 
@@ -52,6 +64,14 @@ class Source:
     size_bytes: int
     signature: tuple[int, ...]
     format: Format
+    kind: Kind = "text"  # of its rows, by the first one
+    packing: Packing | None = None  # what must be undone before it can be read, see unpacked
+    unpacked: Path | None = None
+
+    @property
+    def stored(self) -> Path:
+        """The file to read."""
+        return self.unpacked or self.path
 
     @property
     def has_rows(self) -> bool:
@@ -60,7 +80,7 @@ class Source:
 
     def check_unchanged(self) -> None:
         """Raise DataError if the file is no longer what it was when it was found."""
-        if _look_at(self.path) != self:
+        if _signature(self.path) != self.signature:
             raise self.changed()
 
     def changed(self) -> DataError:
@@ -83,7 +103,8 @@ class Chunk:
 
 def find_sources(patterns: str | Sequence[str]) -> list[Source]:
     """Files that the patterns name: a file; a folder, for the files in it and its folders that have
-    one of SUFFIXES; or a glob (`**` reaches into folders), for every file it matches.
+    one of SUFFIXES; a glob (`**` reaches into folders), for every file it matches; or a data set on
+    the hub, see hub.fetch_data.
 
     In the order of the patterns, by name within each, every file once. Raises DataError, with all
     problems at once: nothing found, a file that is named and empty, only empty files, a format
@@ -115,7 +136,7 @@ def cut(source: Source) -> Iterator[Chunk]:
     rows to cut between.
     """
     start = 0
-    with _open(source.path) as file, _placed(source):
+    with _open(source.stored) as file, _placed(source):
         for end in _possible_ends(file, source):
             if end - start >= CHUNK_BYTES or end == source.size_bytes:
                 yield Chunk(source, start, end)
@@ -125,30 +146,64 @@ def cut(source: Source) -> Iterator[Chunk]:
 
 
 def read_chunk(chunk: Chunk) -> list[str]:
-    """The texts in a chunk: its rows, or the one part of a document (which may be "").
+    """The texts in a chunk: its rows, those of conversations as their messages joined by blank
+    lines, or the one part of a document (which may be "").
 
     Raises DataError for bytes that are not UTF-8 and for bad rows, with the place.
     """
+    if not chunk.source.has_rows:
+        text = _content(chunk)[1]
+        return [text.removeprefix("\ufeff") if chunk.start == 0 else text]
+    if chunk.source.kind != "text":
+        return read_rows(chunk, _spoken)
+    return _rows(chunk, parse_row, lambda row: str(row["text"]))
+
+
+def read_rows(chunk: Chunk, use: Callable[[list[Conversation]], T]) -> list[T]:
+    """What `use` makes of each row's conversations, see conversations.parse.
+
+    Raises DataError for bytes that are not UTF-8, for bad rows, and where `use` does, with the
+    place.
+    """
+
+    def parsed(row: Any) -> T:
+        return use(parse(row, chunk.source.kind))
+
+    return _rows(chunk, lambda data: parsed(parse_object(data)), parsed)
+
+
+def _spoken(conversations: list[Conversation]) -> str:
+    """What is said in the first of the conversations."""
+    contents = (message.get("content") for message in conversations[0].messages)
+    return "\n\n".join(content for content in contents if isinstance(content, str))
+
+
+def _rows(
+    chunk: Chunk, of_json: Callable[[bytes], T], of_table: Callable[[dict[str, str]], T]
+) -> list[T]:
+    data, text = _content(chunk)
+    if chunk.source.format == "json":
+        return _array_rows(data, chunk, of_json)
+    if chunk.source.format == "jsonl":
+        return _lines(data, chunk, of_json)
+    return _table_rows(text, chunk, of_table)
+
+
+def _content(chunk: Chunk) -> tuple[bytes, str]:
+    """The bytes of a chunk and its characters. Raises DataError for bytes that are not UTF-8."""
     source = chunk.source
-    with _open(source.path) as file:
+    with _open(source.stored) as file:
         file.seek(chunk.start)
         data = file.read(chunk.end - chunk.start)
     if len(data) != chunk.end - chunk.start:
         raise source.changed()
     try:
-        text = data.decode("utf-8")
+        return data, data.decode("utf-8")
     except UnicodeDecodeError as error:
         place = f"{source.path}: byte {chunk.start + error.start}"
         raise DataError(
             f"{place} (0x{data[error.start]:02x}) is not UTF-8; convert the file to UTF-8"
         ) from None
-    if source.format == "text":
-        return [text.removeprefix("\ufeff") if chunk.start == 0 else text]
-    if source.format == "json":
-        return _array_rows(data, chunk)
-    if source.format == "jsonl":
-        return _lines(data, chunk)
-    return _table_rows(text, chunk)
 
 
 def read_joined(chunk: Chunk, joint: re.Pattern[str]) -> str:
@@ -158,7 +213,7 @@ def read_joined(chunk: Chunk, joint: re.Pattern[str]) -> str:
     Where there is none for WINDOW characters, the chunk's own border is taken. Raises DataError.
     """
     (own,) = read_chunk(chunk)
-    with _open(chunk.source.path) as file:
+    with _open(chunk.source.stored) as file:
         file.seek(max(chunk.start - _BEFORE_BYTES, 0))
         before = file.read(min(chunk.start, _BEFORE_BYTES)).decode(errors="ignore")
         file.seek(chunk.end)
@@ -178,9 +233,8 @@ def _joint_behind(text: str, at: int, joint: re.Pattern[str]) -> int:
 
 def read_texts(sources: Iterable[Source], *, progress: bool = False) -> Iterator[str]:
     """Every text of the sources in turn, long ones in parts: for training a tokenizer."""
-    sources = list(sources)
-    with progress_bar(sources, "Reading", progress) as bar:
-        for source in sources:
+    with unpacked(sources) as ready, progress_bar(ready, "Reading", progress) as bar:
+        for source in ready:
             for chunk in cut(source):
                 yield from read_chunk(chunk)
                 bar.update(chunk.end - chunk.start)
@@ -188,6 +242,8 @@ def read_texts(sources: Iterable[Source], *, progress: bool = False) -> Iterator
 
 def progress_bar(sources: Iterable[Source], what: str, shown: bool) -> "tqdm[None]":
     """A bar over the bytes of the sources, on standard error."""
+    from tqdm import tqdm  # here: a training step without files does not need it
+
     total = sum(source.size_bytes for source in sources)
     return tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=not shown)
 
@@ -248,7 +304,7 @@ def _remembered(file: Path) -> dict[str, tuple[list[int], str]]:
         what = f"{file}: cannot be read: {reason(error)}"
     except DataError as error:
         what = str(error)
-    print(f"{what}; the texts are read again", file=sys.stderr)
+    print(fit_for_terminal(f"{what}; the texts are read again"), file=sys.stderr)
     return {}
 
 
@@ -278,6 +334,11 @@ def _expand(pattern: str) -> list[Path]:
         if path.stat().st_size == 0:
             raise DataError(f"{pattern}: the file is empty")
         return [path]
+    if hub.names_data(pattern) and not path.parent.is_dir():
+        try:
+            return hub.fetch_data(pattern, (*SUFFIXES, *_PACKED_SUFFIXES))
+        except WeightsError as error:
+            raise DataError(str(error)) from None
     if not glob.has_magic(pattern):
         raise DataError(f"{pattern}: no such file or folder")
     matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
@@ -289,9 +350,7 @@ def _expand(pattern: str) -> list[Path]:
 def _walk(folder: Path) -> list[Path]:
     """The files below `folder` that have one of SUFFIXES. A folder with training and validation
     rows is refused: trained on both, the validation loss would mean nothing."""
-    files = sorted(
-        path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()
-    )
+    files = sorted(path for path in folder.rglob("*") if is_read(path) and path.is_file())
     if not files:
         listed = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
         raise DataError(f"{folder}: the folder holds no {listed} file")
@@ -302,15 +361,107 @@ def _walk(folder: Path) -> list[Path]:
     return files
 
 
-def _look_at(path: Path) -> Source:
+def _signature(path: Path) -> tuple[int, ...]:
     try:
         stat = path.stat()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {reason(error)}") from error
+    return (stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns)
+
+
+def _look_at(path: Path) -> Source:
+    signature = _signature(path)
+    try:
         with open(path, "rb") as file:
             head = file.read(HEAD_BYTES)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {reason(error)}") from error
-    signature = (stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns)
-    return Source(path, stat.st_size, signature, detect(path, head))
+    packing = packing_of(head)
+    if packing == "parquet":
+        kind = parquet_kind(path)
+        return Source(path, signature[0], signature, "jsonl", kind, packing)
+    if packing is None:
+        source = Source(path, signature[0], signature, detect(path, head))
+    else:
+        with decompressed(path, packing) as file:
+            head = file.read(HEAD_BYTES)
+        if packing_of(head) is not None:
+            raise DataError(f"{path}: is packed twice; unpack it first")
+        kind_of_file = detect(Path(path.stem), head, path)
+        source = Source(path, signature[0], signature, kind_of_file, packing=packing)
+    return replace(source, kind=_kind(source, head))
+
+
+def _kind(source: Source, head: bytes) -> Kind:
+    """The kind of a file's rows, by the first one; text where that cannot be read, so that the
+    error is that of reading it."""
+    if not source.has_rows:
+        return "text"
+    if source.format in ("csv", "tsv"):
+        return _kind_of_table(source, head)
+    with _opened(source) as file:
+        data = _first_row(file, source.format)
+    try:
+        row = parse_object(data)
+    except (DataError, UnicodeDecodeError):
+        return "text"
+    return (kind_of(row) if isinstance(row, dict) else None) or "text"
+
+
+def _kind_of_table(source: Source, head: bytes) -> Kind:
+    header = io.BytesIO(head)
+    try:
+        end = next(table.row_ends(header, source.format, MAX_ROW_BYTES), 0)
+        return table.columns(head[:end].removeprefix(BOM), source.format)[1]
+    except (table.TableError, UnicodeDecodeError):
+        return "text"
+
+
+@contextmanager
+def _opened(source: Source) -> Iterator[BinaryIO]:
+    """What a source holds, compressed or not."""
+    if source.packing in ("gzip", "zstd"):
+        with decompressed(source.path, source.packing) as file:
+            yield file
+    else:
+        with _open(source.stored) as file:
+            yield file
+
+
+def _first_row(file: BinaryIO, form: Format) -> bytes:
+    """The first row of JSON Lines or of an array; b"" where there is none."""
+    if form == "json":
+        try:
+            end = next(json_array.row_ends(file, MAX_ROW_BYTES))
+        except json_array.ArrayError:
+            return b""
+        file.seek(0)
+        data = file.read(end).removeprefix(BOM)
+        return next((row for _, row in json_array.rows(data, is_first=True)), b"")
+    line = file.readline(MAX_ROW_BYTES).removeprefix(BOM)
+    while line and not line.strip():
+        line = file.readline(MAX_ROW_BYTES)
+    return line
+
+
+@contextmanager
+def unpacked(sources: Iterable[Source], folder: Path | None = None) -> Iterator[list[Source]]:
+    """The sources as files that can be read anywhere: those that are packed are unpacked into
+    `folder` (None: that of temporary files) and removed afterwards. Raises DataError."""
+    sources = list(sources)
+    if not any(source.packing for source in sources):
+        yield sources
+        return
+    with TemporaryDirectory(dir=folder, prefix=".unpacked-") as made:
+        ready = []
+        for number, source in enumerate(sources):
+            if source.packing is not None:
+                place = Path(made) / str(number)
+                unpack(source.path, source.packing, place, COLUMNS)
+                size = place.stat().st_size
+                source = replace(source, size_bytes=size, unpacked=place)
+            ready.append(source)
+        yield ready
 
 
 def _open(path: Path) -> BinaryIO:
@@ -370,57 +521,63 @@ def _line_end(file: BinaryIO, source: Source, start: int) -> int:
     return start + CHUNK_BYTES + len(after) - len(after.lstrip(bytes(range(0x80, 0xC0))))
 
 
-def _lines(data: bytes, chunk: Chunk) -> list[str]:
-    """The texts of JSON Lines. Raises DataError with the line."""
+def _lines(data: bytes, chunk: Chunk, parse: Callable[[bytes], T]) -> list[T]:
+    """What JSON Lines hold. Raises DataError with the line."""
     if chunk.start == 0:
         data = data.removeprefix(BOM)
-    texts = []
+    values = []
     for number, line in enumerate(data.split(b"\n")):
         try:
             if line.strip():
-                texts.append(parse_row(line))
+                values.append(parse(line))
         except DataError as error:
-            place = f"{chunk.source.path}, line {_lines_before(chunk) + number + 1}"
+            what = "row" if chunk.source.packing == "parquet" else "line"
+            place = f"{chunk.source.path}, {what} {_lines_before(chunk) + number + 1}"
             raise DataError(f"{place}: {error}") from None
-    return texts
+    return values
 
 
-def _array_rows(data: bytes, chunk: Chunk) -> list[str]:
-    """The texts of rows of a JSON array. Raises DataError with the row and its line."""
-    texts = []
+def _array_rows(data: bytes, chunk: Chunk, parse: Callable[[bytes], T]) -> list[T]:
+    """What rows of a JSON array hold. Raises DataError with the row and its line."""
+    values = []
     for number, (begin, row) in enumerate(json_array.rows(data, is_first=chunk.start == 0)):
         try:
-            texts.append(parse_row(row))
+            values.append(parse(row))
         except DataError as error:
-            with _open(chunk.source.path) as file:
+            with _open(chunk.source.stored) as file:
                 ends = json_array.row_ends(file, MAX_ROW_BYTES)
                 before = sum(1 for _ in takewhile(lambda end: end <= chunk.start, ends))
             line = _lines_before(chunk) + data[:begin].count(b"\n") + 1
             place = f"{chunk.source.path}, row {before + number + 1}, line {line}"
             raise DataError(f"{place}: {error}") from None
-    return texts
+    return values
 
 
-def _table_rows(text: str, chunk: Chunk) -> list[str]:
-    """The texts of rows of a table. Raises DataError with the line."""
+def _table_rows(text: str, chunk: Chunk, parse: Callable[[dict[str, str]], T]) -> list[T]:
+    """What rows of a table hold. Raises DataError with the line."""
     source = chunk.source
-    with _open(source.path) as file, _placed(source):
+    with _open(source.stored) as file, _placed(source):
         header_bytes = next(table.row_ends(file, source.format, MAX_ROW_BYTES), 0)
         file.seek(0)
         header = file.read(header_bytes)
-        column, width = table.text_column(header.removeprefix(BOM), source.format)
+        names, _ = table.columns(header.removeprefix(BOM), source.format)
     if chunk.start == 0:
         text = text[len(header.decode()) :]
+    values, line = [], 1
     try:
-        return list(table.texts(text, source.format, column, width))
-    except table.TableError as error:
+        for at, row in table.rows(text, source.format, names):
+            line = at
+            values.append(parse(row))
+    except (table.TableError, DataError) as error:
+        line = error.line if isinstance(error, table.TableError) else line
         before = _lines_before(chunk) if chunk.start else header.count(b"\n")
-        raise DataError(f"{source.path}, line {before + error.line}: {error}") from None
+        raise DataError(f"{source.path}, line {before + line}: {error}") from None
+    return values
 
 
 def _lines_before(chunk: Chunk) -> int:
     """Line ends in the file before a chunk."""
-    with _open(chunk.source.path) as file:
+    with _open(chunk.source.stored) as file:
         return sum(
             file.read(min(CHUNK_BYTES, chunk.start - at)).count(b"\n")
             for at in range(0, chunk.start, CHUNK_BYTES)

@@ -1,21 +1,15 @@
-"""One row of JSON -> the text in it: {"text": "...", and any other keys}."""
+"""One row of JSON: {"text": "...", and any other keys}, or an object of another kind."""
 
 import json
-from collections.abc import Iterable
+from typing import Any
 
 import msgspec
 
+from tinyllama.data.conversations import expected, kind_of
 from tinyllama.errors import DataError
-from tinyllama.system.json_files import short
+from tinyllama.system.untrusted import printable
 
 _MOST_VALUES = 1_000_000  # that Python's reader makes objects of, 80 bytes each
-_OTHER_ROWS = {"prompt", "completion", "messages", "instruction", "conversations"}
-
-
-def other_rows_hint(names: Iterable[str]) -> str:
-    """What to add to a message about a row without "text" whose keys or columns are `names`."""
-    known = not _OTHER_ROWS.isdisjoint(names)
-    return "; prompt/completion and messages rows are not supported yet" if known else ""
 
 
 class _Row(msgspec.Struct):
@@ -30,16 +24,31 @@ def parse_row(data: bytes) -> str:
     try:
         return _DECODER.decode(data).text
     except (msgspec.DecodeError, RecursionError):
-        return _parse_refused(data)
+        return _text_of(_parse_refused(data))
 
 
-def _parse_refused(data: bytes) -> str:
+def parse_object(data: bytes) -> Any:
+    """The value of a row. Raises DataError, whose message has no place yet."""
+    if sum(map(data.count, (b",", b"[", b"{"))) > _MOST_VALUES:
+        raise DataError(f"more than {_MOST_VALUES} values in one row")
+    try:
+        return msgspec.json.decode(data)
+    except (msgspec.DecodeError, RecursionError):
+        value = _parse_refused(data)
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise DataError("holds half of a surrogate pair, which UTF-8 cannot encode") from None
+    return value
+
+
+def _parse_refused(data: bytes) -> Any:
     """A row that the fast decoder refused, for the message; or one that is read all the same, since
     Python's own writer puts NaN into other fields, which JSON does not have."""
     if sum(map(data.count, (b",", b"[", b"{"))) > _MOST_VALUES:
         raise DataError(f"not valid JSON, or more than {_MOST_VALUES} values in one row")
     try:
-        row = json.loads(data)
+        return json.loads(data)
     except json.JSONDecodeError as error:
         line = "" if error.lineno == 1 else f"line {error.lineno} of the row, "
         hint = ""
@@ -50,14 +59,27 @@ def _parse_refused(data: bytes) -> str:
         raise DataError(f"not valid JSON: {error}") from None
     except RecursionError:
         raise DataError("nested too deeply") from None
+
+
+def _text_of(row: Any) -> str:
     if not isinstance(row, dict):
         raise DataError(f'must be an object {{"text": ...}}, got {type(row).__name__}')
     if "text" not in row:
-        keys = ", ".join(short(repr(key), 40) for key in list(row)[:8]) or "none"
-        raise DataError(f'no "text"; keys found: {keys}{other_rows_hint(row)}')
+        keys = ", ".join(printable(repr(key), 40) for key in list(row)[:8]) or "none"
+        raise DataError(f'no "text"; keys found: {keys}{_of_another_kind(row)}')
     text = row["text"]
     if not isinstance(text, str):
         raise DataError(f'"text" must be a string, got {type(text).__name__}')
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise DataError('"text" holds half of a surrogate pair, which UTF-8 cannot encode')
     return text
+
+
+def _of_another_kind(row: dict[str, Any]) -> str:
+    kind = kind_of(row)
+    if kind is None:
+        return ""
+    return (
+        f'; the file begins with rows that have "text": rows with {expected(kind)} belong into a '
+        "file of their own"
+    )

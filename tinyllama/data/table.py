@@ -1,4 +1,4 @@
-"""Tables of comma- or tab-separated values: the column "text", a document per row.
+"""Tables of comma- or tab-separated values: the column "text", or those of conversations.
 
 Python's csv module reads them, in its strict form: what it has to guess is refused.
 """
@@ -8,8 +8,8 @@ import io
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from tinyllama.data.jsonl import other_rows_hint
-from tinyllama.system.json_files import short
+from tinyllama.data.conversations import Kind, expected, kind_of
+from tinyllama.system.untrusted import printable
 
 _DELIMITERS = {"csv": ",", "tsv": "\t"}
 
@@ -52,26 +52,27 @@ def row_ends(file: BinaryIO, kind: str, longest: int) -> Iterator[int]:
         begin, number = at, reader.line_num + 1
 
 
-def text_column(header: bytes, kind: str) -> tuple[int, int]:
-    """Which column is "text", and how many there are. Raises TableError if none is."""
+def columns(header: bytes, kind: str) -> tuple[list[str], Kind]:
+    """The names of the columns, and the kind of the rows. Raises TableError if it is none."""
     names: list[str] = next(_reader(io.StringIO(header.decode(), newline="\n"), kind), [])
-    if "text" not in names:
-        listed = ", ".join(short(repr(name), 40) for name in names[:8]) or "none"
-        hint = other_rows_hint(names) or '; name the column that holds the text "text"'
-        raise TableError(f'no column "text"; columns: {listed}{hint}', 1)
-    return names.index("text"), len(names)
+    rows = kind_of(set(names))
+    if rows is None:
+        listed = ", ".join(printable(repr(name), 40) for name in names[:8]) or "none"
+        hint = f'name the column that holds the text "text" (or columns {expected("prompt")})'
+        raise TableError(f'no column "text"; columns: {listed}; {hint}', 1)
+    return names, rows
 
 
-def texts(data: str, kind: str, column: int, width: int) -> Iterator[str]:
-    """The texts of rows, without their header. Raises TableError."""
+def rows(data: str, kind: str, names: list[str]) -> Iterator[tuple[int, dict[str, str]]]:
+    """(line, values by column) of rows without their header. Raises TableError."""
     reader = _reader(io.StringIO(data, newline="\n"), kind)
     line = 1
     for row in reader:
-        if row and len(row) != width:  # a blank line has no columns
+        if row and len(row) != len(names):  # a blank line has no columns
             advice = "put a text with commas or line ends between double quotes"
-            raise TableError(f"{len(row)} columns, the header has {width}: {advice}", line)
+            raise TableError(f"{len(row)} columns, the header has {len(names)}: {advice}", line)
         if row:
-            yield row[column]
+            yield line, dict(zip(names, row, strict=True))
         line = reader.line_num + 1
 
 

@@ -36,7 +36,7 @@ from tinyllama.formats.huggingface import WEIGHTS, Shape, check_names, llama_sha
 from tinyllama.formats.model_config import config_from_hf
 from tinyllama.formats.packed import PackedForm, PackedRows
 from tinyllama.formats.safetensors import LazyArray
-from tinyllama.formats.untrusted import printable, what_it_is
+from tinyllama.system.untrusted import printable, what_it_is
 
 SUFFIX = ".gguf"
 # The largest real headers (a vocabulary of 256 thousand pieces with merges) take 15 MB.
@@ -546,7 +546,8 @@ def _rope_scaling(
     return scaling
 
 
-# (low_freq_factor, high_freq_factor, original context) of the models of Llama 3.1 to 3.3.
+# (low_freq_factor, high_freq_factor, original context) of the models of Llama 3.1 to 3.3, whose
+# files do not state them.
 _LLAMA3 = (1.0, 4.0, 8192)
 
 
@@ -557,15 +558,20 @@ def _llama3_scaling(
     if info.kind != "F32" or len(info.shape) != 1 or info.shape[0] > MAX_ENTRIES:
         owner.fail(f"{_ROPE_FACTORS}: got {info.kind} of shape {info.shape}, must be F32 (n,)")
     table = np.frombuffer(owner.map, "<f4", info.shape[0], info.offset)
-    low, high, original = _LLAMA3
+    prefix = "rope.scaling."
+    low = _shortest(part, f"{prefix}low_freq_factor") or _LLAMA3[0]
+    high = _shortest(part, f"{prefix}high_freq_factor") or _LLAMA3[1]
+    original = _field(part, f"llama.{prefix}original_context_length", (int,), _LLAMA3[2])
     factor = float(table.max(initial=0))
     with np.errstate(all="ignore"):  # whatever a damaged file holds
-        expected = _llama3_table(len(table), values["rope_theta"] or 10000.0, factor, *_LLAMA3)
+        theta = values["rope_theta"] or 10000.0
+        expected = _llama3_table(len(table), theta, factor, low, high, float(original))
         known = factor >= 1 and np.allclose(table, expected, rtol=1e-5, atol=0)
     if not known:
         part.fail(
             f"{_ROPE_FACTORS}: holds factors that are not those of Llama 3 (low_freq_factor {low}, "
-            f"high_freq_factor {high}, original context {original}): others cannot be computed"
+            f"high_freq_factor {high}, original context {original}): others can be computed only if"
+            " llama.rope.scaling states these three numbers"
         )
     return {
         "rope_type": "llama3",
@@ -577,7 +583,7 @@ def _llama3_scaling(
 
 
 def _llama3_table(
-    count: int, theta: float, factor: float, low: float, high: float, original: int
+    count: int, theta: float, factor: float, low: float, high: float, original: float
 ) -> npt.NDArray[np.float64]:
     """What each of `count` frequencies is divided by: 1 for fast ones, `factor` for slow ones."""
     wavelengths = 2 * math.pi * theta ** (np.arange(count) / max(count, 1))

@@ -200,11 +200,18 @@ def model_fields(config: LlamaConfig, kinds: Sequence[str], name: str) -> dict[s
 
 
 def _rope_fields(config: LlamaConfig) -> dict[str, Any]:
-    """The metadata of a scaling of the rotary frequencies; Llama 3's is a tensor instead."""
+    """The metadata of a scaling of the rotary frequencies. Programs take Llama 3's from a tensor;
+    the numbers behind it are for us, who read them back."""
     scaling = getattr(config, "rope_scaling", None)
-    if scaling is None or scaling.rope_type == "llama3":
+    if scaling is None:
         return {}
     prefix = "llama.rope.scaling."
+    if scaling.rope_type == "llama3":
+        return {
+            f"{prefix}original_context_length": _original_context(config),
+            f"{prefix}low_freq_factor": float(scaling.low_freq_factor),
+            f"{prefix}high_freq_factor": float(scaling.high_freq_factor),
+        }
     fields = {f"{prefix}type": scaling.rope_type, f"{prefix}factor": float(scaling.factor)}
     if scaling.rope_type == "linear":
         return fields
@@ -219,12 +226,18 @@ def _rope_fields(config: LlamaConfig) -> dict[str, Any]:
                 f"rope_scaling.{key}: got {getattr(scaling, key)}, must not be set in a model that "
                 "is exported to GGUF: llama.cpp computes its own"
             )
-    original = scaling.original_max_position_embeddings or config.max_seq_len
-    fields[f"{prefix}original_context_length"] = original
+    fields[f"{prefix}original_context_length"] = _original_context(config)
     for key in ("beta_fast", "beta_slow"):
         if (value := getattr(scaling, key)) is not None:
             fields[f"{prefix}yarn_{key}"] = float(value)
     return fields
+
+
+def _original_context(config: LlamaConfig) -> int:
+    """Positions that a model with scaled frequencies had before."""
+    scaling = config.rope_scaling
+    assert scaling is not None
+    return scaling.original_max_position_embeddings or config.max_seq_len
 
 
 def rope_factors(config: LlamaConfig) -> dict[str, GgufTensor]:
@@ -233,7 +246,7 @@ def rope_factors(config: LlamaConfig) -> dict[str, GgufTensor]:
     scaling = getattr(config, "rope_scaling", None)
     if scaling is None or scaling.rope_type != "llama3":
         return {}
-    original = scaling.original_max_position_embeddings or config.max_seq_len
+    original = _original_context(config)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     half = config.head_dim // 2
     wavelengths = 2 * math.pi * config.rope_theta ** (np.arange(half) / half)

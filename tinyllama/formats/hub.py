@@ -3,24 +3,28 @@
     OWNER/NAME               the files of a model or an adapter in safetensors, and its tokenizer's
     OWNER/NAME:FILE.gguf     that one file
     OWNER/NAME@REVISION      of a branch, a tag or a commit; @REVISION comes before :FILE
+    OWNER/NAME:PART          of a data set the files of one part ("train" where none is named)
 
 Where the hub is (HF_ENDPOINT), the cache, the token and whether there is a network at all
 (HF_HUB_OFFLINE) are huggingface_hub's own rules. Files that could run code are never fetched.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tinyllama.errors import WeightsError
-from tinyllama.formats.untrusted import printable, read_json
+from tinyllama.system.untrusted import printable, read_json
 
 _PART = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
 _NAME = re.compile(
     rf"(?P<repository>{_PART}/{_PART})(@(?P<revision>[^@:\s]{{1,200}}))?"
     r"(:(?P<file>[^:@\s]{1,200}\.gguf))?"
+)
+_DATA = re.compile(
+    rf"(?P<repository>{_PART}/{_PART})(@(?P<revision>[^@:\s]{{1,200}}))?(:(?P<part>[\w.-]{{1,99}}))?"
 )
 # The first of these that a repository has decides what it is, and which weights belong to it.
 _KINDS = ("config.json", "adapter_config.json", "params.json")
@@ -79,6 +83,48 @@ def fetch(text: str) -> Path:
         if name.file is not None:
             return Path(hub.hf_hub_download(name.repository, name.file, revision=name.revision))
         return _fetch_folder(hub, name)
+
+
+def fetch_data(text: str, suffixes: Sequence[str]) -> list[Path]:
+    """The files of a data set on the hub with one of these suffixes: those of its part "train", or
+    all of them where none is named so; of OWNER/NAME:PART those of that part.
+
+    Raises WeightsError: no such name, no access, no network, or huggingface_hub is missing.
+    """
+    match = _DATA.fullmatch(text)
+    assert match is not None
+    repository, revision, part = match["repository"], match["revision"], match["part"]
+    hub = _library(text)
+    with _in_one_line(text, hub, "data set"):
+        if hub.constants.HF_HUB_OFFLINE:
+            folder = Path(
+                hub.snapshot_download(
+                    repository, repo_type="dataset", revision=revision, local_files_only=True
+                )
+            )
+            names = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
+        else:
+            names = hub.list_repo_files(repository, repo_type="dataset", revision=revision)
+        wanted = _data_files(names, suffixes, part)
+        if not wanted:
+            what = f'for the part "{part}"' if part else f"that ends in {', '.join(suffixes)}"
+            raise WeightsError(f"{text}: the data set has no file {what}")
+        return [
+            Path(hub.hf_hub_download(repository, name, repo_type="dataset", revision=revision))
+            for name in wanted
+        ]
+
+
+def names_data(text: str) -> bool:
+    """Whether text is OWNER/NAME, OWNER/NAME@REVISION or OWNER/NAME:PART."""
+    return _DATA.fullmatch(text) is not None and ".." not in text
+
+
+def _data_files(names: Iterable[str], suffixes: Sequence[str], part: str | None) -> list[str]:
+    """Those with a suffix whose name, or a folder of it, is that of the part."""
+    found = sorted(name for name in names if name.lower().endswith(tuple(suffixes)))
+    pattern = re.compile(rf"(^|[/_.-]){re.escape(part or 'train')}([/_.-]|$)")
+    return [n for n in found if pattern.search(n)] or ([] if part else found)
 
 
 def _fetch_folder(hub: Any, name: HubName) -> Path:
@@ -160,7 +206,7 @@ def _library(text: str) -> Any:
 
 
 @contextmanager
-def _in_one_line(text: str, hub: Any) -> Iterator[None]:
+def _in_one_line(text: str, hub: Any, kind: str = "model") -> Iterator[None]:
     """Raise WeightsError, in one line, for what huggingface_hub raises."""
     errors, where = hub.errors, f"{text}: no such file or folder here, and"
     try:
@@ -174,7 +220,7 @@ def _in_one_line(text: str, hub: Any) -> Iterator[None]:
         raise WeightsError(f"{text}: no such revision on {hub.constants.ENDPOINT}") from error
     except errors.RepositoryNotFoundError as error:
         raise WeightsError(
-            f"{where} no model of that name on {hub.constants.ENDPOINT} (if it is private, type "
+            f"{where} no {kind} of that name on {hub.constants.ENDPOINT} (if it is private, type "
             "hf auth login)"
         ) from error
     except errors.LocalEntryNotFoundError as error:

@@ -37,7 +37,7 @@ from tinyllama.formats.safetensors import (
     read_header,
     write_safetensors,
 )
-from tinyllama.formats.untrusted import printable, read_json, shown_shape, some_of
+from tinyllama.system.untrusted import printable, read_json, shown_shape, some_of
 
 STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

@@ -33,7 +33,7 @@ from tinyllama.formats.huggingface import (
 )
 from tinyllama.formats.packed import PackedForm, PackedRows
 from tinyllama.formats.safetensors import LazyArray, SafetensorsFile
-from tinyllama.formats.untrusted import read_json, some_of, typed
+from tinyllama.system.untrusted import read_json, some_of, typed
 
 PARAMS = "params.json"
 _FILES = "consolidated*.safetensors"

@@ -21,7 +21,7 @@ from tinyllama.errors import WeightsError
 from tinyllama.formats.dtypes import NUMPY, Array, RawArray, convert
 from tinyllama.formats.peft import AdapterConfig
 from tinyllama.formats.safetensors import LazyArray, SafetensorsFile, write_safetensors
-from tinyllama.formats.untrusted import read_json
+from tinyllama.system.untrusted import read_json
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapters.safetensors"

@@ -21,7 +21,7 @@ import msgspec
 from tinyllama.config import LlamaConfig, RopeScaling
 from tinyllama.config.options import shown
 from tinyllama.errors import ConfigError
-from tinyllama.formats.untrusted import place_first, printable, some_of
+from tinyllama.system.untrusted import place_first, printable, some_of
 
 Ids = int | Sequence[int] | None
 

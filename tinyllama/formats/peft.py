@@ -47,9 +47,8 @@ from tinyllama.formats.safetensors import (
     Source,
     write_safetensors,
 )
-from tinyllama.formats.untrusted import printable, read_json, shown_shape, some_of, typed
 from tinyllama.system import checked
-from tinyllama.system.json_files import short
+from tinyllama.system.untrusted import printable, read_json, shown_shape, some_of, typed
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -581,7 +580,7 @@ def _whole_fingerprint(folder: ModelSource) -> str:
 
 
 def _begin(digest: str) -> str:
-    return short(digest.removeprefix(_WHOLE), 12)
+    return printable(digest.removeprefix(_WHOLE), 12)
 
 
 def _as(made_for: str, base: ModelSource) -> str:

@@ -31,7 +31,7 @@ from tinyllama.formats.dtypes import (
     dtype_name,
     to_float32,
 )
-from tinyllama.formats.untrusted import open_regular, place_first, printable, what_it_is
+from tinyllama.system.untrusted import open_regular, place_first, printable, what_it_is
 
 # Of 30,000 tensors; a LLaMA has some hundred. The official library refuses 25 times as much, whose
 # parsed form takes gigabytes.

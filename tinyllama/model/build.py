@@ -12,6 +12,7 @@ from, so they call the functions below and nothing assembles a model by hand.
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -41,6 +42,7 @@ from tinyllama.model import int4, lora
 from tinyllama.model.initialize import first_values
 from tinyllama.model.layers import block_linears
 from tinyllama.model.llama import Llama
+from tinyllama.model.noise import EmbeddingNoise
 from tinyllama.system import device
 from tinyllama.tokenizers.opening import holds_tokenizer
 
@@ -128,6 +130,34 @@ def load_model(
     return model
 
 
+def with_adapter(model: Llama, folder: Path, base: Path) -> Llama:
+    """Another model: `model`, which was loaded from `base`, with an adapter. They share the base's
+    weights, unless the adapter was trained on other forms of them.
+
+    Raises ConfigError and WeightsError, for a folder that holds no adapter too.
+    """
+    if not is_adapter(folder):
+        raise ConfigError(f"{folder}: holds no adapter (adapter_config.json)")
+    adapter, opened = open_adapter(folder, base)
+    placed = adapter.config(opened.config)
+    if adapter.packing() is not None or adapted(opened, adapter, placed) is not opened:
+        return load_model(folder, base=base, dtype=model.dtype)
+    other = _sharing(model)
+    lora.attach(other, placed, None)
+    lora.read_adapters(other, adapter)
+    return other
+
+
+def _sharing(model: Llama) -> Llama:
+    """Another model of the same tensors, whose layers can be wrapped."""
+    other = copy(model)
+    other.model = copy(model.model)
+    other.model.layers = [copy(block) for block in model.model.layers]
+    for block in other.model.layers:
+        block.self_attn, block.mlp = copy(block.self_attn), copy(block.mlp)
+    return other
+
+
 def tokenizer_folder(folder: Path, base: str | Path | None = None) -> Path:
     """The folder that holds a model's tokenizer: PEFT's adapters have none of their own."""
     if is_adapter(folder) and not holds_tokenizer(folder):
@@ -151,6 +181,8 @@ def _assemble(
     dtype = getattr(dtypes, config.training.dtype)
     model = _layers(config.model, dtype, _packing(config), base)
     model.checkpoint_activations = config.training.checkpoint_activations
+    if config.training.neftune_alpha:
+        model.noise = EmbeddingNoise(config.training.neftune_alpha)
     fill(model)
     if config.lora is None:
         return Built(model, model.state_dict(), None)

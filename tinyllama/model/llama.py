@@ -31,6 +31,7 @@ from tinyllama.model.layers import (
     TableLike,
     named_tensors,
 )
+from tinyllama.model.noise import EmbeddingNoise
 from tinyllama.ops.attention import attention
 from tinyllama.ops.cached_attention import Cache, cached_attention
 from tinyllama.ops.cross_entropy import linear_cross_entropy
@@ -61,29 +62,33 @@ class Attention:
         self.v_proj: LinearLike = Linear(hidden, keys, bias="v_proj" in biased)
         self.o_proj: LinearLike = Linear(queries, hidden, bias="o_proj" in biased)
 
-    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, T, hidden) -> q (B, T, H, D), k and v (B, T, KV, D), q and k rotated."""
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, hidden) -> q (B, T, H, D), k and v (B, T, KV, D), without positions."""
         B, T, _ = x.shape
         q = self.q_proj(x).reshape(B, T, self.heads, self.head_dim)
         k = self.k_proj(x).reshape(B, T, self.kv_heads, self.head_dim)
         v = self.v_proj(x).reshape(B, T, self.kv_heads, self.head_dim)
-        return rope(q, cos, sin), rope(k, cos, sin), v
+        return q, k, v
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, starts: Tensor) -> Tensor:
         """x (B, T, hidden), starts (B, T) -> (B, T, hidden)."""
-        q, k, v = self.project(x, cos, sin)
-        return self.o_proj(attention(q, k, v, starts).flatten(2))  # (B, T, H * D)
+        out = attention(*self.project(x), starts, (cos, sin))
+        return self.o_proj(out.flatten(2))  # (B, T, H * D)
 
     def cached(
         self, x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, position: Tensor
     ) -> Tensor:
-        """Like a call for T tokens at positions position .. position + T - 1 of one sequence.
+        """Like a call for T tokens x (1, T, hidden) of one sequence at positions position ..
+        position + T - 1, or for the next tokens of T sequences at the positions position (T,).
 
         keys and values are those of a cache (ops/cached_attention.py), which is updated in place.
         """
-        q, k, v = self.project(x, cos, sin)
+        B = position.shape[0]
+        q, k, v = self.project(x)  # (1, T, heads, D)
+        parts = rope(q, cos, sin), rope(k, cos, sin), v
+        q, k, v = (part.reshape(B, -1, *part.shape[2:]) for part in parts)
         out = cached_attention(q, k, v, Cache(keys, values), position, self.window)
-        return self.o_proj(out.flatten(2))  # (1, T, H * D)
+        return self.o_proj(out.reshape(1, x.shape[1], -1))  # (1, T, H * D)
 
 
 class MLP:
@@ -117,7 +122,7 @@ class Block:
     def cached(
         self, x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, position: Tensor
     ) -> Tensor:
-        """One sequence's next tokens, see Attention.cached."""
+        """The next tokens, see Attention.cached."""
         cache = keys, values, position
         h = x + self.self_attn.cached(self.input_layernorm(x), cos, sin, *cache)
         return h + self.mlp(self.post_attention_layernorm(h.contiguous()))
@@ -154,6 +159,7 @@ class Llama:
         """dtype is the type of activations; with seed None no weight has memory or a value yet."""
         self.config, self.dtype = config, dtype
         self.checkpoint_activations = False
+        self.noise: EmbeddingNoise | None = None
         # config.json of the model that the weights were read from, and its special ids.
         self.base_entries: dict[str, Any] = {}
         self._rotations: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
@@ -176,9 +182,12 @@ class Llama:
         x = self.hidden(tokens, tokens.zeros_like())
         return self.head(x)
 
-    def embed(self, embed_tokens: TableLike, tokens: Tensor) -> Tensor:
-        """tokens (B, T) int32 -> (B, T, hidden) in the activation type."""
-        return embed_tokens(tokens, self.dtype)
+    def embed(
+        self, embed_tokens: TableLike, tokens: Tensor, noise_key: Tensor | None = None
+    ) -> Tensor:
+        """tokens (B, T) int32 -> (B, T, hidden) in the activation type, with noise of a key."""
+        x = embed_tokens(tokens, self.dtype)
+        return x if noise_key is None or self.noise is None else self.noise(x, noise_key)
 
     def hidden(self, tokens: Tensor, starts: Tensor) -> Tensor:
         """tokens, starts (B, T) int32 -> the last norm's output (B, T, hidden)."""
@@ -203,7 +212,8 @@ class Llama:
         `through(block, x)` computes a layer; `run(function, module, *inputs)` computes the
         embedding and the last norm.
         """
-        x = run(self.embed, self.model.embed_tokens, tokens)
+        noise = [self.noise.noise_key] if self.noise is not None and self.noise.is_on else []
+        x = run(self.embed, self.model.embed_tokens, tokens, *noise)
         for block in self.model.layers:
             x = through(block, x)
         return run(RMSNorm.__call__, self.model.norm, x)
@@ -247,7 +257,8 @@ class Llama:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Every weight by its Hugging Face name."""
-        return dict(named_tensors(self))
+        named = named_tensors(self)
+        return {name: tensor for name, tensor in named if not name.startswith("noise.")}
 
     def parameters(self) -> list[Tensor]:
         """Every weight, in the order of `state_dict`."""

@@ -21,6 +21,7 @@ from tinyllama.formats.peft import PARTS, AdapterConfig, AdapterFolder, save_ada
 from tinyllama.formats.safetensors import FileDigest
 from tinyllama.model.layers import Linear, LinearLike, block_linears
 from tinyllama.model.llama import Llama
+from tinyllama.ops.random_bits import random_bits
 from tinyllama.runtime import storage
 
 
@@ -34,11 +35,14 @@ class LoRALinear:
         self.lora_B = Linear(rank, base.out_features)
         self.scale, self.dropout = scale, dropout
         self.drops = False  # only while training, see `dropping`
+        self.is_on = True  # see `without_adapters`
         if dropout:
             self.dropout_key = Tensor.empty(2, dtype=dtypes.uint32)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (..., in_features) -> (..., out_features)."""
+        if not self.is_on:
+            return self.base(x)
         low = self.lora_A(self._thinned(x) if self.drops else x)  # (..., rank)
         return self.lora_B(low * self.scale, self.base(x))
 
@@ -51,20 +55,6 @@ class LoRALinear:
         """x with a fraction `dropout` set to zero, and the rest scaled up to keep the mean."""
         kept = random_bits(self.dropout_key, x.numel()) >= int(self.dropout * 2**32)
         return kept.reshape(x.shape).where(x * (1 / (1 - self.dropout)), 0).cast(x.dtype)
-
-
-def random_bits(key: Tensor, count: int) -> Tensor:
-    """`count` uint32, each a hash of its index and the key (2,) uint32.
-
-    Two rounds of the finalizer of MurmurHash3 (Appleby, public domain), a key word before each.
-    """
-    bits = Tensor.arange(count, dtype=dtypes.uint32, device=key.device)
-    for word in (0, 1):
-        bits = bits ^ key[word]
-        bits = (bits ^ (bits >> 16)) * 0x85EBCA6B
-        bits = (bits ^ (bits >> 13)) * 0xC2B2AE35
-        bits = bits ^ (bits >> 16)
-    return bits
 
 
 def attach(model: Llama, config: AdapterConfig, seed: int | None) -> None:
@@ -146,6 +136,19 @@ def dropout_on(model: Llama) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.drops = False
+
+
+@contextmanager
+def without_adapters(model: Llama) -> Iterator[None]:
+    """The model computes what its frozen base computes within this block."""
+    layers = lora_layers(model).values()
+    for layer in layers:
+        layer.is_on = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.is_on = True
 
 
 def _kaiming_uniform(layer: Linear, name: str, seed: int) -> np.ndarray:

@@ -16,7 +16,7 @@ from tinygrad import Device
 from tinyllama.errors import CheckpointError
 from tinyllama.system import device
 from tinyllama.system.files import atomic_write, make_folder
-from tinyllama.system.json_files import read_json_file
+from tinyllama.system.untrusted import read_json_file
 
 
 def _file() -> Path:

@@ -14,9 +14,9 @@ from typing import Annotated, Any, BinaryIO
 
 import msgspec
 
-from tinyllama.errors import CheckpointError, reason
+from tinyllama.errors import CheckpointError, fit_for_terminal, reason
 from tinyllama.system.files import atomic_write, naming_file
-from tinyllama.system.json_files import parse_json
+from tinyllama.system.untrusted import parse_json
 
 _MOST_LINE_BYTES = 1 << 20
 
@@ -33,7 +33,7 @@ class _Line(msgspec.Struct):
 
 def to_stderr(line: str) -> None:
     """Print a notice."""
-    print(line, file=sys.stderr, flush=True)
+    print(fit_for_terminal(line), file=sys.stderr, flush=True)
 
 
 class MetricsLog:

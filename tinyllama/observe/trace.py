@@ -92,7 +92,10 @@ def tracing(config: Config, say: Callable[[str], None]) -> Iterator[Tracing]:
         tracer = OtlpTracing(endpoint, recorder, every, say)
         stack.callback(tracer.close)
         with tracer.span("run", **_described(config)):
-            yield tracer
+            try:
+                yield tracer
+            finally:
+                tracer.end_epoch()
 
 
 def _described(config: Config) -> dict[str, Any]:
@@ -224,8 +227,12 @@ class OtlpTracing(Tracing):
 
     def epoch(self, number: int) -> None:
         """From here on steps belong to this epoch."""
-        self._epoch.close()
+        self.end_epoch()
         self._epoch.enter_context(self.span("epoch", **{"tinyllama.epoch": number}))
+
+    def end_epoch(self) -> None:
+        """End the span of the epoch, before that of the run."""
+        self._epoch.close()
 
     def event(self, name: str, **attributes: Any) -> None:
         """An event of the span that is open."""
@@ -281,7 +288,6 @@ class OtlpTracing(Tracing):
 
     def close(self) -> None:
         """Send what is left; it may take FLUSH_SECONDS."""
-        self._epoch.close()
 
         def finish() -> None:
             self._guarded(self._provider.shutdown)

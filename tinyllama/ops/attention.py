@@ -15,20 +15,29 @@ from tinygrad import Tensor, dtypes
 
 from tinyllama.ops import forms
 from tinyllama.ops.gpu import attention as gpu
+from tinyllama.ops.rope import rope, turned_for_attention
 from tinyllama.runtime import blocks
 from tinyllama.runtime.c_kernel import Kernel, run
 from tinyllama.runtime.kernel import TYPE_CODE, Call, empty, empty_like
 from tinyllama.runtime.stage import recomputed
 from tinyllama.system import device
 
+Rotation = tuple[Tensor, Tensor]
 
-def attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> Tensor:
-    """q (B, T, H, D), k and v (B, T, KV, D), starts (B, T) integers -> (B, T, H, D) like q."""
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, rotation: Rotation | None = None
+) -> Tensor:
+    """q (B, T, H, D), k and v (B, T, KV, D), starts (B, T) integers -> (B, T, H, D) like q.
+
+    With `rotation`, cos and sin (T, D/2) float32, q and k are first turned by it (rope.py).
+    """
     form = forms.choose(q, k, v, portable=_portable, cpu=_cpu, gpu=_gpu)
-    return form(q, k, v, starts.cast(dtypes.int32))
+    return form(q, k, v, starts.cast(dtypes.int32), rotation)
 
 
-def _portable(q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> Tensor:
+def _portable(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, rotation: Rotation | None) -> Tensor:
+    q, k = _turned(q, k, rotation)
     T = q.shape[1]
     position = Tensor.arange(T, device=q.device)
     keys, queries = position.reshape(1, 1, T), position.reshape(1, T, 1)
@@ -50,7 +59,12 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return out.permute(0, 3, 1, 2, 4).reshape(B, T, H, D).contiguous()
 
 
-def _cpu(q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> Tensor:
+def _turned(q: Tensor, k: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
+    return (q, k) if rotation is None else (rope(q, *rotation), rope(k, *rotation))
+
+
+def _cpu(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, rotation: Rotation | None) -> Tensor:
+    q, k = _turned(q, k, rotation)
     B, T, H, D = q.shape
     KV = k.shape[2]
     defines = {"B": B, "T": T, "H": H, "KV": KV, "D": D}
@@ -75,26 +89,29 @@ def _cpu(q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> Tensor:
     return run(forward, outputs, [q, k, v, starts], gradient)[0]
 
 
-def _gpu(q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> Tensor:
+def _gpu(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, rotation: Rotation | None) -> Tensor:
     B, T, H, D = q.shape
     (dialect, dtype), limits = blocks.language(q), blocks.limits_of(q.device)
+    turned = rotation is not None
     forward, gradient_q, gradient_kv = (
-        gpu.attention(dialect, which, B, T, H, k.shape[2], D, dtype, limits=limits)
+        gpu.attention(dialect, which, B, T, H, k.shape[2], D, dtype, turned=turned, limits=limits)
         for which in gpu.PASSES
     )
     gradient_delta = gpu.delta(dialect, B, T, H, D, dtype)
 
     def gradient(dout: Tensor, call: Call) -> list[Tensor | None]:
         out, lse = call.outputs
-        q, k, v, starts = call.inputs
+        q, k, v, *places = call.inputs
         delta = blocks.run(gradient_delta, empty_like(lse), [dout, out])[0]
-        inputs = [q, k, v, dout, lse, delta, starts]
+        inputs = [q, k, v, dout, lse, delta, *places]
         dq = blocks.run(gradient_q, empty_like(q), inputs)[0]
         dk, dv = blocks.run(gradient_kv, empty_like(k, v), inputs)
-        return [dq, dk, dv, None]
+        return [dq, dk, dv, *[None for _ in places]]
 
     outputs = [*empty_like(q), empty(B, H, T, device=q.device)]
-    return blocks.run(forward, outputs, [q, k, v, starts], gradient)[0]
+    if rotation is not None:
+        q, k = (turned_for_attention(x, *rotation) for x in (q, k))
+    return blocks.run(forward, outputs, [q, k, v, starts, *(rotation or ())], gradient)[0]
 
 
 def _scratch_floats(T: int, D: int, sequences: int, tiles: int, scores: int) -> int:

@@ -1,10 +1,13 @@
-"""Attention of the next tokens of one sequence to all so far, whose keys and values are kept.
+"""Attention of the next tokens of a sequence to all so far, whose keys and values are kept.
 
     keys[position + t], values[position + t] = k[t], v[t]
     out[t] = softmax(q[t] keys^T / sqrt(D)) values      over positions <= position + t
 
 The CPU kernels write the new rows and read the filled ones, nothing else. The portable form writes
 the whole cache anew and masks what is not filled.
+
+B sequences that each have one next token share a cache: the heads of all of them lie one after the
+other in it, and each sequence has its own position.
 """
 
 import math
@@ -20,30 +23,36 @@ from tinyllama.runtime import blocks
 from tinyllama.runtime.blocks import UnsupportedSize
 from tinyllama.runtime.c_kernel import Kernel, per_thread, run
 from tinyllama.runtime.kernel import TYPE_CODE, empty, empty_like
+from tinyllama.runtime.storage import fill_zero
 
 LANES = 16  # of cpu/cache.h: a number of slots is a multiple of this
 
 
 class Cache(NamedTuple):
-    """keys (KV, S / LANES, D, LANES) and values (KV, S, D) of S slots."""
+    """keys (B * KV, S / LANES, D, LANES) and values (B * KV, S, D) of S slots of B sequences."""
 
     keys: Tensor
     values: Tensor
 
 
-def new_cache(kv_heads: int, slots: int, head_dim: int, dtype: DType) -> Cache:
-    """An empty cache of `slots`, a multiple of LANES."""
+def new_cache(kv_heads: int, slots: int, head_dim: int, dtype: DType, sequences: int = 1) -> Cache:
+    """An empty cache of `slots`, a multiple of LANES, for each of so many sequences."""
+    kv_heads *= sequences
     shapes = (kv_heads, slots // LANES, head_dim, LANES), (kv_heads, slots, head_dim)
-    return Cache(*(Tensor.zeros(*s, dtype=dtype).contiguous().realize() for s in shapes))
+    keys, values = (Tensor.empty(*shape, dtype=dtype) for shape in shapes)
+    for part in (keys, values):
+        fill_zero(part)  # on the CPU without touching it: what is never filled takes no memory
+    return Cache(keys, values)
 
 
 def cached_attention(
     q: Tensor, k: Tensor, v: Tensor, cache: Cache, position: Tensor, window: int | None = None
 ) -> Tensor:
-    """q (1, T, H, D), k and v (1, T, KV, D) at positions position .. -> (1, T, H, D) like q.
+    """q (B, T, H, D), k and v (B, T, KV, D) at positions position .. -> (B, T, H, D) like q.
 
-    position is an int32 tensor (1,), so that one compiled step serves every position. The cache is
-    updated in place. With a `window` a token attends to so many tokens, itself included.
+    B or T is 1. position is an int32 tensor (B,), so that one compiled step serves every position.
+    The cache, which may hold more sequences than these, is updated in place. With a `window` a
+    token attends to so many tokens, itself included.
     """
     form = forms.choose(q, k, v, *cache, portable=_portable, cpu=_cpu, gpu=_gpu)
     return form(q, k, v, cache, position, window)
@@ -52,6 +61,8 @@ def cached_attention(
 def _portable(
     q: Tensor, k: Tensor, v: Tensor, cache: Cache, position: Tensor, window: int | None
 ) -> Tensor:
+    if q.shape[0] > 1:
+        return _portable_rows(q, k, v, cache, position, window)
     T, (KV, S, D) = q.shape[1], cache.values.shape
     slots = Tensor.arange(S, device=q.device)
     index = (slots - position).clip(0, T - 1)
@@ -71,20 +82,49 @@ def _portable(
     return masked_attention(q, all_keys, all_values, mask.reshape(1, T, S))
 
 
+def _portable_rows(
+    q: Tensor, k: Tensor, v: Tensor, cache: Cache, position: Tensor, window: int | None
+) -> Tensor:
+    """One next token of each of B sequences."""
+    B, _, _, D = q.shape
+    KV, S = k.shape[2], cache.values.shape[1]
+    places = position.reshape(B, 1, 1)
+    slots = Tensor.arange(S, device=q.device).reshape(1, 1, S)
+
+    def updated(part: Tensor, fresh: Tensor) -> Tensor:
+        """part (every KV, S, D) with the new rows fresh (B, 1, KV, D)."""
+        new = (slots == places).reshape(B, 1, S, 1)
+        old = part[: B * KV].reshape(B, KV, S, D)
+        rows = new.where(fresh.reshape(B, KV, 1, D), old).cast(part.dtype)
+        return Tensor.cat(rows.reshape(B * KV, S, D), part[B * KV :])
+
+    keys = updated(cache.keys.permute(0, 1, 3, 2).reshape(-1, S, D), k)
+    blocks = keys.reshape(-1, S // LANES, LANES, D).permute(0, 1, 3, 2).contiguous()
+    keys = cache.keys.assign(blocks).permute(0, 1, 3, 2).reshape(-1, S, D)
+    values = cache.values.assign(updated(cache.values, v).contiguous())
+    mask = slots <= places
+    if window is not None:
+        mask = mask & (slots > places - window)
+    keys, values = (x[: B * KV].reshape(B, KV, S, D).transpose(1, 2) for x in (keys, values))
+    return masked_attention(q, keys, values, mask)
+
+
 def _cpu(
     q: Tensor, k: Tensor, v: Tensor, cache: Cache, position: Tensor, window: int | None
 ) -> Tensor:
-    _, T, H, D = q.shape
-    KV, S, _ = cache.values.shape
+    B, T, H, D = q.shape
+    KV, S = B * k.shape[2], cache.values.shape[1]
     defines: dict[str, int | str] = {"KV": KV, "D": D, "ACT": TYPE_CODE[q.dtype]}
+    if B > 1:  # one row of B * H heads
+        defines["SEQUENCES"] = B
     sizes = {"S": S, "T": T}
     writing = Kernel("cache_write.c", defines, sizes, ("cache.h",), updates=True)
     keys, values = run(writing, [*cache], [k, v, position])
     rows = 1 if T == 1 else 4
-    defines |= {"H": H, "ROWS": rows, "WINDOW": window or 0, "SCALE": f"{1 / math.sqrt(D)!r}f"}
+    defines |= {"H": B * H, "ROWS": rows, "WINDOW": window or 0, "SCALE": f"{1 / math.sqrt(D)!r}f"}
     sizes |= {"SCRATCH_FLOATS": rows * S}
-    attending = Kernel("cached_attention.c", defines, sizes, ("cache.h",), 2 * T * H * D * S)
-    written = [empty(1, T, H, D, dtype=q.dtype, device=q.device), per_thread(rows * S)]
+    attending = Kernel("cached_attention.c", defines, sizes, ("cache.h",), 2 * B * T * H * D * S)
+    written = [empty(B, T, H, D, dtype=q.dtype, device=q.device), per_thread(rows * S)]
     return run(attending, written, [q, keys, values, position])[0]
 
 

@@ -22,6 +22,7 @@ from tinyllama.ops.matmul import (
     gemm,
     linear,
 )
+from tinyllama.ops.soft_targets import SoftTargets
 from tinyllama.runtime import blocks
 from tinyllama.runtime.c_kernel import Kernel, run
 from tinyllama.runtime.kernel import TYPE_CODE, Call, after, empty, with_gradient
@@ -63,36 +64,61 @@ class _Form(NamedTuple):
     chunks: int = 1  # of CHUNK_ELEMENTS that a chunk may have
 
 
-def token_losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def token_losses(
+    x: Tensor, weight: Tensor, targets: Tensor, soft: SoftTargets | None = None
+) -> Tensor:
     """The loss of each token, for evaluation: shapes as above -> (N,) float32 nats."""
     form = _FORMS[forms.chosen(x, weight)]
     parts, targets = [], targets.cast(dtypes.int32)
     for begin, end in _chunks(x.shape[0], weight.shape[0], form.chunks):
         logits = form.logits(x[begin:end].contiguous(), weight, None)
-        loss, _ = form.softmax_loss(logits, targets[begin:end], False)
+        softmax_loss = form.softmax_loss if soft is None else soft.rows(begin, end)
+        loss, _ = softmax_loss(logits, targets[begin:end], False)
         parts.append(loss)
     return parts[0].cat(*parts[1:]) if len(parts) > 1 else parts[0]
 
 
 def loss_and_gradients(
-    x: Tensor, weight: Tensor, targets: Tensor, weight_gradient: bool
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    weight_gradient: bool,
+    soft: SoftTargets | None = None,
+    shares: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """Summed loss, its gradient of x and, with `weight_gradient`, of the weight: one pass."""
+    """Summed loss, its gradient of x and, with `weight_gradient`, of the weight: one pass.
+
+    `soft` is another loss than that of the target alone; `shares` (N,) float32 multiply each
+    token's loss.
+    """
     form = _FORMS[forms.chosen(x, weight)]
     losses, dxs, dw, free = [], [], None, None
     targets = targets.cast(dtypes.int32)
     for begin, end in _chunks(x.shape[0], weight.shape[0], form.chunks):
         rows = x[begin:end].contiguous()
         logits = form.logits(rows, weight, free)
-        loss, dlogits = form.softmax_loss(logits, targets[begin:end], True)
+        softmax_loss = form.softmax_loss if soft is None else soft.rows(begin, end)
+        loss, dlogits = softmax_loss(logits, targets[begin:end], True)
+        dx = form.x_gradient(dlogits, weight)
+        done = [dx]
+        if shares is not None:  # a row of dlogits times a number is that of dx, and of rows in dW
+            share = shares[begin:end]
+            loss, dx = loss * share, _times(dx, share)
+            rows = _times(rows, share)
         losses.append(loss.sum())
-        dxs.append(form.x_gradient(dlogits, weight))
+        dxs.append(dx)
         if weight_gradient:
             dw = form.weight_gradient(dlogits, rows, dw)
-        free = after(dlogits, [dxs[-1]] if dw is None else [dxs[-1], dw])
+            done.append(dw)
+        free = after(dlogits, done)
     total = sum(losses[1:], losses[0])
     dx = dxs[0].cat(*dxs[1:], dim=0).contiguous() if len(dxs) > 1 else dxs[0]
     return (total, dx, dw) if dw is not None else (total, dx)
+
+
+def _times(rows: Tensor, shares: Tensor) -> Tensor:
+    """rows (N, H), each multiplied by its share (N,) in float32."""
+    return (rows.float() * shares.reshape(-1, 1)).cast(rows.dtype).contiguous()
 
 
 def _chunks(tokens: int, vocab_size: int, chunks: int = 1) -> list[tuple[int, int]]:
@@ -143,7 +169,9 @@ def _logits_kernel(rows: Tensor, weight: Tensor, free: Tensor | None) -> Tensor:
 def _softmax_loss_cpu(logits: Tensor, targets: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
     N, V = logits.shape
     defines = {"N": N, "V": V, "ACT": TYPE_CODE[logits.dtype], "GRADIENT": int(gradient)}
-    softmax_loss = Kernel("cross_entropy.c", defines, flops=6 * N * V, updates=True)
+    softmax_loss = Kernel(
+        "cross_entropy.c", defines, headers=["softmax.h"], flops=6 * N * V, updates=True
+    )
     dlogits, loss = run(softmax_loss, [logits, empty(N, device=logits.device)], [targets])
     return loss, dlogits
 

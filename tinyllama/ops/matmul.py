@@ -10,16 +10,22 @@ from collections.abc import Mapping, Sequence
 from tinygrad import Tensor, dtypes
 from tinygrad.dtype import DType
 
-from tinyllama.ops import forms, sums
+from tinyllama.ops import forms, products, sums
 from tinyllama.ops.gpu import few_rows
-from tinyllama.ops.gpu.gemm import LAYOUTS, Packed, best_cut, default_tile, product
+from tinyllama.ops.gpu.gemm import (
+    LAYOUTS,
+    MOST_TOGETHER,
+    Packed,
+    best_cut,
+    default_tile,
+    product,
+)
 from tinyllama.runtime import blocks, c_kernel
 from tinyllama.runtime.blocks import UnsupportedSize
 from tinyllama.runtime.c_kernel import Kernel, per_thread, run
 from tinyllama.runtime.kernel import TYPE_CODE, Call, Gradient, empty
 
-# Layouts of gemm.c: C[M,N] = A[M,K] B[N,K]^T, A[M,K] B[K,N], A[K,M]^T B[K,N].
-NT, NN, TN = 0, 1, 2
+NT, NN, TN = products.NT, products.NN, products.TN
 # Up to this many rows of A, each number of rows is compiled separately (SKINNY of cpu/gemm.c).
 FEW_ROWS = 8
 
@@ -150,18 +156,32 @@ def gpu_product(
     if packed is None:
         b = [b[0].cast(a.dtype)]
     tile = default_tile(dialect, m, n, type_name)
-    split = 1
-    if given is None and gradient is None and addend is None:
+    split, terms = 1, []
+    if layout == NN and addend is not None and given is None and packed is None:
+        terms = _terms_with(addend, sizes)
+        addend = None if terms else addend
+    elif given is None and gradient is None and addend is None:
         multiprocessors = blocks.multiprocessors(a.device)
         tile, split = best_cut(dialect, m, n, k, type_name, multiprocessors)
     launch = product(
         dialect, LAYOUTS[layout], m, n, k, type_name, blocks.TYPE_NAME[dtype], tile=tile,
         addend=addend is not None, accumulate=accumulate, packed=packed, split=split,
+        terms=1 + len(terms) // 2,
     )  # fmt: skip
     shape, out_type = ((m, n), dtype) if split == 1 else ((split, m, n), dtypes.float32)
     out = empty(*shape, dtype=out_type, device=a.device) if given is None else given
-    result = blocks.run(launch, [out], [a, *b, *_present(addend)], gradient)[0]
+    result = blocks.run(launch, [out], [a, *b, *terms, *_present(addend)], gradient)[0]
+    if given is None and addend is None and packed is None:
+        products.note(result, layout, sizes, terms=1 + len(terms) // 2, split=split)
     return result if split == 1 else result.sum(0).cast(dtype).contiguous()
+
+
+def _terms_with(addend: Tensor, sizes: tuple[int, int, int]) -> list[Tensor]:
+    """The factors of an addend of a product (NN), if one kernel can compute both."""
+    m, n, k = sizes
+    found = products.factors(addend, NN)
+    fits = len(found) // 2 < MOST_TOGETHER and all(t.shape == (m, k) for t in found[::2])
+    return found if fits and found and found[1].shape == (k, n) else []
 
 
 def _present(addend: Tensor | None) -> list[Tensor]:

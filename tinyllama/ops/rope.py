@@ -13,6 +13,7 @@ training, scale the frequencies by a factor s:
              0 .. 1                                                               (Llama 3.1, 2024)
 """
 
+import contextlib
 import math
 
 import numpy as np
@@ -20,9 +21,11 @@ from tinygrad import Tensor
 
 from tinyllama.config import RopeScaling
 from tinyllama.config.rope_scaling import BETA_FAST, BETA_SLOW
-from tinyllama.ops import forms
+from tinyllama.ops import forms, products
 from tinyllama.ops.gpu import rope as gpu
+from tinyllama.ops.matmul import NN, NT, TN, gemm
 from tinyllama.runtime import blocks
+from tinyllama.runtime.blocks import UnsupportedSize
 from tinyllama.runtime.c_kernel import Kernel, run
 from tinyllama.runtime.kernel import TYPE_CODE, Call, empty, empty_like
 
@@ -135,6 +138,32 @@ def _cpu(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     outputs = [empty(B, T, H, D, dtype=x.dtype, device=x.device)]
     return run(forward, outputs, [x, cos, sin], gradient)[0]
+
+
+def turned_for_attention(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """As `rope` on a GPU, for a reader whose gradient is already that of x."""
+    B, T, H, D = x.shape
+    factors = products.factors(x, NT)
+    if factors:
+        with contextlib.suppress(UnsupportedSize):
+            return _turned_product(factors[0], factors[1], cos, sin, D).reshape(x.shape)
+    dialect, dtype = blocks.language(x)
+
+    def gradient(dy: Tensor, call: Call) -> list[Tensor | None]:
+        return [dy, None, None]
+
+    launch = gpu.rope(dialect, B, T, H, D, dtype)
+    return blocks.run(launch, empty_like(x), [x, cos, sin], gradient)[0]
+
+
+def _turned_product(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, D: int) -> Tensor:
+    """x (N, in) weight (H D, in)^T, each head turned; its gradient is that of the product."""
+
+    def gradient(dy: Tensor, call: Call) -> list[Tensor | None]:
+        x, weight, *_ = call.inputs
+        return [gemm(NN, dy, weight, dtype=x.dtype), gemm(TN, dy, x), None, None]
+
+    return products.turned(x, weight, cos, sin, D, gradient)
 
 
 def _gpu(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -4,11 +4,15 @@ Backward, with s = 1 / (1 + exp(-gate)):
     dup = dy gate s,   dgate = dy up s (1 + gate (1 - s)).
 """
 
+import contextlib
+
 from tinygrad import Tensor
 
-from tinyllama.ops import forms
+from tinyllama.ops import forms, products
 from tinyllama.ops.gpu import swiglu as gpu
+from tinyllama.ops.matmul import NN, NT, TN, gemm
 from tinyllama.runtime import blocks
+from tinyllama.runtime.blocks import UnsupportedSize
 from tinyllama.runtime.c_kernel import Kernel, run
 from tinyllama.runtime.kernel import TYPE_CODE, Call, empty, empty_like
 
@@ -40,13 +44,40 @@ def _cpu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def _gpu(gate: Tensor, up: Tensor) -> Tensor:
+    factors = [*products.factors(gate, NT), *products.factors(up, NT)]
+    if len(factors) == 4 and factors[0].uop is factors[2].uop:
+        x, gate_weight, _, up_weight = factors
+        with contextlib.suppress(UnsupportedSize):
+            return _of_products(x, gate_weight, up_weight).reshape(gate.shape)
     dialect, dtype = blocks.language(gate)
     forward = gpu.forward(dialect, gate.numel(), dtype)
-    backward = gpu.backward(dialect, gate.numel(), dtype)
 
     def gradient(dy: Tensor, call: Call) -> list[Tensor | None]:
-        gate, up = call.inputs
-        dgate, dup = blocks.run(backward, empty_like(gate, up), [dy, gate, up])
-        return [dgate, dup]
+        return [*_gradients(dy, *call.inputs)]
 
     return blocks.run(forward, empty_like(gate), [gate, up], gradient)[0]
+
+
+def _of_products(x: Tensor, gate_weight: Tensor, up_weight: Tensor) -> Tensor:
+    """silu(x gate_weight^T) x up_weight^T: x (N, in), weights (I, in) -> (N, I)."""
+
+    def gradient(dy: Tensor, call: Call) -> list[Tensor | None]:
+        _, gate, up = call.outputs
+        x, gate_weight, up_weight = call.inputs
+        dgate, dup = _gradients(dy, gate, up)
+        dx = gemm(NN, dgate, gate_weight, dtype=x.dtype)
+        dx = gemm(NN, dup, up_weight, dtype=x.dtype, addend=dx)
+        return [dx, gemm(TN, dgate, x), gemm(TN, dup, x)]
+
+    return products.gated(x, gate_weight, up_weight, gradient)[0]
+
+
+def _gradients(dy: Tensor, gate: Tensor, up: Tensor) -> list[Tensor]:
+    """dgate and dup, by the product that computes dy if there is one."""
+    factors = products.factors(dy, NN)
+    if len(factors) == 2:
+        with contextlib.suppress(UnsupportedSize):
+            return products.ungated(factors, gate, up)
+    dialect, dtype = blocks.language(gate)
+    backward = gpu.backward(dialect, gate.numel(), dtype)
+    return blocks.run(backward, empty_like(gate, up), [dy, gate, up])

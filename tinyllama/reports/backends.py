@@ -175,8 +175,8 @@ do, divided by the model's ([accounting.md](accounting.md)). `GB` are bytes that
 each launch the different bytes of its buffers, summed. `tensor cores` is the part of all products'
 FLOPs that runs on them. `spilled` are bytes per thread that found no register, `shared` is the most
 shared memory per block, 1 KB of it reserved by the card on sm_90. `memory` is that of all tensors,
-as `tools/memory.py` estimates it; `compile` the seconds in which every kernel was compiled on the
-machine that wrote this, without a cache.
+as `tools/memory.py` estimates it; `compile` the seconds of processor time that compiling every
+kernel took on the machine that wrote this, without a cache: cores share them.
 
 - **run**: the step ran on the backend, two steps of the demo's model, and the loss fell.
 - **emulated**: the same texts ran on the processor, with the card's lanes and barriers emulated.

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from tinyllama.config import Config
-from tinyllama.data.batches import Batch, Batches, prepare
+from tinyllama.data.batches import Batch, Batches, Rows, prepare
 from tinyllama.errors import ConfigError, DataError
 from tinyllama.generate.generator import Generator, Sampling
 from tinyllama.model.build import build, build_random
@@ -182,10 +182,11 @@ def profile_generation(model: Llama, prompt: Sequence[int], steps: int) -> Profi
     return summarize(f"a generated token after {len(prompt)}", measured)
 
 
-def micro_batches(batch: Batch, size: int) -> list[Batch]:
+def micro_batches(batch: Rows, size: int) -> list[Rows]:
     """The rows of a batch in parts of `size`."""
+    make: Callable[..., Rows] = type(batch)
     starts = range(0, len(batch.tokens), size)
-    return [Batch(*(part[i : i + size] for part in batch)) for i in starts]
+    return [make(*(part[i : i + size] for part in batch)) for i in starts]
 
 
 def summarize(what: str, steps: Sequence[Measured]) -> Profile:
@@ -229,7 +230,7 @@ def _measure(step: Step, steps: int, recorder: Recorder) -> list[Measured]:
     return measured
 
 
-def _batches(config: Config, say: Callable[[str], None]) -> tuple[Callable[[], Batch], bool]:
+def _batches(config: Config, say: Callable[[str], None]) -> tuple[Callable[[], Rows], bool]:
     """What makes batches, and whether they are of random tokens."""
     t, context = config.training, config.context_length
     try:

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from tinyllama.errors import CheckpointError, reason
 from tinyllama.observe.metrics import read_metrics
 from tinyllama.system.files import read_file
-from tinyllama.system.json_files import read_json_file
+from tinyllama.system.untrusted import read_json_file
 from tinyllama.train.checkpoint import list_checkpoints, read_state
 from tinyllama.train.run_folder import MACHINE, METRICS
 from tinyllama.train.samples import Sample, read_samples

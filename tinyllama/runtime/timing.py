@@ -97,8 +97,10 @@ def recording() -> Iterator[Recorder]:
     Also batches of one kernel are graphs meanwhile: tinygrad starts a lone one by itself.
     """
     # Only here: the patches import what imports this file.
+    from tinyllama.runtime.patches import install
     from tinyllama.runtime.patches.recording import divided_into
 
+    install()  # before, or what patches replace would be put back
     _recorders.append(Recorder())
     try:
         with sources.tracked(), divided_into(_graph_of):

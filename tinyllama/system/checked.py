@@ -20,7 +20,7 @@ import msgspec
 from tinyllama.errors import TinyllamaError
 from tinyllama.system import device
 from tinyllama.system.files import atomic_write, private_folder
-from tinyllama.system.json_files import read_json_file
+from tinyllama.system.untrusted import read_json_file
 
 SMALL_BYTES = 64 << 20  # read sooner than looked up
 BELIEVED_SECONDS = 24 * 3600
@@ -62,7 +62,7 @@ def digest(kind: str, paths: Sequence[Path], take: Callable[[], str]) -> str:
     # A file that was just written could be written again without any of its dates changing.
     newest = max(date for path in paths for date in _dates(path))
     if time.time() - newest / 1e9 > _SETTLED_SECONDS and _identity(paths) == identity:
-        _add(name, _Entry(identity, found, time.time()))
+        _add(name, _Entry(identity, found, round(time.time(), 3)))
     return found
 
 

@@ -15,12 +15,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from io import RawIOBase
 from pathlib import Path
+from typing import BinaryIO
 
 from tinyllama.system import partials
 from tinyllama.system.partials import discard, remove_partials
 
 __all__ = [
     "InUseError",
+    "NotRegularError",
     "atomic_directory",
     "atomic_write",
     "discard",
@@ -28,6 +30,7 @@ __all__ = [
     "held",
     "make_folder",
     "naming_file",
+    "open_regular",
     "pieces_digest",
     "private_folder",
     "read_file",
@@ -38,6 +41,10 @@ __all__ = [
 
 class InUseError(Exception):
     """Another process holds the folder."""
+
+
+class NotRegularError(OSError):
+    """A name stands for something else than a regular file."""
 
 
 _READ_BYTES = 1 << 20
@@ -85,19 +92,25 @@ def _filled(file: RawIOBase, block: memoryview) -> int:
     return at
 
 
-def read_file(path: str | os.PathLike[str], most_bytes: int, *, links: bool = True) -> bytes:
-    """All bytes of a regular file. Raises OSError, also for anything else that a name may stand
-    for (a folder, a pipe, a device) and for a file of more than `most_bytes`; `links` says whether
-    a link is followed."""
+def open_regular(path: str | os.PathLike[str], *, links: bool = True) -> BinaryIO:
+    """A regular file, opened for reading; `links` says whether a link is followed. Raises OSError,
+    and NotRegularError for anything else that a name may stand for: a folder, a pipe, a device."""
     # Without O_NONBLOCK, opening a pipe waits for its writer.
     flags = os.O_RDONLY | _flag("O_NONBLOCK") | _flag("O_BINARY")
     handle = os.open(path, flags if links else flags | _flag("O_NOFOLLOW"))
-    with open(handle, "rb") as file:
-        status = os.fstat(handle)
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.EINVAL, "Is not a regular file", os.fspath(path))
-        if status.st_size > most_bytes:
-            message = f"Has {status.st_size} bytes, at most {most_bytes} are read"
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise NotRegularError(errno.EINVAL, "Is not a regular file", os.fspath(path))
+    return open(handle, "rb")
+
+
+def read_file(path: str | os.PathLike[str], most_bytes: int, *, links: bool = True) -> bytes:
+    """All bytes of a regular file, opened by `open_regular`. Raises OSError, also for a file of
+    more than `most_bytes`."""
+    with open_regular(path, links=links) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most_bytes:
+            message = f"Has {size} bytes, at most {most_bytes} are read"
             raise OSError(errno.EFBIG, message, os.fspath(path))
         return file.read(most_bytes)  # no more, although it may grow
 

@@ -2,6 +2,8 @@
 
     terminating            a command: the first signal raises KeyboardInterrupt or Terminated
     stopping_on_signals    training: the first signal requests a stop, the second raises as above
+    stopping_on_interrupt  a chat's answer: the first SIGINT stops it, and the command goes on
+    reporting_lost_files   SIGBUS, of a mapped file that cannot be read, exits with one line
 
 Python runs a signal handler between two of its own instructions, so a call into a driver holds it
 up: OpenCL on a processor computes a large step for minutes within one call. A thread therefore
@@ -9,6 +11,7 @@ watches what the C level reports, and ends the process if Python does not. It sa
 was saved before is whole, since files appear under their names only when they are complete.
 """
 
+import ctypes
 import os
 import signal
 import socket
@@ -59,6 +62,7 @@ class _Watch:
     def __init__(self) -> None:
         self.stop: _Stop | None = None
         self.handled = 0  # signals whose handler has run
+        self.ignores_interrupts = False  # which then end no process
         self._reader, self._writer = socket.socketpair()  # Windows takes no pipe here
         self._writer.setblocking(False)
         self._before = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
@@ -83,6 +87,8 @@ class _Watch:
                     if is_second or not self.handled:
                         self._end(last)
                     end = float("inf")
+                elif number == signal.SIGINT and self.ignores_interrupts:
+                    continue
                 elif not first:
                     first, last = now, number
                     if self.stop is None:
@@ -188,6 +194,71 @@ def stopping_on_signals(
             _watch.stop = None
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def stopping_on_interrupt() -> Iterator[Callable[[], bool]]:
+    """The first SIGINT requests a stop of what this block does, a later one raises
+    KeyboardInterrupt. The yielded function says whether a stop is requested.
+
+    After the block SIGINT is what it was, as if none had come.
+    """
+    received: list[float] = []
+
+    def request(number: int, frame: FrameType | None) -> None:
+        received.append(time.monotonic())
+        if received[-1] - received[0] >= REPEAT_SECONDS:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, request)
+    if _watch is not None:
+        _watch.ignores_interrupts = True
+    try:
+        yield lambda: bool(received)
+    finally:
+        if _watch is not None:
+            _watch.ignores_interrupts = False
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def ignoring_interrupts() -> Iterator[None]:
+    """SIGINT does nothing, as for a program in which Ctrl-C is a key like others."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+_LOST = b"a file that is being read was shortened, or its disk fails (SIGBUS)\n"
+
+
+@contextmanager
+def reporting_lost_files() -> Iterator[None]:
+    """SIGBUS writes one line and ends the process with exit code 2.
+
+    Memory that a file is mapped to raises it where the file has become shorter, or cannot be read.
+    The instruction that reads cannot go on, so a handler of Python's `signal`, which runs later,
+    would never run: this one runs within the handler of C.
+    """
+    number = getattr(signal, "SIGBUS", None)
+    if number is None:  # Windows
+        yield
+        return
+
+    def end(number: int) -> None:
+        os.write(2, _LOST)
+        os._exit(2)
+
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(end)
+    install = ctypes.CDLL(None).signal
+    install.restype, install.argtypes = ctypes.c_void_p, [ctypes.c_int, ctypes.c_void_p]
+    before = install(number, ctypes.cast(handler, ctypes.c_void_p))
+    try:
+        yield
+    finally:
+        install(number, before)
 
 
 # Windows has no SIGHUP.

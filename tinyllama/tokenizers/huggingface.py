@@ -17,15 +17,17 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, astuple
 from functools import cached_property
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from tinyllama.errors import TokenizerError
+from tinyllama.system.untrusted import printable
 from tinyllama.tokenizers import special
 from tinyllama.tokenizers.cutting import LONGEST_CHARS, crosses, cut, holds
 from tinyllama.tokenizers.files import CONFIG_FILE, JSON_FILE, decode_json, read_settings, to_json
-from tinyllama.tokenizers.tokenizer import SpecialToken, StreamDecoder, check_encodable
+from tinyllama.tokenizers.tokenizer import Span, SpecialToken, StreamDecoder, check_encodable
 
 if TYPE_CHECKING:
     import tokenizers
@@ -153,23 +155,69 @@ class JsonTokenizer:
         no space is put before the first word. `special`: special tokens written in the text are
         these tokens. Raises TokenizerError for a text that UTF-8 cannot hold."""
         check_encodable(text)
-        if len(text) <= _CUT_CHARS:
-            return self._ids(text, continued, special)
-        joint = self.joint if not special or self._cuts_markup else None
-        parts = [text] if joint is None else cut(text, _CUT_CHARS, joint)
-        if joint is None and not special:
-            parts = cut(text, LONGEST_CHARS)
         ids: list[int] = []
-        for number, part in enumerate(parts):
+        for number, part in enumerate(self._parts(text, special)):
             ids += self._ids(part, continued or number > 0, special)
         return ids
 
+    def encode_with_spans(self, text: str, inert: str = "") -> tuple[list[int], list[Span]]:
+        """Ids of a text with special tokens, and (begin, end) of each, in characters; see
+        Tokenizer."""
+        check_encodable(text)
+        ids, spans = self._located(text, False, True)
+        if not inert or inert not in text:
+            return ids, spans
+        made: tuple[list[int], list[Span]] = [], []
+        special, removed, before = set(self.special_tokens.values()), 0, 0
+        for is_special, run in groupby(range(len(ids)), key=lambda number: ids[number] in special):
+            numbers = [*run]
+            first, last = numbers[0], numbers[-1] + 1
+            following = spans[last][0] if last < len(ids) else len(text)
+            end = spans[last - 1][1] if is_special else following
+            own, part = ids[first:last], text[before:end]
+            if inert in part and not is_special:
+                continued = self._ids(part, False, True) != own
+                clean = part.replace(inert, "")
+                own, places = self._located(clean, continued, False)
+                places = [(b + before - removed, e + before - removed) for b, e in places]
+                removed += len(part) - len(clean)
+            else:
+                places = [(b - removed, e - removed) for b, e in spans[first:last]]
+            made[0].extend(own)
+            made[1].extend(places)
+            before = end
+        return made
+
+    def _parts(self, text: str, special: bool) -> Iterable[str]:
+        """A long text in parts that have the ids of the whole."""
+        if len(text) <= _CUT_CHARS:
+            return [text]
+        joint = self.joint if not special or self._cuts_markup else None
+        if joint is not None:
+            return cut(text, _CUT_CHARS, joint)
+        return [text] if special else cut(text, LONGEST_CHARS)
+
     def _ids(self, text: str, continued: bool, special: bool) -> list[int]:
+        ids: list[int] = self._encoding(text, continued, special).ids
+        return ids
+
+    def _located(self, text: str, continued: bool, special: bool) -> tuple[list[int], list[Span]]:
+        """Ids and their places in the text."""
+        ids: list[int] = []
+        spans: list[Span] = []
+        at = 0
+        for number, part in enumerate(self._parts(text, special)):
+            encoding = self._encoding(part, continued or number > 0, special)
+            ids += encoding.ids
+            spans += [(at + begin, at + end) for begin, end in encoding.offsets]
+            at += len(part)
+        return ids, spans
+
+    def _encoding(self, text: str, continued: bool, special: bool) -> Any:
         library = self._library_for(continued, special)
         with self._lock:  # the flag is the library's own state
             library.encode_special_tokens = not special
-            ids: list[int] = library.encode(text, add_special_tokens=False).ids
-        return ids
+            return library.encode(text, add_special_tokens=False)
 
     def _library_for(self, continued: bool, special: bool) -> "tokenizers.Tokenizer":
         """Built when first used; the same object where nothing differs."""
@@ -295,7 +343,7 @@ def _build(values: Mapping[str, Any], source: str) -> "tokenizers.Tokenizer":
     except BaseException as error:  # a panic of the library is no Exception
         if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
             raise
-        reason = " ".join(str(error).split())
+        reason = printable(" ".join(str(error).split()), 400)
         raise TokenizerError(f"{source}: {JSON_FILE}: cannot be used: {reason}") from None
 
 

@@ -10,6 +10,8 @@ leaves the text as it is (LLaMA's and Mistral's do, and those trained here). Sen
 breaks that for one character: it writes a space as U+2581, so a real U+2581 came back as a space.
 """
 
+from __future__ import annotations
+
 import hashlib
 import io
 import itertools
@@ -19,9 +21,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
-
-import sentencepiece
+from typing import TYPE_CHECKING, NamedTuple
 
 from tinyllama.errors import TokenizerError
 from tinyllama.system.files import atomic_write
@@ -41,9 +41,13 @@ from tinyllama.tokenizers.sentencepiece_model import (
     USER_DEFINED,
     Model,
     read_model,
+    read_places,
     with_space,
 )
-from tinyllama.tokenizers.tokenizer import SpecialToken, StreamDecoder, check_encodable
+from tinyllama.tokenizers.tokenizer import Span, SpecialToken, StreamDecoder, check_encodable
+
+if TYPE_CHECKING:
+    import sentencepiece
 
 TRAINING = 1  # version of train_tokenizer: changes when the same texts give a different model
 
@@ -97,7 +101,7 @@ class SentencePieceTokenizer:
         self.settings = read_settings(self.sources, source)
         self._processor = own = _load_processor(model, source)
         self._size: int = own.get_piece_size()
-        pieces: list[str] = own.id_to_piece(list(range(self._size)))
+        pieces = _texts_of_pieces(own, source)
         added = special.check(self.settings.added, self._size, source)
         self._controls = [n for n in range(self._size) if own.is_control(n) or own.is_unknown(n)]
         self._beyond = self._not_the_models(added, pieces)
@@ -253,24 +257,65 @@ class SentencePieceTokenizer:
                 ids.append(token)
         return ids
 
-    def _encode_part(self, text: str, continued: bool) -> list[int]:
-        """Ids of a text without tokens of the files, in pieces that SentencePiece takes fast."""
+    def encode_with_spans(self, text: str, inert: str = "") -> tuple[list[int], list[Span]]:
+        """Ids of a text with special tokens, and (begin, end) of each, in characters; see
+        Tokenizer."""
+        check_encodable(text)
         ids: list[int] = []
+        spans: list[Span] = []
+        start = at = 0  # in the text, and in it without `inert`
+        for begin, end, token in [*self._markup.places(text), (len(text), len(text), None)]:
+            part = text[start:begin].replace(inert, "") if inert else text[start:begin]
+            for own, first, last in self._located(part, bool(start) and not self._prefix_always):
+                ids.append(own)
+                spans.append((at + first, at + last))
+            at += len(part)
+            if token is not None:
+                ids.append(token)
+                spans.append((at, at + end - begin))
+            start, at = end, at + end - begin
+        return ids, spans
+
+    def _located(self, text: str, continued: bool) -> Iterator[tuple[int, int, int]]:
+        """(id, begin, end) of a text without tokens of the files."""
+        at = 0
+        for processor, piece in self._runs(text, continued):
+            if processor is None:
+                yield from ((number, at, at + 1) for number in self._space_ids)
+            else:
+                found = processor.encode(piece, out_type="serialized_proto")
+                for number, begin, end in read_places(found, piece):
+                    yield number, at + begin, at + end
+            at += len(piece)
+
+    def _encode_part(self, text: str, continued: bool) -> list[int]:
+        """Ids of a text without tokens of the files."""
+        ids: list[int] = []
+        for processor, piece in self._runs(text, continued) if text else ():
+            ids += self._space_ids if processor is None else processor.encode(piece)
+        return ids
+
+    def _runs(
+        self, text: str, continued: bool
+    ) -> Iterator[tuple[sentencepiece.SentencePieceProcessor | None, str]]:
+        """A text in pieces that SentencePiece takes fast, and what encodes each: None for the
+        character that stands for a space inside a piece."""
         is_long = continued or len(text) > self._cut_chars
         joint = self._joint if is_long and self._cuts_lines else None
         chars = LONGEST_CHARS if joint is None else self._cut_chars
         parts = text.split(_SPACE) if self._space_ids else [text]
+        is_first = True
         for number, part in enumerate(parts):
             if number:
-                ids += self._space_ids
-            before = "\n" if continued and number == 0 else "."[: len(ids)]  # the character
+                yield None, _SPACE
+                is_first = False
+            before = "\n" if continued and number == 0 else "."[: not is_first]  # the character
             for piece in cut(part, chars, LINE_END if joint is None else joint.pattern):
                 at_line_end = "\n" in (before, piece[:1])
                 own_space = at_line_end and joint is not None and joint.own_space
                 inside = before and not own_space
-                ids += (self._continuing if inside else self._processor).encode(piece)
-                before = piece[-1:]
-        return ids
+                yield (self._continuing if inside else self._processor), piece
+                is_first, before = False, piece[-1:]
 
     def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
         """Text of `ids`; begin and end give none, or their own text with `special`; bytes that are
@@ -372,6 +417,8 @@ def train_tokenizer(
     The same texts give the same model, byte for byte. Raises TokenizerError if the texts are too
     few for `vocab_size`, or it is too small for the characters in them.
     """
+    import sentencepiece  # here: other tokenizers do not need it
+
     blocks = _sample(texts)
     lines = (line for block in blocks for line in _training_lines(block))
     written = io.BytesIO()
@@ -404,12 +451,23 @@ def train_tokenizer(
     return tokenizer
 
 
+def _texts_of_pieces(own: sentencepiece.SentencePieceProcessor, source: str) -> list[str]:
+    """The text of every piece. Raises TokenizerError if one is not UTF-8."""
+    try:
+        pieces: list[str] = own.id_to_piece(list(range(own.get_piece_size())))
+    except UnicodeDecodeError:
+        raise TokenizerError(f"{source}: damaged: a piece that is not UTF-8") from None
+    return pieces
+
+
 def _load_processor(model: bytes, source: str) -> sentencepiece.SentencePieceProcessor:
     """Raises TokenizerError if `model` is not a SentencePiece model."""
+    import sentencepiece
+
     processor = sentencepiece.SentencePieceProcessor()
     try:
         loaded = bool(model) and processor.load_from_serialized_proto(model)
-    except RuntimeError:
+    except (RuntimeError, UnicodeDecodeError):  # the latter of a message that quotes the model
         loaded = False
     if not loaded and _TIKTOKEN.match(model):
         raise TokenizerError(

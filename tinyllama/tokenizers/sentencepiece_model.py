@@ -100,6 +100,17 @@ def with_space(data: bytes, adds_space: bool) -> bytes:
     return data + _field(3, _field(3, int(adds_space)))
 
 
+def read_places(data: bytes, text: str) -> Iterator[tuple[int, int, int]]:
+    """(id, begin, end) in characters of each piece of an encoded text, from SentencePiece's own
+    message, which counts bytes. A piece that is a byte within a character has no width."""
+    characters = [n for n, character in enumerate(text) for _ in character.encode()] + [len(text)]
+    for number, value in _fields(data):
+        if number == 2 and isinstance(value, bytes):
+            fields = dict(_fields(value))
+            piece, begin, end = (int(fields.get(key, 0)) for key in (2, 4, 5))
+            yield piece, characters[begin], characters[end]
+
+
 def _piece(data: bytes) -> Piece:
     values = dict(_fields(data))
     text, score, kind = values.get(1, b""), values.get(2, 0), values.get(3, NORMAL)

@@ -54,13 +54,18 @@ class Finder:
         # A group per token would be slow: the text found names it, without the spaces around it.
         self._pattern = re.compile("|".join(map(_expression, longest_first)))
 
+    def places(self, text: str) -> Iterator[tuple[int, int, int]]:
+        """(begin, end, token) for each token in the text, with the spaces that it takes."""
+        for match in self._pattern.finditer(text) if self._ids else ():
+            found = match[0] if match[0] in self._ids else match[0].strip()
+            yield match.start(), match.end(), self._ids[found]
+
     def split(self, text: str) -> Iterator[tuple[str, int | None]]:
         """(text, the token behind it) in their order; the last one has no token."""
         start = 0
-        for match in self._pattern.finditer(text) if self._ids else ():
-            found = match[0] if match[0] in self._ids else match[0].strip()
-            yield text[start : match.start()], self._ids[found]
-            start = match.end()
+        for begin, end, token in self.places(text):
+            yield text[start:begin], token
+            start = end
         yield text[start:], None
 
 

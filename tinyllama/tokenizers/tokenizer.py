@@ -20,6 +20,8 @@ from tinyllama.system.files import atomic_write
 # The codec marks an invalid byte by a lone surrogate; like SentencePiece we show it as U+FFFD.
 _REPLACE_INVALID = dict.fromkeys(range(0xDC80, 0xDD00), "\ufffd")
 
+Span = tuple[int, int]
+
 
 @dataclass(frozen=True)
 class SpecialToken:
@@ -117,6 +119,13 @@ class Tokenizer(Protocol):
         special: special tokens written in the text are these tokens (a prompt, the output of a
         template); by default they are text like any other.
         Raises TokenizerError for a text that UTF-8 cannot hold (half of a surrogate pair).
+        """
+
+    def encode_with_spans(self, text: str, inert: str = "") -> tuple[list[int], list[Span]]:
+        """The ids of a text with special tokens, and (begin, end) of each in it, in characters.
+
+        inert: a character that keeps the special token around it from being read as one; it is
+        removed, and is not counted.
         """
 
     def decode(self, ids: Iterable[int], *, special: bool = False) -> str:

@@ -39,7 +39,7 @@ from tinyllama.system.files import (
     make_folder,
     remove_partials,
 )
-from tinyllama.system.json_files import read_json_file
+from tinyllama.system.untrusted import read_json_file
 from tinyllama.train.manifest import (
     MANIFEST,
     Digests,
@@ -65,6 +65,7 @@ __all__ = [
 ]
 
 STATE = "training_state.json"
+BEST = "best"
 _STEP = re.compile(r"step-(\d{8,})")
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _STEPS = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
@@ -93,7 +94,7 @@ def save_checkpoint(
     `write` fills the folder it is given; it may return digests of what it wrote, and those files
     are not read again. `needed_bytes` is an estimate, 0 if unknown, compared with the free space
     before anything is written. `keep_last_n` leaves that many `step-*` folders (None: all), the
-    new one always among them; it counts and removes only such as look whole, and never `final`.
+    new one always among them; it counts and removes only such as look whole, not `best` or `final`.
     Raises CheckpointError, and then `root` holds the checkpoints that it held before.
     """
     assert keep_last_n is None or keep_last_n > 0
@@ -136,9 +137,10 @@ def recover(root: str | os.PathLike[str]) -> list[Path]:
 
 
 def list_checkpoints(root: str | os.PathLike[str]) -> list[Path]:
-    """`step-*` and `final` folders in `root`, damaged ones as well, oldest first.
+    """`step-*`, `best` and `final` folders in `root`, damaged ones as well, oldest first.
 
-    `final` stands after the step its training_state.json names, or last if it names none.
+    `best` and `final` stand after the step that their training_state.json names, or last if it
+    names none.
     """
     folders = [path for path in Path(root).glob("*") if path.is_dir() and _age(path) is not None]
     return sorted(folders, key=lambda path: (_age(path), path.name == "final"))
@@ -195,6 +197,14 @@ class _Unvalidated(msgspec.Struct):
     lr: float
 
 
+class _Best(msgspec.Struct):
+    """The lowest validation loss, its step, and the validations since."""
+
+    step: _STEPS
+    val_loss: float
+    since: _STEPS
+
+
 class _State(msgspec.Struct):
     """What is checked of training_state.json; other keys may stand beside these."""
 
@@ -204,6 +214,8 @@ class _State(msgspec.Struct):
     made_with: dict[str, _Value | list[str]] | None = None
     schedule_anchor: _Anchor | None = None
     unvalidated: _Unvalidated | None = None
+    best: _Best | None = None
+    warmup_steps: _STEPS | None = None
     was_last: bool = False
     watching: dict[str, Any] | None = None
 
@@ -232,7 +244,7 @@ def _age(folder: Path) -> float | None:
     """Steps that a checkpoint was trained for; None if the folder's name is not a checkpoint's."""
     if match := _STEP.fullmatch(folder.name):
         return int(match[1])
-    if folder.name != "final":
+    if folder.name not in ("final", BEST):
         return None
     try:
         step = read_state(folder).get("step")

@@ -8,16 +8,17 @@ tokenizer, so it can be compared with a compressor's.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from tqdm import tqdm
+import numpy as np
 
-from tinyllama.data.batches import TokenDataset, sequential
+from tinyllama.data.batches import Layout, TokenDataset, layout_of, sequential
 from tinyllama.model.llama import Llama
 from tinyllama.runtime.capture import captured
 from tinyllama.runtime.storage import Inputs
 from tinyllama.train.gradients import StagedLoss
+from tinyllama.train.losses import Loss
 
 
 class Evaluation(NamedTuple):
@@ -27,6 +28,35 @@ class Evaluation(NamedTuple):
     perplexity: float
     bits_per_byte: float
     tokens: int
+
+
+class PairEvaluation(NamedTuple):
+    """Mean loss of a pair, and means of what else the loss measures, by name."""
+
+    loss: float
+    measures: Mapping[str, float]
+
+
+class PairEvaluator:
+    """Evaluates a model on pairs of answers, any number of times, with one compiled graph."""
+
+    def __init__(self, model: Llama, loss: Loss, layout: Layout, batch_size: int) -> None:
+        self.loss, self.layout, self.batch_size = loss, layout, batch_size
+        self._inputs = Inputs()
+        self._summed_loss = captured(StagedLoss(model, loss=loss).loss)
+
+    def run(self, *, stopping: Callable[[], int] = lambda: 0) -> PairEvaluation | None:
+        """Every pair once. Returns None if `stopping` became true before the end."""
+        totals, pairs = np.zeros(1 + len(self.loss.measures)), 0
+        for first in range(0, self.layout.n_rows, self.batch_size):
+            if stopping():
+                return None
+            numbers = np.arange(first, min(first + self.batch_size, self.layout.n_rows))
+            batch = self.layout.batch(numbers, self.batch_size)
+            totals += self._summed_loss(*self._inputs(*batch)).numpy()
+            pairs += self.loss.count(batch)
+        loss, *measured = (totals / max(pairs, 1)).tolist()
+        return PairEvaluation(loss, dict(zip(self.loss.measures, measured, strict=True)))
 
 
 class Evaluator:
@@ -53,9 +83,11 @@ class Evaluator:
 
         Returns None if `stopping` became true before the end.
         """
+        from tqdm import tqdm  # here: a training step does not need it
+
         total, tokens = 0.0, 0
         shape = self.context_length, self.batch_size, self.stride
-        windows = self.dataset.window_count(self.context_length, self.stride)
+        windows = layout_of(self.dataset, self.context_length, stride=self.stride).n_rows
         with tqdm(total=windows, desc="Evaluating", unit="window", disable=not progress) as bar:
             for batch in sequential(self.dataset, *shape):
                 if stopping():

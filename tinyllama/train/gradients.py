@@ -18,12 +18,15 @@ from tinygrad import Tensor
 from tinyllama.model.int4 import widen_head
 from tinyllama.model.layers import named_tensors, structure
 from tinyllama.model.llama import Block, Function, Llama
+from tinyllama.model.lora import lora_layers, without_adapters
 from tinyllama.ops.narrow import narrow_together
+from tinyllama.ops.products import together
 from tinyllama.ops.sums import into_products, read_by_gradients
 from tinyllama.runtime.kernel import in_memory
 from tinyllama.runtime.stage import Stage, replaced, saved_for_backward
 from tinyllama.runtime.storage import memory_key
 from tinyllama.train.losses import CrossEntropy, Loss
+from tinyllama.train.preferences import log_probabilities
 
 
 @dataclass(frozen=True)
@@ -62,26 +65,50 @@ class StagedLoss:
         """`trained` are the weights, by name, that get gradients; the loss is cross entropy."""
         widen_head(model)
         self.model, self.criterion = model, loss or CrossEntropy()
+        # Adapters leave their base as it was, so a model that has some is its own reference.
+        self.refers = self.criterion.needs_reference and bool(lora_layers(model))
         self.names = {_key(tensor): name for name, tensor in (trained or {}).items()}
         self.stages = _Stages()
 
-    def loss(self, tokens: Tensor, targets: Tensor, starts: Tensor) -> Tensor:
-        """Loss summed over targets >= 0, shape (1,): tokens, targets, starts (B, T)."""
+    def loss(self, tokens: Tensor, targets: Tensor, starts: Tensor, *more: Tensor) -> Tensor:
+        """Summed loss and measures, shape (1 + measures,): tokens, targets, starts (B, T), and what
+        the batches of this loss hold more."""
+        more = (*more, *self._reference(tokens, targets, starts))
         hidden = self.forward(tokens, starts)[-1].output
         weight = self.model.head_weight()
 
         def build() -> list[Tensor]:
-            return [self.criterion.per_token(hidden, weight, targets).sum().reshape(1)]
+            return [self.criterion.summed(hidden, weight, targets, *more).contiguous()]
 
-        return self.stages.head([hidden, weight, targets], build, "loss")[0]
+        return self.stages.head([hidden, weight, targets, *more], build, "loss")[0]
+
+    def log_probabilities(self, tokens: Tensor, targets: Tensor, starts: Tensor) -> Tensor:
+        """Of the targets of each row, summed: (B,) float32, in nats."""
+        hidden = self.forward(tokens, starts)[-1].output
+        weight = self.model.head_weight()
+
+        def build() -> list[Tensor]:
+            return [log_probabilities(hidden, weight, targets).contiguous()]
+
+        return self.stages.head([hidden, weight, targets], build, "log-probabilities")[0]
+
+    def _reference(self, tokens: Tensor, targets: Tensor, starts: Tensor) -> list[Tensor]:
+        """The log-probabilities of the rows under the frozen base, if the loss wants those and
+        the model can tell."""
+        if not self.refers:
+            return []
+        with without_adapters(self.model):
+            return [self.log_probabilities(tokens, targets, starts)]
 
     def gradients(
-        self, tokens: Tensor, targets: Tensor, starts: Tensor
+        self, tokens: Tensor, targets: Tensor, starts: Tensor, *more: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Summed loss (1,) and the gradient of each trained weight, by name, float32."""
+        """Summed loss and measures (1 + measures,), and the gradient of the loss of each trained
+        weight, by name, float32."""
         grads: dict[str, Tensor] = {}
+        more = (*more, *self._reference(tokens, targets, starts))
         tape = self.forward(tokens, starts, save=True)
-        loss, gradient = self._head_gradients(tape[-1].output, targets, grads)
+        loss, gradient = self._head_gradients([tape[-1].output, targets, *more], grads)
         # Nothing is pulled back below the lowest part that is trained (adapters on a frozen base).
         lowest = next((i for i, part in enumerate(tape) if self._trained(part)), len(tape))
         for i in reversed(range(lowest, len(tape))):
@@ -128,7 +155,7 @@ class StagedLoss:
         def build() -> list[Tensor]:
             out = in_memory(function(module, *inputs))
             saved = [] if recompute else _saved(out, inputs, weights)
-            return narrow_together(into_products([out, *saved]), weights)
+            return narrow_together(together(into_products([out, *saved])), weights)
 
         key = (function.__qualname__, structure(module), recompute)
         out, *saved = self.stages.forward([*inputs, *weights], build, key)
@@ -146,7 +173,7 @@ class StagedLoss:
             out = in_memory(part.function(part.module, *inputs))
             gradients = out.gradient(*through, *trained, gradient=d_output)
             old = _saved(out, inputs, weights) if part.saved else []
-            gradients = into_products(replaced(gradients, old, part.saved))
+            gradients = together(into_products(replaced(gradients, old, part.saved)))
             return [in_memory(g) for g in narrow_together(gradients, weights)]
 
         positions = tuple(i for i, t in enumerate(weights) if _key(t) in self.names)
@@ -156,19 +183,21 @@ class StagedLoss:
         return gradients[0] if through else d_output
 
     def _head_gradients(
-        self, hidden: Tensor, targets: Tensor, grads: dict[str, Tensor]
+        self, inputs: Sequence[Tensor], grads: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Summed loss (1,) and the gradient of `hidden` (B, T, hidden); adds the head's to
+        """Summed loss and measures, and the gradient of the hidden states (B, T, hidden), which are
+        the first of `inputs`, before targets and what a batch holds more; adds the head's to
         `grads`."""
         weight = self.model.head_weight()
+        hidden, targets, *more = inputs
         trained = _key(weight) in self.names
 
         def build() -> list[Tensor]:
-            head = self.criterion.gradients(hidden, weight, targets, trains_weight=trained)
+            head = self.criterion.gradients(hidden, weight, targets, *more, trains_weight=trained)
             d_weight = [] if head.weight is None else [head.weight]
             return [head.loss.contiguous(), in_memory(head.hidden), *d_weight]
 
-        loss, d_hidden, *d_weight = self.stages.head([hidden, weight, targets], build, trained)
+        loss, d_hidden, *d_weight = self.stages.head([weight, *inputs], build, trained)
         self._add(grads, [weight] * len(d_weight), d_weight)
         return loss, d_hidden
 

@@ -18,7 +18,7 @@ import msgspec
 from tinyllama.errors import CheckpointError, reason
 from tinyllama.system import checked
 from tinyllama.system.files import sha256_file
-from tinyllama.system.json_files import read_json_file, short
+from tinyllama.system.untrusted import printable, read_json_file
 
 MANIFEST = "manifest.json"
 _FORMAT = "tinyllama-checkpoint-1"
@@ -119,14 +119,14 @@ def read_manifest(folder: Path) -> dict[str, tuple[str, int]]:
     path = folder / MANIFEST
     kind = read_json_file(path, _Format, CheckpointError).format
     if kind != _FORMAT:
-        raise CheckpointError(f"{path}: format: got {short(repr(kind), 40)}, must be {_FORMAT}")
+        raise CheckpointError(f"{path}: format: got {printable(repr(kind), 40)}, must be {_FORMAT}")
     manifest = read_json_file(path, _Manifest, CheckpointError)
     if path.read_bytes() != _spelled(msgspec.to_builtins(manifest)):
         raise CheckpointError(f"{path}: edited or damaged: its SHA-256 of itself does not hold")
     for name in manifest.files:
         if not _is_inside(name):
             raise CheckpointError(
-                f"{path}: {short(repr(name), 80)} is not the name of a file in the folder"
+                f"{path}: {printable(repr(name), 80)} is not the name of a file in the folder"
             )
     return {name: (file.sha256, file.size) for name, file in manifest.files.items()}
 

@@ -9,9 +9,10 @@ number but the last is the one tinygrad will allocate.
 """
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 
-from tinygrad import Device, Tensor, dtypes
+from tinygrad import Device, Tensor
 from tinygrad.helpers import GlobalCounters
 
 from tinyllama.config import Config
@@ -28,7 +29,9 @@ from tinyllama.model.lora import dropout_on
 from tinyllama.runtime.plan import plan
 from tinyllama.system import memory
 from tinyllama.train.gradients import StagedLoss
+from tinyllama.train.objective import blank_batch, validation_loss
 from tinyllama.train.optimizer import AdamW
+from tinyllama.train.preferences import loss_of
 from tinyllama.train.step import TrainStep
 
 # What the graphs of a run add to the memory of a process, besides tensors: 17 to 29 MB were
@@ -98,15 +101,15 @@ def model_parameters(config: Config) -> Parameters:
     """
     model = build_blank(replace(config, qlora=None)).model
     counts = ((name, tensor.numel()) for name, tensor in named_tensors(model))
-    return parameters_of((name, n) for name, n in counts if not name.endswith("dropout_key"))
+    return parameters_of((name, n) for name, n in counts if not name.endswith("_key"))
 
 
 def blank_step(config: Config) -> TrainStep:
     """The training step of a configuration; model and optimizer hold no memory yet."""
     model, trained, _ = build_blank(config)
     optimizer = AdamW(trained, config.training, blank=True)
-    guarded = config.observe.guards_updates
-    return TrainStep(model, optimizer, config.training.accumulation_steps, guarded=guarded)
+    steps, guarded = config.training.accumulation_steps, config.observe.guards_updates
+    return TrainStep(model, optimizer, steps, loss=loss_of(config), guarded=guarded)
 
 
 def estimate_memory(config: Config, step: TrainStep | None = None) -> MemoryEstimate:
@@ -118,13 +121,16 @@ def estimate_memory(config: Config, step: TrainStep | None = None) -> MemoryEsti
     t, context, runtime = config.training, config.context_length, _runtime_bytes(config)
     step = step or blank_step(config)
     model, optimizer = step.staged.model, step.optimizer
-    batch = [Tensor.empty(t.micro_batch, context, dtype=dtypes.int32) for _ in range(3)]
+    batch = blank_batch(config)
     hyperparameters = Tensor.empty(step.hyperparameter_count)
-    with dropout_on(model):  # as in training, and not in validation
+    with dropout_on(model), model.noise.on() if model.noise else nullcontext():
+        # As in training, and not in validation.
         plans = step.plans(*batch, hyperparameters=hyperparameters)
     first = plans[0]
-    if config.data.val_path is not None:
-        plans.append(plan(StagedLoss(model).loss, batch))
+    if config.data.validates:
+        loss = validation_loss(config)
+        validated = batch if loss.measures else batch[:3]
+        plans.append(plan(StagedLoss(model, loss=loss).loss, validated))
     gradients = first.gradients + _bytes(step.sums())
     given = _bytes([*batch, hyperparameters, *model.rotations(context)])
     workspace = given + sum(p.work for p in plans)

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -13,6 +14,8 @@ from tinygrad import Device
 
 from tinyllama.config import Config, RopeScaling
 from tinyllama.config.options import got, shown, to_toml
+from tinyllama.data.conversations import Form
+from tinyllama.data.corpus import Part, TokenDataset, prepare
 from tinyllama.data.files import Source, content_digests, find_sources, read_texts
 from tinyllama.errors import (
     CheckpointError,
@@ -25,9 +28,10 @@ from tinyllama.errors import (
 from tinyllama.formats.models import open_model
 from tinyllama.system import device
 from tinyllama.system.files import atomic_write, make_folder, read_file
-from tinyllama.tokenizers.files import MODEL_FILE
-from tinyllama.tokenizers.opening import holds_tokenizer, open_tokenizer
+from tinyllama.tokenizers.files import MODEL_FILE, TEMPLATE_FILE
+from tinyllama.tokenizers.opening import from_files, holds_tokenizer, open_tokenizer
 from tinyllama.tokenizers.sentencepiece import TRAINING, SentencePieceTokenizer, train_tokenizer
+from tinyllama.tokenizers.templates import portable_template
 from tinyllama.tokenizers.tokenizer import Tokenizer
 from tinyllama.train import run_folder
 from tinyllama.train.checkpoint import latest_valid, list_checkpoints, verify
@@ -83,12 +87,16 @@ def supported(config: Config) -> Config:
             f"{config.where('data.replace_tokenizer')}: got true, must be false with [lora]: "
             "adapters leave the base's embeddings, and so its tokens, as they are"
         )
+    if t.objective == "dpo" and config.model.base is None:
+        raise ConfigError(
+            f'{config.where("training.objective")}: got "dpo", must come with model.base: the '
+            "model that answers are compared with is the one that training begins with"
+        )
     problems = [
         f"{config.where(key)}: {got(value, f'{shown(only)} for now')}"
         for key, value, only in (
             ("training.devices", t.devices, 1),
             ("training.beam", t.beam, 0),
-            ("data.train_on", data.train_on, "all"),
         )
         if value != only
     ]
@@ -119,12 +127,14 @@ _FREE_OF_NUMBERS = (
     "checkpointing.",
     "model.base",
     "training.eval_",
+    "training.early_stopping",
     "data.train_path",
     "data.val_path",
     "data.context_length",
     "data.tokenizer",
     "data.replace_tokenizer",
     "data.cache_dir",
+    "data.val_fraction",
     "observe.otlp_",
     "observe.update_ratio_every",
     "observe.trackers",
@@ -235,6 +245,8 @@ def differences(config: Config, checkpoint: Path) -> str | None:
     was = {**_defaults(), **saved}
     if was[_MICRO_BATCH] is None:  # as older checkpoints have it
         was[_MICRO_BATCH] = was[_BATCH]
+    if now["data.train_on"] is None and was["data.train_on"] == "all":
+        was["data.train_on"] = None  # the default while every row was a text
     differing = {key for key in was.keys() | now.keys() if was.get(key) != now.get(key)}
     if all(made[_MICRO_BATCH] == made[_BATCH] for made in (was, now)):
         differing.discard(_MICRO_BATCH)  # the whole batch, then and now
@@ -261,7 +273,36 @@ def find_tokenizer(config: Config, resume: Path | None, show: bool) -> Tokenizer
             f"{config.where('model.vocab_size')}: got {config.model.vocab_size}, must be at least"
             f" the tokenizer's {tokenizer.vocab_size} ({config.tokenizer_source})"
         )
+    if config.data.template is not None and tokenizer.chat_template is None:
+        return with_template(tokenizer, config.data.template)
     return tokenizer
+
+
+def with_template(tokenizer: Tokenizer, name: str) -> Tokenizer:
+    """The tokenizer with a template of ours, which the run's checkpoints then hold: whoever talks
+    to the model writes what it was trained on."""
+    template = portable_template(name, tokenizer).encode()
+    return from_files({**tokenizer.sources, TEMPLATE_FILE: template}, "data.template")
+
+
+def texts(
+    config: Config, tokenizer: Tokenizer, show: bool
+) -> tuple[TokenDataset, TokenDataset | None]:
+    """The training text as tokens, and the validation text if there is any."""
+    data = config.data
+    read = partial(
+        prepare,
+        tokenizer=tokenizer,
+        cache_dir=data.cache_dir,
+        special_tokens=data.special_tokens,
+        form=Form(data.template, data.train_on),
+        progress=show,
+    )
+    if data.val_fraction is not None:
+        parts = (Part(data.val_fraction, rest) for rest in (True, False))
+        train, val = (read(data.train_path, part=part) for part in parts)
+        return train, val
+    return read(data.train_path), None if data.val_path is None else read(data.val_path)
 
 
 def unused_rows(vocab_size: int, tokenizer: Tokenizer) -> str | None:

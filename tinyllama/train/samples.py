@@ -15,7 +15,7 @@ from tinyllama.errors import CheckpointError, ConfigError
 from tinyllama.generate.generator import Generator, Sampling
 from tinyllama.model.llama import Llama
 from tinyllama.system.files import atomic_write
-from tinyllama.system.json_files import parse_json
+from tinyllama.system.untrusted import parse_json
 from tinyllama.tokenizers.tokenizer import Tokenizer
 
 SAMPLES = "samples.jsonl"

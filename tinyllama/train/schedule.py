@@ -5,7 +5,7 @@ windows that are left decide the steps that are left, and the rate goes on from 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tinyllama.config import LRScheduleConfig
 
@@ -29,15 +29,35 @@ def learning_rate(
 
     cosine: min_lr + (peak - min_lr) (1 + cos(pi r)) / 2 with r from 0 at the end of the warm-up,
     or from the anchor's share, to 1 at the last step (Loshchilov & Hutter 2017); linear: straight;
-    constant: the peak.
+    constant: the peak; wsd: the peak, then straight over the last decay_fraction of this way
+    (warm-up, stable, decay: Hu et al. 2024, arXiv:2404.06395).
     """
     if step < schedule.warmup_steps:
         return peak * step / schedule.warmup_steps
     if schedule.type == "constant":
         return peak
     r = share_done(step, total_steps, schedule, anchor)
-    height = (1 + math.cos(math.pi * r)) / 2 if schedule.type == "cosine" else 1 - r
+    if schedule.type == "cosine":
+        height = (1 + math.cos(math.pi * r)) / 2
+    elif schedule.type == "wsd":
+        height = min(1.0, (1 - r) / schedule.decay_fraction)
+    else:
+        height = 1 - r
     return schedule.min_lr + (peak - schedule.min_lr) * height
+
+
+def with_warmup_steps(
+    schedule: LRScheduleConfig, total_steps: int, saved: int | None = None
+) -> LRScheduleConfig:
+    """The schedule with warmup_steps in place of warmup_ratio, for a run of so many steps.
+
+    `saved` are those of the checkpoint that is resumed: with another batch size the run has other
+    steps, and the warm-up goes on as it began.
+    """
+    if not schedule.warmup_ratio:
+        return schedule
+    steps = math.ceil(schedule.warmup_ratio * total_steps) if saved is None else saved
+    return replace(schedule, warmup_steps=steps, warmup_ratio=0.0)
 
 
 def share_done(

@@ -11,12 +11,13 @@ step.
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 from tinygrad import Tensor
 
-from tinyllama.data.batches import Batch
+from tinyllama.data.batches import Rows
 from tinyllama.model.llama import Llama
 from tinyllama.observe.anomalies import Limits
 from tinyllama.ops.adamw import SCALARS
@@ -26,18 +27,20 @@ from tinyllama.runtime.plan import Plan, plan
 from tinyllama.runtime.stage import Stage
 from tinyllama.runtime.storage import Inputs, fill_zero
 from tinyllama.train.gradients import StagedLoss
+from tinyllama.train.losses import Loss
 from tinyllama.train.optimizer import AdamW
 
 NO_LIMITS = Limits()
 
 
 class StepResult(NamedTuple):
-    """Of one step: mean loss in nats per token, norm of the mean gradient, trained tokens, and
-    whether the update was made."""
+    """Of one step: mean loss in nats per token (or per pair), norm of the mean gradient, trained
+    tokens, means of what else the loss measures, by name, and whether the update was made."""
 
     loss: float
     grad_norm: float
     tokens: int
+    measures: Mapping[str, float] = MappingProxyType({})
     applied: bool = True
 
 
@@ -50,28 +53,32 @@ class TrainStep:
         optimizer: AdamW,
         micro_batches: int,
         around: Callable[[int, int], AbstractContextManager[None]] = lambda *_: nullcontext(),
+        loss: Loss | None = None,
         *,
         guarded: bool = False,
     ) -> None:
-        """`around(step, micro_batch)` is entered for each pass forward and back (dropout). An
-        update is left out if the step is `guarded` and its loss or norm exceeds the limits."""
+        """`around(step, micro_batch)` is entered for each pass forward and back (dropout); the loss
+        is cross entropy if none is given. An update is left out if the step is `guarded` and its
+        loss or norm exceeds the limits."""
         self.optimizer, self.around = optimizer, around
-        self.staged = StagedLoss(model, optimizer.parameters)
+        self.staged = StagedLoss(model, optimizer.parameters, loss)
         self.micro_batches, self.guarded = micro_batches, guarded
         self._batch, self._numbers = Inputs(), Inputs()
         self._whole = captured(self._whole_step)
         self._accumulate = captured(self._accumulate_step)
+        self._row_tokens: int | None = None  # the length that these two are captured for
+        self._of_other_lengths: dict[int, Any] = {}
         self._update = captured(self._update_step)
         self._add_stage = Stage()
         self._sums: dict[str, Tensor] = {}
-        self._summed_loss = Tensor.empty(1)
+        self._summed_loss = Tensor.empty(1 + len(self.staged.criterion.measures))
         self._planned_gradients: list[Tensor] = []  # the captured graph's gradients, for `plans`
         if micro_batches > 1:
             self._sums = {name: Tensor.empty(*p.shape) for name, p in optimizer.parameters.items()}
 
     def __call__(
         self,
-        batches: Sequence[Batch],
+        batches: Sequence[Rows],
         step: int,
         lr: float,
         limits: Limits = NO_LIMITS,
@@ -81,34 +88,48 @@ class TrainStep:
         step, `left_out` the updates that were left out before."""
         assert len(batches) == self.micro_batches
         tokens = sum(int((b.targets >= 0).sum()) for b in batches)
-        most = self._most(limits, max(tokens, 1))
-        update = step - left_out
-        numbers = self.optimizer.hyperparameters(update, lr, max(tokens, 1), most)
+        count = max(sum(map(self.staged.criterion.count, batches)), 1)
+        most = self._most(limits, count)
+        numbers = self.optimizer.hyperparameters(step - left_out, lr, count, most)
         (hyperparameters,) = self._numbers(numbers)
         if self.micro_batches == 1:
             with self.around(step, 0):
-                result = self._whole(*self._batch(*batches[0]), hyperparameters)
+                whole = self._for_rows(batches[0], self._whole, self._whole_step)
+                result = whole(*self._batch(*batches[0]), hyperparameters)
         else:
             self._clear_sums()
             for number, batch in enumerate(batches):
                 with self.around(step, number):
-                    self._accumulate(*self._batch(*batch))
+                    add = self._for_rows(batch, self._accumulate, self._accumulate_step)
+                    add(*self._batch(*batch))
             result = self._update(hyperparameters)
-        summed_loss, norm = result.numpy().tolist()
+        summed_loss, *measured, norm = result.numpy().tolist()
         applied = all(seen <= limit for seen, limit in zip((summed_loss, norm), most, strict=False))
-        return StepResult(summed_loss / max(tokens, 1), norm, tokens, applied)
+        means = (value / count for value in measured)
+        measures = dict(zip(self.staged.criterion.measures, means, strict=True))
+        return StepResult(summed_loss / count, norm, tokens, measures, applied)
 
-    def _most(self, limits: Limits, tokens: int) -> tuple[float, ...]:
+    def _most(self, limits: Limits, count: int) -> tuple[float, ...]:
         """The largest summed loss and norm, as the device has them; none without a guard."""
         if not self.guarded:
             return ()
-        most, largest = np.array([limits.loss * tokens, limits.grad_norm]), np.finfo(np.float32).max
+        most, largest = np.array([limits.loss * count, limits.grad_norm]), np.finfo(np.float32).max
         return tuple(np.minimum(most, largest).astype(np.float32).tolist())
 
     @property
     def hyperparameter_count(self) -> int:
         """How many numbers a step reads besides its batch."""
         return len(SCALARS) + 2 * self.guarded
+
+    def _for_rows(self, batch: Rows, graph: Any, function: Callable[..., Any]) -> Any:
+        """The graph for rows of the batch's length: `graph` for the first length that is met."""
+        length = batch.tokens.shape[1]
+        self._row_tokens = self._row_tokens or length
+        if length == self._row_tokens:
+            return graph
+        if length not in self._of_other_lengths:
+            self._of_other_lengths[length] = captured(function)
+        return self._of_other_lengths[length]
 
     def take_over(self, planned: "TrainStep") -> None:
         """Reuse what a step of the same configuration scheduled when it was planned (`plans`)."""
@@ -120,7 +141,7 @@ class TrainStep:
         return list(self._sums.values())
 
     def plans(self, *batch: Tensor, hyperparameters: Tensor) -> list[Plan]:
-        """The memory of each graph of a step, for a micro-batch's three tensors; nothing runs."""
+        """The memory of each graph of a step, for a micro-batch's tensors; nothing runs."""
         if self.micro_batches == 1:
             return [self._plan(self._whole_step, *batch, hyperparameters)]
         return [
@@ -137,22 +158,19 @@ class TrainStep:
         self._planned_gradients = []
         return plan(function, inputs, lambda: self._planned_gradients)
 
-    def _gradients(
-        self, tokens: Tensor, targets: Tensor, starts: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Summed loss (1,) and its gradient by parameter name."""
-        loss, grads = self.staged.gradients(tokens, targets, starts)
+    def _gradients(self, batch: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Summed loss and measures, and the gradient of the loss by parameter name."""
+        loss, grads = self.staged.gradients(*batch)
         self._planned_gradients = list(grads.values())
         return loss, grads
 
-    def _whole_step(
-        self, tokens: Tensor, targets: Tensor, starts: Tensor, hyperparameters: Tensor
-    ) -> Tensor:
-        loss, grads = self._gradients(tokens, targets, starts)
+    def _whole_step(self, *inputs: Tensor) -> Tensor:
+        *batch, hyperparameters = inputs
+        loss, grads = self._gradients(batch)
         return self._finish(loss, grads, hyperparameters)
 
-    def _accumulate_step(self, tokens: Tensor, targets: Tensor, starts: Tensor) -> None:
-        loss, grads = self._gradients(tokens, targets, starts)
+    def _accumulate_step(self, *batch: Tensor) -> None:
+        loss, grads = self._gradients(batch)
         self._add(self._summed_loss, loss)
         for name, grad in grads.items():
             self._add(self._sums[name], grad)
@@ -164,7 +182,9 @@ class TrainStep:
         return self._finish(self._summed_loss, self._sums, hyperparameters)
 
     def _finish(self, loss: Tensor, grads: Mapping[str, Tensor], hyperparameters: Tensor) -> Tensor:
-        norm = self.optimizer.update(grads, hyperparameters, loss if self.guarded else None)
+        # `loss` goes on with what else is measured, which is no reason to leave an update out.
+        guard = loss[:1] if self.guarded else None
+        norm = self.optimizer.update(grads, hyperparameters, guard)
         return self._add_stage([loss, norm], lambda: [loss.cat(norm).contiguous()], "result")[0]
 
     def _clear_sums(self) -> None:

@@ -15,18 +15,18 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tinyllama.config import Config
-from tinyllama.data.batches import Batch, Batches, prepare
+from tinyllama.data.layout import Rows, trimmed
 from tinyllama.errors import CheckpointError, TrainingError
 from tinyllama.formats.models import open_model
 from tinyllama.formats.peft import AdapterFolder
 from tinyllama.model.build import build
 from tinyllama.model.counts import model_flops, parameters
 from tinyllama.model.lora import dropping, read_adapters
+from tinyllama.model.noise import noising
 from tinyllama.observe.ceiling import known_gflops
 from tinyllama.observe.metrics import MetricsLog
 from tinyllama.observe.progress import Progress
@@ -38,9 +38,12 @@ from tinyllama.system.files import make_folder
 from tinyllama.system.memory import memory_in_use_bytes
 from tinyllama.system.signals import stopping_on_signals
 from tinyllama.train import run_folder
-from tinyllama.train.checkpoint import name_aside
-from tinyllama.train.evaluate import Evaluator
+from tinyllama.train.best import Best, better
+from tinyllama.train.checkpoint import BEST, name_aside
+from tinyllama.train.evaluate import Evaluation, PairEvaluation
+from tinyllama.train.objective import find_material, rows_per_example
 from tinyllama.train.optimizer import AdamW
+from tinyllama.train.preferences import loss_of
 from tinyllama.train.prepare import (
     check_files,
     differences,
@@ -52,7 +55,7 @@ from tinyllama.train.prepare import (
     without_effect,
 )
 from tinyllama.train.samples import Samples, forget_after
-from tinyllama.train.schedule import Place, learning_rate
+from tinyllama.train.schedule import Place, learning_rate, with_warmup_steps
 from tinyllama.train.step import StepResult, TrainStep
 from tinyllama.train.watching import MOST_ROLLBACKS, Watching, greatest, update_ratios
 
@@ -62,7 +65,8 @@ class Outcome:
     """How a run ended: its last checkpoint, its step, whether the schedule was completed.
 
     `exit_code` is 130 or 143 after a signal. The losses, in nats per token, are those of the last
-    step; None where this process made no step, and where nothing was validated after it.
+    step; None where this process made no step, and where nothing was validated after it. `early`
+    says why the run ended before its schedule, if training.early_stopping ended it.
     """
 
     checkpoint: Path
@@ -71,6 +75,7 @@ class Outcome:
     exit_code: int = 0
     loss: float | None = None
     val_loss: float | None = None
+    early: str | None = None
 
 
 class Trainer:
@@ -96,34 +101,32 @@ class Trainer:
         self.folder = Path(config.checkpointing.checkpoint_dir)
         check_files(config)  # before a tokenizer is trained in vain
         self.tokenizer = find_tokenizer(config, resume, show)
-        t, context = config.training, config.context_length
-        cache = config.data.cache_dir
-        read = partial(prepare, special_tokens=config.data.special_tokens, progress=show)
-        train = read(config.data.train_path, self.tokenizer, cache)
-        self.batches = Batches(train, context, t.batch_size, t.seed)
+        t, self.material = config.training, find_material(config, self.tokenizer, show)
+        self.batches = self.material.batches
         self.model, trained, adapter = build(self.config, resume)
         if adapter is not None:
             adapter = replace(adapter, tokenizer_digest=self.tokenizer.vocabulary_digest)
         self.adapter = adapter
         self.optimizer = AdamW(trained, t)
-        around = dropping(self.model, t.seed)
+        around = noising(self.model.noise, t.seed, dropping(self.model, t.seed))
         self.train_step = TrainStep(
-            self.model, self.optimizer, t.accumulation_steps, around,
+            self.model, self.optimizer, t.accumulation_steps, around, loss_of(config),
             guarded=config.observe.guards_updates,
         )  # fmt: skip
         if planned is not None:
             self.train_step.take_over(planned)
-        self.evaluator = None
-        if config.data.val_path is not None:
-            val = read(config.data.val_path, self.tokenizer, cache)
-            self.evaluator = Evaluator(self.model, val, context, t.micro_batch)
+        self.evaluator = self.material.evaluator(config, self.model)
         self.step = run_folder.restore(resume, self.optimizer, self.batches) if resume else 0
         state = run_folder.read_state(resume) if resume else {}
         place = self._place()
         self.total_steps = self.planned_steps = place.total_steps(t.batch_size)
+        self.schedule = with_warmup_steps(
+            config.lr_schedule, self.total_steps, state.get("warmup_steps")
+        )
         self.anchor = run_folder.schedule_anchor(state)
         if (was := run_folder.batch_size(state)) not in (None, t.batch_size):
-            self.anchor = place.anchor(was, config.lr_schedule, self.anchor)
+            self.anchor = place.anchor(was, self.schedule, self.anchor)
+        self.best = Best(**state["best"]) if "best" in state else None
         self.watching = Watching(config, self.batches, state.get("watching") or {})
         self.samples = Samples(config, self.model, self.tokenizer)
         self._rolled_back: dict[str, Any] | None = None  # for the next line of metrics
@@ -166,17 +169,27 @@ class Trainer:
             precompile.show_waiting(progress.compiling)
             self.watching.notice = progress.notice
             self._validate_first(metrics, progress, stopping)
-            while self.step < self.total_steps and not stopping():
+            while not self._is_over() and not stopping():
                 self._traced_step(metrics, progress, begun, stopping)
             if stopping():
                 self.tracing.event("signal", **{"tinyllama.exit_code": stopping()})
-            finished = self.step >= self.total_steps and self._unvalidated is None
+            finished = self._is_over() and self._unvalidated is None
             folder = self.folder / ("final" if finished else run_folder.step_name(self.step))
             is_there = self.saved is not None and self.saved.resolve() == folder.resolve()
             if not is_there or self._saved_step != self.step:
                 self.save(folder.name)
-        losses = (self._last_line.get(name) for name in ("loss", "val_loss"))
-        return Outcome(folder, self.step, finished, 0 if finished else stopping(), *losses)
+        loss, val_loss = (self._last_line.get(name) for name in ("loss", "val_loss"))
+        early = self.best.why() if self.best and self._stops_early() else None
+        code = 0 if finished else stopping()
+        return Outcome(folder, self.step, finished, code, loss, val_loss, early)
+
+    def _is_over(self) -> bool:
+        return self.step >= self.total_steps or self._stops_early()
+
+    def _stops_early(self) -> bool:
+        """Whether the validation loss has not become lower for as long as early_stopping says."""
+        patience = self.config.training.early_stopping
+        return patience is not None and self.best is not None and self.best.since >= patience
 
     def _hold_folder(self) -> None:
         """Keep other processes from training in the run's folder until the run ends."""
@@ -211,6 +224,7 @@ class Trainer:
             self._metrics = metrics
             if line is not None:
                 self._write(metrics, line)
+                self._save_best()
             yield metrics
 
     def _write(self, metrics: MetricsLog, line: dict[str, Any]) -> None:
@@ -257,7 +271,7 @@ class Trainer:
         result = self.evaluator.run(stopping=stopping)
         if result is not None:
             self._check_finite(0, {"validation loss": result.loss})
-            metrics.write({"step": 0, "val_loss": result.loss})
+            metrics.write({"step": 0} | _validated(result))
             progress.before_first_step(result.loss)
 
     def _place(self) -> Place:
@@ -271,10 +285,11 @@ class Trainer:
         t, context = self.config.training, self.config.context_length
         trained = sum(p.numel() for p in self.optimizer.parameters.values())
         frozen = parameters(self.config.model).total
+        pairs = "2 x " if rows_per_example(self.config) == 2 else ""
         what = f"{trained:,} adapter parameters on {frozen:,} frozen" if self.adapter else None
         return (
             f"{what or f'{trained:,} parameters'}, {self.total_steps:,} steps of "
-            f"{t.batch_size} x {context} tokens, {t.dtype}"
+            f"{t.batch_size} x {pairs}{context} tokens, {t.dtype}"
         )
 
     def notices(self) -> list[str]:
@@ -283,6 +298,7 @@ class Trainer:
         other = differences(self.config, self._resumed) if self._resumed else None
         lines = without_effect(self.config, self.batches.n_windows, self.total_steps)
         lines += trained_and_validated(self.config)
+        lines += self.material.notices
         unused = unused_rows(self.config.model.vocab_size, self.tokenizer)
         return [line for line in (other, lacking.notice(), unused, *lines) if line]
 
@@ -314,9 +330,11 @@ class Trainer:
         left_out = self.watching.left_out
         with self.tracing.span("data"):
             batch = self.batches.next()
-        schedule = self.config.lr_schedule
-        lr = learning_rate(step, self.total_steps, t.learning_rate, schedule, self.anchor)
-        parts, clock = _micro_batches(batch, t.micro_batch), time.perf_counter()
+        lr = learning_rate(step, self.total_steps, t.learning_rate, self.schedule, self.anchor)
+        parts = _micro_batches(batch, t.micro_batch * rows_per_example(self.config))
+        if not self.config.data.pack:
+            parts = [trimmed(part) for part in parts]
+        clock = time.perf_counter()
         guard = (self.watching.limits(), left_out) if self.config.observe.guards_updates else ()
         result = self.train_step(parts, step, lr, *guard)
         seconds = time.perf_counter() - clock
@@ -324,7 +342,8 @@ class Trainer:
         if result.applied:
             seen = {"loss": result.loss, "gradient norm": result.grad_norm, "learning rate": lr}
             self._check_finite(step, seen)
-        line: dict[str, Any] = {"step": step} | _finite(loss=result.loss) | {"lr": lr}
+        line: dict[str, Any] = {"step": step} | _finite(loss=result.loss)
+        line |= _finite(**result.measures) | {"lr": lr}
         line |= _finite(grad_norm=result.grad_norm)
         line |= {"tokens_per_second": result.tokens / seconds}
         line |= {"memory_bytes": memory_in_use_bytes(), "epoch": epoch}
@@ -340,6 +359,7 @@ class Trainer:
         finally:
             self._write(metrics, line)
             self.tracing.metrics(line)
+        self._save_best()
         if self.samples.are_due(step, validates):
             self.samples.write(self.folder, step)
         speed, val_loss = line["tokens_per_second"], line.get("val_loss")
@@ -463,7 +483,15 @@ class Trainer:
         self._check_finite(
             line["step"], {"validation loss": result.loss, "learning rate": line["lr"]}
         )
-        return line | {"val_loss": result.loss}
+        if self.config.training.early_stopping or self.config.checkpointing.keep_best:
+            self.best = better(self.best, line["step"], result.loss)
+        return line | _validated(result)
+
+    def _save_best(self) -> None:
+        """Save the weights that were just validated as the best, if they are."""
+        best = self.best
+        if best is not None and (best.step, best.since) == (self.step, 0):
+            self.save(BEST)
 
     def _check_finite(self, step: int, seen: dict[str, float]) -> None:
         """Raise TrainingError, with the numbers in it, if one of them is NaN or infinite."""
@@ -540,6 +568,10 @@ class Trainer:
         parts = self.config.training.micro_batch
         state = {"step": self.step, "data": self.batches.state(), "micro_batch_size": parts}
         state |= {"made_with": made_with(self.config), "watching": self.watching.state()}
+        if self.config.lr_schedule.warmup_ratio:
+            state["warmup_steps"] = self.schedule.warmup_steps
+        if self.best is not None:
+            state["best"] = asdict(self.best)
         if self.anchor is not None:
             state["schedule_anchor"] = asdict(self.anchor)
         if self._unvalidated is None:
@@ -553,7 +585,14 @@ def _finite(**values: float) -> dict[str, float]:
     return {name: value for name, value in values.items() if math.isfinite(value)}
 
 
-def _micro_batches(batch: Batch, size: int) -> list[Batch]:
+def _validated(result: Evaluation | PairEvaluation) -> dict[str, float]:
+    """What metrics say of a validation."""
+    measures = result.measures if isinstance(result, PairEvaluation) else {}
+    return {"val_loss": result.loss} | {f"val_{name}": v for name, v in measures.items()}
+
+
+def _micro_batches(batch: Rows, size: int) -> list[Rows]:
     """The rows of a batch in parts of `size`."""
+    make: Callable[..., Rows] = type(batch)
     starts = range(0, len(batch.tokens), size)
-    return [Batch(*(part[i : i + size] for part in batch)) for i in starts]
+    return [make(*(part[i : i + size] for part in batch)) for i in starts]

@@ -30,6 +30,7 @@ PRODUCTS = {
     "NT, 4 bits": '"NT", 37, 40, 64, "bfloat16", packed=Packed(4, 64)',
     "NN, 8 bits, minimum": '"NN", 37, 64, 72, "float16", packed=Packed(8, 32, True)',
 }
+TOGETHER = ("a sum of three", "three turned", "gate and up, float32", "two of one B, split")
 ATTENTION = {
     "float32, D 32": '1, 50, 2, 1, 32, "float32", (20,)',
     "bfloat16, D 48": '1, 50, 2, 1, 48, "bfloat16", (20,)',
@@ -53,6 +54,15 @@ def under_oclgrind(code: str) -> tuple[float, str]:
 def test_a_product_has_no_data_race(name: str) -> None:
     code = f'{RUN}gpu_kernels.product_error(run, "opencl", {PRODUCTS[name]}))'
     error, report = under_oclgrind(code)
+    assert "race" not in report, report[:2000]
+    assert error <= 1e-6
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+def test_several_products_have_no_data_race(name: str) -> None:
+    case = {**gpu_kernels.TOGETHER[name], "M": 40, "K": 36, "dtype": "float32"}
+    errors = f'gpu_kernels.together_errors(run, "opencl", **{case})'
+    error, report = under_oclgrind(f"{RUN}max({errors}.values()))")
     assert "race" not in report, report[:2000]
     assert error <= 1e-6
 

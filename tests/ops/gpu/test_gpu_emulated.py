@@ -6,7 +6,7 @@ until they are waited for; writing around an array is an error.
 
 import gpu_kernels
 import pytest
-from gpu_kernels import ATTENTION, PRODUCTS, emulate
+from gpu_kernels import ATTENTION, PRODUCTS, TOGETHER, emulate
 
 from tinyllama.ops.gpu.attention import PASSES, attention
 from tinyllama.ops.gpu.gemm import Tile, product
@@ -20,6 +20,12 @@ DIALECTS = ("cuda", "metal")
 def test_products(dialect: str, name: str) -> None:
     found = gpu_kernels.run_product(emulate, dialect, name)
     assert found <= gpu_kernels.allowed_product_error(name)
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_several_products_of_one_launch(dialect: str, name: str) -> None:
+    assert gpu_kernels.wrong_together(emulate, dialect, name) == {}
 
 
 @pytest.mark.parametrize("name", ATTENTION)

@@ -24,8 +24,6 @@ KERNELS = {  # of a 124m step, 8 x 1024: 12 layers, 111 parameters in groups of 
     "rms_norm_forward": 25,
     "rms_norm_backward": 25,
     "column_sum": 25,
-    "swiglu": 24,
-    "rope": 48,
     "delta": 12,
     "cross_entropy": 2,
     "embedding_order": 1,

@@ -32,7 +32,7 @@ PRODUCT_MUTANTS = {
     "a step of the copies that misses rows": (NT, "even) + i * step * cols", "even) + i * cols"),
     "a band of the wrong height": (NT, "in_band % height", "in_band % BAND"),
     "C written past its edge": (NT, "M % BM == 0 || row < M", "1"),
-    "the parts of a split on one place": (SPLIT, "c += (long)bz * M * N;", ""),
+    "the parts of a split on one place": (SPLIT, "c += (long)part * M * N;", ""),
     "the last step of a part left out": (
         SPLIT,
         "? begin + PART : STEPS",
@@ -48,6 +48,31 @@ PRODUCT_MUTANTS = {
     ),
     "the scale of another group": (INT4, "scales[at / GROUP]", "scales[at / GROUP / 2]"),
     "the minimum is left out": (MINIMUM, "* h->scale + h->minimum", "* h->scale"),
+}
+# The same of several products in one launch.
+TOGETHER_MUTANTS = {
+    "the first term alone": ("a sum of three", "term == 1 ? x##1 : x##2", "x"),
+    "the steps of a term run on": ("a sum of two", "(step) - term * STEPS_OF_TERM", "(step)"),
+    "results of a batch in one place": ("three of one A", "which == 1 ? x1 : x2", "x1"),
+    "a part of a batch's split": ("two of one B, split", "bz % SPLIT", "bz"),
+    "all results are turned": ("three turned", "if (which < TURNED)", ""),
+    "positions that go on into the next row": ("three turned", "row % T", "row"),
+    "a pair of another head": (
+        "three turned",
+        "j / (HEAD / 16) * (HEAD / 8) + j % (HEAD / 16)",
+        "j / (HEAD / 16) * (HEAD / 16) + j % (HEAD / 16)",
+    ),
+    "gate and up from the wrong rows": ("gate and up", "% (FN / 2)) + (j) / (FN / 2)", ") + 0"),
+    "blocks as wide as two": (
+        "gate and up",
+        "in_band / height * COLUMNS",
+        "in_band / height * BN",
+    ),
+    "the gradient without the gate's slope": (
+        "their gradients",
+        "(1 + g0 * (1 - s0))",
+        "(1 + g0)",
+    ),
 }
 DOCUMENTS = "float32, D 32, documents"
 GROUPED = "bfloat16, D 64, three queries per key"
@@ -72,6 +97,12 @@ ATTENTION_MUTANTS = {
     "queries of a document are left out": (DOCUMENTS, "< k0 + OWN_ROWS) count++", "< k0) count++"),
     "rows past the end are written": (GROUPED, "INSIDE(row0 + ROW(e))", "1"),
     "results in the wrong order": (DOCUMENTS, "s->v[e % 2 * 2 + e / 2]", "s->v[e]"),
+    "positions turned the wrong way": (
+        GROUPED,
+        "GET(o[j + FD / 2], e) = second * c - first * s",
+        "GET(o[j + FD / 2], e) = second * c + first * s",
+    ),
+    "angles of another row": (GROUPED, "CLAMPED(row) * (D / 2)", "CLAMPED(row0) * (D / 2)"),
     "a gradient without its scale": (GROUPED, "gk, k0 + row, SCALE, SCALE", "gk, k0 + row, 1, 1"),
 }
 
@@ -96,6 +127,17 @@ def test_a_fault_in_a_product_is_found(fault: str) -> None:
     except Wrong:
         found = math.inf
     assert found > 10 * gpu_kernels.allowed_product_error(case)
+
+
+@pytest.mark.parametrize("fault", TOGETHER_MUTANTS)
+def test_a_fault_in_several_products_is_found(fault: str) -> None:
+    case, old, new = TOGETHER_MUTANTS[fault]
+    assert some_kernel_has(old)
+    try:
+        found = gpu_kernels.wrong_together(emulate, "cuda", case, change=change(old, new))
+    except Wrong:
+        found = {"all": math.inf}
+    assert found != {}
 
 
 @pytest.mark.parametrize("fault", ATTENTION_MUTANTS)

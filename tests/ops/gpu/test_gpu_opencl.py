@@ -2,7 +2,7 @@
 
 import gpu_kernels
 import pytest
-from gpu_kernels import ATTENTION, PRODUCTS
+from gpu_kernels import ATTENTION, PRODUCTS, TOGETHER
 from opencl import needs_opencl, on_opencl, opencl_takes
 
 from tinyllama.ops.gpu.attention import PASSES, attention
@@ -32,6 +32,10 @@ def test_products() -> None:
     assert set(found) == set(PRODUCTS)
     wrong = {n: x for n, x in found.items() if not x <= gpu_kernels.allowed_product_error(n)}
     assert wrong == {}
+
+
+def test_several_products_of_one_launch() -> None:
+    assert on_opencl("together", *TOGETHER) == {name: {} for name in TOGETHER}
 
 
 @pytest.mark.parametrize("name", ATTENTION)

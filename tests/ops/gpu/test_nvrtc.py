@@ -5,7 +5,7 @@ import pytest
 from nvrtc import ARCHITECTURES, RESERVED
 
 from tinyllama.ops.gpu.attention import PASSES, attention
-from tinyllama.ops.gpu.gemm import Packed, Tile, product
+from tinyllama.ops.gpu.gemm import Packed, Tile, Turned, best_cut, product
 from tinyllama.runtime.blocks import FMA, Launch, Limits
 
 pytestmark = nvrtc.needed
@@ -25,10 +25,29 @@ def products() -> dict[str, Launch]:
         ("NT", "float32", Packed(8, 64, True)),
     ):
         found[f"{layout} {dtype} {packed}"] = product("cuda", layout, *SIZES, dtype, packed=packed)
+    for dtype in ("bfloat16", "float16", "float32"):
+        found |= several(dtype)
     pipelined = Tile(pipelined=True)
     found["pipelined"] = product("cuda", "NT", *SIZES, "bfloat16", tile=pipelined)
     found["FMA"] = product("cuda", "NT", *SIZES, "float32", fragment=FMA)
     return found
+
+
+def several(dtype: str) -> dict[str, Launch]:
+    """What one launch computes of a 124m step: its sizes and tiles."""
+    M, H, inner = SIZES
+    cut, split = best_cut("cuda", inner, H, M, dtype, 132, batch=2)
+    launches = {
+        "gated": product("cuda", "NT", M, inner, H, dtype, gated=True),
+        "ungated": product("cuda", "NN", M, inner, H, dtype, ungated=True),
+        "q, k, v": product("cuda", "NT", M, H, H, dtype, batch=3, turned=Turned(64, 1024, 2)),
+        "their gradient": product("cuda", "NN", M, H, H, dtype, terms=3),
+        "of their weights": product("cuda", "TN", H, H, M, dtype, "float32", batch=3),
+        "of gate and up": product(
+            "cuda", "TN", inner, H, M, dtype, "float32", batch=2, tile=cut, split=split
+        ),
+    }
+    return {f"{name}, {dtype}": launch for name, launch in launches.items()}
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -42,7 +61,7 @@ def test_products_compile_without_spills(name: str, arch: str) -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_attention_compiles_without_spills(dtype: str, D: int, arch: str) -> None:
     for which in PASSES:
-        check(attention("cuda", which, 8, 1024, 12, 12, D, dtype), arch)
+        check(attention("cuda", which, 8, 1024, 12, 12, D, dtype, turned=True), arch)
 
 
 def check(launch: Launch, arch: str) -> None:

@@ -47,6 +47,7 @@ static int NT;
 #include "../../../tinyllama/ops/cpu/embedding_backward.c"
 #undef KERNEL
 #define KERNEL cross_entropy
+#include "../../../tinyllama/ops/cpu/softmax.h"
 #include "../../../tinyllama/ops/cpu/cross_entropy.c"
 #undef KERNEL
 #define KERNEL square_sum

@@ -5,7 +5,14 @@
      keys    [KV][S / KEY_LANES][D][KEY_LANES]
      values  [KV][S][D]
 
-   Macros: KV heads, D width of a head, S positions (a multiple of KEY_LANES), ACT, T tokens. */
+   Macros: KV heads, D width of a head, S positions (a multiple of KEY_LANES), ACT, T tokens, and
+   SEQUENCES (1 unless set): those of several sequences lie one after the other, KV heads of all of
+   them, and with T = 1 their rows do so too. Each has a position of its own. */
+
+#ifndef SEQUENCES
+#define SEQUENCES 1
+#endif
+#define FIRST_OF(head) position[(head) / (KV / SEQUENCES)]
 
 #define KEY_LANES 16
 

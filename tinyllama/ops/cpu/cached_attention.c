@@ -2,7 +2,7 @@
    and values already. Token t stands at position p = position + t and attends to positions p and
    before, with WINDOW > 0 to the last WINDOW of them. Only these are read.
 
-   q, out (T, H, D) ACT; position (1) int32; scratch: NT * SCRATCH_FLOATS floats, the scores of ROWS
+   q, out (T, H, D) ACT; position (SEQUENCES) int32; scratch: NT * SCRATCH_FLOATS floats, the scores of ROWS
    rows. Other macros: H heads, ROWS, SCALE, WINDOW and those of cache.h.
 
    A row is a query head of a token. Those that share keys and values are ordered by token, and ROWS
@@ -106,7 +106,7 @@ NO_LIBC void KERNEL(ELEM(ACT) *restrict out, float *restrict scratch, const ELEM
   long begin = split(KV * strips, 1, core_id, NT), end = split(KV * strips, 1, core_id + 1, NT);
   for (long item = begin; item < end; item++) {
     long head = item / strips;
-    strip s = make_strip(item % strips * ROWS, position[0]);
+    strip s = make_strip(item % strips * ROWS, FIRST_OF(head));
     float query[ROWS][D], sums[ROWS][D + WIDE * VW];
     AS_WRITTEN for (long i = 0; i < ROWS; i++) {
       long r = s.row + (i < s.rows ? i : s.rows - 1);

@@ -12,8 +12,11 @@
    places of shared memory. Scores stay in registers: as sums of one product, then as the left factor
    of the next. T is any length: rows from T on are zeros, masked and not stored.
 
+   TURNED: q and k are turned by rotary positions (rope.c), and dq and dk are turned back by cos and
+   sin (T, D/2) float32, so that they are gradients of what was turned. FORWARD does not read these.
+
    Macros: B, T, H, KV, D (a multiple of 16), PASS, SCALE (1 / sqrt(D)), TYPE, OWN_ROWS, TILE,
-   BUFFERS; MASK_ONLY_EDGES, DYNAMIC, each defined or not. */
+   BUFFERS; MASK_ONLY_EDGES, DYNAMIC, TURNED, each defined or not. */
 #define FD (D / 8)
 #define LOG2E 1.4426950408889634f
 /* A masked score lies so far below the smallest maximum, LEAST, that its exponential is 0 even
@@ -94,6 +97,29 @@ INLINE void store_rows(GLOBAL Element *to, int ld, PRIVATE Acc *o, int row0, flo
                GET(o[j], e) * (e ? lower : upper), GET(o[j], e + 1) * (e ? lower : upper));
 }
 
+#ifdef TURNED
+#define ANGLES , GLOBAL const float *cos, GLOBAL const float *sin
+#define TURN_BACK(o, row0) turn_back(o, row0, cos, sin, lane);
+/* Pairs of columns that lie D/2 apart, by the negative angles: a lane holds both. */
+INLINE void turn_back(PRIVATE Acc *o, int row0, GLOBAL const float *cos, GLOBAL const float *sin,
+                      int lane) {
+  UNROLL
+  for (int e = 0; e < 4; e++) {
+    const int row = row0 + ROW(e), at = CLAMPED(row) * (D / 2) + COL(e);
+    UNROLL
+    for (int j = 0; j < FD / 2; j++) {
+      const float first = GET(o[j], e), second = GET(o[j + FD / 2], e);
+      const float c = cos[at + 8 * j], s = sin[at + 8 * j];
+      GET(o[j], e) = first * c + second * s;
+      GET(o[j + FD / 2], e) = second * c - first * s;
+    }
+  }
+}
+#else
+#define ANGLES
+#define TURN_BACK(o, row0)
+#endif
+
 /* x = op over all lanes that hold the same rows */
 #define ACROSS(x, op)                                        \
   x = op(x, exchanged(x, ACROSS_ROW_1, scratch, tid));       \
@@ -110,7 +136,7 @@ INLINE void store_rows(GLOBAL Element *to, int ld, PRIVATE Acc *o, int row0, flo
 #if PASS == GRADIENT_KV
 KERNEL_BEGIN(GLOBAL Element *dk, GLOBAL Element *dv, GLOBAL const Element *q,
              GLOBAL const Element *k, GLOBAL const Element *v, GLOBAL const Element *dout,
-             GLOBAL const float *lse, GLOBAL const float *delta, GLOBAL const int *starts)
+             GLOBAL const float *lse, GLOBAL const float *delta, GLOBAL const int *starts ANGLES)
   TILES((2 * OWN_ROWS + 2 * BUFFERS * TILE) * D)
   SCRATCH
   const int b = bz / KV, kv = bz % KV, k0 = bx * OWN_ROWS, row = 16 * group;
@@ -173,6 +199,7 @@ KERNEL_BEGIN(GLOBAL Element *dk, GLOBAL Element *dv, GLOBAL const Element *q,
     EACH_SCORE GET(s[j], e) *= GET(dp[j], e) - delta_of[CLAMPED(q0 + 8 * j + COL(e))];
     add_products(gk, s, qt, scratch, row, lane);
   }
+  TURN_BACK(gk, k0 + row)
   store_rows(dk, KV * D, gk, k0 + row, SCALE, SCALE, lane);
   store_rows(dv, KV * D, gv, k0 + row, 1, 1, lane);
 KERNEL_END
@@ -181,12 +208,12 @@ KERNEL_END
 #if PASS == FORWARD
 #define OWN_TILES 1
 KERNEL_BEGIN(GLOBAL Element *out, GLOBAL float *lse, GLOBAL const Element *q,
-             GLOBAL const Element *k, GLOBAL const Element *v, GLOBAL const int *starts)
+             GLOBAL const Element *k, GLOBAL const Element *v, GLOBAL const int *starts ANGLES)
 #else
 #define OWN_TILES 2
 KERNEL_BEGIN(GLOBAL Element *out, GLOBAL const Element *q, GLOBAL const Element *k,
              GLOBAL const Element *v, GLOBAL const Element *dout, GLOBAL const float *lse,
-             GLOBAL const float *delta, GLOBAL const int *starts)
+             GLOBAL const float *delta, GLOBAL const int *starts ANGLES)
 #endif
   TILES((OWN_TILES * OWN_ROWS + 2 * BUFFERS * TILE) * D)
   SCRATCH
@@ -288,6 +315,7 @@ KERNEL_BEGIN(GLOBAL Element *out, GLOBAL const Element *q, GLOBAL const Element 
 #endif
   }
 #if PASS == GRADIENT_Q
+  TURN_BACK(o, q0 + row)
   store_rows(out, H * D, o, q0 + row, SCALE, SCALE, lane);
 #else
   ACROSS(upper_sum, ADD)

@@ -3,7 +3,8 @@
 forward      out, lse, q, k, v, starts
 gradient_q   dq, q, k, v, dout, lse, delta, starts
 gradient_kv  dk, dv, q, k, v, dout, lse, delta, starts
-with delta = (dout * out).sum(-1) as (B, H, T) float32, see delta.c
+with delta = (dout * out).sum(-1) as (B, H, T) float32, see delta.c; with `turned`, all have cos and
+sin after them
 """
 
 import dataclasses
@@ -65,13 +66,15 @@ def attention(
     D: int,
     dtype: DType,
     *,
+    turned: bool = False,
     cut: Cut | None = None,
     limits: Limits | None = None,
 ) -> Launch:
     """The launch of one pass of attention, see ops/gpu/attention.c for its formula and arguments.
 
     q, dout, out, dq (B, T, H, D) and k, v, dk, dv (B, T, KV, D) have type `dtype`; lse and delta
-    (B, H, T) are float32, starts (B, T) int32.
+    (B, H, T) are float32, starts (B, T) int32. turned: q and k are turned by rotary positions, and
+    dq and dk are turned back, by cos and sin (T, D/2) float32.
 
     Raises UnsupportedSize if D is not a multiple of 16 from 32 to 128, KV does not divide H, or a
     limit of the device is broken: float32 with D = 128 needs 33 KB of OpenCL's local memory.
@@ -89,6 +92,8 @@ def attention(
         "OWN_ROWS": cut.own_rows, "TILE": cut.tile, "BUFFERS": cut.buffers,
         "UNROLL_K": 2 if fragment == TF32X3 else 8,
     }  # fmt: skip
+    if turned:
+        macros["TURNED"] = 1
     if dialect != "opencl":  # where pocl miscompiles branches inside the loop
         macros["MASK_ONLY_EDGES"] = 1
     products = {"forward": 2, "gradient_q": 3, "gradient_kv": 4}[which]
@@ -103,7 +108,7 @@ def attention(
         grid=(-(-T // cut.own_rows), 1, B * (KV if which == "gradient_kv" else H)),
         threads=cut.threads,
         shared_bytes=_attention_bytes(cut, own, D, dtype, fragment),
-        arguments=arguments,
+        arguments=(*arguments, *("cos", "sin") * turned),
         flops=products * B * H * T * T * D,  # 2 per multiplication, half of them seen
         limits=limits,
     )

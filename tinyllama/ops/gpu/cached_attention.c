@@ -7,8 +7,9 @@
    of exp2(score - maximum) times value, then those of the exponentials, then the maximum.
    PASS JOINED: block bx is a query head; out (KV HEADS, D) from its parts.
 
-   The cache is not read at the position: the token's key and value come from k and v, so that no
-   block depends on what another one writes.
+   What the cache holds at the position is not used: the token's key and value come from k and v, so
+   that no block depends on what another one writes. Only the block that writes there reads beside
+   it, before a barrier.
    Macros: S, WINDOW, KV, HEADS, D, SCALE (1 / sqrt(D)), PASS, BLOCKS; THREADS is PART, not less
    than D. */
 #define PARTS 0
@@ -43,8 +44,9 @@ KERNEL_BEGIN(GLOBAL Element *keys, GLOBAL Element *values, GLOBAL float *parts,
   /* Scores: a thread has VEC neighbouring slots, and every VEC-th d. */
   const int slot = tid % (PART / VEC) * VEC, of_d = tid / (PART / VEC);
   const int from = first + slot <= at ? first + slot : 0;
+  const int rows = end > begin ? D : 0; /* a part of which nothing is seen reads no keys */
   UNROLL_BY(4)
-  for (int d = of_d; d < D; d += VEC) {
+  for (int d = of_d; d < rows; d += VEC) {
     const float own = WIDEN(TYPE, k[d]);
     LOAD(TYPE, x, keys + ((long)(from / LANES) * D + d) * LANES + from % LANES);
     UNROLL

@@ -13,19 +13,50 @@
    half; numbers are signed without a minimum and unsigned with one. They are read one tile ahead of
    their use and widened to Element on the way into shared memory.
 
+   What else one launch computes:
+     TERMS n    NN: C = the sum of n products A_i B_i of one K
+     BATCH n    n products of one size, of which each has a C of its own, with a common factor: A in
+                NT, B in TN; x1, x2 are the further others
+     GATED      NT with two matrices, B and b1, of N rows: gate = A B^T, up = A b1^T, and
+                C = silu(gate) up. Half of a group's columns are gate's, so that a lane has both.
+     UNGATED    NN: not C is written, which is the gradient of silu(gate) up, but dgate and dup
+     TURNED n   NT: the first n results are heads of HEAD columns, whose pairs are turned by rotary
+                positions (rope.c). Row r is position r % T; cos, sin (T, HEAD / 2) float32. HEAD
+                divides WN.
+
    Macros: M, N, K, LAYOUT, TYPE (A and B), OUT_TYPE, SPLIT, BM, BN, BK, WM, WN, STAGES, BAND,
-   UNROLL_K (steps of k that are unrolled); ADDEND, ACCUMULATE, PIPELINED, DYNAMIC, BITS, GROUP,
-   MINIMUM, each defined or not. Rows of A, of B and of C are multiples of 16 bytes. */
+   UNROLL_K (steps of k that are unrolled), TERMS, BATCH; ADDEND, ACCUMULATE, PIPELINED, DYNAMIC,
+   BITS, GROUP, MINIMUM, GATED, UNGATED, TURNED with HEAD and T, each defined or not. Rows of A, of B and of C are multiples of 16 bytes. */
 #define A_ROWS (LAYOUT == TN ? BK : BM)
 #define A_COLS (LAYOUT == TN ? BM : BK)
 #define B_ROWS (LAYOUT == NT ? BN : BK)
 #define B_COLS (LAYOUT == NT ? BK : BN)
 #define A_SIZE (A_ROWS * A_COLS)
 #define STAGE (A_SIZE + B_ROWS * B_COLS) /* elements of one place */
-#define STEPS ((K + BK - 1) / BK)
+#define STEPS_OF_TERM ((K + BK - 1) / BK)
+#define STEPS (TERMS * STEPS_OF_TERM)
 #define PART ((STEPS + SPLIT - 1) / SPLIT)
 #define FM (WM / 16)
 #define FN (WN / 8)
+#ifdef GATED
+#define COLUMNS (BN / 2) /* of C per block */
+#define GROUP_COLUMN(wn) ((wn) / 2) /* of the block's, where a group's begin */
+#define FRAGMENTS (FN / 2) /* of C per group, in a row */
+/* The rows of b1 come after those of B. */
+#define B_ROW(wn, j) (GROUP_COLUMN(wn) + 8 * ((j) % (FN / 2)) + (j) / (FN / 2) * COLUMNS)
+#else
+#define COLUMNS BN
+#define GROUP_COLUMN(wn) (wn)
+#define FRAGMENTS FN
+#define B_ROW(wn, j) ((wn) + 8 * (j))
+#endif
+#if TERMS == 3
+#define OF_TERM(x) (term == 0 ? x : term == 1 ? x##1 : x##2)
+#elif TERMS == 2
+#define OF_TERM(x) (term == 0 ? x : x##1)
+#else
+#define OF_TERM(x) x
+#endif
 typedef ELEM(OUT_TYPE) Out;
 
 #ifdef BITS
@@ -78,21 +109,32 @@ INLINE void widen(LOCAL Element *tile, PRIVATE const Held *h, int tid) {
 #define HOLD
 #define FETCH(k)
 #define WIDEN_HELD(k, stage)
+#define B_TILE(place, b, k)                                                                     \
+  load_tile(to + A_SIZE + (place) * COLUMNS * BK, b, COLUMNS, BK, K, n0, (k) * BK, N, K,      \
+            N % COLUMNS == 0, K % BK == 0, tid)
+#ifdef GATED
+#define LOAD_B(k) B_TILE(0, b, k); B_TILE(1, b1, k);
+#else
 #define LOAD_B(k)                                                                             \
   if (LAYOUT == NT)                                                                           \
-    load_tile(to + A_SIZE, b, BN, BK, K, n0, (k) * BK, N, K, N % BN == 0, K % BK == 0, tid);  \
+    B_TILE(0, b, k);                                                                           \
   else                                                                                        \
-    load_tile(to + A_SIZE, b, BK, BN, N, (k) * BK, n0, K, N, K % BK == 0, N % BN == 0, tid);
+    load_tile(to + A_SIZE, OF_TERM(b), BK, BN, N, (k) * BK, n0, K, N, K % BK == 0,            \
+              N % BN == 0, tid);
 #endif
-#define LOAD(k, stage)                                                                        \
+#endif
+#define LOAD(step, stage)                                                                     \
   {                                                                                           \
-    if ((k) < end) {                                                                          \
+    if ((step) < end) {                                                                       \
       LOCAL Element *to = tiles + (stage) * STAGE;                                            \
+      const int term = TERMS == 1 ? 0 : (step) / STEPS_OF_TERM;                               \
+      const int in_term = (step) - term * STEPS_OF_TERM;                                      \
       if (LAYOUT == TN)                                                                       \
-        load_tile(to, a, BK, BM, M, (k) * BK, m0, K, M, K % BK == 0, M % BM == 0, tid);       \
+        load_tile(to, a, BK, BM, M, in_term * BK, m0, K, M, K % BK == 0, M % BM == 0, tid);   \
       else                                                                                    \
-        load_tile(to, a, BM, BK, K, m0, (k) * BK, M, K, M % BM == 0, K % BK == 0, tid);       \
-      LOAD_B(k)                                                                               \
+        load_tile(to, OF_TERM(a), BM, BK, K, m0, in_term * BK, M, K, M % BM == 0,             \
+                  K % BK == 0, tid);                                                          \
+      LOAD_B(in_term)                                                                         \
     }                                                                                         \
     COMMIT(); /* also of nothing: WAIT counts */                                              \
   }
@@ -109,7 +151,7 @@ INLINE void load_factors(PRIVATE FragA *fa, PRIVATE FragB *fb, LOCAL const Eleme
   UNROLL
   for (int j = 0; j < FN; j += 2)
     if (LAYOUT == NT)
-      load_b_rows(&fb[j], tb, B_COLS, wn + 8 * j, kk, lane);
+      load_b_rows(&fb[j], tb, B_COLS, B_ROW(wn, j), kk, lane);
     else
       load_b_columns(&fb[j], tb, B_COLS, wn + 8 * j, kk, lane);
 }
@@ -127,19 +169,83 @@ INLINE void load_factors(PRIVATE FragA *fa, PRIVATE FragB *fb, LOCAL const Eleme
 #define HELD_BY_C(at)
 #endif
 
-KERNEL_BEGIN(GLOBAL Out *c, GLOBAL const Element *a, B_ARGUMENT ADDEND_ARGUMENT)
+
+#define RESULT(name) , GLOBAL Out *name
+#define FACTOR(name) , GLOBAL const Element *name
+#if defined(GATED)
+#define MORE_RESULTS RESULT(gate) RESULT(up)
+#define MORE_FACTORS FACTOR(b1)
+#elif defined(UNGATED)
+#define MORE_RESULTS RESULT(dup)
+#define MORE_FACTORS , GLOBAL const Out *gate, GLOBAL const Out *up
+#elif BATCH == 3
+#define MORE_RESULTS RESULT(c1) RESULT(c2)
+#define MORE_FACTORS FACTOR(x1) FACTOR(x2)
+#define OF_BATCH(x, x1, x2) (which == 0 ? x : which == 1 ? x1 : x2)
+#elif BATCH == 2
+#define MORE_RESULTS RESULT(c1)
+#define MORE_FACTORS FACTOR(x1)
+#define OF_BATCH(x, x1, x2) (which == 0 ? x : x1)
+#else
+#define MORE_RESULTS
+#if TERMS == 3
+#define MORE_FACTORS FACTOR(a1) FACTOR(b1) FACTOR(a2) FACTOR(b2)
+#elif TERMS == 2
+#define MORE_FACTORS FACTOR(a1) FACTOR(b1)
+#else
+#define MORE_FACTORS
+#endif
+#endif
+#if defined(GATED) || defined(UNGATED)
+#define SIGMOID(x) (1 / (1 + EXP2(-1.4426950408889634f * (x))))
+#endif
+#ifdef GATED
+#define STORE_RESULT(at)                                                                      \
+  const float g0 = GET(acc[i][j], e), g1 = GET(acc[i][j], e + 1);                             \
+  const float u0 = GET(acc[i][j + FN / 2], e), u1 = GET(acc[i][j + FN / 2], e + 1);           \
+  STORE2(OUT_TYPE, gate + at, g0, g1);                                                        \
+  STORE2(OUT_TYPE, up + at, u0, u1);                                                          \
+  STORE2(OUT_TYPE, c + at, g0 * SIGMOID(g0) * u0, g1 * SIGMOID(g1) * u1);
+#elif defined(UNGATED)
+#define STORE_RESULT(at)                                                                      \
+  const float g0 = WIDEN(OUT_TYPE, gate[at]), g1 = WIDEN(OUT_TYPE, gate[at + 1]);             \
+  const float u0 = WIDEN(OUT_TYPE, up[at]), u1 = WIDEN(OUT_TYPE, up[at + 1]);                 \
+  const float s0 = SIGMOID(g0), d0 = s0 * GET(acc[i][j], e);                                  \
+  const float s1 = SIGMOID(g1), d1 = s1 * GET(acc[i][j], e + 1);                              \
+  STORE2(OUT_TYPE, c + at, d0 * u0 * (1 + g0 * (1 - s0)), d1 * u1 * (1 + g1 * (1 - s1)));     \
+  STORE2(OUT_TYPE, dup + at, d0 * g0, d1 * g1);
+#else
+#define STORE_RESULT(at)                                                                      \
+  STORE2(OUT_TYPE, c + at, GET(acc[i][j], e) ADDED(at) HELD_BY_C(at),                         \
+         GET(acc[i][j], e + 1) ADDED(at + 1) HELD_BY_C(at + 1));
+#endif
+#ifdef TURNED
+#define ANGLES , GLOBAL const float *cos, GLOBAL const float *sin
+#else
+#define ANGLES
+#endif
+KERNEL_BEGIN(GLOBAL Out *c MORE_RESULTS, GLOBAL const Element *a,
+             B_ARGUMENT MORE_FACTORS ADDEND_ARGUMENT ANGLES)
 #ifdef DYNAMIC
   SHARED_BY_LAUNCH(tiles)
 #else
   SHARED Element tiles[STAGES * STAGE];
 #endif
   /* Blocks that run at the same time share columns of B, and rows of A within a band. */
-  const int tiles_n = (N + BN - 1) / BN, tiles_m = (M + BM - 1) / BM;
+  const int tiles_n = (N + COLUMNS - 1) / COLUMNS, tiles_m = (M + BM - 1) / BM;
   const int first = bx / (BAND * tiles_n) * BAND, in_band = bx - first * tiles_n;
   const int height = tiles_m - first < BAND ? tiles_m - first : BAND;
-  const int m0 = (first + in_band % height) * BM, n0 = in_band / height * BN;
-  const int begin = bz * PART, end = begin + PART < STEPS ? begin + PART : STEPS;
+  const int m0 = (first + in_band % height) * BM, n0 = in_band / height * COLUMNS;
+  const int part = BATCH == 1 ? bz : bz % SPLIT, which = BATCH == 1 ? 0 : bz / SPLIT;
+  const int begin = part * PART, end = begin + PART < STEPS ? begin + PART : STEPS;
   const int wm = group / (BN / WN) * WM, wn = group % (BN / WN) * WN;
+  (void)which;
+#if BATCH > 1
+  if (LAYOUT == NT)
+    b = OF_BATCH(b, x1, x2);
+  else
+    a = OF_BATCH(a, x1, x2);
+#endif
   Acc acc[FM][FN];
   HOLD
   for (int i = 0; i < FM; i++) zero(acc[i], FN);
@@ -197,19 +303,38 @@ KERNEL_BEGIN(GLOBAL Out *c, GLOBAL const Element *a, B_ARGUMENT ADDEND_ARGUMENT)
     stage = stage + 1 < STAGES ? stage + 1 : 0;
   }
 #endif
-  c += (long)bz * M * N;
+#ifdef TURNED
+  if (which < TURNED)
+    UNROLL
+    for (int i = 0; i < FM; i++)
+      UNROLL
+      for (int e = 0; e < 4; e++) {
+        const int row = m0 + wm + 16 * i + ROW(e), at = row % T * (HEAD / 2) + COL(e);
+        UNROLL
+        for (int j = 0; j < FN / 2; j++) { /* the pairs of a row */
+          const int first = j / (HEAD / 16) * (HEAD / 8) + j % (HEAD / 16);
+          const float x = GET(acc[i][first], e), y = GET(acc[i][first + HEAD / 16], e);
+          const float c = cos[at + j % (HEAD / 16) * 8], s = sin[at + j % (HEAD / 16) * 8];
+          GET(acc[i][first], e) = x * c - y * s;
+          GET(acc[i][first + HEAD / 16], e) = y * c + x * s;
+        }
+      }
+#endif
+#if BATCH > 1
+  c = OF_BATCH(c, c1, c2); /* not before: fewer registers */
+#endif
+  c += (long)part * M * N;
   UNROLL
   for (int i = 0; i < FM; i++)
     UNROLL
-    for (int j = 0; j < FN; j++)
+    for (int j = 0; j < FRAGMENTS; j++)
       UNROLL
       for (int e = 0; e < 4; e += 2) {
-        const int row = m0 + wm + 16 * i + ROW(e), col = n0 + wn + 8 * j + COL(e);
-        const int row_inside = M % BM == 0 || row < M, col_inside = N % BN == 0 || col < N;
+        const int row = m0 + wm + 16 * i + ROW(e), col = n0 + GROUP_COLUMN(wn) + 8 * j + COL(e);
+        const int row_inside = M % BM == 0 || row < M, col_inside = N % COLUMNS == 0 || col < N;
         if (row_inside & col_inside) {
           const long at = (long)row * N + col;
-          STORE2(OUT_TYPE, c + at, GET(acc[i][j], e) ADDED(at) HELD_BY_C(at),
-                 GET(acc[i][j], e + 1) ADDED(at + 1) HELD_BY_C(at + 1));
+          STORE_RESULT(at)
         }
       }
 KERNEL_END

@@ -27,6 +27,7 @@ LAYOUTS: tuple[Layout, ...] = ("NT", "NN", "TN")
 FLOPS: Mapping[int, float] = {FMA: 5e12, TF32X3: 6e13, MMA16: 3.5e14, SIMDGROUP: 5e12}
 LAUNCH_SECONDS = 2e-6
 SMALLER_TILE = 0.88  # of them, in blocks of 96 x 96: an estimate too
+MOST_TOGETHER = 3  # products of a launch, see BATCH and TERMS of gemm.c
 NEARLY = 1.1  # times the least: of what takes no longer, the fewest parts are taken
 
 
@@ -37,6 +38,15 @@ class Packed:
     bits: Literal[4, 8] = 4
     group: int = 64  # 32 or 64
     minimum: bool = False  # then q is unsigned
+
+
+@dataclasses.dataclass(frozen=True)
+class Turned:
+    """Results that are turned by rotary positions: heads of columns, rows of positions."""
+
+    head: int
+    length: int  # positions: row r is position r % length
+    results: int = 1  # so many of a batch, the first ones
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +85,11 @@ def product(
     accumulate: bool = False,
     packed: Packed | None = None,
     split: int = 1,
+    terms: int = 1,
+    batch: int = 1,
+    gated: bool = False,
+    ungated: bool = False,
+    turned: Turned | None = None,
     tile: Tile | None = None,
     fragment: int | None = None,
     limits: Limits | None = None,
@@ -85,6 +100,11 @@ def product(
     given; float32 with split > 1, where C is (split, M, N) and its sum is the result. addend: a
     matrix of C's shape is added. accumulate: the product is added to what C holds.
 
+    More than one product, see gemm.c for what they compute; the arguments are then
+        terms    c, a, b, a1, b1, ...     batch    c, c1, ..., a, b, x1, ...
+        gated    c, gate, up, a, b, b1    ungated  dgate, dup, a, b, gate, up
+        turned   c, [c1, ...,] a, b, [x1, ...,] cos, sin
+
     Raises UnsupportedSize if rows are no multiples of 16 bytes, or a limit of the device is broken.
     """
     size = itemsize(dtype)
@@ -92,14 +112,25 @@ def product(
     fragment = fragments(dialect, dtype) if fragment is None else fragment
     tile = tile or default_tile(dialect, M, N, dtype, fragment)
     _check_product(layout, (M, N, K), size, tile, split, addend or accumulate, fragment)
+    if turned and (turned.head % 16 or tile.wn % turned.head):
+        raise UnsupportedSize(f"heads of {turned.head} in groups of {tile.wn} columns")
+    if gated and tile.wn % 32:  # a factor is read 16 columns at a time
+        raise UnsupportedSize(f"two matrices in groups of {tile.wn} columns")
     if packed:
         _check_packed(packed, layout, N if layout == "NN" else K, tile)
     shared = tile.shared_bytes(size)
-    arguments = ["c", "a", "b"]
+    more = range(1, batch)
+    results = ["c", *(f"c{n}" for n in more)]
+    arguments = ["a", "b", *(f"x{n}" for n in more)]
+    arguments += [f"{letter}{n}" for n in range(1, terms) for letter in "ab"]
+    if gated:
+        results, arguments = ["c", "gate", "up"], ["a", "b", "b1"]
+    if ungated:
+        results, arguments = ["dgate", "dup"], ["a", "b", "gate", "up"]
     macros: dict[str, int | str] = {
         "M": M, "N": N, "K": K, "OUT_TYPE": TYPE_CODE[out], "LAYOUT": layout, "SPLIT": split,
         "BM": tile.bm, "BN": tile.bn, "BK": tile.bk, "WM": tile.wm, "WN": tile.wn,
-        "STAGES": tile.stages, "BAND": tile.band,
+        "STAGES": tile.stages, "BAND": tile.band, "TERMS": terms, "BATCH": batch,
         "UNROLL_K": tile.unroll or (tile.bk // KSTEP[fragment] if fragment else 4),
     }  # fmt: skip
     if packed:
@@ -107,29 +138,42 @@ def product(
         macros |= {"BITS": packed.bits, "GROUP": packed.group}
     if addend:
         arguments.append("addend")
+    if turned:
+        arguments += ["cos", "sin"]
+        macros |= {"TURNED": turned.results, "HEAD": turned.head, "T": turned.length}
     flags = {
         "MINIMUM": packed is not None and packed.minimum,
         "ADDEND": addend,
         "ACCUMULATE": accumulate,
         "PIPELINED": tile.pipelined,
+        "GATED": gated,
+        "UNGATED": ungated,
     }
     macros |= {name: 1 for name, value in flags.items() if value}
     return blocks.launch(
         "gemm",
         dialect,
         macros,
-        name=f"gemm_{layout.lower()}_{M}_{N}_{K}",
+        name=_name(layout, M, N, K, terms, batch, gated, ungated),
         dtype=dtype,
         fragment=fragment,
         min_blocks=tile.blocks,
-        grid=(-(-M // tile.bm) * -(-N // tile.bn), 1, split),
+        grid=(-(-M // tile.bm) * -(-N // (tile.bn >> gated)), 1, split * batch),
         threads=tile.threads,
         shared_bytes=shared,
-        arguments=arguments,
-        flops=2 * M * N * K,
+        arguments=[*results, *arguments],
+        flops=2 * M * N * K * terms * batch * (1 + gated),
         updates=accumulate,
         limits=limits,
     )
+
+
+def _name(
+    layout: Layout, M: int, N: int, K: int, terms: int, batch: int, gated: bool, ungated: bool
+) -> str:
+    more = {"sum": terms, "batch": batch, "gated": 2 * gated, "ungated": 2 * ungated}
+    words = [f"{word}{count}" for word, count in more.items() if count > 1]
+    return "_".join(["gemm", layout.lower(), str(M), str(N), str(K), *words])
 
 
 def default_tile(
@@ -156,9 +200,10 @@ def default_tile(
 
 
 def best_cut(
-    dialect: Dialect, M: int, N: int, K: int, dtype: DType, multiprocessors: int
+    dialect: Dialect, M: int, N: int, K: int, dtype: DType, multiprocessors: int, batch: int = 1
 ) -> tuple[Tile, int]:
-    """The tile and the split (1 to 12) with which a product takes the least time, by an estimate.
+    """The tile and the split (1 to 12) with which a product, or a batch of such, takes the least
+    time, by an estimate.
 
     Blocks of 96 x 96 take more reads per multiplication than those of 128 x 128, but may divide a
     matrix among the multiprocessors without a rest, where larger ones need partial sums for it.
@@ -168,7 +213,7 @@ def best_cut(
     if (dialect, tile.bm, tile.bn) == ("cuda", 128, 128):
         tiles[dataclasses.replace(tile, bm=96, bn=96, wm=48, wn=48)] = SMALLER_TILE
     found = [
-        (seconds(M, N, K, cut, split, multiprocessors, share * flops), split, cut)
+        (seconds(M * batch, N, K, cut, split, multiprocessors, share * flops), split, cut)
         for cut, share in tiles.items()
         for split in range(1, min(12, -(-K // cut.bk)) + 1)
     ]

@@ -9,7 +9,7 @@
 #define INLINE static inline
 #define UNROLL_BY(count)
 #define UNROLL
-#define BARRIER barrier(CLK_LOCAL_MEM_FENCE)
+#define BARRIER barrier(CLK_LOCAL_MEM_FENCE | CLK_GLOBAL_MEM_FENCE) /* of both: cached_attention.c */
 #define KERNEL_BEGIN(...)                                                                   \
   __kernel __attribute__((reqd_work_group_size(THREADS, 1, 1))) void NAME(__VA_ARGS__) {    \
     const int tid = get_local_id(0), lane = tid % 32, group = tid / 32;                     \

@@ -1,12 +1,12 @@
-"""Files that somebody else wrote: opened, read and described without trusting what they say.
+"""Files that nobody vouches for: opened, read, checked and described without trusting them.
 
 Only regular files are opened (a FIFO would block, a device has no end), documents have a largest
-size, and messages stay short and printable whatever the file holds.
+size, values have the types that they must have, and messages stay short and printable whatever the
+file holds. Models and adapters of others are read with this, and our own small JSON files too.
 """
 
 import json
 import os
-import stat
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,13 +15,13 @@ from typing import Any, BinaryIO, TypeVar
 import msgspec
 
 from tinyllama.errors import ConfigError, TinyllamaError, reason
-from tinyllama.system.json_files import short
+from tinyllama.system import files
 
 T = TypeVar("T")
 
+MOST_BYTES = 16 << 20  # of a JSON file of ours
 # A config.json has some kilobytes; parsed JSON takes up to 30 times its bytes.
 MAX_JSON_BYTES = 1 << 20
-_SHOWN_CHARACTERS = 120
 _SHOWN_PROBLEMS = 20
 
 _LFS = b"version https://git-lfs"
@@ -37,9 +37,12 @@ _BEGINNINGS = {
 }
 
 
-def printable(text: object, longest: int = _SHOWN_CHARACTERS) -> str:
-    """Text from a file for a message: in one line, without control characters, and cut."""
-    return short(str(text), longest)
+def printable(text: object, most: int = 120) -> str:
+    """Text from a file, fit for a message: of bounded length, without line ends and without the
+    characters that a terminal acts on."""
+    whole = str(text)
+    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in whole[: most + 1])
+    return shown if len(shown) <= most else f"{shown[: most - 3]}..."
 
 
 def some_of(problems: Iterable[str], source: object) -> str:
@@ -67,20 +70,17 @@ def open_regular(
     """
     label = printable(os.fspath(path), 400)
     try:
-        # Without O_NONBLOCK, opening a FIFO waits for a writer.
-        number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+        opened = files.open_regular(path)
     except FileNotFoundError:
         raise wrong(f"{label}: missing") from None
+    except files.NotRegularError:
+        raise wrong(f"{label}: is no regular file") from None
     except (OSError, ValueError) as error:
         why = reason(error) if isinstance(error, OSError) else str(error)
         raise wrong(f"{label}: cannot be read: {why}") from error
-    found = os.fstat(number)
-    if not stat.S_ISREG(found.st_mode):
-        os.close(number)
-        raise wrong(f"{label}: is no regular file")
-    with open(number, "rb") as file:
+    with opened as file:
         try:
-            yield file, found.st_size
+            yield file, os.fstat(file.fileno()).st_size
         except OSError as error:
             raise wrong(f"{label}: cannot be read: {reason(error)}") from error
 
@@ -102,8 +102,11 @@ def read_json(
     path: Path, wrong: type[TinyllamaError] = ConfigError, most: int = MAX_JSON_BYTES
 ) -> dict[str, Any]:
     """A JSON object from a file; raises `wrong`, naming the file."""
+    data = read_small(path, wrong, most)
     try:
-        value = json.loads(read_small(path, wrong, most))
+        value = json.loads(data)
+        if b"\\u" in data:  # may spell half a surrogate pair, which is no text
+            json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise wrong(
             f"{path}: not JSON, so it is damaged or truncated: {printable(error)}"
@@ -111,6 +114,27 @@ def read_json(
     if not isinstance(value, dict):
         raise wrong(f"{path}: must be a JSON object")
     return value
+
+
+def read_json_file(
+    path: Path, kind: type[T], wrong: type[TinyllamaError], most: int = MOST_BYTES
+) -> T:
+    """The contents of a JSON file as a `kind`, such as a msgspec Struct; raises `wrong`, which
+    names the file and, for a value of another kind, its place in it."""
+    return parse_json(read_small(path, wrong, most), kind, wrong, str(path))
+
+
+def parse_json(data: bytes, kind: type[T], wrong: type[TinyllamaError], source: str) -> T:
+    """JSON text as a `kind`; raises `wrong`, which begins with `source`."""
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except msgspec.ValidationError as error:
+        if data.lstrip()[:1] != b"{" and "`$" not in str(error):
+            raise wrong(f"{source}: must be a JSON object") from None
+        raise wrong(f"{source}: {place_first(error)}") from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        what = printable(error)
+        raise wrong(f"{source}: not JSON, so it is damaged or truncated: {what}") from None
 
 
 def typed(
