@@ -239,7 +239,7 @@ def _batches(config: Config, say: Callable[[str], None]) -> tuple[Callable[[], R
         say(f"{error}: random tokens and weights are used")
         generator = np.random.default_rng(t.seed)
 
-        def random() -> Batch:
+        def random() -> Rows:
             size = (t.batch_size, context + 1)
             rows = generator.integers(0, config.model.vocab_size, size, np.int32)
             inputs = rows[:, :-1].copy()
