@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tinyllama.data.corpus import Part
 from tinyllama.data.files import Source, cut, find_sources, read_chunk
 
 
@@ -25,10 +26,11 @@ class Place(NamedTuple):
 
 
 class Places:
-    """Finds the places of the documents of `patterns`, in the order of find_sources."""
+    """Finds the places of the texts of `patterns`, in the order of find_sources; of those in `part`
+    if one is given."""
 
-    def __init__(self, patterns: str | Sequence[str]) -> None:
-        self._patterns = patterns
+    def __init__(self, patterns: str | Sequence[str], part: Part | None = None) -> None:
+        self._patterns, self._part = patterns, part
         self._sources: list[Source] = []
         self._firsts: list[int] = []  # of each source counted so far: its first document
         self._rows: list[np.ndarray | None] = []  # and the rows that hold text, from 1
@@ -63,7 +65,10 @@ class Places:
             self._rows.append(None if is_document else np.zeros(0, np.int64))
             self._counted += is_document
             return
-        texts = (bool(text) for chunk in cut(source) for text in read_chunk(chunk))
-        rows = np.flatnonzero(np.fromiter(texts, bool)) + 1
+        held = (self._is_document(text) for chunk in cut(source) for text in read_chunk(chunk))
+        rows = np.flatnonzero(np.fromiter(held, bool)) + 1
         self._rows.append(rows)
         self._counted += len(rows)
+
+    def _is_document(self, text: str) -> bool:
+        return bool(text) and (self._part is None or self._part.holds(text.encode()))

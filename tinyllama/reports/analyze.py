@@ -18,10 +18,12 @@ import numpy as np
 import numpy.typing as npt
 
 from tinyllama.config import load_config
-from tinyllama.data.batches import Batches, prepare
+from tinyllama.data.batches import Batches
 from tinyllama.errors import TinyllamaError
 from tinyllama.reports.runs import Column, Run
 from tinyllama.tokenizers.opening import open_tokenizer
+from tinyllama.train.preferences import PAIR_OBJECTIVES
+from tinyllama.train.prepare import texts
 
 _LEAST_STEPS = 50
 _MOST_POINTS = 2000  # that k-means and the silhouette look at
@@ -106,19 +108,19 @@ def _local_median(values: Column) -> Column:
 
 def document_lengths(run: Run) -> Column | None:
     """The longest document of each step's batch, in tokens, found from the text's own order; None
-    where the text is not here any more, or the run left that order."""
+    where the text is not here any more, it is pairs, or the run left that order."""
     if run.rollbacks or not run.config:
         return None
     with suppress(TinyllamaError, OSError):
         config = load_config(str(run.path / "config.toml"))
         folder = run.path / run.checkpoints[-1][1] if run.checkpoints else Path()
-        tokenizer, data = open_tokenizer(folder), config.data
-        text = prepare(
-            data.train_path, tokenizer, data.cache_dir,
-            special_tokens=data.special_tokens, progress=False,
-        )  # fmt: skip
+        tokenizer = open_tokenizer(folder)
         t = config.training
-        batches = Batches(text, config.context_length, t.batch_size, t.seed)
+        if t.objective in PAIR_OBJECTIVES:
+            return None
+        text = texts(config, tokenizer, show=False)[0]
+        T = config.context_length
+        batches = Batches(text, T, t.batch_size, t.seed, pack=config.data.pack)
         sizes = np.diff(np.append(text.starts, text.n_tokens))
         longest = np.full(len(run.steps), np.nan)
         place = {int(step): index for index, step in enumerate(run.steps)}

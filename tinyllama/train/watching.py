@@ -13,6 +13,7 @@ import numpy as np
 
 from tinyllama.config import Config
 from tinyllama.data.batches import Batches
+from tinyllama.data.corpus import Part
 from tinyllama.data.places import Places
 from tinyllama.errors import CheckpointError, DataError
 from tinyllama.observe.anomalies import Anomaly, Limits, MachineWatch, Watch
@@ -38,7 +39,9 @@ class Watching:
         self.left_out = 0  # updates
         self.rollbacks: dict[str, int] = {}  # how often the run went back to each step
         self.notice: Callable[[str], None] = to_stderr
-        self._batches, self._places = batches, Places(config.data.train_path)
+        share = config.data.val_fraction
+        part = None if share is None else Part(share, rest=True)
+        self._batches, self._places = batches, Places(config.data.train_path, part)
         self.restore(state)
 
     def state(self) -> dict[str, Any]:
@@ -96,13 +99,17 @@ class Watching:
         return entries
 
     def _documents(self) -> list[str]:
-        """The file and row of the documents of the last batch."""
+        """The file and row of the documents of the last batch; of conversations and pairs their
+        number among those that are kept, since rows are left out for what their tokens are."""
         held = self._batches.documents().tolist()
+        shown = held[:_MOST_DOCUMENTS]
+        more = [f"and {len(held) - len(shown)} more"] if len(held) > len(shown) else []
+        if not self._batches.is_text:
+            return [*(f"number {document + 1} of those kept" for document in shown), *more]
         try:
-            places = [self._places.of(document) for document in held[:_MOST_DOCUMENTS]]
+            places = [self._places.of(document) for document in shown]
         except DataError as error:
             return [str(error)]
-        more = [f"and {len(held) - len(places)} more"] if len(held) > len(places) else []
         return [*(str(place) for place in places if place), *more]
 
 
