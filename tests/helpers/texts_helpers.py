@@ -2,11 +2,11 @@
 sixty scripts, emoji, odd spaces. The same at every call."""
 
 import functools
-import inspect
+import importlib.util
 import random
 import sys
-import textwrap
 import unicodedata
+from pathlib import Path
 from pydoc_data import topics
 
 MODULES = ("ast", "argparse", "datetime", "decimal", "json.encoder", "shutil", "tarfile", "turtle")
@@ -57,7 +57,9 @@ def lines() -> tuple[str, ...]:
 
 def source(module: str) -> str:
     """The source text of a module of the standard library."""
-    return textwrap.dedent(inspect.getsource(__import__(module, fromlist=["_"])))
+    spec = importlib.util.find_spec(module)  # not imported: some need what is not installed
+    assert spec is not None and spec.origin is not None
+    return Path(spec.origin).read_text(encoding="utf-8")
 
 
 @functools.cache

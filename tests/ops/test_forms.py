@@ -27,7 +27,7 @@ def pairs():
     """(operation's first form, another of its forms) of every file."""
     for file, module in modules().items():
         there = {n: f for n, f in vars(module).items() if inspect.isfunction(f)}
-        for stem in {name.rpartition("_")[0] for name in there}:
+        for stem in sorted({name.rpartition("_")[0] for name in there}):
             names = [name for suffix in SUFFIXES if (name := f"{stem}_{suffix}") in there]
             for name in names[1:]:
                 yield pytest.param(there[names[0]], there[name], id=f"{file}{name}")

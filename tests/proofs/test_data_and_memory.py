@@ -14,6 +14,7 @@ from proof_source import least, most, proved, python_expression, quoted
 
 from tinyllama.config import LRScheduleConfig
 from tinyllama.data import batches, corpus
+from tinyllama.data import layout as rows
 from tinyllama.formats import int4
 from tinyllama.runtime import layout
 from tinyllama.train import schedule
@@ -90,7 +91,7 @@ def test_groups_without_slices_never_hold_two_living_tensors() -> None:
 # ---- the learning rate
 
 
-@pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("kind", ["cosine", "linear", "constant", "wsd"])
 def test_the_learning_rate_stays_between_min_lr_and_the_peak_and_meets_its_ends(kind: str) -> None:
     """For all steps, over the real numbers; cos is any function with -1 <= cos <= 1, cos(0) = 1 and
     cos(pi) = -1."""
@@ -118,14 +119,19 @@ def test_the_learning_rate_stays_between_min_lr_and_the_peak_and_meets_its_ends(
     proved(way == 0, *given, clipped, step == begin)
     proved(z3.And(share <= done, done <= 1), 0 <= way, way <= 1, *reached[1:])
     # The rate itself.
+    decay = z3.Real("decay")  # decay_fraction
+    falling = least(z3.RealVal(1), (1 - done) / decay)
     heights = {"cosine": (1 + cos) / 2, "linear": 1 - done, "constant": z3.RealVal(1)}
-    lines = {"cosine": "(1 + math.cos(math.pi * r)) / 2", "linear": "else 1 - r"}
+    heights["wsd"] = falling
+    lines = {"cosine": "height = (1 + math.cos(math.pi * r)) / 2", "linear": "height = 1 - r"}
+    lines["wsd"] = "height = min(1.0, (1 - r) / schedule.decay_fraction)"
     for line in (
         lines.get(kind, "return peak"),
         "schedule.min_lr + (peak - schedule.min_lr) * height",
     ):
         quoted(inspect.getsource(schedule.learning_rate), line)
     bounded = (height == heights[kind], -1 <= cos, cos <= 1, 0 <= done, done <= 1)
+    bounded += (0 < decay, decay <= 1)
     rate = low + (peak - low) * height
     proved(z3.And(low <= rate, rate <= peak), 0 <= low, low <= peak, *bounded)
     if kind != "constant":
@@ -150,7 +156,7 @@ def test_the_order_of_an_epoch_is_a_permutation() -> None:
     its own, and n windows have the ranks 0 .. n - 1."""
     quoted(
         inspect.getsource(batches.Batches._make_order),
-        'return np.argsort(generator.random_raw(self.n_windows), kind="stable")',
+        'order = np.argsort(generator.random_raw(self.n_windows), kind="stable")',
     )
     keys = z3.Function("key", z3.IntSort(), z3.IntSort())
 
@@ -184,9 +190,11 @@ def test_every_token_but_the_first_is_a_target_once() -> None:
     """Evaluation: window w begins at w * stride and its targets are the tokens from w * stride + 1
     to w * stride + context, of which later windows leave out the first context - stride."""
     source = inspect.getsource(batches.sequential)
-    quoted(source, "batch.targets[overlapping, : context_length - stride] = -1")
-    quoted(source, "_make_batch(dataset, windows * stride, context_length, batch_size)")
-    quoted(inspect.getsource(batches._make_batch), "rows[:, :-1].copy(), rows[:, 1:].copy()")
+    quoted(source, "batch.targets[overlapping, :overlap] = -1")
+    quoted(source, "overlap = context_length - (stride or context_length)")
+    made = inspect.getsource(rows.Windows.batch)
+    quoted(made, "begins = rows * self._stride")
+    quoted(made, "made[:, :-1].copy(), made[:, 1:].copy()")
     tokens, context, stride, target = z3.Ints("tokens context stride target")
     first, second, q, r, count = z3.Ints("first second q r count")
     given = (
@@ -224,7 +232,7 @@ def test_every_token_but_the_first_is_a_target_once() -> None:
 def test_masks_leave_out_padding_and_the_first_tokens_of_documents_and_nothing_else() -> None:
     """targets = -1 where there is padding and where the next token begins a document; every other
     target is the next token."""
-    source = inspect.getsource(batches._make_batch)
+    source = inspect.getsource(rows.Windows.batch)
     quoted(source, "is_padding = tokens < 0")
     quoted(source, "targets[is_padding | begin_of[:, 1:]] = -1")
     token, following = z3.Ints("token following")

@@ -22,8 +22,9 @@ from tokenizers_helpers import (
 )
 
 from tinyllama.convert.merge import merge
-from tinyllama.data.batches import _make_batch, prepare
+from tinyllama.data.batches import prepare
 from tinyllama.data.corpus import TokenDataset
+from tinyllama.data.layout import Windows
 from tinyllama.formats.huggingface import save_folder
 from tinyllama.tokenizers.opening import from_files, open_tokenizer
 from tinyllama.train.prepare import with_base
@@ -151,7 +152,7 @@ def test_documents_end_where_they_end_and_not_at_each_end_of_a_turn():
     """Begin and end may be tokens of a turn, and a tokenizer may put no begin before a text."""
     tokens, starts = np.array([5, 9, 6, 9, 7, 8, 9, 5, 6], np.uint16), np.array([0, 5, 7])
     dataset = TokenDataset("f", tokens, starts, 0, 9, 9, "f")
-    batch = _make_batch(dataset, np.array([0, 4]), 4, 3)
+    batch = Windows(dataset, 4).batch(np.array([0, 1]), 3)
     assert batch.tokens.tolist() == [[5, 9, 6, 9], [7, 8, 9, 5], [9, 9, 9, 9]]
     assert batch.targets.tolist() == [[9, 6, 9, 7], [-1, 9, -1, 6], [-1, -1, -1, -1]]
     assert batch.starts.tolist() == [[0, 0, 0, 0], [0, 1, 1, 3], [0, 1, 2, 3]]
