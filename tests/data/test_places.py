@@ -6,6 +6,7 @@ import pytest
 from data_helpers import load, small_tokenizer, write
 
 from tinyllama.data.batches import Batches
+from tinyllama.data.corpus import Part
 from tinyllama.data.places import Place, Places
 
 
@@ -45,3 +46,14 @@ def test_a_batch_says_which_documents_it_held() -> None:
                 expected.add(int((data.starts <= position).sum()) - 1)
         assert set(held.tolist()) == expected
         assert len(batch.tokens) == 2
+
+
+def test_places_of_a_part_are_those_of_its_rows() -> None:
+    rows = [f"text number {i}" for i in range(20)]
+    write("a.jsonl", rows)
+    part = Part(0.4, rest=True)
+    kept = [i + 1 for i, row in enumerate(rows) if part.holds(row.encode())]
+    places = Places("a.jsonl", part)
+    assert 0 < len(kept) < 20
+    assert [places.of(i) for i in range(len(kept))] == [Place(Path("a.jsonl"), n) for n in kept]
+    assert places.of(len(kept)) is None

@@ -248,9 +248,13 @@ def test_a_page_is_usable_at_400_pixels(browser: Any, tmp_path: Path) -> None:
 def test_a_hundred_thousand_steps_open_in_two_seconds(browser: Any, tmp_path: Path) -> None:
     file = tmp_path / "report.html"
     file.write_text(page([read_run(write_run(tmp_path / "run", 100_000))]))
-    begin = time.monotonic()
-    tab, _ = opened(browser, file.as_uri())
-    seconds = time.monotonic() - begin
-    assert tab.get_attribute("[data-chart=loss]", "data-points") == "100000"
-    # Less than 2 s where nothing else runs (docs/observe.md); tests share their processors.
-    assert seconds < 15
+    seconds = []
+    for _ in range(8):  # tests share their processors: it counts that it can be done
+        begin = time.monotonic()
+        tab, _ = opened(browser, file.as_uri())
+        seconds.append(time.monotonic() - begin)
+        assert tab.get_attribute("[data-chart=loss]", "data-points") == "100000"
+        tab.close()
+        if seconds[-1] < 2:
+            break
+    assert min(seconds) < 2
