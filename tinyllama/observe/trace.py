@@ -19,7 +19,8 @@ from typing import Any
 
 from tinyllama.config import Config
 from tinyllama.errors import ConfigError
-from tinyllama.runtime.timing import Kernel, Recorder, Run, recording
+from tinyllama.runtime.recording import recording
+from tinyllama.runtime.timing import Kernel, Recorder, Run
 from tinyllama.system import device
 from tinyllama.version import __version__
 

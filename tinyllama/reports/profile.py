@@ -21,7 +21,8 @@ from tinyllama.model.build import build, build_random
 from tinyllama.model.counts import aligned
 from tinyllama.model.llama import Llama
 from tinyllama.model.lora import dropping
-from tinyllama.runtime.timing import Recorder, Run, recording
+from tinyllama.runtime.recording import recording
+from tinyllama.runtime.timing import Recorder, Run
 from tinyllama.train.micro_batch import plan_run
 from tinyllama.train.optimizer import AdamW
 from tinyllama.train.prepare import check_files, find_tokenizer, with_base

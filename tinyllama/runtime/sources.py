@@ -12,8 +12,8 @@ operations between the kernels of ours that surround it. Kernels are the same wi
 import dataclasses
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +46,9 @@ def tracking() -> bool:
 
 
 @contextmanager
-def tracked() -> Iterator[None]:
-    """Note lines of what is built within."""
-    # Only here: the patches import what imports this file.
-    from tinyllama.runtime.patches.recording import noted_by
-
+def tracked(noted_by: Callable[..., AbstractContextManager[None]]) -> Iterator[None]:
+    """Note lines of what is built within; `noted_by` is that of patches/recording.py, which imports
+    what imports this file."""
     global _tracking
     _tracking += 1
     try:

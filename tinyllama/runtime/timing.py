@@ -1,4 +1,4 @@
-"""When each kernel of a captured step ran, recorded while `recording` is on and only then.
+"""When each kernel of a captured step ran, recorded while recording.py is on and only then.
 
 A step that is captured meanwhile measures its kernels at each call:
 
@@ -91,29 +91,13 @@ def recorder() -> Recorder | None:
 
 
 @contextmanager
-def recording() -> Iterator[Recorder]:
-    """Steps that are captured within note when their kernels run, and which lines they come from.
-
-    Also batches of one kernel are graphs meanwhile: tinygrad starts a lone one by itself.
-    """
-    # Only here: the patches import what imports this file.
-    from tinyllama.runtime.patches import install
-    from tinyllama.runtime.patches.recording import divided_into
-
-    install()  # before, or what patches replace would be put back
+def collecting() -> Iterator[Recorder]:
+    """Steps that are captured within note their runs in the recorder that this gives."""
     _recorders.append(Recorder())
     try:
-        with sources.tracked(), divided_into(_graph_of):
-            yield _recorders[-1]
+        yield _recorders[-1]
     finally:
         _recorders.pop()
-
-
-def _graph_of(device: str) -> Any:
-    """What runs the batches of a step on a device; None for those whose own graphs measure."""
-    if device in ("CPU", "CL"):
-        return None
-    return EventGraph if device == "CUDA" else WaitingGraph
 
 
 def kernels_of(graph: GraphRunner) -> tuple[Kernel, ...]:
