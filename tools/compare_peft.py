@@ -323,11 +323,16 @@ def problems(results: dict[str, Result], forms: Sequence[Use]) -> list[str]:
                     f"{name}: held-out loss falls by {share:.1%} of what it falls with peft"
                 )
     for form in forms:
-        if not form.text.startswith(f'{smollm2.PROMPT}    """'):
+        if not form.text.startswith(f'{smollm2.PROMPT}\n    """'):
             found.append(f"{form.form}: generates no docstring: {form.text!r}")
         if form.form.endswith("float32") and form.text != forms[0].text:
             found.append(f"{form.form}: generates another text than the adapter on its base")
     return found
+
+
+def _first_line(text: str) -> str:
+    """The first line that is not empty; none where a model ends its answer at once."""
+    return next((line.strip() for line in text.splitlines() if line.strip()), "")
 
 
 def report(task: Task, results: dict[str, Result], forms: Sequence[Use]) -> str:
@@ -341,7 +346,7 @@ def report(task: Task, results: dict[str, Result], forms: Sequence[Use]) -> str:
     )
     table = "".join(
         f"| {use.form} | {use.size_bytes / 1e6:.1f} | {use.check} "
-        f"| `{use.text.removeprefix(smollm2.PROMPT).strip().splitlines()[0]}` |\n"
+        f"| `{_first_line(use.text.removeprefix(smollm2.PROMPT))}` |\n"
         for use in forms
     )
     return PAGE.format(

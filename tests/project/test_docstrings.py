@@ -72,7 +72,7 @@ def test_a_fall_below_95_percent_of_pefts_is_a_problem() -> None:
 
 
 def test_a_form_that_writes_another_text_or_no_docstring_is_a_problem() -> None:
-    text = f'{smollm2.PROMPT}    """Read."""\n'
+    text = f'{smollm2.PROMPT}\n    """Read."""\n'
     adapter, other = (
         Use("adapter on the GGUF file", 1, "", text),
         f'{smollm2.PROMPT}    """No."""\n',
