@@ -37,7 +37,7 @@ LLAMA_DEMOS := llama-demo-train llama-demo-lora llama-demo-qlora
 .NOTPARALLEL:
 .PHONY: help venv demo smollm2 test readme tier1 tier2 tier3 ci lint coverage mutants \
   llama-properties llama-mutations llama-tests llama-demo-train llama-demo-lora llama-demo-qlora \
-  llama-ci chaos fuzz conformance docstrings llamacpp proofs neon gpu-races backends-report \
+  llama-ci chaos anomalies fuzz conformance docstrings llamacpp proofs neon gpu-races backends-report \
   phoenix profile-files profile-overhead \
   tinygrad proof-7b clean
 
@@ -116,6 +116,10 @@ chaos: $(VENV)/.dev ## kill, starve and damage real runs: 1,100 tries with TRIES
 fuzz: $(VENV)/.fuzz ## damaged files to every parser, odd sizes to every C kernel, for SECONDS=60
 	@tools/system.sh --required clang sanitizers
 	$(PY) tests/fuzz/fuzz.py --seconds $(SECONDS)
+
+anomalies: $(VENV)/.dev ## how often anomalies are found that are there, and that are not (20 minutes)
+	@tools/system.sh clang
+	$(PY) tools/anomalies.py --out docs/observe.md
 
 conformance: $(VENV)-conformance/.made ## compare with torch, transformers, peft and trl (a large download)
 	@tools/system.sh clang

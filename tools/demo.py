@@ -83,6 +83,9 @@ def run_demo(budget_seconds: float) -> None:
     say("5. The result, in bits per byte of held-out text (less is better)")
     report(evaluation["bits_per_byte"], gzip_bits, max(300, 2 * budget_seconds))
 
+    say("6. The run as a page: open it in a browser")
+    tinyllama("report", str(RUN), "--out", str(DEMO / "report.html"))
+
 
 def say(text: str) -> None:
     print(f"\n== {text}", flush=True)

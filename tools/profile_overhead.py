@@ -30,7 +30,7 @@ def main() -> None:
     device.select()
     device.set_threads(1)
     from tinyllama.config import load_config
-    from tinyllama.runtime.timing import recording
+    from tinyllama.runtime.recording import recording
 
     config = load_config(options.config, options.set)
     with recording() as recorder:

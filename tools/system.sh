@@ -110,6 +110,7 @@ has_venv() {
   "$PYTHON" -c 'import ensurepip, venv' 2>/dev/null
 }
 
+
 has_git() { command -v git >/dev/null; }
 
 has_spin() { command -v spin >/dev/null; }
@@ -143,7 +144,7 @@ complain() {
     venv) what="$PYTHON cannot make virtual environments" ;;
     git) what="the test of README's commands needs git" ;;
     spin) what="exploring the protocol of checkpoints needs spin" ;;
-    chromium) what="the test of the chat page needs chromium" ;;
+    chromium) what="the tests of the chat page and of the report need chromium" ;;
   esac
   if [ "$(uname)" = Darwin ]; then
     echo "$what: type  xcode-select --install  and then run make again." >&2

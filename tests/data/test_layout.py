@@ -171,3 +171,22 @@ def test_a_place_in_the_data_is_of_one_way_of_packing(tokenizer: Tokenizer) -> N
 def test_conversations_do_not_overlap(tokenizer: Tokenizer) -> None:
     with pytest.raises(DataError, match="no stride"):
         layout_of(dataset_of(chats(["a"]), tokenizer), 64, stride=32)
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_a_batch_says_which_conversations_it_held(pack: bool, tokenizer: Tokenizer) -> None:
+    dataset = dataset_of(chats([f"{'word ' * (i + 1)}{i}" for i in range(9)]), tokenizer)
+    batches = Batches(dataset, 150, 2, seed=3, pack=pack)
+    seen = set()
+    for _ in range(batches.steps_per_epoch):
+        batch = batches.next()
+        assert isinstance(batch, Batch)
+        texts = {tokens for tokens, _ in pieces_of([batch])}
+        expected = {
+            number
+            for number, (ids, _) in enumerate(documents(dataset))
+            if any(tokens == tuple(ids[: len(tokens)]) for tokens in texts)
+        }
+        assert set(batches.documents().tolist()) == expected
+        seen |= expected
+    assert seen == set(range(9)) and not batches.is_text

@@ -134,3 +134,11 @@ def test_an_order_of_pairs_is_resumed():
     assert one.n_windows == 7 and one.steps_per_epoch == 4
     for _ in range(6):
         assert (one.next().tokens == other.next().tokens).all()
+
+
+def test_a_batch_says_which_pairs_it_held_among_all():
+    full = {**PAIR, "prompt": "def add" * 40}
+    dataset = load([full, *({**PAIR, "chosen": f" code {i}"} for i in range(4))])
+    batches = Batches(dataset, 40, 4, seed=5, layout=dataset)
+    batches.next()
+    assert batches.documents().tolist() == [1, 2, 3, 4] and not batches.is_text

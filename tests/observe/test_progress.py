@@ -178,3 +178,32 @@ def test_the_wait_for_compilers_is_counted_on_a_terminal(
     lines = terminal.drawings()
     assert [line.split()[-1] for line in lines] == ["1/4", "3/4", "4/4", "4/4"]
     assert lines[0] == "compiling kernels for the GPU  1/4"
+
+
+def test_memory_and_utilization_are_shown_where_they_are_known(
+    capsys: pytest.CaptureFixture[str], clock: Clock
+) -> None:
+    with Progress(0) as shown:
+        shown.after_step(1, 10, 5.0, 10.0, memory_bytes=300 << 20, flops_share=0.413)
+    said = capsys.readouterr().err
+    assert said == "step 1/10, loss 5.0000, 10 tok/s, 0:00 left, 300 MiB, MFU 41 %\n"
+
+
+def test_a_terminal_that_shows_its_characters_gets_a_bar(
+    monkeypatch: pytest.MonkeyPatch, clock: Clock
+) -> None:
+    class Utf8(Terminal):
+        encoding = "utf-8"
+
+    terminal = Utf8()
+    monkeypatch.setattr("sys.stderr", terminal)
+    monkeypatch.setattr(progress, "_columns", lambda: 100)
+    with Progress(0) as shown:
+        clock.now += 1
+        shown.after_step(50, 100, 5.0, 10.0)
+        shown.notice("something unusual")
+        shown.after_step(100, 100, 5.0, 10.0)
+    first, *_, last = terminal.drawings()
+    assert first.startswith("████████          step 50/100  loss 5.0000")
+    assert "something unusual\n" in terminal.getvalue()
+    assert last.startswith("█" * 16 + "  step 100/100") and len(last) <= 100

@@ -10,6 +10,7 @@ from runs_helpers import cli, names, numbers
 
 from tinyllama.config import config_from_toml
 from tinyllama.errors import ConfigError, DataError
+from tinyllama.observe.anomalies import Limits
 from tinyllama.train.prepare import supported
 from tinyllama.train.trainer import Trainer
 
@@ -152,3 +153,25 @@ def test_rows_that_are_no_pairs_are_refused(row, message, tmp_path, base):
     (tmp_path / "pairs.jsonl").write_text(f"{row}\n")
     with pytest.raises(DataError, match=message):
         Trainer(config, show=False)
+
+
+@pytest.mark.parametrize("objective", ["dpo", "orpo"])
+def test_a_guarded_step_of_pairs_makes_the_same_updates(objective, tmp_path, base):
+    """As one that is not guarded, where nothing is unusual; the loss comes with its measures."""
+    for action in ("note", "skip"):
+        folder = f"checkpointing.checkpoint_dir={tmp_path / action}"
+        more = (f"observe.on_anomaly={action}", folder)
+        Trainer(run_config(tmp_path, base, objective, "full", *more), show=False).run()
+    assert numbers(tmp_path / "skip") == numbers(tmp_path / "note")
+
+
+@pytest.mark.parametrize(("limit", "is_applied"), [(0.6, False), (0.8, True)])
+def test_the_limit_of_a_loss_is_one_of_pairs(limit, is_applied, tmp_path, base):
+    """The first loss of DPO is ln 2 = 0.69 for each pair, of many tokens."""
+    config = run_config(tmp_path, base, "dpo", "full", "observe.on_anomaly=skip")
+    made = Trainer(config, show=False)
+    rows = made.batches.next()
+    parts = [type(rows)(*(array[i : i + 4] for array in rows)) for i in (0, 4)]
+    result = made.train_step(parts, 1, 1e-3, Limits(loss=limit))
+    assert result.loss == pytest.approx(np.log(2), abs=1e-4)
+    assert result.applied is is_applied

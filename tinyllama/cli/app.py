@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from tinyllama.cli import (
+    analyze,
     backends,
     bench,
     chat,
@@ -22,6 +23,7 @@ from tinyllama.cli import (
     params,
     plot,
     profile,
+    report,
     serve,
     tokenizer,
     train,
@@ -46,6 +48,8 @@ COMMANDS: dict[str, ModuleType] = {
         memory,
         tokenizer,
         plot,
+        report,
+        analyze,
         profile,
         bench,
         backends,

@@ -76,6 +76,7 @@ def _generation(options: argparse.Namespace) -> "Profile":
 
 def _write(profile: "Profile", folder: Path) -> None:
     """Write the files beside the table; their names go to stderr."""
+    from tinyllama.observe.ceiling import keep_ceilings
     from tinyllama.reports.profile_files import write_speedscope, write_trace
     from tinyllama.reports.roofline import draw_roofline, measure_ceilings
     from tinyllama.system.files import make_folder
@@ -85,6 +86,7 @@ def _write(profile: "Profile", folder: Path) -> None:
     write_speedscope(profile, folder / "profile.speedscope.json")
     ceilings = measure_ceilings()
     (folder / "roofline.json").write_text(json.dumps(ceilings.as_dict()) + "\n")
+    keep_ceilings(ceilings.as_dict())
     to_stderr(
         f"ceilings: float32 {ceilings.float32:,.0f} GFLOPS, bfloat16 {ceilings.bfloat16:,.0f}"
         f" GFLOPS, memory {ceilings.gb_per_second:,.1f} GB/s"

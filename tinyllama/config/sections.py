@@ -309,9 +309,36 @@ class ObserveConfig:
         "steps between those whose operations are spans too; such a step is timed kernel by kernel;"
         " when not set, none",
     )
+    on_anomaly: Literal["note", "skip", "rollback", "stop"] = option(
+        "note",
+        "what a spike of loss or gradient norm leads to: a note; its update left out; the last"
+        " checkpoint before it again, without that data; the end of the run. Whatever is slow is"
+        " noted in any case",
+    )
+    anomaly_window: Annotated[int, Meta(ge=32, le=4096)] = option(
+        128, "steps before it that a step is compared with"
+    )
+    update_ratio_every: Natural = option(
+        0, "steps between measurements of how far an update moves each layer; 0 for none"
+    )
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = option(
+        (), "programs that get the metrics too"
+    )
+    sample_prompts: tuple[Text, ...] = option(
+        (), "texts that the model continues from time to time while it is trained"
+    )
+    sample_every: Count | None = option(
+        None, "steps between these samples; when not set, where the run validates"
+    )
+    sample_tokens: Count = option(64, "most tokens of a sample")
 
     def __post_init__(self) -> None:
         _validate("observe", self)
+
+    @property
+    def guards_updates(self) -> bool:
+        """Whether the update of a spiking step is left out."""
+        return self.on_anomaly != "note"
 
 
 @dataclass(frozen=True)

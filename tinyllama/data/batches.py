@@ -69,16 +69,31 @@ class Batches:
         self._window = 0  # windows of this epoch that are done
         self.epoch = 0  # of the next batch, from 0: the epochs that are done
         self.steps_per_epoch = -(-self.n_windows // batch_size)
+        self._last = np.zeros(0, np.int64)  # the windows of the batch that `next` gave
 
     def next(self) -> Rows:
         """The next batch; after an epoch's last one, `epoch` has grown by one."""
+        self.skip()
+        return self.layout.batch(self._last, self._batch_size)
+
+    def skip(self) -> None:
+        """Go past the next batch as if it had been given."""
         if self._order is None:
             self._order = self._make_order()
         windows = self._order[self._window : self._window + self._batch_size]
         self._window += len(windows)
         if self._window == self.n_windows:
             self.epoch, self._window, self._order = self.epoch + 1, 0, None
-        return self.layout.batch(windows, self._batch_size)
+        self._last = windows
+
+    @property
+    def is_text(self) -> bool:
+        """Whether the documents are texts, each of a row or a file; not conversations or pairs."""
+        return isinstance(self._dataset, TokenDataset) and self._dataset.trained is None
+
+    def documents(self) -> npt.NDArray[np.int64]:
+        """The documents that the last batch held tokens of, by their index in the text; sorted."""
+        return self.layout.documents(self._last)
 
     def state(self) -> dict[str, int | str | bool]:
         """The position, as plain values for JSON."""

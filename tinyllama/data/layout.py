@@ -57,6 +57,9 @@ class Layout(Protocol):
     def batch(self, rows: Int64, batch_size: int) -> Rows:
         """These rows, filled up to `batch_size` with padding: EOS that attends to itself alone."""
 
+    def documents(self, rows: Int64) -> Int64:
+        """The documents that these rows hold tokens of, by their index in the dataset; sorted."""
+
     def notices(self) -> list[str]:
         """One line for each kind of loss: what is cut off, what is left out."""
 
@@ -91,6 +94,14 @@ class Windows:
         starts = np.maximum.accumulate(np.where(is_first, positions, 0), axis=1).astype(np.int32)
         tokens[is_padding] = dataset.eos_id
         return Batch(tokens, targets, starts)
+
+    def documents(self, rows: Int64) -> Int64:
+        """See Layout."""
+        starts, begins = self._dataset.starts, rows * self._stride
+        first = np.searchsorted(starts, begins, side="right") - 1
+        last = np.searchsorted(starts, begins + self._context_length, side="left")
+        held = [np.arange(a, b) for a, b in zip(first, last, strict=True)]
+        return np.unique(np.concatenate(held)) if held else np.zeros(0, np.int64)
 
     def notices(self) -> list[str]:
         """Nothing is lost."""
@@ -136,6 +147,13 @@ class Pieces:
         blocks = sorted_rows[:whole].reshape(-1, _BLOCK_ROWS)
         drawn = blocks[np.argsort(draw(len(blocks)), kind="stable")]
         return np.concatenate([drawn.reshape(-1), sorted_rows[whole:]])
+
+    def documents(self, rows: Int64) -> Int64:
+        """See Layout."""
+        held = [self._order[self._firsts[row] : self._firsts[row + 1]] for row in rows]
+        pieces = np.concatenate([np.zeros(0, np.int64), *held])
+        begins = self._begins[pieces]
+        return np.unique(np.searchsorted(self._dataset.starts, begins, side="right") - 1)
 
     def notices(self) -> list[str]:
         """Conversations that are cut, and those that nothing is trained of."""

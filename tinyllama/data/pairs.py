@@ -96,6 +96,10 @@ class PairDataset:
         rows, is_answer = self._rows(numbers, batch_size)
         return self._batch(rows, is_answer)
 
+    def documents(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The numbers, among all pairs, of usable pairs; sorted."""
+        return np.unique(self.usable[numbers])
+
     def odds_batch(self, numbers: npt.NDArray[np.int64], batch_size: int) -> OddsBatch:
         """The same for ORPO."""
         rows, is_answer = self._rows(numbers, batch_size)

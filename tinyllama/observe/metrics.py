@@ -74,6 +74,13 @@ class MetricsLog:
         self._file.close()
         self._file = open(self.path, "a", encoding="utf-8")
 
+    def go_back(self, first_step: int) -> None:
+        """Drop the lines of steps from `first_step` on; a copy of the file keeps them."""
+        self._file.close()
+        atomic_write(_free_name(self.path), self.path.read_bytes())
+        _mend(self.path, first_step, to_stderr)
+        self._file = open(self.path, "a", encoding="utf-8")
+
     def sync(self) -> None:
         """Wait until every line is on disk. Raises OSError that names the file."""
         with naming_file(self.path):

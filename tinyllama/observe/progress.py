@@ -1,6 +1,7 @@
 """What a training run shows on standard error: one line that is rewritten, or a few that stay.
 
-on a terminal   step 120/2000  loss 5.1234  val 5.3021  1234 tok/s  2:31 left
+on a terminal   ██████▌       step 120/2000  loss 5.1234  val 5.3021  1234 tok/s  2:31 left
+                311 MiB  MFU 41 %
 elsewhere       a line after steps 1, 2, 5, 10, 20, 50, ..., after each validation, after the
                 last step, and at least once a minute
 """
@@ -12,8 +13,11 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Self
 
+from tqdm import tqdm
+
 SECONDS_BETWEEN_LINES = 60.0
 _SECONDS_BETWEEN_DRAWINGS = 0.1
+_BAR = 16  # columns of the bar
 _COLUMNS = 80  # of a terminal that does not say
 
 
@@ -44,6 +48,12 @@ class Progress:
         if self._shown and not self._is_terminal:
             self._write(f"step {self._done}, validation loss {val_loss:.4f}\n")
 
+    def notice(self, text: str) -> None:
+        """Print a line that stays, above the terminal's line."""
+        if self._is_terminal and self._line:
+            self._write("\r\x1b[K")
+        self._write(f"{text}\n")
+
     def compiling(self, done: int, total: int) -> None:
         """Show that `done` of `total` kernels for a GPU are compiled."""
         if not self._shown:
@@ -62,19 +72,24 @@ class Progress:
         loss: float,
         tokens_per_second: float,
         val_loss: float | None = None,
+        *,
+        memory_bytes: int | None = None,
+        flops_share: float | None = None,
     ) -> None:
-        """Show step `step` of `total`; losses are in nats per token."""
+        """Show step `step` of `total`; losses are in nats per token. `flops_share` is the share of
+        the device's measured speed (model FLOPs utilization, Chowdhery et al. 2022)."""
         if not self._shown:
             return
         self._val_loss = self._val_loss if val_loss is None else val_loss
         now = time.monotonic()
         speed = f"{tokens_per_second:.0f} tok/s"
+        more = _more(memory_bytes, flops_share)
         left = (total - step) * (now - self._started) / max(1, step - self._done)
         if self._is_terminal:
             parts = [f"step {step}/{total}", f"loss {loss:.4f}", speed, f"{_clock(left)} left"]
             if self._val_loss is not None:
                 parts.insert(2, f"val {self._val_loss:.4f}")
-            self._line = fitting(parts, _columns() - 1)
+            self._line = _with_bar([*parts, *more], step / total, _columns() - 1)
             if self._is_time_to_draw():
                 self._draw()
         elif (
@@ -86,7 +101,7 @@ class Progress:
             parts = [f"step {step}/{total}", f"loss {loss:.4f}", speed, f"{_clock(left)} left"]
             if val_loss is not None:
                 parts.insert(2, f"validation loss {val_loss:.4f}")
-            self._write(", ".join(parts) + "\n")
+            self._write(", ".join([*parts, *more]) + "\n")
 
     def _is_time_to_draw(self) -> bool:
         return time.monotonic() - self._written >= _SECONDS_BETWEEN_DRAWINGS
@@ -110,6 +125,22 @@ def fitting(parts: Sequence[str], columns: int) -> str:
             return text
     short = [part.rpartition(" ")[2] for part in parts[:2]]
     return next((t for t in (" ".join(short), short[-1]) if len(t) <= columns), "")
+
+
+def _more(memory_bytes: int | None, flops_share: float | None) -> list[str]:
+    """Memory and utilization, where they are known."""
+    memory = [] if memory_bytes is None else [f"{memory_bytes / 2**20:,.0f} MiB"]
+    return memory + ([] if flops_share is None else [f"MFU {100 * flops_share:.0f} %"])
+
+
+def _with_bar(parts: Sequence[str], share: float, columns: int) -> str:
+    """The parts behind a bar, where the terminal shows its characters and has room for it."""
+    text = fitting(parts, columns)
+    encoding = (getattr(sys.stderr, "encoding", None) or "").lower().replace("-", "")
+    if encoding != "utf8" or len(text) + _BAR + 2 > columns:
+        return text
+    bar = tqdm.format_meter(share, 1, 0, ncols=_BAR, bar_format="{bar}")
+    return f"{bar}  {text}"
 
 
 def _is_round(step: int) -> bool:

@@ -6,7 +6,8 @@ v <- beta2 v + (1 - beta2) g^2
 p <- p - lr weight_decay p - lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 
 Only 2-D weights decay. Both changes are summed before p changes, so that a decay too small for
-1 - lr weight_decay in float32 is not lost.
+1 - lr weight_decay in float32 is not lost. A grad_scale of 0 leaves p, m and v as they are,
+whatever the gradients hold: the step is left out.
 """
 
 from collections.abc import Sequence
@@ -77,7 +78,12 @@ def _updated(
     change = (lr / correction1).reshape(ones) * new_m / denominator
     if decay:
         change = change + (lr * weight_decay).reshape(ones) * p
-    return [p.assign(p - change), m.assign(new_m), v.assign(new_v)]
+    counts = (scale != 0).reshape(ones)
+    return [
+        p.assign(counts.where(p - change, p)),
+        m.assign(counts.where(new_m, m)),
+        v.assign(counts.where(new_v, v)),
+    ]
 
 
 def _adamw_cpu(parameters: Sequence[Parameter], scalars: Tensor) -> list[Tensor]:

@@ -46,10 +46,9 @@ def tracking() -> bool:
 
 
 @contextmanager
-def tracked(
-    noted_by: Callable[[Callable[..., Any]], AbstractContextManager[None]],
-) -> Iterator[None]:
-    """Note lines of what is built within; `noted_by` makes tinygrad's notes by a function."""
+def tracked(noted_by: Callable[..., AbstractContextManager[None]]) -> Iterator[None]:
+    """Note lines of what is built within; `noted_by` is that of patches/recording.py, which imports
+    what imports this file."""
     global _tracking
     _tracking += 1
     try:

@@ -1,4 +1,4 @@
-"""When each kernel of a captured step ran, recorded while runtime/recording.py is on.
+"""When each kernel of a captured step ran, recorded while recording.py is on and only then.
 
 A step that is captured meanwhile measures its kernels at each call:
 
@@ -92,19 +92,12 @@ def recorder() -> Recorder | None:
 
 @contextmanager
 def collecting() -> Iterator[Recorder]:
-    """Steps that are captured within note when their kernels run."""
+    """Steps that are captured within note their runs in the recorder that this gives."""
     _recorders.append(Recorder())
     try:
         yield _recorders[-1]
     finally:
         _recorders.pop()
-
-
-def graph_of(device: str) -> Any:
-    """What runs the batches of a step on a device; None for those whose own graphs measure."""
-    if device in ("CPU", "CL"):
-        return None
-    return EventGraph if device == "CUDA" else WaitingGraph
 
 
 def kernels_of(graph: GraphRunner) -> tuple[Kernel, ...]:

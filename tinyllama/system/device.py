@@ -58,6 +58,11 @@ class DeviceChoice:
         )
 
 
+def variable(name: str) -> str | None:
+    """A setting of another program in the environment; None where it is not set, or empty."""
+    return os.environ.get(name) or None
+
+
 def requested(environ: Mapping[str, str]) -> tuple[tuple[str, ...], str]:
     """Candidates in order of preference, and the reason for them, from the environment.
 

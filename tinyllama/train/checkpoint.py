@@ -217,6 +217,7 @@ class _State(msgspec.Struct):
     best: _Best | None = None
     warmup_steps: _STEPS | None = None
     was_last: bool = False
+    watching: dict[str, Any] | None = None
 
 
 def read_state(folder: str | os.PathLike[str]) -> dict[str, Any]:

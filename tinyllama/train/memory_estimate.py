@@ -26,7 +26,6 @@ from tinyllama.model.counts import (
 from tinyllama.model.layers import named_tensors
 from tinyllama.model.llama import Llama
 from tinyllama.model.lora import dropout_on
-from tinyllama.ops.adamw import SCALARS
 from tinyllama.runtime.plan import plan
 from tinyllama.system import memory
 from tinyllama.train.gradients import StagedLoss
@@ -109,7 +108,8 @@ def blank_step(config: Config) -> TrainStep:
     """The training step of a configuration; model and optimizer hold no memory yet."""
     model, trained, _ = build_blank(config)
     optimizer = AdamW(trained, config.training, blank=True)
-    return TrainStep(model, optimizer, config.training.accumulation_steps, loss=loss_of(config))
+    steps, guarded = config.training.accumulation_steps, config.observe.guards_updates
+    return TrainStep(model, optimizer, steps, loss=loss_of(config), guarded=guarded)
 
 
 def estimate_memory(config: Config, step: TrainStep | None = None) -> MemoryEstimate:
@@ -122,7 +122,7 @@ def estimate_memory(config: Config, step: TrainStep | None = None) -> MemoryEsti
     step = step or blank_step(config)
     model, optimizer = step.staged.model, step.optimizer
     batch = blank_batch(config)
-    hyperparameters = Tensor.empty(len(SCALARS))
+    hyperparameters = Tensor.empty(step.hyperparameter_count)
     with dropout_on(model), model.noise.on() if model.noise else nullcontext():
         # As in training, and not in validation.
         plans = step.plans(*batch, hyperparameters=hyperparameters)

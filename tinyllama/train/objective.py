@@ -162,6 +162,10 @@ class WithOdds:
         """See Layout."""
         return self.pairs.odds_batch(rows, batch_size)
 
+    def documents(self, rows: Int64) -> Int64:
+        """See Layout."""
+        return self.pairs.documents(rows)
+
     def notices(self) -> list[str]:
         """See Layout."""
         return self.pairs.notices()
@@ -184,6 +188,10 @@ class WithReference:
         known = np.zeros(2 * batch_size, np.float32)
         known[: 2 * len(rows)] = self.reference.arrays["reference"][rows].reshape(-1)
         return ReferencedBatch(*self.pairs.batch(rows, batch_size), known)
+
+    def documents(self, rows: Int64) -> Int64:
+        """See Layout."""
+        return self.pairs.documents(rows)
 
     def notices(self) -> list[str]:
         """See Layout."""
@@ -237,6 +245,10 @@ class WithTeacher:
         return TeacherBatch(
             tokens, targets, starts, ids.astype(np.int32), logits.astype(np.float32)
         )
+
+    def documents(self, rows: Int64) -> Int64:
+        """See Layout."""
+        return self.text.documents(rows)
 
     def notices(self) -> list[str]:
         """See Layout."""

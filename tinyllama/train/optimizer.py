@@ -3,9 +3,11 @@
 grad = (sum of gradients) / (trained tokens)            divided once, here
 clip = min(1, grad_clip / (||grad|| + 1e-6))             as torch.nn.utils.clip_grad_norm_
 AdamW on clip * grad, decay on 2-D weights only          (ops/adamw.py)
+
+A guarded step is left out, by a grad_scale of 0, where the loss or the norm is above a limit.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from tinygrad import Tensor
@@ -31,8 +33,11 @@ class AdamW:
         if not blank:
             zero_in_background(self.state_dict().values())
 
-    def hyperparameters(self, step: int, lr: float, trained_tokens: int) -> np.ndarray:
-        """What `update` reads, for step 1, 2, ...: float32 in the order of SCALARS.
+    def hyperparameters(
+        self, step: int, lr: float, trained_tokens: int, limits: Sequence[float] = ()
+    ) -> np.ndarray:
+        """What `update` reads, for step 1, 2, ...: float32 in the order of SCALARS, then the
+        limits of a guarded step, if it is one: the largest summed loss and norm.
 
         grad_scale is 1 / trained_tokens; `update` multiplies the clipping into it.
         """
@@ -49,10 +54,13 @@ class AdamW:
             "bias_correction2": 1 - beta2**step,
             "grad_scale": 1 / trained_tokens,
         }
-        return np.array([values[name] for name in SCALARS], np.float32)
+        return np.array([*(values[name] for name in SCALARS), *limits], np.float32)
 
-    def update(self, grads: Mapping[str, Tensor], hyperparameters: Tensor) -> Tensor:
-        """One step from summed gradients, in place.
+    def update(
+        self, grads: Mapping[str, Tensor], hyperparameters: Tensor, guard: Tensor | None = None
+    ) -> Tensor:
+        """One step from summed gradients, in place. It is left out where `guard`, the summed loss
+        (1,), or the norm is not at most its limit; a NaN is not.
 
         Returns the norm of the mean gradient before clipping, (1,) float32.
         """
@@ -60,7 +68,7 @@ class AdamW:
         for group in groups:
             squares = self._add_squares(squares, [parameter.grad for parameter in group])
         assert squares is not None, "there is nothing to train"
-        norm, scalars = self._scale(squares, hyperparameters)
+        norm, scalars = self._scale(squares, hyperparameters, guard)
         for group in groups:
             self._step(group, scalars)
         return norm
@@ -81,15 +89,23 @@ class AdamW:
         known = grads if total is None else [total, *grads]
         return self.stages["norm"](known, lambda: [add_square_sum(total, grads)])[0]
 
-    def _scale(self, squares: Tensor, hyperparameters: Tensor) -> tuple[Tensor, Tensor]:
+    def _scale(
+        self, squares: Tensor, hyperparameters: Tensor, guard: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        last = len(SCALARS) - 1
+
         def build() -> list[Tensor]:
-            scale = hyperparameters[-1:]
+            scale = hyperparameters[last : last + 1]
             norm = (squares.sum().sqrt().reshape(1) * scale).contiguous()
             if self.config.grad_clip:
                 scale = scale * (self.config.grad_clip / (norm + 1e-6)).minimum(1.0)
-            return [norm, hyperparameters[:-1].cat(scale).contiguous()]
+            if guard is not None:
+                most_loss, most_norm = hyperparameters[-2:-1], hyperparameters[-1:]
+                scale = ((guard <= most_loss) & (norm <= most_norm)).where(scale, 0)
+            return [norm, hyperparameters[:last].cat(scale).contiguous()]
 
-        norm, scalars = self.stages["norm"]([squares, hyperparameters], build, "scale")
+        known = [squares, hyperparameters] if guard is None else [squares, hyperparameters, guard]
+        norm, scalars = self.stages["norm"](known, build, ("scale", len(known)))
         return norm, scalars
 
     def _step(self, group: list[Parameter], scalars: Tensor) -> None:

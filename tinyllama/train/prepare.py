@@ -135,6 +135,10 @@ _FREE_OF_NUMBERS = (
     "data.replace_tokenizer",
     "data.cache_dir",
     "data.val_fraction",
+    "observe.otlp_",
+    "observe.update_ratio_every",
+    "observe.trackers",
+    "observe.sample_",
 )
 _MICRO_BATCH, _BATCH = "training.micro_batch_size", "training.batch_size"
 

@@ -1,12 +1,15 @@
 """What a run keeps on disk: its folder, its resolved configuration, its checkpoints."""
 
+import json
+import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tinygrad import Tensor
+from tinygrad import Device, Tensor
 
 from tinyllama.config import Config
 from tinyllama.data.batches import Batches
@@ -21,6 +24,7 @@ from tinyllama.formats.safetensors import SafetensorsFile, write_safetensors
 from tinyllama.model.llama import Llama
 from tinyllama.model.lora import adapter_tensors, write_adapter
 from tinyllama.runtime.storage import read, write
+from tinyllama.system import device, processor
 from tinyllama.system.files import InUseError, atomic_write, held
 from tinyllama.tokenizers.tokenizer import Tokenizer, write_files
 from tinyllama.train.checkpoint import (
@@ -38,10 +42,12 @@ from tinyllama.train.checkpoint import (
 from tinyllama.train.manifest import Digests
 from tinyllama.train.optimizer import AdamW
 from tinyllama.train.schedule import Anchor
+from tinyllama.version import __version__
 
 __all__ = ["looks_whole", "read_state", "restore", "save", "step_name"]
 
 METRICS = "metrics.jsonl"
+MACHINE = "machine.json"
 OPTIMIZER = "optimizer.safetensors"
 
 
@@ -179,6 +185,21 @@ def check_holds_none(folder: Path) -> None:
 def write_config(folder: Path, config: Config) -> None:
     """Write config.toml: every option with the value that the run uses."""
     atomic_write(folder / "config.toml", config.to_toml().encode())
+
+
+def write_machine(folder: Path) -> None:
+    """Write machine.json: the device and processor that the run uses, and the libraries."""
+    machine = {
+        "device": Device.DEFAULT,
+        "processor": processor.processor_name(),
+        "threads": device.threads(),
+        "instruction_set": device.instruction_set() if Device.DEFAULT == "CPU" else "",
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "tinygrad": metadata.version("tinygrad"),
+        "tinyllama": __version__,
+    }
+    atomic_write(folder / MACHINE, f"{json.dumps(machine, indent=2)}\n".encode())
 
 
 def so_far(step: int, saved: Path | None) -> str:

@@ -14,10 +14,13 @@ from contextlib import AbstractContextManager, nullcontext
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import numpy as np
 from tinygrad import Tensor
 
 from tinyllama.data.batches import Rows
 from tinyllama.model.llama import Llama
+from tinyllama.observe.anomalies import Limits
+from tinyllama.ops.adamw import SCALARS
 from tinyllama.runtime.account import Account, account
 from tinyllama.runtime.capture import captured
 from tinyllama.runtime.plan import Plan, plan
@@ -27,15 +30,18 @@ from tinyllama.train.gradients import StagedLoss
 from tinyllama.train.losses import Loss
 from tinyllama.train.optimizer import AdamW
 
+NO_LIMITS = Limits()
+
 
 class StepResult(NamedTuple):
     """Of one step: mean loss in nats per token (or per pair), norm of the mean gradient, trained
-    tokens, and means of what else the loss measures, by name."""
+    tokens, means of what else the loss measures, by name, and whether the update was made."""
 
     loss: float
     grad_norm: float
     tokens: int
     measures: Mapping[str, float] = MappingProxyType({})
+    applied: bool = True
 
 
 class TrainStep:
@@ -48,12 +54,15 @@ class TrainStep:
         micro_batches: int,
         around: Callable[[int, int], AbstractContextManager[None]] = lambda *_: nullcontext(),
         loss: Loss | None = None,
+        *,
+        guarded: bool = False,
     ) -> None:
         """`around(step, micro_batch)` is entered for each pass forward and back (dropout); the loss
-        is cross entropy if none is given."""
+        is cross entropy if none is given. An update is left out if the step is `guarded` and its
+        loss or norm exceeds the limits."""
         self.optimizer, self.around = optimizer, around
         self.staged = StagedLoss(model, optimizer.parameters, loss)
-        self.micro_batches = micro_batches
+        self.micro_batches, self.guarded = micro_batches, guarded
         self._batch, self._numbers = Inputs(), Inputs()
         self._whole = captured(self._whole_step)
         self._accumulate = captured(self._accumulate_step)
@@ -67,12 +76,21 @@ class TrainStep:
         if micro_batches > 1:
             self._sums = {name: Tensor.empty(*p.shape) for name, p in optimizer.parameters.items()}
 
-    def __call__(self, batches: Sequence[Rows], step: int, lr: float) -> StepResult:
-        """Run optimizer step number `step` (1, 2, ...) on its micro-batches."""
+    def __call__(
+        self,
+        batches: Sequence[Rows],
+        step: int,
+        lr: float,
+        limits: Limits = NO_LIMITS,
+        left_out: int = 0,
+    ) -> StepResult:
+        """Run step number `step` (1, 2, ...) on its micro-batches. `limits` are those of a guarded
+        step, `left_out` the updates that were left out before."""
         assert len(batches) == self.micro_batches
         tokens = sum(int((b.targets >= 0).sum()) for b in batches)
         count = max(sum(map(self.staged.criterion.count, batches)), 1)
-        numbers = self.optimizer.hyperparameters(step, lr, count)
+        most = self._most(limits, count)
+        numbers = self.optimizer.hyperparameters(step - left_out, lr, count, most)
         (hyperparameters,) = self._numbers(numbers)
         if self.micro_batches == 1:
             with self.around(step, 0):
@@ -86,9 +104,22 @@ class TrainStep:
                     add(*self._batch(*batch))
             result = self._update(hyperparameters)
         summed_loss, *measured, norm = result.numpy().tolist()
+        applied = all(seen <= limit for seen, limit in zip((summed_loss, norm), most, strict=False))
         means = (value / count for value in measured)
         measures = dict(zip(self.staged.criterion.measures, means, strict=True))
-        return StepResult(summed_loss / count, norm, tokens, measures)
+        return StepResult(summed_loss / count, norm, tokens, measures, applied)
+
+    def _most(self, limits: Limits, count: int) -> tuple[float, ...]:
+        """The largest summed loss and norm, as the device has them; none without a guard."""
+        if not self.guarded:
+            return ()
+        most, largest = np.array([limits.loss * count, limits.grad_norm]), np.finfo(np.float32).max
+        return tuple(np.minimum(most, largest).astype(np.float32).tolist())
+
+    @property
+    def hyperparameter_count(self) -> int:
+        """How many numbers a step reads besides its batch."""
+        return len(SCALARS) + 2 * self.guarded
 
     def _for_rows(self, batch: Rows, graph: Any, function: Callable[..., Any]) -> Any:
         """The graph for rows of the batch's length: `graph` for the first length that is met."""
@@ -151,7 +182,9 @@ class TrainStep:
         return self._finish(self._summed_loss, self._sums, hyperparameters)
 
     def _finish(self, loss: Tensor, grads: Mapping[str, Tensor], hyperparameters: Tensor) -> Tensor:
-        norm = self.optimizer.update(grads, hyperparameters)
+        # `loss` goes on with what else is measured, which is no reason to leave an update out.
+        guard = loss[:1] if self.guarded else None
+        norm = self.optimizer.update(grads, hyperparameters, guard)
         return self._add_stage([loss, norm], lambda: [loss.cat(norm).contiguous()], "result")[0]
 
     def _clear_sums(self) -> None:

@@ -21,13 +21,17 @@ from typing import Any
 from tinyllama.config import Config
 from tinyllama.data.layout import Rows, trimmed
 from tinyllama.errors import CheckpointError, TrainingError
+from tinyllama.formats.models import open_model
+from tinyllama.formats.peft import AdapterFolder
 from tinyllama.model.build import build
-from tinyllama.model.counts import parameters
-from tinyllama.model.lora import dropping
+from tinyllama.model.counts import model_flops, parameters
+from tinyllama.model.lora import dropping, read_adapters
 from tinyllama.model.noise import noising
+from tinyllama.observe.ceiling import known_gflops
 from tinyllama.observe.metrics import MetricsLog
 from tinyllama.observe.progress import Progress
 from tinyllama.observe.trace import Tracing
+from tinyllama.observe.trackers import Trackers
 from tinyllama.runtime import precompile
 from tinyllama.system import lacking
 from tinyllama.system.files import make_folder
@@ -50,8 +54,10 @@ from tinyllama.train.prepare import (
     unused_rows,
     without_effect,
 )
+from tinyllama.train.samples import Samples, forget_after
 from tinyllama.train.schedule import Place, learning_rate, with_warmup_steps
-from tinyllama.train.step import TrainStep
+from tinyllama.train.step import StepResult, TrainStep
+from tinyllama.train.watching import MOST_ROLLBACKS, Watching, greatest, update_ratios
 
 
 @dataclass(frozen=True)
@@ -104,8 +110,9 @@ class Trainer:
         self.optimizer = AdamW(trained, t)
         around = noising(self.model.noise, t.seed, dropping(self.model, t.seed))
         self.train_step = TrainStep(
-            self.model, self.optimizer, t.accumulation_steps, around, loss_of(config)
-        )
+            self.model, self.optimizer, t.accumulation_steps, around, loss_of(config),
+            guarded=config.observe.guards_updates,
+        )  # fmt: skip
         if planned is not None:
             self.train_step.take_over(planned)
         self.evaluator = self.material.evaluator(config, self.model)
@@ -120,11 +127,17 @@ class Trainer:
         if (was := run_folder.batch_size(state)) not in (None, t.batch_size):
             self.anchor = place.anchor(was, self.schedule, self.anchor)
         self.best = Best(**state["best"]) if "best" in state else None
+        self.watching = Watching(config, self.batches, state.get("watching") or {})
+        self.samples = Samples(config, self.model, self.tokenizer)
+        self._rolled_back: dict[str, Any] | None = None  # for the next line of metrics
         # The metrics of a step whose validation was interrupted by a signal.
         self._unvalidated: dict[str, Any] | None = state.get("unvalidated")
         self._last_line: dict[str, Any] = {}  # of metrics
         self._traced_epoch = 0
         self._metrics: MetricsLog | None = None  # while the run goes on
+        self._tracked: Trackers | None = None
+        kept_as = "bfloat16" if t.dtype == "bfloat16" else "float32"
+        self._ceiling = known_gflops(kept_as) if show else None
         if state.get("was_last") and budget_seconds is not None:
             self.total_steps = self.step  # the budget was used up there
         self._resumed = self.saved = resume
@@ -151,8 +164,10 @@ class Trainer:
             stopping_on_signals(message if self.show else "", self._so_far) as stopping,
             Progress(self.step, self.show) as progress,
             self._open_metrics(stopping) as metrics,
+            closing(self._trackers(progress)) as self._tracked,
         ):
             precompile.show_waiting(progress.compiling)
+            self.watching.notice = progress.notice
             self._validate_first(metrics, progress, stopping)
             while not self._is_over() and not stopping():
                 self._traced_step(metrics, progress, begun, stopping)
@@ -193,6 +208,8 @@ class Trainer:
             for old, new in run_folder.go_back(self.folder, self._resumed, self.step):
                 print(f"{old} is of a later step: renamed to {new.name}", file=sys.stderr)
         run_folder.write_config(self.folder, self.config)
+        run_folder.write_machine(self.folder)
+        forget_after(self.folder, self.step)
 
     @contextmanager
     def _open_metrics(self, stopping: Callable[[], int]) -> Iterator[MetricsLog]:
@@ -214,7 +231,13 @@ class Trainer:
         if metrics.is_gone():
             self._find_folder_again(metrics)
         metrics.write(line)
+        if self._tracked is not None:
+            self._tracked.log(line)
         self._last_line = line
+
+    def _trackers(self, progress: Progress) -> Trackers:
+        values = {k: v for k, v in self.config.values().items() if v is not None}
+        return Trackers(self.config.observe.trackers, self.folder, values, progress.notice)
 
     def _find_folder_again(self, metrics: MetricsLog) -> None:
         """Go on where somebody removed metrics.jsonl, or the run's folder, while training."""
@@ -302,7 +325,9 @@ class Trainer:
         stopping: Callable[[], int],
     ) -> None:
         t = self.config.training
+        began, at = time.perf_counter(), self.batches.state()
         step, epoch = self.step + 1, self.batches.epoch + 1
+        left_out = self.watching.left_out
         with self.tracing.span("data"):
             batch = self.batches.next()
         lr = learning_rate(step, self.total_steps, t.learning_rate, self.schedule, self.anchor)
@@ -310,27 +335,131 @@ class Trainer:
         if not self.config.data.pack:
             parts = [trimmed(part) for part in parts]
         clock = time.perf_counter()
-        result = self.train_step(parts, step, lr)
+        guard = (self.watching.limits(), left_out) if self.config.observe.guards_updates else ()
+        result = self.train_step(parts, step, lr, *guard)
         seconds = time.perf_counter() - clock
         self.tracing.passes(step, clock, clock + seconds)
-        seen = {"loss": result.loss, "gradient norm": result.grad_norm, "learning rate": lr}
-        self._check_finite(step, seen)
+        if result.applied:
+            seen = {"loss": result.loss, "gradient norm": result.grad_norm, "learning rate": lr}
+            self._check_finite(step, seen)
+        line: dict[str, Any] = {"step": step} | _finite(loss=result.loss)
+        line |= _finite(**result.measures) | {"lr": lr}
+        line |= _finite(grad_norm=result.grad_norm)
+        line |= {"tokens_per_second": result.tokens / seconds}
+        line |= {"memory_bytes": memory_in_use_bytes(), "epoch": epoch}
+        line |= self._watched(line, result, seconds, clock - began)
+        if self._acts(line, metrics, at):
+            return
         self.step, self._followed = step, self.saved
         self._shorten(*begun)
-        line: dict[str, Any] = {"step": step, "loss": result.loss, **result.measures, "lr": lr}
-        line |= {"grad_norm": result.grad_norm, "tokens_per_second": result.tokens / seconds}
-        line |= {"memory_bytes": memory_in_use_bytes(), "epoch": epoch}
+        validates = self._validation_is_due(step, epoch)
         try:
-            if self._validation_is_due(step, epoch):
+            if validates:
                 line = self._validate(line, stopping)
         finally:
             self._write(metrics, line)
             self.tracing.metrics(line)
         self._save_best()
+        if self.samples.are_due(step, validates):
+            self.samples.write(self.folder, step)
         speed, val_loss = line["tokens_per_second"], line.get("val_loss")
-        progress.after_step(step, self.total_steps, result.loss, speed, val_loss)
+        progress.after_step(
+            step, self.total_steps, result.loss, speed, val_loss,
+            memory_bytes=line["memory_bytes"], flops_share=self._flops_share(seconds),
+        )  # fmt: skip
         if step % self.config.checkpointing.save_every == 0 and step < self.total_steps:
             self.save(run_folder.step_name(step))
+
+    def _flops_share(self, seconds: float) -> float | None:
+        """The share of the device's measured speed that a step reached; None where nobody measured
+        it (`tinyllama profile --out` does)."""
+        if self._ceiling is None:
+            return None
+        context = self.config.context_length
+        tokens = self.config.training.batch_size * context
+        flops = model_flops(self.config.model, tokens, context, self.config.lora)
+        return flops / seconds / (self._ceiling * 1e9)
+
+    def _watched(
+        self, line: dict[str, Any], result: StepResult, seconds: float, data_seconds: float
+    ) -> dict[str, Any]:
+        """What a step's line says besides its measurements: anomalies, and the layers' updates."""
+        step, every = line["step"], self.config.observe.update_ratio_every
+        found = self.watching.numbers(step, result)
+        slow = self.watching.machine.step(step, seconds, data_seconds, line["memory_bytes"])
+        more: dict[str, Any] = {}
+        if (found or (every and step % every == 0)) and result.applied:
+            ratios = update_ratios(self.optimizer, step - self.watching.left_out, line["lr"])
+            slow += self.watching.machine.layers(step, ratios)
+            more["update_ratios"] = ratios
+        layer = greatest(more.get("update_ratios", {}))
+        if entries := self.watching.record([*found, *slow], self.watching.action, layer):
+            more["anomalies"] = entries
+            self.tracing.event("anomaly", **{"tinyllama.series": entries[0]["series"]})
+        if self._rolled_back is not None:
+            more["rolled_back"], self._rolled_back = self._rolled_back, None
+        return more
+
+    def _acts(self, line: dict[str, Any], metrics: MetricsLog, at: dict[str, Any]) -> bool:
+        """Go back or stop where an anomaly of this step leads to that; `at` is the position in the
+        data before the step."""
+        wanted = {entry["action"] for entry in line.get("anomalies", ())}
+        if "rollback" in wanted:
+            return self._roll_back(line, metrics)
+        if "stop" in wanted:
+            self._stop_before(line, metrics, at)
+        return False
+
+    def _roll_back(self, line: dict[str, Any], metrics: MetricsLog) -> bool:
+        """Take weights, moments and step from the last checkpoint, and go on with the data that
+        follows; False where there is no checkpoint yet, so that the update is only left out."""
+        folder, step = self.saved, self._saved_step
+        if folder is None or not run_folder.looks_whole(folder):
+            return False
+        times = self.watching.rollbacks.get(str(step), 0) + 1
+        if times > MOST_ROLLBACKS:
+            raise TrainingError(
+                f"step {line['step']}: an anomaly again after going back to {folder} "
+                f"{MOST_ROLLBACKS} times, so training stops: it is not the text; a lower "
+                "training.learning_rate may help"
+            )
+        position = self.batches.state()
+        self._write(metrics, line)
+        if self.adapter is None:
+            self.model.read_weights(open_model(folder))
+        else:
+            read_adapters(self.model, AdapterFolder(folder))
+        run_folder.restore(folder, self.optimizer, self.batches)
+        self.batches.restore(position)
+        state = run_folder.read_state(folder)
+        self.watching.rollbacks[str(step)] = times
+        self.watching.restore(state.get("watching") or {})
+        self.step = step
+        if self.budget_seconds is None:
+            self.planned_steps = self._place().total_steps(self.config.training.batch_size)
+            self.total_steps = self.planned_steps
+        metrics.go_back(step + 1)
+        forget_after(self.folder, step)
+        why = [entry for entry in line["anomalies"] if entry["action"] == "rollback"]
+        self._rolled_back = {"from": line["step"], "to": step, "anomalies": why}
+        return True
+
+    def _stop_before(self, line: dict[str, Any], metrics: MetricsLog, at: dict[str, Any]) -> None:
+        """End the run at an anomaly, with a checkpoint of what came before it."""
+        self._write(metrics, line)
+        first = line["anomalies"][0]
+        if self.watching.left_out and first["kind"] == "spike":
+            self.watching.left_out -= 1
+            self.batches.restore(at)
+        else:
+            self.step = line["step"]
+        saved = self.save(run_folder.step_name(self.step)) if self.step else None
+        shown = f"{saved} holds what came before" if saved else "nothing was trained before"
+        raise TrainingError(
+            f"step {line['step']}: {first['series']} {first['value']}, the usual is "
+            f"{first['usual']}, so training stops as observe.on_anomaly says; {shown}. To go on "
+            'without that data: --resume --set observe.on_anomaly="skip"'
+        )
 
     def _validation_is_due(self, step: int, epoch: int) -> bool:
         """Whether the model is validated after `step`, which belonged to `epoch`."""
@@ -438,7 +567,7 @@ class Trainer:
         """What training_state.json holds."""
         parts = self.config.training.micro_batch
         state = {"step": self.step, "data": self.batches.state(), "micro_batch_size": parts}
-        state |= {"made_with": made_with(self.config)}
+        state |= {"made_with": made_with(self.config), "watching": self.watching.state()}
         if self.config.lr_schedule.warmup_ratio:
             state["warmup_steps"] = self.schedule.warmup_steps
         if self.best is not None:
@@ -449,6 +578,11 @@ class Trainer:
             return state
         was_last = self.step >= self.total_steps
         return state | {"unvalidated": self._unvalidated, "was_last": was_last}
+
+
+def _finite(**values: float) -> dict[str, float]:
+    """The values that are finite: JSON has no place for the others."""
+    return {name: value for name, value in values.items() if math.isfinite(value)}
 
 
 def _validated(result: Evaluation | PairEvaluation) -> dict[str, float]:

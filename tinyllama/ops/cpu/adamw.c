@@ -14,6 +14,7 @@
    bias_correction2 (1 - beta2^t), grad_scale]: on the device, so that a step is never recompiled.
    The corrections must be computed from the betas rounded to float32: 1 - 0.999f has a relative
    error of 1.3e-5, which only corrections with the same error cancel.
+   A grad_scale of 0 changes nothing: the step is left out, whatever the gradients hold.
    Macros: COUNT elements, NT, DECAY. Threads split the elements. */
 
 typedef struct {
@@ -36,6 +37,7 @@ INLINE void adamw_step(float *p, float *m, float *v, const float *g, const adamw
 
 void KERNEL(float *restrict p, float *restrict m, float *restrict v, const float *restrict g,
             const float *restrict scalars, int core_id) {
+  if (scalars[7] == 0) return;
   double lr = scalars[0], beta1 = scalars[1], beta2 = scalars[2], weight_decay = scalars[4];
   const adamw_factors factors = {
       .grad_scale = vset(scalars[7]),

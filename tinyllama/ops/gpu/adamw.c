@@ -6,6 +6,7 @@
 
    The two changes of p are added before p is changed, as cpu/adamw.c says. scalars = [lr, beta1,
    beta2, eps, weight_decay, bias_correction1, bias_correction2, grad_scale]. p, m and v are float32.
+   A grad_scale of 0 changes nothing: the step is left out, whatever the gradients hold.
    TENSORS(X) is X(i, its numbers, its first block, 1 if it decays) for each parameter; a block has
    ROUNDS vectors per thread of one.
    Macros: TENSORS, ROUNDS. */
@@ -29,7 +30,7 @@ KERNEL_BEGIN(TENSORS(STATE) TENSORS(GRADIENT) GLOBAL const float *scalars)
   UNROLL
   for (int i = 0; i < ROUNDS; i++) {
     const long at = (bx - first) * PER_BLOCK + (i * THREADS + tid) * VEC;
-    if (at < count) {
+    if (at < count && scale != 0) {
       float parameter[VEC], mean[VEC], square[VEC], gradient[VEC];
       LOAD(0, parameter, p + at);
       LOAD(0, mean, m + at);

@@ -1,0 +1,220 @@
+"""A run's folder, read for people: columns of numbers, anomalies, checkpoints, samples.
+
+    metrics.jsonl    one line per step              config.toml     what the run was made with
+    machine.json     where it ran                   samples.jsonl   what it wrote on the way
+    profile.json     where a step's time goes       step-*, final   its checkpoints
+
+Everything but metrics.jsonl may be missing. What comes from a file is checked before it is used.
+"""
+
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from tinyllama.errors import CheckpointError, reason
+from tinyllama.observe.metrics import read_metrics
+from tinyllama.system.files import read_file
+from tinyllama.system.untrusted import read_json_file
+from tinyllama.train.checkpoint import list_checkpoints, read_state
+from tinyllama.train.run_folder import MACHINE, METRICS
+from tinyllama.train.samples import Sample, read_samples
+
+PROFILE = "profile.json"
+_MOST_CONFIG_BYTES = 1 << 20
+_COLUMNS = ("loss", "val_loss", "lr", "grad_norm", "tokens_per_second", "memory_bytes")
+_MOST_LAYERS = 512
+_MOST_NUMBER = 1e30
+Column = npt.NDArray[np.float64]
+
+
+class Note(msgspec.Struct):
+    """An anomaly as metrics.jsonl holds it, with its step."""
+
+    kind: str
+    series: str
+    action: str
+    value: float | None = None
+    usual: float | None = None
+    documents: list[str] = []
+    layer: str | None = None
+    step: int = 0
+
+
+class RolledBack(msgspec.Struct, rename={"origin": "from", "target": "to"}):
+    """That the run went back, and why."""
+
+    origin: int
+    target: int
+    anomalies: list[Note] = []
+
+
+class _Watched(msgspec.Struct):
+    """What a line of metrics.jsonl says besides numbers."""
+
+    anomalies: list[Note] = []
+    update_ratios: dict[str, float] = {}
+    rolled_back: RolledBack | None = None
+
+
+@dataclass
+class Run:
+    """What a run's folder says; `columns` hold NaN where a step has no value."""
+
+    path: Path
+    name: str
+    columns: dict[str, Column]
+    anomalies: list[Note] = field(default_factory=list)
+    rollbacks: list[RolledBack] = field(default_factory=list)
+    checkpoints: list[tuple[int, str]] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
+    config: dict[str, Any] = field(default_factory=dict)
+    machine: dict[str, Any] = field(default_factory=dict)
+    profile: dict[str, Any] | None = None
+
+    @property
+    def steps(self) -> Column:
+        """The step of each line."""
+        return self.columns["step"]
+
+    @property
+    def layers(self) -> list[str]:
+        """The layers whose update-to-weight ratio was measured."""
+        return [name.removeprefix("ratio ") for name in self.columns if name.startswith("ratio ")]
+
+
+def read_run(path: Path) -> Run:
+    """Read the folder of a run. Raises CheckpointError where it is none."""
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such folder")
+    try:
+        rows = read_metrics(path / METRICS)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path / METRICS}: no such file: name a run's folder") from None
+    if not rows:
+        raise CheckpointError(f"{path / METRICS}: holds no step")
+    config = _config(path / "config.toml")
+    columns = _columns(rows, config)
+    anomalies, rollbacks = _watched(rows, columns, path / METRICS)
+    return Run(
+        path,
+        path.name or str(path),
+        columns,
+        anomalies,
+        rollbacks,
+        _checkpoints(path),
+        read_samples(path),
+        config,
+        _object(path / MACHINE),
+        _object(path / PROFILE) or None,
+    )
+
+
+def named_apart(runs: Sequence[Run]) -> list[Run]:
+    """The runs, with as much of their paths in their names as tells them apart."""
+    for length in range(1, 1 + max(len(run.path.absolute().parts) for run in runs)):
+        names = [str(Path(*run.path.absolute().parts[-length:])) for run in runs]
+        if len(set(names)) == len(names):
+            break
+    for number, (run, name) in enumerate(zip(runs, names, strict=True)):
+        run.name = name if names.count(name) == 1 else f"{name} ({number + 1})"
+    return list(runs)
+
+
+def _columns(rows: Sequence[dict[str, Any]], config: dict[str, Any]) -> dict[str, Column]:
+    columns = {"step": np.array([row["step"] for row in rows], np.float64)}
+    for name in _COLUMNS:
+        columns[name] = np.array([_number(row.get(name)) for row in rows], np.float64)
+    batch, context = (_size(config.get(key)) for key in ("training.batch_size", "context"))
+    per_step = float(batch * context)
+    columns["tokens"] = columns["step"] * per_step
+    speed = columns["tokens_per_second"]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        seconds = np.where(speed > 0, per_step / speed, 0.0)
+    columns["step_seconds"] = seconds
+    columns["seconds"] = np.cumsum(np.nan_to_num(seconds))
+    return columns
+
+
+def _number(value: object) -> float:
+    """The value as a column holds it: NaN where it is no number, or none that a float can be."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return np.nan
+    return float(value) if abs(value) < _MOST_NUMBER else np.nan
+
+
+def _size(value: object) -> int:
+    """A batch or context size; 1 where there is none that makes sense."""
+    is_size = isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 31
+    return value if is_size else 1  # type: ignore[return-value]
+
+
+def _watched(
+    rows: Sequence[dict[str, Any]], columns: dict[str, Column], path: Path
+) -> tuple[list[Note], list[RolledBack]]:
+    """Anomalies and rollbacks of the lines; the layers' ratios become columns."""
+    anomalies: list[Note] = []
+    rollbacks: list[RolledBack] = []
+    for index, row in enumerate(rows):
+        if not {"anomalies", "update_ratios", "rolled_back"} & row.keys():
+            continue
+        try:
+            line = msgspec.convert(row, _Watched)
+        except msgspec.ValidationError as error:
+            raise CheckpointError(
+                f"{path}: not a metrics file: step {row['step']}: {error}"
+            ) from None
+        for note in line.anomalies:
+            note.step = row["step"]
+            anomalies.append(note)
+        if len(line.update_ratios) > _MOST_LAYERS:
+            raise CheckpointError(f"{path}: step {row['step']}: more than {_MOST_LAYERS} layers")
+        for layer, ratio in line.update_ratios.items():
+            if f"ratio {layer}" not in columns and len(columns) > _MOST_LAYERS:
+                continue
+            empty = np.full(len(rows), np.nan)
+            columns.setdefault(f"ratio {layer}", empty)[index] = ratio
+        if line.rolled_back is not None:
+            rollbacks.append(line.rolled_back)
+    return anomalies, rollbacks
+
+
+def _checkpoints(folder: Path) -> list[tuple[int, str]]:
+    """Step and name of the checkpoints that are there."""
+    found = []
+    for path in list_checkpoints(folder):
+        try:
+            found.append((int(read_state(path)["step"]), path.name))
+        except (CheckpointError, OSError):  # damaged: other commands say so
+            continue
+    return found
+
+
+def _config(path: Path) -> dict[str, Any]:
+    """The options of config.toml by their dotted keys, and `context`, the tokens of a row."""
+    if not path.is_file():
+        return {}
+    try:
+        sections = tomllib.loads(read_file(path, _MOST_CONFIG_BYTES).decode())
+    except (OSError, ValueError) as error:
+        why = reason(error) if isinstance(error, OSError) else str(error)
+        raise CheckpointError(f"{path}: cannot be read: {why}") from None
+    flat = {
+        f"{section}.{key}": value
+        for section, options in sections.items()
+        if isinstance(options, dict)
+        for key, value in options.items()
+    }
+    return flat | {"context": flat.get("data.context_length", flat.get("model.max_seq_len", 0))}
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; an empty one without a file."""
+    if not path.is_file():
+        return {}
+    return read_json_file(path, dict[str, Any], CheckpointError)
