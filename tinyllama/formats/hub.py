@@ -104,6 +104,10 @@ def fetch_data(text: str, suffixes: Sequence[str]) -> list[Path]:
             )
             names = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
         else:
+            # Asked once first: listing tries five times for 23 s where there is no network.
+            from huggingface_hub.utils import get_session
+
+            get_session().head(hub.constants.ENDPOINT, timeout=10)
             names = hub.list_repo_files(repository, repo_type="dataset", revision=revision)
         wanted = _data_files(names, suffixes, part)
         if not wanted:
@@ -232,3 +236,14 @@ def _in_one_line(text: str, hub: Any, kind: str = "model") -> Iterator[None]:
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise WeightsError(f"{text}: cannot be fetched: {printable(lines[0])}") from error
+    except Exception as error:
+        if not _is_of_http(error):
+            raise
+        raise WeightsError(
+            f"{where} no connection to {hub.constants.ENDPOINT}: {printable(error)}"
+        ) from error
+
+
+def _is_of_http(error: Exception) -> bool:
+    """Whether the library for HTTP that this version of huggingface_hub uses raised it."""
+    return type(error).__module__.partition(".")[0].startswith(("httpx", "requests"))
