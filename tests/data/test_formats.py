@@ -303,7 +303,7 @@ def test_tokens_of_earlier_versions_count(tokenizer: Tokenizer) -> None:
     seen: list[object] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(corpus.msgspec.json, "encode", lambda value: seen.append(value) or b"")
-        corpus._make_key(["1", "2"], sources, tokenizer, as_text=False)
+        corpus._make_key(["1", "2"], sources, tokenizer)
     assert seen == [[1, tokenizer.fingerprint, [(False, "1"), (True, "2")]]]
     assert tokenizer.ids_version == 1  # 2: of a normalizer whose long texts had other ids
 

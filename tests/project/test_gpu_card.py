@@ -43,9 +43,9 @@ def test_whole_steps_are_run_timed_and_compared(tmp_path: Path) -> None:
     assert {line["stage"] for line in lines} == set(stages.split(","))
     for line in lines:
         if line["stage"] == "step":
-            assert line["kernels_per_step"] > 50 and line["tokens_per_second"] > 0
+            assert line["kernels_per_step"] > 30 and line["tokens_per_second"] > 0
         if line["stage"] == "profile":
-            assert line["kernels"] > 50 and line["slowest"]
+            assert line["kernels"] > 30 and line["slowest"]
     assert "profile bfloat16: " in printed and "step bfloat16 warm" in printed
 
 

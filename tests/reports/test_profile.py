@@ -85,7 +85,7 @@ def test_products_name_the_line_of_their_layer_forward_and_back(trained, project
 
 
 def test_attention_and_norms_name_their_lines(trained):
-    line = line_of(llama.Attention.__call__, "attention(q, k, v, starts)")
+    line = line_of(llama.Attention.__call__, "attention(*self.project(x), starts, (cos, sin))")
     assert with_source(trained, line, "attention_forward")
     assert with_source(trained, line, "attention_backward", backward=True)
     norm = line_of(llama.Block.__call__, "self.input_layernorm(x)")

@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 from tinyllama.cli.arguments import path
-from tinyllama.cli.shared import model_folder, verify_model
+from tinyllama.cli.shared import model_folder, select_device, verify_model
 
 TARGETS = ("hf", "gguf", "mlx")
 DTYPES = ("float32", "float16", "bfloat16", "q8_0", "q4_0")
@@ -71,6 +71,7 @@ def run(options: argparse.Namespace) -> None:
     from tinyllama.convert.export import KINDS, Job, export
 
     out: Path = options.out
+    select_device(None)  # before tinygrad chooses one, by its own reading of the environment
     source = model_folder(options.source)
     verify_model(source, options.base, remembered=False)
     done = export(
