@@ -63,8 +63,3 @@ def test_kernels_are_compiled_side_by_side(tmp_path: Path) -> None:
     assert [done for done, total in shown if done == total]
     again, shown = captured(tmp_path / "kernels")
     assert (again, shown) == ([], [])  # everything is in the cache
-
-
-def test_without_the_patch_tinygrad_compiles_the_last_kernels_itself(tmp_path: Path) -> None:
-    threads, _ = captured(tmp_path / "kernels", TINYLLAMA_PATCHES_OFF="parallel_compilers")
-    assert "MainThread" in threads
