@@ -47,7 +47,9 @@ def test_training_as_a_module_prints_the_device_first_and_the_checkpoint_last(tm
     assert lines[-2] == "125,248 parameters, 2 steps of 12 x 48 tokens, float32"
     loss = metrics(run)[2]["loss"]
     assert lines[-1] == f"finished: step 2, saved {run}/final; loss {loss:.4f}"
-    assert re.search(rf"^step 2/2, loss {loss:.4f}, \d+ tok/s, 0:00 left$", err, re.MULTILINE)
+    assert re.search(
+        rf"^step 2/2, loss {loss:.4f}, \d+ tok/s, 0:00 left, \d+ MiB", err, re.MULTILINE
+    )
     assert list(metrics(run)) == [1, 2] and names(run) == ["final"]
 
 

@@ -132,6 +132,7 @@ def test_adapters_without_a_vocabulary_are_merged(base, tmp_path):
     opened = SafetensorsFile(file)
     tensors = {name: opened.float32(name).copy() for name in opened.names}
     write_safetensors(file, tensors, {"format": "pt"})
+    (final / "manifest.json").unlink()  # whose sums are those of the file before
     other_tokenizer(tmp_path)
     shutil.copy(tmp_path / "other" / MODEL_FILE, base / MODEL_FILE)
     assert merge(base, [(final, 1.0)], tmp_path / "merged").changed == 4

@@ -95,7 +95,7 @@ def test_a_batch_without_any_target_has_no_loss_and_no_gradient():
     run = Run()
     batch = random_batch(SQUARE)
     run.train([Batch(batch.tokens, np.full_like(batch.targets, -1), batch.starts)])
-    assert run.results == [(0.0, 0.0, 0, True)]
+    assert run.results == [(0.0, 0.0, 0, {}, True)]
     for name, value in random_weights(SQUARE).items():
         found = run.state()[name]
         decayed = value * (1 - 0.01 * 0.1) if value.ndim == 2 else value
