@@ -45,8 +45,8 @@ def is_read(path: Path) -> bool:
 
 
 def detect(path: Path, head: bytes, shown: Path | None = None) -> Format:
-    """The format of a file that begins with `head` (HEAD_BYTES or the whole file). `shown` is its
-    name in errors, if that is another one.
+    """The format of a file that begins with `head` (HEAD_BYTES or the whole file). Errors
+    name it as `shown` where that is given.
 
     Raises DataError for one that must be decompressed or converted first.
     """

@@ -133,7 +133,7 @@ def _run(config: Config, shape: tuple[int, int]) -> None:
 def write(folder: Path, show: Callable[[str], None]) -> None:
     """Measure every row and write BACKENDS.md and backends.json into `folder`.
 
-    A backend that does not answer here is left out, in a line that `show` gets.
+    A backend that does not work here is left out; `show` is called with a line that says so.
     """
     folder.mkdir(parents=True, exist_ok=True)
     found = []

@@ -400,7 +400,7 @@ def _profile(run: Run) -> str:
                 f"{_figure(operation.get('gb_per_second')):,.1f}",
             ]
         )
-    head = ["operation", "asked for by", "share", "calls", "ms", "GFLOPS", "GB/s"]
+    head = ["operation", "source", "share", "calls", "ms", "GFLOPS", "GB/s"]
     seconds = _figure(profile.get("step_seconds"))
     return card(
         f"Where a step's {1000 * seconds:.1f} ms go: {run.name}",

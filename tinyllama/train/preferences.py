@@ -10,6 +10,7 @@ twice: for the loss of each token, from which the loss of a pair follows, and th
 gradient, in which each token's loss counts by the derivative of that of its pair.
 """
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 from tinygrad import Tensor
@@ -22,16 +23,16 @@ PAIR_OBJECTIVES = ("dpo", "orpo")
 _LEAST = 1e-7  # of a mean loss: odds of a certain answer would be infinite
 
 
-class OfPairs:
+class OfPairs(ABC):
     """What losses of pairs share."""
 
     measures: tuple[str, ...] = ("accuracy", "margin", "reward_chosen", "reward_rejected")
     needs_reference = False
 
+    @abstractmethod
     def of_losses(self, losses: Tensor, targets: Tensor, *more: Tensor) -> tuple[Tensor, Tensor]:
         """From the loss of each token (B, T): the sums (1 + measures,), and the derivative of the
         first with respect to each token's loss (B, T)."""
-        raise NotImplementedError
 
     def gradients(
         self, hidden: Tensor, weight: Tensor, targets: Tensor, *more: Tensor, trains_weight: bool

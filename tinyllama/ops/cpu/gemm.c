@@ -97,7 +97,7 @@ INLINE void multiply_skinny(target t, float *scratch, a_ptr A, B_PARAMS, int cor
 enum { LINES = 4, PASS = 2 };
 
 /* C[m .. m + PASS, n .. n + LINES] as dot products along k; at an edge the last row is repeated. The
-   next rows of B are asked for early: the processor looks ahead in too few places by itself. */
+   next rows of B are prefetched: by itself the processor does so for too few streams at once. */
 INLINE void dot_products(target t, a_ptr A, b_ptr B, int m, int n, int n1) {
   b_ptr b[LINES];
   a_ptr a[PASS];
