@@ -21,9 +21,7 @@ damaged, or was put there by a stranger, is made again.
 
 import hashlib
 import os
-import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, compress
@@ -48,11 +46,11 @@ from tinyllama.data.files import (
     read_rows,
     unpacked,
 )
+from tinyllama.data.kept import opened
 from tinyllama.errors import DataError, reason
 from tinyllama.system import checked
 from tinyllama.system.files import (
     atomic_directory,
-    discard,
     make_folder,
     pieces_digest,
     remove_partials,
@@ -399,15 +397,7 @@ def _build(
 
 def _opened(folder: Path, tokenizer: Tokenizer) -> TokenDataset | None:
     """The dataset in `folder`; None if there is none, or a damaged one, which is removed."""
-    if not os.path.lexists(folder):
-        return None
-    try:
-        return _open(folder, tokenizer)
-    except DataError as error:
-        print(f"{error}; the text is tokenized again", file=sys.stderr)
-        with suppress(FileNotFoundError):  # another run removes it too
-            discard(folder)
-        return None
+    return opened(folder, lambda place: _open(place, tokenizer), "the text is tokenized again")
 
 
 def _open(folder: Path, tokenizer: Tokenizer) -> TokenDataset:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, NamedTuple
+from typing import Annotated, Any, BinaryIO, NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
@@ -41,6 +41,7 @@ class Kind(NamedTuple):
     below: int | None = None
 
 
+T = TypeVar("T")
 Kinds = Mapping[str, Kind]
 Arrays = Mapping[str, npt.NDArray[Any]]
 Writer = Callable[[str, npt.NDArray[Any]], None]
@@ -125,12 +126,18 @@ def _make(folder: Path, kinds: Kinds, make: Callable[[Writer], Mapping[str, int]
 
 def _opened(folder: Path, kinds: Kinds) -> Kept | None:
     """What is in `folder`; None if there is nothing, or something damaged, which is removed."""
+    return opened(folder, lambda place: _open(place, kinds), "it is computed again")
+
+
+def opened(folder: Path, open_folder: Callable[[Path], T], instead: str) -> T | None:
+    """What `open_folder` finds in a folder; None if there is nothing, or something damaged (a
+    DataError), which is removed after a line that says so, and `instead` what happens now."""
     if not os.path.lexists(folder):
         return None
     try:
-        return _open(folder, kinds)
+        return open_folder(folder)
     except DataError as error:
-        print(f"{error}; it is computed again", file=sys.stderr)
+        print(f"{error}; {instead}", file=sys.stderr)
         with suppress(FileNotFoundError):  # another run removes it too
             discard(folder)
         return None
