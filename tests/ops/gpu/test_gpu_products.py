@@ -46,7 +46,7 @@ def on_opencl() -> dict:
     return printed(gpu_products.__file__, DEV="CL", POCL_MAX_PTHREAD_COUNT="1")
 
 
-# Differs from the portable form by up to 0.10, and launches 11 kernels: why is not known (NOTES.md).
+# Differs from the portable form by up to 0.10 and launches 11 kernels: why is not known (NOTES.md)
 OPEN = "self-attention, bfloat16, grouped"
 OPEN_MARK = pytest.mark.xfail(reason="differs from the portable form", strict=False)
 CASES = [
