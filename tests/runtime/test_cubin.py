@@ -111,6 +111,26 @@ def test_the_backends_command_says_which_nvrtc_compiles(tmp_path: Path) -> None:
     assert line == f"CUDA    Fake card, sm_90, {found.line()} (renderer CUDA)"
 
 
+NAMED = """
+import os
+from tinyllama.system import device
+before = os.environ.get("NVRTC_PATH")
+print(device.select().line())
+print(os.environ.get("NVRTC_PATH") == before)
+"""
+
+
+def test_the_nvrtc_that_was_found_is_not_left_as_the_users_choice(tmp_path: Path) -> None:
+    """A process that is started later would take it for that."""
+    given = variables(tmp_path / "log", DEV="CUDA")
+    found = device.nvrtc_library()
+    assert found is not None
+    assert printed(NAMED, **given, NVRTC_PATH="").endswith("\nTrue\n")
+    line, kept = printed(NAMED, **given, NVRTC_PATH=found.path).splitlines()
+    assert " of NVRTC_PATH, " in line
+    assert kept == "True"
+
+
 def test_a_missing_nvrtc_is_one_line_that_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
