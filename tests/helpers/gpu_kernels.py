@@ -231,8 +231,8 @@ def together_errors(
 ) -> dict[str, float]:
     """Errors of several products that one launch computes (gemm.c), by the results' names.
 
-    what: sum2, sum3 (NN), batch2, batch3 of NT or TN, gated (NT), ungated (NN), or turned, three
-    products NT of which two are turned.
+    what: sum2, sum3 (NN), batch2, batch3 of NT or TN, gated (NT), ungated (NN), or turned2,
+    turned3, products NT of which all but the last are turned.
     """
     rng = np.random.default_rng(M * N + K)
 
@@ -262,16 +262,15 @@ def together_errors(
         factors = [a, b, *others]
         wanted = {f"c{i}": loaded(x).T @ loaded(b) for i, x in enumerate([a, *others])}
     else:  # NT batch, turned
-        layout, count = "NT", 3 if kind == "turned" else count
-        options = {"batch": count}
+        layout, options = "NT", {"batch": count}
         factors = [matrix(M, K), *(matrix(N, K) for _ in range(count))]
         wanted = {f"c{i}": loaded(factors[0]) @ loaded(b).T for i, b in enumerate(factors[1:])}
     if kind == "turned":
         head, length = more.pop("head"), 50
-        options["turned"] = Turned(head, length, 2)
+        options["turned"] = Turned(head, length, count - 1)
         angles = rng.uniform(-3, 3, (length, head // 2))
         factors += [np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)]
-        for name in ("c0", "c1"):
+        for name in [*wanted][:-1]:
             heads = np.resize(wanted[name], (1, M, N // head, head))
             turned = turned_back(heads, -np.resize(angles, (M, head // 2)))
             wanted[name] = turned.reshape(M, N)
@@ -417,7 +416,10 @@ PRODUCTS: dict[str, dict[str, Any]] = {
 TOGETHER: dict[str, dict[str, Any]] = {
     "a sum of two": {"what": "sum2", "M": 133, "N": 152, "K": 168, "dtype": "bfloat16"},
     "a sum of three": {"what": "sum3", "M": 70, "N": 68, "K": 36},
-    "three turned": {"what": "turned", "M": 133, "N": 192, "K": 72, "head": 32},
+    "three turned": {"what": "turned3", "M": 133, "N": 192, "K": 72, "head": 32},
+    "a narrow one turned": {
+        "what": "turned2", "M": 133, "N": 32, "K": 72, "head": 32, "dtype": "bfloat16",
+    },
     "three of one A": {"what": "NT batch3", "M": 37, "N": 150, "K": 168, "dtype": "bfloat16"},
     "two of one B, split": {"what": "TN batch2", "M": 136, "N": 152, "K": 171, "split": 3},
     "gate and up": {"what": "gated", "M": 133, "N": 150, "K": 72, "dtype": "bfloat16"},
