@@ -250,6 +250,8 @@ ROW_MUTANTS = {
     "adamw: the square without its correction": ("adamw: float32", "* root + eps", "+ eps"),
     "adamw: the tensor before": ("adamw: float32", "bx >= its_first", "bx > its_first"),
     "adamw: written past the end": ("adamw: bfloat16, odd", "if (at < count && ", "if ("),
+    "narrow: the tensor before": ("narrow: bfloat16", "bx >= its_first", "bx > its_first"),
+    "narrow: written past the end": ("narrow: float16, odd", "if (at < count) {", "{"),
     "squares: what parts held is forgotten": ("adamw: float32", "sum += parts[bx];", ""),
     "squares: blocks sum the same numbers": (
         "adamw: float32",

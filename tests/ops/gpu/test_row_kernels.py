@@ -19,6 +19,7 @@ from tinyllama.ops.gpu import (
     cross_entropy,
     embedding,
     few_rows,
+    narrow,
     rms_norm,
     rope,
     swiglu,
@@ -38,7 +39,7 @@ def test_a_kernel_equals_its_formula(dialect: str, name: str) -> None:
 # `make gpu-races` runs all of CASES as OpenCL; here one of each kernel, since pocl compiles slowly.
 ON_OPENCL = (
     "rms norm: odd rows", "cross entropy: bfloat16", "swiglu: float16, odd", "rope: float32",
-    "embedding: bfloat16", "adamw: float32", "attention delta: float32",
+    "embedding: bfloat16", "adamw: float32", "narrow: bfloat16", "attention delta: float32",
     "few rows: float16, odd", "few rows: 4 bits by 64", "few rows: 8 bits by 64, minimum",
     "cached attention: float32",
 )  # fmt: skip
@@ -102,6 +103,7 @@ def sizes_of_models() -> Iterator[tuple[str, Launch]]:
     yield "embedding's order", embedding.order("cuda", 8192, 32000)
     counts = [32000 * 768, *[768 * 768] * 63]
     yield "adamw", adamw.step("cuda", counts, [True] * 64)
+    yield "narrow", narrow.narrow("cuda", [768 * 768] * 96, "bfloat16")
     yield "squares", adamw.square_sum("cuda", counts, accumulate=True)
 
 
