@@ -12,7 +12,7 @@ import math
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,14 @@ def error(found: np.ndarray, wanted: np.ndarray) -> float:
     with np.errstate(invalid="ignore"):
         worst = np.abs(loaded(found) - wanted).max() / np.abs(wanted).max()
     return float(worst) if math.isfinite(worst) else math.inf
+
+
+def beyond(
+    found: Iterable[np.ndarray], wanted: Iterable[np.ndarray], allowed: float
+) -> dict[str, float]:
+    """Errors of results, by number, that exceed what is allowed."""
+    errors = {str(i): error(a, b) for i, (a, b) in enumerate(zip(found, wanted, strict=True))}
+    return {name: value for name, value in errors.items() if not value <= allowed}
 
 
 # ---- emulation ----

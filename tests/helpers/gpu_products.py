@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from unittest import mock
 
 import numpy as np
-from gpu_kernels import attention_formula, turned_back
+from gpu_kernels import attention_formula, beyond, turned_back
 from tinygrad import Tensor, dtypes
 from tinygrad.uop.ops import Ops
 
@@ -40,12 +40,6 @@ def array(tensor: Tensor) -> np.ndarray:
     return tensor.float().numpy().astype(np.float64)
 
 
-def errors(found: Sequence[np.ndarray], wanted: Sequence[np.ndarray]) -> list[float]:
-    return [
-        float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(found, wanted, strict=True)
-    ]
-
-
 def compared(
     function: Callable[..., Tensor],
     tensors: Sequence[Tensor],
@@ -66,9 +60,7 @@ def compared(
             calls[form] = kernels(all_of_it)
             results[form] = [array(t.contiguous()) for t in all_of_it]
     assert calls["portable"] == 0
-    dtype = tensors[0].dtype
-    found = errors(results["gpu"], results["portable"])
-    wrong = {str(i): e for i, e in enumerate(found) if not e <= ALLOWED[dtype]}
+    wrong = beyond(results["gpu"], results["portable"], ALLOWED[tensors[0].dtype])
     return wrong | {"kernels": calls["gpu"]}
 
 
@@ -117,8 +109,7 @@ def self_attention(dtype, H: int, KV: int, D: int, T: int = 37, width: int = 24)
         calls, found = kernels(results), [array(t.contiguous()) for t in results]
     rounded = [array(w.cast(dtype)) for w in weights]
     wanted = self_attention_formula(array(x), rounded, array(slope), starts, np.arctan2(sin, cos))
-    wrong = {str(i): e for i, e in enumerate(errors(found, wanted)) if not e <= ALLOWED[dtype]}
-    return wrong | {"kernels": calls}
+    return beyond(found, wanted, ALLOWED[dtype]) | {"kernels": calls}
 
 
 def small(rows: int, columns: int) -> Tensor:
@@ -156,7 +147,7 @@ def written_in_place() -> dict:
         split = any(len(u.shape) == 3 for u in parts.uop.toposort() if u.op is Ops.AFTER)
         found = [*map(array, (added, over, parts, there, other))]
     wanted += wanted[:2]  # in the same memory
-    wrong = {str(i): e for i, e in enumerate(errors(found, wanted)) if not e <= ALLOWED[F32]}
+    wrong = beyond(found, wanted, ALLOWED[F32])
     return wrong if split else wrong | {"split": 0}
 
 
@@ -176,8 +167,8 @@ def summed() -> dict:
         sums = sum(u.op is Ops.ADD and u.dtype == F32 for u in total.uop.toposort())
         found = array(total)
     wanted = sum(array(a) @ array(b) for a, b in pairs)
-    (error,) = errors([found], [wanted])
-    return {"error": error, "sums": sums} if error > ALLOWED[F32] or sums else {}
+    wrong = beyond([found], [wanted], ALLOWED[F32])
+    return wrong | {"sums": sums} if sums else wrong
 
 
 CASES: dict[str, Callable[[], dict]] = {

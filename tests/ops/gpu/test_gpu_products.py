@@ -2,18 +2,13 @@
 
 import collections
 import functools
-import json
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import gpu_products
 import pytest
-from opencl import needs_opencl
-from runs_helpers import ROOT, environment
+from opencl import needs_opencl, printed_on_opencl
+from runs_helpers import printed_json
 
-HELPERS = Path(gpu_products.__file__).parent
 # Kernels of ours for a value and its gradients; other sizes are left to the portable form.
 KERNELS = {
     "linear, float32, addend": 3,
@@ -35,18 +30,9 @@ KERNELS = {
 }
 
 
-def printed(*words: str, **variables: str) -> dict:
-    env = environment(PYTHONPATH=f"{ROOT}:{HELPERS}", **variables)
-    done = subprocess.run(
-        [sys.executable, *words], capture_output=True, text=True, env=env, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 @functools.cache
 def on_opencl() -> dict:
-    return printed(gpu_products.__file__, DEV="CL", POCL_MAX_PTHREAD_COUNT="1")
+    return printed_on_opencl("gpu_products.py")
 
 
 @needs_opencl
@@ -84,7 +70,7 @@ print(json.dumps([(p.arg.name, len(p.src), "#define ADDEND 1" in p.src[3].arg) f
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_the_products_and_attention_of_a_124m_step_are_kernels_of_ours(dtype: str) -> None:
     sizes = ("training.batch_size=8", "data.context_length=1024", f"training.dtype={dtype}")
-    programs = printed("-c", STEP, *sizes, DEV="NULL:CUDA:sm_90")
+    programs = printed_json("-c", STEP, *sizes, DEV="NULL:CUDA:sm_90")
     names = collections.Counter(re.sub(r"_\d+", "", name) for name, *_ in programs)
     layers, chunks = 12, 2  # of the head's rows
     # Two products with tiles of 128 in float32 take more registers than there are.
@@ -115,7 +101,7 @@ def test_the_products_and_attention_of_a_124m_step_are_kernels_of_ours(dtype: st
 def test_what_is_computed_again_for_the_gradient_shares_launches_too() -> None:
     sizes = ("training.batch_size=2", "data.context_length=256", "model.num_layers=2")
     recomputed = ("training.dtype=bfloat16", "training.checkpoint_activations=true")
-    programs = printed("-c", STEP, *sizes, *recomputed, DEV="NULL:CUDA:sm_90")
+    programs = printed_json("-c", STEP, *sizes, *recomputed, DEV="NULL:CUDA:sm_90")
     names = collections.Counter(re.sub(r"_\d+", "", name) for name, *_ in programs)
     forward, backward = ("gemm_nt_batch3", "gemm_nt_gated2"), ("gemm_nn_sum3", "gemm_tn_batch3")
     assert {name: names[name] for name in (*forward, *backward)} == {
