@@ -20,7 +20,7 @@ import numpy as np
 
 from tinyllama.ops.gpu.attention import attention
 from tinyllama.ops.gpu.gemm import Packed, Turned, product
-from tinyllama.runtime.blocks import Launch
+from tinyllama.runtime.blocks import Launch, Limits
 
 EMULATOR = Path(__file__).resolve().parents[1] / "ops" / "gpu"
 GUARD = 1 << 17  # bytes around an array that a kernel must not touch
@@ -289,6 +289,27 @@ def together_errors(
         factors[2:] = [loaded(x).astype(np.float32) for x in factors[2:]]
     run(replaced(launch, change), [*results, *factors])
     return {name: error(x.sum(0), wanted[name]) for name, x in zip(wanted, results, strict=True)}
+
+
+def noted(*cases: Callable[[Runner], object]) -> list[Launch]:
+    """The launches of these cases, which do not run."""
+    found: list[Launch] = []
+    for case in cases:
+        case(lambda launch, _: found.append(launch))
+    return found
+
+
+def launches(dialect: str) -> list[Launch]:
+    """Every launch of PRODUCTS, TOGETHER and ATTENTION; OpenCL grants 64 KB of local memory."""
+    limits = Limits(64 << 10) if dialect == "opencl" else None
+    return noted(
+        *(functools.partial(run_product, dialect=dialect, name=name) for name in PRODUCTS),
+        *(functools.partial(wrong_together, dialect=dialect, name=name) for name in TOGETHER),
+        *(
+            functools.partial(wrong_attention, dialect=dialect, name=name, limits=limits)
+            for name in ATTENTION
+        ),
+    )
 
 
 def replaced(launch: Launch, change: Callable[[str], str]) -> Launch:

@@ -1,13 +1,13 @@
 """The GPU kernels beside products and attention: as CUDA and Metal under emulation, as OpenCL for
 real, and compiled by NVIDIA's compiler."""
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterator
 
 import gpu_kernels
-import numpy as np
 import nvrtc
 import pytest
-from gpu_kernels import emulate
+from gpu_kernels import emulate, noted
 from gpu_rows import CASES, same
 from nvrtc import ARCHITECTURES, RESERVED
 from opencl import needs_opencl, on_opencl, opencl_takes
@@ -52,14 +52,8 @@ def test_on_opencl() -> None:
 
 def launches(dialect: str) -> list[Launch]:
     """Every launch of CASES."""
-    found: list[Launch] = []
-
-    def note(launch: Launch, arrays: Sequence[np.ndarray]) -> None:
-        found.append(launch)
-
-    for case in CASES.values():
-        case(note, dialect, same)
-    return found
+    cases = CASES.values()
+    return noted(*(functools.partial(case, dialect=dialect, change=same) for case in cases))
 
 
 def test_metals_front_end_takes_the_texts() -> None:
