@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tinyllama.data.conversations import OWN, Conversation, Encoder, Form
+from tinyllama.data.corpus import Part
 from tinyllama.data.files import (
     Source,
     content_digests,
@@ -143,10 +144,12 @@ def prepare_pairs(
     context_length: int,
     *,
     form: Form = OWN,
+    part: Part | None = None,
     progress: bool = True,
 ) -> PairDataset:
     """The pairs in the files that `patterns` name, as tokens in a folder of `cache_dir`. `form`
-    says how conversations become text.
+    says how conversations become text; `part` takes some of the rows, by their chosen answers, as
+    supervised training on the same file does.
 
     Raises DataError for rows that are no pairs, with file and line, and where no pair is left.
     """
@@ -155,12 +158,13 @@ def prepare_pairs(
     cache, form = Path(cache_dir), replace(form, pairs=True)
     files = [[s.format, d] for s, d in zip(sources, content_digests(sources, cache), strict=True)]
     way = [form.template, form.train_on, tokenizer.chat_template, *NAMED.values()]
+    way += [] if part is None else [part.fraction, part.rest]
     key = key_of("pairs", tokenizer.ids_version, tokenizer.fingerprint, files, way)
     kinds = {"tokens": Kind("uint32", 1, tokenizer.vocab_size), "trained": Kind("uint8", 1, 2)}
     kinds["places"] = Kind("int64", 5)
 
     def make(write: Writer) -> dict[str, int]:
-        return _tokenize(sources, Encoder(tokenizer, form), write, cache, progress)
+        return _tokenize(sources, Encoder(tokenizer, form), part, write, cache, progress)
 
     found = kept(cache, key, kinds, make)
     tokens, trained, places = (found.arrays[name] for name in kinds)
@@ -171,13 +175,19 @@ def prepare_pairs(
         tokenizer.eos_id, name, usable, context_length,
     )  # fmt: skip
     if not len(usable):
-        why = "; ".join(dataset.notices()) or f"{name}: it holds no rows"
+        none = f"{name}: it holds no rows" if part is None else part.leaves_nothing()
+        why = "; ".join(dataset.notices()) or none
         raise DataError(f"{name}: no pair to train on: {why}")
     return dataset
 
 
 def _tokenize(
-    sources: Sequence[Source], encode: Encoder, write: Writer, cache: Path, progress: bool
+    sources: Sequence[Source],
+    encode: Encoder,
+    part: Part | None,
+    write: Writer,
+    cache: Path,
+    progress: bool,
 ) -> dict[str, int]:
     for source in sources:
         if source.kind != "preference":
@@ -186,7 +196,9 @@ def _tokenize(
                 " has not"
             )
 
-    def both(row: list[Conversation]) -> list[Encoded]:
+    def both(row: list[Conversation]) -> list[Encoded] | None:
+        if part is not None and not part.holds(row[0].digest_bytes):
+            return None
         return [encode(conversation) for conversation in row]
 
     at = same = 0
@@ -195,7 +207,7 @@ def _tokenize(
         progress_bar(ready, "Tokenizing", progress) as bar,
     ):
         for chunk in (chunk for source in ready for chunk in cut(source)):
-            for pair in read_rows(chunk, both):
+            for pair in filter(None, read_rows(chunk, both)):
                 first = [_first_trained(one) for one in pair]
                 if pair[0].ids == pair[1].ids or min(first) < 0:
                     same += 1
