@@ -157,7 +157,7 @@ def prepare_pairs(
     name = patterns if isinstance(patterns, str) else ", ".join(patterns)
     cache, form = Path(cache_dir), replace(form, pairs=True)
     files = [[s.format, d] for s, d in zip(sources, content_digests(sources, cache), strict=True)]
-    way = [form.template, form.train_on, tokenizer.chat_template, *NAMED.values()]
+    way: list[object] = [form.template, form.train_on, tokenizer.chat_template, *NAMED.values()]
     way += [] if part is None else [part.fraction, part.rest]
     key = key_of("pairs", tokenizer.ids_version, tokenizer.fingerprint, files, way)
     kinds = {"tokens": Kind("uint32", 1, tokenizer.vocab_size), "trained": Kind("uint8", 1, 2)}
