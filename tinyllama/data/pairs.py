@@ -29,11 +29,12 @@ from tinyllama.data.files import (
 )
 from tinyllama.data.kept import Kind, Writer, kept, key_of
 from tinyllama.data.layout import Batch, Int32
+from tinyllama.data.spool import Spool
 from tinyllama.errors import DataError
 from tinyllama.tokenizers.templates import NAMED, Encoded
 from tinyllama.tokenizers.tokenizer import Tokenizer
 
-_BLOCK = 1 << 20  # pairs whose places are checked at once
+_BLOCK = 1 << 17  # pairs whose places are checked at once
 
 
 class OddsBatch(NamedTuple):
@@ -69,18 +70,13 @@ class PairDataset:
     eos_id: int
     name: str  # the patterns it was made from, for errors
     usable: npt.NDArray[np.int64]  # numbers of the pairs whose prompt leaves room for an answer
+    n_truncated: int  # usable pairs of which an answer is cut
     context_length: int
 
     @property
     def n_rows(self) -> int:
         """Pairs that are trained, each of which fills two rows of a batch."""
         return len(self.usable)
-
-    @property
-    def n_truncated(self) -> int:
-        """Usable pairs of which an answer is cut."""
-        longest = self.places[self.usable, 1:3].max(1)
-        return int((longest > self.context_length + 1).sum())
 
     def notices(self) -> list[str]:
         """What was left out or cut, a line for each."""
@@ -169,10 +165,10 @@ def prepare_pairs(
     found = kept(cache, key, kinds, make)
     tokens, trained, places = (found.arrays[name] for name in kinds)
     _check_places(found.folder, places, min(len(tokens), len(trained)))
-    usable = np.flatnonzero(places[:, 3:].max(1, initial=0) <= context_length)
+    usable, n_truncated = _usable(places, context_length, cache)
     dataset = PairDataset(
         found.folder, tokens, trained, places, found.notes.get("same", 0),
-        tokenizer.eos_id, name, usable, context_length,
+        tokenizer.eos_id, name, usable, n_truncated, context_length,
     )  # fmt: skip
     if not len(usable):
         none = f"{name}: it holds no rows" if part is None else part.leaves_nothing()
@@ -226,6 +222,20 @@ def _tokenize(
 def _first_trained(one: Encoded) -> int:
     """The number of the first trained token that another comes before; -1 if there is none."""
     return next((i for i, trained in enumerate(one.trained) if trained and i), -1)
+
+
+def _usable(
+    places: npt.NDArray[np.int64], context_length: int, cache: Path
+) -> tuple[npt.NDArray[np.int64], int]:
+    """The pairs whose prompt leaves room for an answer, and of how many an answer is cut."""
+    usable, n_truncated = Spool(cache, "int64"), 0
+    for first in range(0, len(places), _BLOCK):
+        block = places[first : first + _BLOCK]
+        leaves_room = block[:, 3:].max(1) <= context_length
+        is_long = block[:, 1:3].max(1) > context_length + 1
+        usable.append(first + np.flatnonzero(leaves_room))
+        n_truncated += int((leaves_room & is_long).sum())
+    return usable.array(), n_truncated
 
 
 def _check_places(folder: Path, places: npt.NDArray[np.int64], n_tokens: int) -> None:
