@@ -25,7 +25,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -40,6 +40,7 @@ from tinyllama.observe.metrics import read_metrics
 from tinyllama.system.files import atomic_write
 from tinyllama.system.processor import processor_name
 
+T = TypeVar("T")
 ROOT = Path(__file__).resolve().parents[1]
 ASK = "Write the docstring of this Python function.\n\n"
 HELD_OUT_EVERY = 8  # rows of train.jsonl; those between are for SFT
@@ -63,7 +64,7 @@ class Task:
         self.gguf: Path = (options.gguf or self.work / smollm2.BASE.name).resolve()
         self.sft_steps: int = options.sft_steps
         self.pairs: int = options.pairs
-        self.seconds: dict[str, float] = {}
+        self.test: int = options.test
 
     def file(self, name: str) -> Path:
         """A file or folder of the work folder."""
@@ -107,10 +108,9 @@ class Task:
             return
         docstrings.write_rows(Path(sysconfig.get_path("stdlib")), self.work)
         rows = [*map(conversation, self._read("train.jsonl"))]
-        chosen = rows[::HELD_OUT_EVERY]
         self._write("sft.jsonl", [row for n, row in enumerate(rows) if n % HELD_OUT_EVERY])
-        self._write("held_out.jsonl", chosen[:: max(1, len(chosen) // self.pairs)][: self.pairs])
-        self._write("test.jsonl", map(conversation, self._read("val.jsonl")))
+        self._write("held_out.jsonl", spread(rows[::HELD_OUT_EVERY], self.pairs))
+        self._write("test.jsonl", spread([*map(conversation, self._read("val.jsonl"))], self.test))
 
     def _train(self, name: str, base: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
         """A run, continued where it was stopped; the rows that hold its validations."""
@@ -168,6 +168,11 @@ class Task:
     def _write(self, name: str, rows: Iterable[Any]) -> None:
         text = "".join(json.dumps(row) + "\n" for row in rows)
         atomic_write(self.file(name), text.encode())
+
+
+def spread(rows: list[T], count: int) -> list[T]:
+    """So many of the rows, at equal distances."""
+    return [rows[n * len(rows) // count] for n in range(count)] if count < len(rows) else rows
 
 
 def conversation(row: dict[str, Any]) -> dict[str, Any]:
@@ -284,8 +289,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--work", type=Path, default=ROOT / ".preferences", help="folder to work in"
     )
-    parser.add_argument("--sft-steps", type=int, default=100)
-    parser.add_argument("--pairs", type=int, default=400, help="pairs for DPO")
+    parser.add_argument("--sft-steps", type=int, default=60)
+    parser.add_argument("--pairs", type=int, default=160, help="pairs for DPO")
+    parser.add_argument("--test", type=int, default=100, help="functions that results are of")
     parser.add_argument("--out", type=Path, help="Markdown page whose part is written")
     options = parser.parse_args(arguments)
     try:
