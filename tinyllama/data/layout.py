@@ -237,13 +237,19 @@ class Pieces:
         return trained is None or bool((trained[begin + 1 : begin + length] == 1).any())
 
 
+def trimmed_lengths(context_length: int) -> tuple[int, ...]:
+    """The lengths of batches without padding: a quarter, half, and all of the context, for each of
+    which a graph is compiled."""
+    return tuple(sorted({-(-context_length // part) for part in (4, 2, 1)}))
+
+
 def trimmed(batch: Rows) -> Rows:
     """The batch without the padding that all of its rows end with, as far as its length remains one
-    of a few: a quarter, half, or all of the context, for each of which a graph is compiled."""
+    of `trimmed_lengths`."""
     T = batch.tokens.shape[1]
     is_used = (batch.starts != np.arange(T, dtype=np.int32)) | (batch.targets >= 0)
     used = int(np.flatnonzero(is_used.any(axis=0)).max(initial=0)) + 1
-    length = next(length for length in (-(-T // 4), -(-T // 2), T) if length >= used)
+    length = next(length for length in trimmed_lengths(T) if length >= used)
     if length == T:
         return batch
     make: Callable[..., Rows] = type(batch)

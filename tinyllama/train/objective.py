@@ -84,10 +84,11 @@ def validation_loss(config: Config) -> Loss:
     return loss_of(config) if is_pairs else CrossEntropy()
 
 
-def blank_batch(config: Config) -> list[Tensor]:
-    """The tensors of a micro-batch, without memory: for planning a run."""
+def blank_batch(config: Config, length: int | None = None) -> list[Tensor]:
+    """The tensors of a micro-batch, without memory: for planning a run. `length`: of its rows, if
+    not the context's."""
     t, objective = config.training, config.training.objective
-    rows, T = t.micro_batch * rows_per_example(config), config.context_length
+    rows, T = t.micro_batch * rows_per_example(config), length or config.context_length
     batch = [Tensor.empty(rows, T, dtype=dtypes.int32) for _ in range(3)]
     if objective == "orpo":
         return [*batch, Tensor.empty(rows, T), Tensor.empty(rows, T)]
