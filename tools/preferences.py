@@ -37,6 +37,7 @@ from docs import placed
 from tinyllama.cli.arguments import exit_code, leave
 from tinyllama.errors import TinyllamaError
 from tinyllama.observe.metrics import read_metrics
+from tinyllama.system import device
 from tinyllama.system.files import atomic_write
 from tinyllama.system.processor import processor_name
 
@@ -65,6 +66,8 @@ class Task:
         self.sft_steps: int = options.sft_steps
         self.pairs: int = options.pairs
         self.test: int = options.test
+        narrow = any(part in device.instruction_set() for part in ("BF16", "AMX"))
+        self.dtype = "bfloat16" if narrow else "float32"
 
     def file(self, name: str) -> Path:
         """A file or folder of the work folder."""
@@ -97,6 +100,7 @@ class Task:
             "dpo_loss": self._loss("dpo-loss", self.file("dpo") / "final"),
             "words_before": shared_words(before, real),
             "words_after": shared_words([row["text"] for row in after], real),
+            "dtype": self.dtype,
             "steps": {"sft": self.sft_steps, "dpo": steps},
             "rows": {name: lines(self.file(f"{name}.jsonl")) for name in ("sft", "held_out")},
             "pairs": {n: lines(self.file(f"{n}-pairs.jsonl")) for n in ("held_out", "test")},
@@ -118,6 +122,7 @@ class Task:
         if not (folder / "final").exists():
             settings = settings | {
                 "model.base": base,
+                "training.dtype": self.dtype,
                 "data.cache_dir": self.file("cache"),
                 "checkpointing.checkpoint_dir": folder,
             }
@@ -259,9 +264,9 @@ PAGE = """## The same task as conversations, then preferences
 
 Written by `make preferences` on {date} ({machine}).
 The user says "{ask}" and the signature, the assistant the
-docstring, in the model's own template; only the docstring is trained. SFT: {result[steps][sft]}
-steps of 4 rows of 160 tokens, LoRA on {result[rows][sft]} functions. DPO: one epoch,
-{result[steps][dpo]} steps of 4 pairs, rank 16, beta 0.1, on {result[pairs][held_out]} functions
+docstring, in the model's own template; only the docstring is trained. Both runs compute in
+{result[dtype]}. SFT: {result[steps][sft]} steps of 4 rows of 160 tokens, LoRA on
+{result[rows][sft]} functions. DPO: one epoch, {result[steps][dpo]} steps of 4 pairs, rank 16, beta 0.1, on {result[pairs][held_out]} functions
 that SFT did not see; preferred is the real docstring, rejected what the SFT model itself sampled at
 temperature 1. All figures are of {result[pairs][test]} functions of other files, of which neither
 run saw anything.
@@ -291,7 +296,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--sft-steps", type=int, default=60)
     parser.add_argument("--pairs", type=int, default=160, help="pairs for DPO")
-    parser.add_argument("--test", type=int, default=100, help="functions that results are of")
+    parser.add_argument("--test", type=int, default=64, help="functions that results are of")
     parser.add_argument("--out", type=Path, help="Markdown page whose part is written")
     options = parser.parse_args(arguments)
     try:
