@@ -266,10 +266,10 @@ Written by `make preferences` on {date} ({machine}).
 The user says "{ask}" and the signature, the assistant the
 docstring, in the model's own template; only the docstring is trained. Both runs compute in
 {result[dtype]}. SFT: {result[steps][sft]} steps of 4 rows of 160 tokens, LoRA on
-{result[rows][sft]} functions. DPO: one epoch, {result[steps][dpo]} steps of 4 pairs, rank 16, beta 0.1, on {result[pairs][held_out]} functions
-that SFT did not see; preferred is the real docstring, rejected what the SFT model itself sampled at
-temperature 1. All figures are of {result[pairs][test]} functions of other files, of which neither
-run saw anything.
+{result[rows][sft]} functions. DPO: one epoch, {result[steps][dpo]} steps of 4 pairs, rank 16,
+beta 0.1, on {result[pairs][held_out]} functions that SFT did not see; preferred is the real
+docstring, rejected what the SFT model itself sampled at temperature 1. All figures are of
+{result[pairs][test]} functions of other files, of which neither run saw anything.
 
 | | before SFT | after SFT | after DPO |
 |---|--:|--:|--:|
