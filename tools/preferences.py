@@ -52,7 +52,8 @@ DPO = SETTINGS | {
     "training.objective": "dpo",
     "training.batch_size": 4,
     "training.micro_batch_size": 2,
-    "training.learning_rate": 5e-5,
+    "training.learning_rate": 1.5e-4,
+    "lr_schedule.warmup_steps": 3,
     "preference.beta": 0.1,
 }
 
@@ -295,7 +296,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--work", type=Path, default=ROOT / ".preferences", help="folder to work in"
     )
     parser.add_argument("--sft-steps", type=int, default=60)
-    parser.add_argument("--pairs", type=int, default=160, help="pairs for DPO")
+    parser.add_argument("--pairs", type=int, default=120, help="pairs for DPO")
     parser.add_argument("--test", type=int, default=64, help="functions that results are of")
     parser.add_argument("--out", type=Path, help="Markdown page whose part is written")
     options = parser.parse_args(arguments)

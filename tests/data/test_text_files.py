@@ -109,7 +109,7 @@ def test_empty_rows_and_empty_files_of_a_folder_are_left_out_and_counted(
         (
             "a.txt",
             b"ab\n\xff\xfe",
-            "a.txt, line 2: byte 3 (0xff) is not UTF-8; convert the file to UTF-8",
+            "a.txt, line 2: byte 3 (0xff) is not UTF-8; convert",
         ),
         ("a.jsonl", "\n \n", "a.jsonl: no text in it, 0 empty rows or files"),
         ("a.jsonl", ["", ""], "a.jsonl: no text in it, 2 empty rows or files"),
