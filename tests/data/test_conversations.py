@@ -151,7 +151,7 @@ def test_an_answer_that_says_nothing_is_not_trained(
 
 
 def test_calls_that_a_template_leaves_out_are_an_error(tokenizer: Tokenizer) -> None:
-    call = {"type": "function", "function": {"name": "look_up", "arguments": "{}"}}
+    call = {"type": "function", "function": {"name": "q", "arguments": "{}"}}
     rows = [{"messages": [QUESTION, {"role": "assistant", "content": None, "tool_calls": [call]}]}]
     Path("a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = "{% for m in messages %}{{ m.content or '' }}{{ m.tool_calls }}|{% endfor %}"
