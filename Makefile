@@ -37,9 +37,8 @@ LLAMA_DEMOS := llama-demo-train llama-demo-lora llama-demo-qlora
 .NOTPARALLEL:
 .PHONY: help venv demo smollm2 test readme tier1 tier2 tier3 ci lint coverage mutants \
   llama-properties llama-mutations llama-tests llama-demo-train llama-demo-lora llama-demo-qlora \
-  llama-ci chaos anomalies fuzz conformance docstrings preferences llamacpp proofs neon gpu-races backends-report \
-  phoenix profile-files profile-overhead \
-  tinygrad proof-7b clean
+  llama-ci chaos fuzz anomalies conformance docstrings preferences llamacpp proofs neon gpu-races \
+  backends-report phoenix profile-files profile-overhead tinygrad proof-7b clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-17s %s\n", $$1, $$2}' Makefile

@@ -20,10 +20,10 @@ from tinyllama.data.conversations import OWN, Conversation, Encoder, Form
 from tinyllama.data.corpus import Part
 from tinyllama.data.files import (
     Source,
+    bytes_bar,
     content_digests,
     cut,
     find_sources,
-    progress_bar,
     read_rows,
     unpacked,
 )
@@ -200,7 +200,7 @@ def _tokenize(
     at = same = 0
     with (
         unpacked(sources, cache) as ready,
-        progress_bar(ready, "Tokenizing", progress) as bar,
+        bytes_bar(ready, "Tokenizing", progress) as bar,
     ):
         for chunk in (chunk for source in ready for chunk in cut(source)):
             for pair in filter(None, read_rows(chunk, both)):
