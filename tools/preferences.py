@@ -296,7 +296,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--work", type=Path, default=ROOT / ".preferences", help="folder to work in"
     )
     parser.add_argument("--sft-steps", type=int, default=60)
-    parser.add_argument("--pairs", type=int, default=120, help="pairs for DPO")
+    parser.add_argument("--pairs", type=int, default=80, help="pairs for DPO")
     parser.add_argument("--test", type=int, default=64, help="functions that results are of")
     parser.add_argument("--out", type=Path, help="Markdown page whose part is written")
     options = parser.parse_args(arguments)

@@ -11,7 +11,7 @@ from tinyllama.data import batches, layout
 from tinyllama.data.batches import shuffled
 from tinyllama.data.corpus import TokenDataset
 from tinyllama.data.layout import Pieces
-from tinyllama.data.spool import Spool
+from tinyllama.data.spool import Spool, give_back
 from tinyllama.errors import DataError
 
 
@@ -24,6 +24,23 @@ def test_an_array_is_what_was_added_on_disk_or_not(count: int, tmp_path: Path) -
     assert array.dtype == np.int32 and not array.flags.writeable
     assert (array == np.tile(np.arange(count), 2)).all() and len(array) == 2 * count
     assert not [*tmp_path.iterdir()]
+
+
+def test_what_was_read_of_a_file_is_given_back_and_read_again(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(bytes(range(256)) * (1 << 17))
+    array = np.memmap(tmp_path / "a", np.uint8, "r")
+
+    def resident() -> int:
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("RssFile:")[2].split()[0])
+
+    before = resident()
+    total = int(array.sum())
+    read = resident()
+    give_back(array)
+    assert read > before + 30_000 > resident() + 20_000
+    assert int(array.sum()) == total == 255 * 128 << 17
+    give_back(np.zeros(3))
 
 
 def test_a_folder_that_is_gone_is_named(tmp_path: Path) -> None:

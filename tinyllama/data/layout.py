@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tinyllama.data.corpus import TokenDataset
-from tinyllama.data.spool import Spool
+from tinyllama.data.spool import Spool, give_back
 
 _PACKED_PIECES = 1 << 16  # are laid out together
 _SORTED_ROWS = 4096
@@ -216,6 +216,7 @@ class Pieces:
             is_text = np.ones(len(starts), bool)
             if dataset.trained is not None:
                 is_text = np.asarray(dataset.trained[starts]) == 1
+                give_back(dataset.trained)  # a page for each document was read
             # The last token of a text has no target, so it needs no row of its own.
             parts = np.where(is_text, np.maximum(-(-(lengths - 1) // longest), 1), 1)
             cut = np.flatnonzero(~is_text & (lengths > longest))

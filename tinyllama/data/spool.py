@@ -48,3 +48,9 @@ class Spool:
             file.flush()
             mapped = mmap.mmap(file.fileno(), self._bytes, access=mmap.ACCESS_READ)
             return np.frombuffer(mapped, self._dtype)
+
+
+def give_back(array: npt.NDArray[Any]) -> None:
+    """Let the system take back the memory of what was read of a mapped file so far."""
+    if isinstance(array, np.memmap):
+        array._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
