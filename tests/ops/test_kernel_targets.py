@@ -94,7 +94,7 @@ def kind(code: str) -> str:
 
 def test_the_steps_have_kernels_of_every_file() -> None:
     files = {file.name for file in (resources.files("tinyllama.ops") / "cpu").iterdir()}
-    words = {name.split()[0] for name in sources()}
+    words = {name.split()[0] for amx in (False, True) for name in sources(amx)}
     missing = {file for file in files if file.endswith(".c")}
     missing -= {f"{word}.c" for word in words}
     assert not missing, words
@@ -107,6 +107,10 @@ def test_kernels_compile_for(target: str) -> None:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = dict(zip(texts, pool.map(compiler.compile, texts.values()), strict=True))
     assert all(len(code) > 100 for code in objects.values())
-    product = next(code for name, code in texts.items() if "COMPUTE_BF16=1" in name)
+    products = [next(code for name, code in texts.items() if "COMPUTE_BF16=1" in name)]
+    if target == "AMX":
+        products += [code for name, code in texts.items() if re.match("attention_.*_amx", name)]
+        assert len(products) == 3
     compiler.args += ["-S"]
-    assert instruction in compiler.compile_to_obj(product).decode()
+    for product in products:
+        assert instruction in compiler.compile_to_obj(product).decode()

@@ -231,8 +231,8 @@ def gemm_macros(
 
 def gemm_headers(defines: Mapping[str, int], *packing: str) -> tuple[str, ...]:
     """The files before cpu/gemm.c; `packing` is the one of a B that is stored differently."""
-    form = "tile_amx.h" if "TILE_AMX" in defines else "tile_vector.h"
-    return ("tile.h", *packing, "panels.h", form)
+    form = ("amx.h", "tile_amx.h") if "TILE_AMX" in defines else ("tile_vector.h",)
+    return ("tile.h", *packing, "pairs.h", "panels.h", *form)
 
 
 def _scratch_floats_amx(m: int, n: int, k: int, narrow: bool) -> int:

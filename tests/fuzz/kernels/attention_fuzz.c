@@ -2,6 +2,7 @@
    (`starts` of a row never fall, and are at most the query's own place). */
 
 // variants: -DT=7 -DD=16 -DH=4 -DKV=2; -DT=33 -DD=6 -DH=2 -DKV=1 -DACT=1; -DT=65 -DD=20 -DACT=2
+// variants: -DT=100 -DD=40 -DTILE_AMX -DTILE_IN_C -DVW=16 -DACT=1
 // variants: -DT=1 -DD=2 -DH=1 -DKV=1; -DT=40 -DD=18 -DH=3 -DKV=1 -DVW=16
 
 #include "fuzz.h"
@@ -20,11 +21,26 @@
 #include "../../../tinyllama/ops/cpu/common.h"
 
 #include "../../../tinyllama/ops/cpu/attention.h"
+#ifdef TILE_AMX
+#include "../../../tinyllama/ops/cpu/pairs.h"
+
+#include "../../ops/kernels/tile_in_c.h"
+
+#include "../../../tinyllama/ops/cpu/amx.h"
+
+#include "../../../tinyllama/ops/cpu/attention_amx.h"
+#define KERNEL attention_forward
+#include "../../../tinyllama/ops/cpu/attention_forward_amx.c"
+#undef KERNEL
+#define KERNEL attention_backward
+#include "../../../tinyllama/ops/cpu/attention_backward_amx.c"
+#else
 #define KERNEL attention_forward
 #include "../../../tinyllama/ops/cpu/attention_forward.c"
 #undef KERNEL
 #define KERNEL attention_backward
 #include "../../../tinyllama/ops/cpu/attention_backward.c"
+#endif
 
 typedef ELEM(ACT) elem;
 

@@ -40,6 +40,8 @@ static int the_m, the_n, the_k, the_block, the_nt;
 #include "../../../tinyllama/ops/cpu/int4.h"
 #endif
 
+#include "../../../tinyllama/ops/cpu/pairs.h"
+
 #include "../../../tinyllama/ops/cpu/panels.h"
 
 #include "../../../tinyllama/ops/cpu/tile_vector.h"

@@ -77,12 +77,16 @@ static int the_m, the_n, the_k, the_block, the_nt;
 
 #include "../../../tinyllama/ops/cpu/int4.h"
 
+#include "../../../tinyllama/ops/cpu/pairs.h"
+
 #include "../../../tinyllama/ops/cpu/panels.h"
 
 #ifdef TILE_IN_C
 #include "tile_in_c.h"
 #endif
 #ifdef TILE_AMX
+#include "../../../tinyllama/ops/cpu/amx.h"
+
 #include "../../../tinyllama/ops/cpu/tile_amx.h"
 #else
 #include "../../../tinyllama/ops/cpu/tile_vector.h"
