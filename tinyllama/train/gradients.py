@@ -19,11 +19,12 @@ from tinyllama.model.int4 import widen_head
 from tinyllama.model.layers import named_tensors, structure
 from tinyllama.model.llama import Block, Function, Llama
 from tinyllama.model.lora import lora_layers, without_adapters
+from tinyllama.ops.matmul import float32_products
 from tinyllama.ops.narrow import narrow_together
 from tinyllama.ops.products import together
 from tinyllama.ops.sums import into_products, read_by_gradients
 from tinyllama.runtime.kernel import in_memory
-from tinyllama.runtime.stage import Stage, replaced, saved_for_backward
+from tinyllama.runtime.stage import Build, Stage, replaced, saved_for_backward
 from tinyllama.runtime.storage import memory_key
 from tinyllama.train.losses import CrossEntropy, Loss
 from tinyllama.train.preferences import log_probabilities
@@ -80,7 +81,7 @@ class StagedLoss:
         def build() -> list[Tensor]:
             return [self.criterion.summed(hidden, weight, targets, *more).contiguous()]
 
-        return self.stages.head([hidden, weight, targets, *more], build, "loss")[0]
+        return self._compute(self.stages.head, [hidden, weight, targets, *more], build, "loss")[0]
 
     def log_probabilities(self, tokens: Tensor, targets: Tensor, starts: Tensor) -> Tensor:
         """Of the targets of each row, summed: (B,) float32, in nats."""
@@ -90,7 +91,9 @@ class StagedLoss:
         def build() -> list[Tensor]:
             return [log_probabilities(hidden, weight, targets).contiguous()]
 
-        return self.stages.head([hidden, weight, targets], build, "log-probabilities")[0]
+        return self._compute(
+            self.stages.head, [hidden, weight, targets], build, "log-probabilities"
+        )[0]
 
     def _reference(self, tokens: Tensor, targets: Tensor, starts: Tensor) -> list[Tensor]:
         """The log-probabilities of the rows under the frozen base, if the loss wants those and
@@ -158,7 +161,7 @@ class StagedLoss:
             return narrow_together(together(into_products([out, *saved])), weights)
 
         key = (function.__qualname__, structure(module), recompute)
-        out, *saved = self.stages.forward([*inputs, *weights], build, key)
+        out, *saved = self._compute(self.stages.forward, [*inputs, *weights], build, key)
         return Record(function, module, inputs, tuple(saved), out)
 
     def _pull_back(
@@ -178,9 +181,18 @@ class StagedLoss:
 
         positions = tuple(i for i, t in enumerate(weights) if _key(t) in self.names)
         key = (part.function.__qualname__, structure(part.module), positions, further)
-        gradients = self.stages.backward([*inputs, *weights, *part.saved, d_output], build, key)
+        gradients = self._compute(
+            self.stages.backward, [*inputs, *weights, *part.saved, d_output], build, key
+        )
         self._add(grads, trained, gradients[len(through) :])
         return gradients[0] if through else d_output
+
+    def _compute(
+        self, stage: Stage, tensors: Sequence[Tensor], build: Build, key: object
+    ) -> list[Tensor]:
+        """Run a piece of work, with float32 matrices multiplied as the model says."""
+        with float32_products(self.model.float32_products):
+            return stage(tensors, build, key)
 
     def _head_gradients(
         self, inputs: Sequence[Tensor], grads: dict[str, Tensor]
@@ -197,7 +209,9 @@ class StagedLoss:
             d_weight = [] if head.weight is None else [head.weight]
             return [head.loss.contiguous(), in_memory(head.hidden), *d_weight]
 
-        loss, d_hidden, *d_weight = self.stages.head([weight, *inputs], build, trained)
+        loss, d_hidden, *d_weight = self._compute(
+            self.stages.head, [weight, *inputs], build, trained
+        )
         self._add(grads, [weight] * len(d_weight), d_weight)
         return loss, d_hidden
 

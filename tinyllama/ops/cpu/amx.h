@@ -50,15 +50,28 @@ INLINE void tile_clear(void) {
   tile_zero(3);
 }
 
-/* Adds one step along k, 16 slots, to the sums: a and b at the first of 32 rows and of 32 columns, whose
-   rows lie a_width and b_width slots apart. */
-INLINE void amx_step(const float *a, long a_width, const float *b, long b_width) {
-  tile_load(4, a, a_width);
-  tile_load(6, b, b_width);
-  tile_load(7, b + AMX_SIDE, b_width);
-  tile_load(5, a + AMX_SIDE * a_width, a_width);
+/* Two registers of A, 32 rows of 16 slots, and of B, 16 rows of 32 slots; rows lie `width` apart. */
+INLINE void amx_load_a(const float *a, long width) {
+  tile_load(4, a, width);
+  tile_load(5, a + AMX_SIDE * width, width);
+}
+
+INLINE void amx_load_b(const float *b, long width) {
+  tile_load(6, b, width);
+  tile_load(7, b + AMX_SIDE, width);
+}
+
+INLINE void amx_products(void) {
   tile_multiply(0, 4, 6);
   tile_multiply(1, 4, 7);
   tile_multiply(2, 5, 6);
   tile_multiply(3, 5, 7);
+}
+
+/* Adds one step along k, 16 slots of pairs, to the sums. */
+INLINE void amx_step(const float *a, long a_width, const float *b, long b_width) {
+  tile_load(4, a, a_width);
+  amx_load_b(b, b_width);
+  tile_load(5, a + AMX_SIDE * a_width, a_width);
+  amx_products();
 }

@@ -1,12 +1,21 @@
-/* A tile of C in AMX (amx.h), for gemm.c with COMPUTE_BF16 and TILE_AMX. Placed after panels.h, it
-   defines the same names as tile_vector.h. The panels that panels.h packs, A's with rows along k, are
-   what the unit reads. */
+/* A tile of C in AMX (amx.h), for gemm.c with TILE_AMX, and with COMPUTE_BF16 or BF16X3 (bf16x3.h,
+   placed before this file). Placed after panels.h, it defines the same names as tile_vector.h. The
+   panels that panels.h packs, A's with rows along k, are what the unit reads. */
+
+#ifndef BF16X3
+#define divide_a(out, depth, m0, m1)
+#define divide_b(out, depth, n0, n1)
+INLINE void tile_step(const slot *a, const slot *b) { amx_step(a, KC, b, NR); }
+#endif
+
+#define finish_a(out, depth, m0, m1) divide_a(out, depth, m0, m1)
 
 /* Clears what the last panels of B have past K, up to a whole step of the tile. */
-INLINE void clear_past(slot *restrict out, int depth, int n0, int n1) {
+INLINE void finish_b(slot *restrict out, int depth, int n0, int n1) {
   for (int n = n0; n < n1; n += NR)
     for (int k = depth; k % TILE_K; k++)
       for (int j = 0; j < NR; j += VW) vstore(out + (n - n0) * DEPTH + k * NR + j, (vf){0});
+  divide_b(out, depth, n0, n1);
 }
 
 /* Memory that is needed next, prefetched while the matrix unit works: `rows` rows of `lines` cache
@@ -93,7 +102,7 @@ INLINE void multiply_panel(target t, const slot *a, const slot *b, int depth, in
       tile_clear();
     }
     for (int k = 0; k < depth; k += TILE_K) {
-      amx_step(a + k, KC, b + (long)k * NR, NR);
+      tile_step(a + k, b + (long)k * NR);
       bring_near(next);
     }
     if (PARTIAL ? !t.last : in_place) {
