@@ -11,6 +11,7 @@ checkpointing only its inputs are, and the rest is computed again (Chen et al. 2
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from tinygrad import Tensor
@@ -24,7 +25,7 @@ from tinyllama.ops.narrow import narrow_together
 from tinyllama.ops.products import together
 from tinyllama.ops.sums import into_products, read_by_gradients
 from tinyllama.runtime.kernel import in_memory
-from tinyllama.runtime.stage import Build, Stage, replaced, saved_for_backward
+from tinyllama.runtime.stage import Stage, replaced, saved_for_backward
 from tinyllama.runtime.storage import memory_key
 from tinyllama.train.losses import CrossEntropy, Loss
 from tinyllama.train.preferences import log_probabilities
@@ -49,9 +50,11 @@ class Record:
 class _Stages:
     """The kinds of pieces that a pass forward and back is made of."""
 
-    def __init__(self) -> None:
-        self.forward, self.backward = Stage(), Stage()
-        self.head, self.sum, self.starts = Stage(), Stage(), Stage()
+    def __init__(self, products: str) -> None:
+        """`products` is how float32 matrices are multiplied."""
+        around = partial(float32_products, products)
+        self.forward, self.backward, self.head = Stage(around), Stage(around), Stage(around)
+        self.sum, self.starts = Stage(), Stage()
 
 
 class StagedLoss:
@@ -69,7 +72,7 @@ class StagedLoss:
         # Adapters leave their base as it was, so a model that has some is its own reference.
         self.refers = self.criterion.needs_reference and bool(lora_layers(model))
         self.names = {_key(tensor): name for name, tensor in (trained or {}).items()}
-        self.stages = _Stages()
+        self.stages = _Stages(model.float32_products)
 
     def loss(self, tokens: Tensor, targets: Tensor, starts: Tensor, *more: Tensor) -> Tensor:
         """Summed loss and measures, shape (1 + measures,): tokens, targets, starts (B, T), and what
@@ -81,7 +84,7 @@ class StagedLoss:
         def build() -> list[Tensor]:
             return [self.criterion.summed(hidden, weight, targets, *more).contiguous()]
 
-        return self._compute(self.stages.head, [hidden, weight, targets, *more], build, "loss")[0]
+        return self.stages.head([hidden, weight, targets, *more], build, "loss")[0]
 
     def log_probabilities(self, tokens: Tensor, targets: Tensor, starts: Tensor) -> Tensor:
         """Of the targets of each row, summed: (B,) float32, in nats."""
@@ -91,9 +94,7 @@ class StagedLoss:
         def build() -> list[Tensor]:
             return [log_probabilities(hidden, weight, targets).contiguous()]
 
-        return self._compute(
-            self.stages.head, [hidden, weight, targets], build, "log-probabilities"
-        )[0]
+        return self.stages.head([hidden, weight, targets], build, "log-probabilities")[0]
 
     def _reference(self, tokens: Tensor, targets: Tensor, starts: Tensor) -> list[Tensor]:
         """The log-probabilities of the rows under the frozen base, if the loss wants those and
@@ -161,7 +162,7 @@ class StagedLoss:
             return narrow_together(together(into_products([out, *saved])), weights)
 
         key = (function.__qualname__, structure(module), recompute)
-        out, *saved = self._compute(self.stages.forward, [*inputs, *weights], build, key)
+        out, *saved = self.stages.forward([*inputs, *weights], build, key)
         return Record(function, module, inputs, tuple(saved), out)
 
     def _pull_back(
@@ -181,18 +182,9 @@ class StagedLoss:
 
         positions = tuple(i for i, t in enumerate(weights) if _key(t) in self.names)
         key = (part.function.__qualname__, structure(part.module), positions, further)
-        gradients = self._compute(
-            self.stages.backward, [*inputs, *weights, *part.saved, d_output], build, key
-        )
+        gradients = self.stages.backward([*inputs, *weights, *part.saved, d_output], build, key)
         self._add(grads, trained, gradients[len(through) :])
         return gradients[0] if through else d_output
-
-    def _compute(
-        self, stage: Stage, tensors: Sequence[Tensor], build: Build, key: object
-    ) -> list[Tensor]:
-        """Run a piece of work, with float32 matrices multiplied as the model says."""
-        with float32_products(self.model.float32_products):
-            return stage(tensors, build, key)
 
     def _head_gradients(
         self, inputs: Sequence[Tensor], grads: dict[str, Tensor]
@@ -209,9 +201,7 @@ class StagedLoss:
             d_weight = [] if head.weight is None else [head.weight]
             return [head.loss.contiguous(), in_memory(head.hidden), *d_weight]
 
-        loss, d_hidden, *d_weight = self._compute(
-            self.stages.head, [weight, *inputs], build, trained
-        )
+        loss, d_hidden, *d_weight = self.stages.head([weight, *inputs], build, trained)
         self._add(grads, [weight] * len(d_weight), d_weight)
         return loss, d_hidden
 
