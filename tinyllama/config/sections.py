@@ -154,6 +154,11 @@ class TrainingConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = option(
         "float32", "type of activations; sums, parameters and optimizer state stay float32"
     )
+    float32_products: Literal["exact", "bfloat16x3"] = option(
+        "exact",
+        "products of float32 matrices while training: exact, or each as three of bfloat16, with an"
+        " error of about 2^-18, on CPUs with AMX alone; needs dtype float32",
+    )
     eval_every: Count | None = option(
         None, "steps between validations; when not set, after each epoch"
     )
@@ -455,6 +460,11 @@ RELATIONS = (
         ("training.micro_batch_size", "training.batch_size"),
         lambda micro, batch: micro is None or batch % micro == 0,
         "a divisor of training.batch_size, which is {1}",
+    ),
+    Relation(
+        ("training.float32_products", "training.dtype"),
+        lambda products, dtype: products == "exact" or dtype == "float32",
+        '"exact" where training.dtype is {1}',
     ),
     Relation(
         ("training.eval_first", "data.val_path", "data.val_fraction"),
