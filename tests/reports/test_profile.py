@@ -14,7 +14,7 @@ from opencl import needs_opencl
 from runs_helpers import ROOT, configuration, environment, finished_run
 
 from tinyllama.cli.shared import load
-from tinyllama.config import TrainingConfig
+from tinyllama.config import TrainingConfig, load_config
 from tinyllama.model import llama, lora
 from tinyllama.reports import profile_files, roofline
 from tinyllama.reports.profile import (
@@ -26,9 +26,11 @@ from tinyllama.reports.profile import (
     profile_training,
     summarize,
 )
+from tinyllama.reports.runs import read_run
 from tinyllama.runtime import sources, threads, timing
 from tinyllama.runtime.timing import Kernel, Part, Run
 from tinyllama.train.optimizer import AdamW
+from tinyllama.train.run_folder import write_config
 from tinyllama.train.step import TrainStep
 
 STEPS = 3
@@ -236,9 +238,26 @@ def test_the_command_prints_the_documented_object_and_writes_its_files(tmp_path)
     assert all(set(operation) == keys for operation in report["operations"])
     assert sum(o["share"] for o in report["operations"]) == pytest.approx(1, abs=0.03)
     assert "random tokens" in done.stderr
-    names = {"trace.json", "profile.speedscope.json", "roofline.json"}
+    names = {"profile.json", "trace.json", "profile.speedscope.json", "roofline.json"}
     names |= {"roofline.svg", "roofline.png"}
     assert {file.name for file in (tmp_path / "out").iterdir()} == names
+    assert json.loads((tmp_path / "out" / "profile.json").read_text()) == report
+
+
+def test_a_profile_is_kept_beside_the_run_of_the_same_model_where_its_report_finds_it(tmp_path):
+    run, other = tmp_path / "run", "model.intermediate_size=192"
+    words = [*SMALL, "--set", f"checkpointing.checkpoint_dir={str(run)!r}", "--steps", "1"]
+    options = [word for word in words if "=" in word]
+    run.mkdir()
+    write_config(run, load_config("124m", options))
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 5.0}\n')
+    done = command("124m", *words, "--set", other)
+    assert done.returncode == 0 and not (run / "profile.json").exists()
+    done = command("124m", *words, "--json")
+    assert done.returncode == 0 and f"`tinyllama report {run}` shows it" in done.stderr
+    found = read_run(run).profile
+    assert found == json.loads(done.stdout)
+    assert any(operation["source"] for operation in found["operations"])
 
 
 def test_a_command_that_names_neither_or_both_is_refused():
