@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import demo_corpus
+from demo import texts
 
 from tinyllama.cli.arguments import exit_code, leave
 from tinyllama.config import Config, load_config
@@ -79,7 +80,7 @@ def damaged(seed: int, good: str) -> str:
 def write_text(corpus: Path, file: Path, seed: int, faulty: bool) -> int | None:
     """A random selection of the corpus, with a damaged document in a faulty run; the row of it."""
     rng, row = random.Random(seed), None
-    documents = [json.loads(line)["text"][:MOST_OF_ONE] for line in corpus.open(encoding="utf-8")]
+    documents = [text[:MOST_OF_ONE] for text in texts(corpus)]
     rng.shuffle(documents)
     chosen: list[str] = []
     while sum(map(len, chosen)) < CHARACTERS and documents:
@@ -147,8 +148,7 @@ def tokenizer(folder: Path) -> Path:
     if not made.exists():
         from tinyllama.tokenizers.sentencepiece import train_tokenizer
 
-        lines = (folder / "train.jsonl").open(encoding="utf-8")
-        train_tokenizer((json.loads(line)["text"] for line in lines), 4096, made)
+        train_tokenizer(texts(folder / "train.jsonl"), 4096, made)
     return made
 
 

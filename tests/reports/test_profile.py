@@ -6,12 +6,14 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from fake_cuda import needs_nvrtc, variables
 from model_helpers import SQUARE, build, random_batch
 from opencl import needs_opencl
 from runs_helpers import ROOT, configuration, environment, finished_run
+from tinygrad.uop.ops import Ops
 
 from tinyllama.cli.shared import load
 from tinyllama.config import TrainingConfig, load_config
@@ -28,6 +30,7 @@ from tinyllama.reports.profile import (
 )
 from tinyllama.reports.runs import read_run
 from tinyllama.runtime import sources, threads, timing
+from tinyllama.runtime.recording import recording
 from tinyllama.runtime.timing import Kernel, Part, Run
 from tinyllama.train.optimizer import AdamW
 from tinyllama.train.run_folder import write_config
@@ -295,3 +298,51 @@ def test_nothing_is_noted_while_nothing_is_recorded(monkeypatch):
     model = build(SQUARE)
     step = TrainStep(model, AdamW(model.state_dict(), TrainingConfig()), 1)
     step([random_batch(SQUARE)], 1, 0.01)
+
+
+def launched(step: TrainStep) -> list[str]:
+    """The texts of the kernels of a captured step, in the order in which it launches them."""
+    calls = [call.src[0] for call in step._whole.captured.linear.src]
+    graphs = [call.src[0].src if call.op is Ops.CUSTOM_FUNCTION else [call] for call in calls]
+    kernels = [kernel for graph in graphs for kernel in graph]
+    return [u.arg for kernel in kernels for u in kernel.toposort() if u.op is Ops.SOURCE]
+
+
+def called(step: TrainStep, batch) -> list[str]:
+    """The files of the Python functions that a step calls, one for each call."""
+    files: list[str] = []
+
+    def note(frame, event, _):
+        if event == "call":
+            files.append(frame.f_code.co_filename)
+
+    sys.setprofile(note)
+    try:
+        step([batch], 4, 0.01)
+    finally:
+        sys.setprofile(None)
+    return files
+
+
+def test_a_step_that_is_not_recorded_is_the_same_as_in_a_process_that_never_records():
+    def made(steps: int) -> TrainStep:
+        model = build(SQUARE)
+        step = TrainStep(model, AdamW(model.state_dict(), TrainingConfig()), 1)
+        for number in range(1, 1 + steps):
+            step([batch], number, 0.01)
+        return step
+
+    batch = random_batch(SQUARE)
+    before = made(3)
+    with recording() as recorder:
+        recorded = made(3)
+        with_recorder = called(recorded, batch)
+        assert recorder.take()
+    after = made(3)
+    assert len(launched(before)) > 20
+    assert launched(before) == launched(after) == launched(recorded)
+    plain = called(before, batch)
+    assert plain == called(after, batch)
+    files = {Path(file).name for file in plain}
+    assert not files & {"timing.py", "sources.py", "recording.py", "profile.py"}
+    assert len(with_recorder) > len(plain)
