@@ -38,7 +38,7 @@ LLAMA_DEMOS := llama-demo-train llama-demo-lora llama-demo-qlora
 .PHONY: help venv demo smollm2 test readme tier1 tier2 tier3 ci lint coverage quality quality-quick mutants \
   llama-properties llama-mutations llama-tests llama-demo-train llama-demo-lora llama-demo-qlora \
   llama-ci chaos anomalies fuzz conformance docstrings llamacpp proofs neon gpu-races backends-report \
-  phoenix profile-files profile-overhead \
+  phoenix trackers profile-files profile-overhead \
   tinygrad proof-7b clean
 
 help: ## this list
@@ -160,6 +160,10 @@ phoenix: $(VENV)/.dev $(VENV)-phoenix/.made ## read a run's traces back from Ari
 	@tools/system.sh clang
 	$(VENV)-phoenix/bin/python tools/phoenix.py --tinyllama $(VENV)/bin/tinyllama --picture docs/phoenix.png
 
+trackers: $(VENV)-trackers/.made ## read runs back from wandb, trackio, mlflow, TensorBoard (a large download)
+	@tools/system.sh clang
+	$(VENV)-trackers/bin/python -m pytest -q tests/observe/test_trackers.py
+
 profile-files: $(VENV)/.dev ## open a profile's files in speedscope (npm, chromium) and Perfetto
 	@tools/system.sh clang
 	@$(PIP) playwright perfetto
@@ -178,7 +182,7 @@ proof-7b: $(VENV)/.demo ## QLoRA on 6.7 billion parameters in 8 GiB (an hour, 15
 	$(PY) tools/proof_7b.py --work /tmp/tinyllama-proof-7b --out docs/proof-7b.md
 
 clean: ## remove everything that make created, .venv too
-	rm -rf $(VENV) $(VENV)-phoenix $(VENV)-conformance $(VENV)-llamacpp .demo .smollm2 .docstrings .llamacpp
+	rm -rf $(VENV) $(VENV)-phoenix $(VENV)-trackers $(VENV)-conformance $(VENV)-llamacpp .demo .smollm2 .docstrings .llamacpp
 	rm -rf build *.egg-info .coverage .benchmarks
 	rm -rf .hypothesis .pytest_cache .mypy_cache .ruff_cache mutants
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -203,6 +207,15 @@ $(VENV)-phoenix/.made:
 	@echo "Installing arize-phoenix into $(VENV)-phoenix ..."
 	@$(PYTHON) -m venv $(VENV)-phoenix
 	@$(VENV)-phoenix/bin/python -m pip install --quiet --disable-pip-version-check arize-phoenix playwright
+	@touch $@
+
+# Trackers pin versions of their own.
+$(VENV)-trackers/.made: pyproject.toml setup.py
+	@tools/system.sh venv
+	@echo "Installing tinyllama[dev,trackers] into $(VENV)-trackers ..."
+	@$(PYTHON) -m venv $(VENV)-trackers
+	@$(VENV)-trackers/bin/python -m pip install --quiet --disable-pip-version-check \
+	  --editable '.[dev,trackers]'
 	@touch $@
 
 $(VENV)-conformance/.made: pyproject.toml setup.py

@@ -181,8 +181,18 @@ def audit(root: Path) -> Figures:
         file.write_text("\n".join(pins) + "\n")
         words = ["--requirement", file, "--no-deps", "--disable-pip", "--format", "json"]
         out = run(program("pip-audit"), *words, "--progress-spinner", "off", cwd=root, codes=(0, 1))
-    found = json.loads(out)["dependencies"]
-    return {"vulnerabilities": sum(len(package.get("vulns", ())) for package in found)}
+    if not out.startswith("{"):
+        print("audit: not measured: pip-audit reaches no list of vulnerabilities", file=sys.stderr)
+        return {}
+    return vulnerabilities(json.loads(out)["dependencies"])
+
+
+def vulnerabilities(packages: Sequence[dict[str, Any]]) -> Figures:
+    """Of what pip-audit prints; none of where it could not ask about each package."""
+    if unknown := [package["name"] for package in packages if "skip_reason" in package]:
+        print(f"audit: not measured: nothing is known of {len(unknown)} packages", file=sys.stderr)
+        return {}
+    return {"vulnerabilities": sum(len(package["vulns"]) for package in packages)}
 
 
 def required(requirements: Sequence[str]) -> list[tuple[str, str]]:
@@ -191,7 +201,8 @@ def required(requirements: Sequence[str]) -> list[tuple[str, str]]:
     waiting = list(requirements)
     while waiting:
         requirement = waiting.pop()
-        name = re.split(r"[\s;<>=!~\[(]", requirement, maxsplit=1)[0].lower()
+        name = re.split(r"[\s;<>=!~\[(]", requirement, maxsplit=1)[0]
+        name = re.sub(r"[-_.]+", "-", name).lower()
         if name in found or "extra ==" in requirement:
             continue
         try:

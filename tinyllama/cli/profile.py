@@ -98,7 +98,10 @@ def _keep(profile: "Profile", config: "Config", out: Path | None) -> None:
 
     run = Path(config.checkpointing.checkpoint_dir)
     made_with = run / "config.toml"
-    if not made_with.is_file() or load_config(str(made_with), []).model != config.model:
+    if not made_with.is_file():
+        return
+    of_run = load_config(str(made_with), [])
+    if any(getattr(of_run, part) != getattr(config, part) for part in ("model", "lora", "qlora")):
         return
     _write_table(profile, run)
     if out is not None and out.resolve() != run.resolve():

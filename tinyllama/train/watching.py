@@ -138,7 +138,8 @@ class Watching:
 def _action(wanted: str, anomaly: Anomaly) -> str:
     """What is done about an anomaly where observe.on_anomaly is `wanted`. Unusual text is left out
     before it changes anything; an update that was made cannot be."""
-    if anomaly.series not in NUMBERS or (anomaly.series == "update" and wanted == "skip"):
+    was_made = anomaly.series == "update" or anomaly.kind == "divergence"
+    if anomaly.series not in NUMBERS or (was_made and wanted == "skip"):
         return "note"
     return "skip" if anomaly.kind == "text" and wanted == "rollback" else wanted
 
