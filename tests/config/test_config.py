@@ -149,7 +149,17 @@ def test_defaults_are_those_a_person_would_choose() -> None:
             "val_fraction": None,
             "cache_dir": ".cache/tinyllama",
         },
-        "observe": {"otlp_endpoint": None, "otlp_operations_every": None},
+        "observe": {
+            "otlp_endpoint": None,
+            "otlp_operations_every": None,
+            "on_anomaly": "note",
+            "anomaly_window": 128,
+            "update_ratio_every": 0,
+            "trackers": (),
+            "sample_prompts": (),
+            "sample_every": None,
+            "sample_tokens": 64,
+        },
         "checkpointing": {
             "save_every": 1000,
             "checkpoint_dir": "checkpoints",
