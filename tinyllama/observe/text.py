@@ -20,8 +20,8 @@ import numpy.typing as npt
 from tinyllama.data.layout import Layout
 from tinyllama.observe.anomalies import SIGMA
 
-SCORE = 6.0  # standard deviations above the median that are unusual
-_LEAST = math.log(2.5)  # and how much above it in any case, as a factor
+SCORE = 4.0  # standard deviations above the median that are unusual, where texts vary much
+_LEAST = math.log(2.9)  # and how much above it in any case, as a factor: noise is 3 to 4.7
 _MOST_PER_ROW = 4  # times that a token counts in a row of the sample
 _SAMPLED_ROWS = 256
 _FEW_TOKENS = 32  # a row with fewer says nothing
