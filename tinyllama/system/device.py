@@ -258,7 +258,10 @@ def _compute(name: str) -> None:
 def _describe(name: str, opened: object) -> str:
     """The device's name for itself, and what matters about it."""
     if name == "CPU":
-        words = [processor.processor_name(), f"{threads()} threads", instruction_set()]
+        instructions = instruction_set()
+        if instructions == "AMX":
+            instructions += " (float32 products exact or bfloat16x3)"
+        words = [processor.processor_name(), f"{threads()} threads", instructions]
         if processor.has_amx() and instruction_set() != "AMX":
             off = "is switched off" if not amx_enabled() else "is not permitted by the system"
             words.append(f"AMX {off}")
