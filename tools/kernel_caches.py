@@ -87,8 +87,8 @@ def compare(device: str, pairs: int) -> str:
         config.write_text(CONFIG.format(folder=folder))
         (folder / "text.txt").write_text((ROOT / "docs" / "files.md").read_text())
         environment = {
-            **os.environ, "DEV": device, "NUM_CPU_THREADS": "1", "CACHEDB": str(folder / "cache.db"),
-            "TINYLLAMA_KERNEL_CACHE": str(folder / "kernels"),
+            **os.environ, "DEV": device, "NUM_CPU_THREADS": "1",
+            "CACHEDB": str(folder / "cache.db"), "TINYLLAMA_KERNEL_CACHE": str(folder / "kernels"),
         }  # fmt: skip
         caches = ("ours", "tinygrad")
         for cache in caches * 2:  # the first fills the cache
