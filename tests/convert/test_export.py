@@ -298,7 +298,7 @@ def test_an_export_that_reads_back_wrong_leaves_nothing(base, tmp_path, monkeypa
     assert left_in(tmp_path) == []
 
 
-@pytest.mark.parametrize(("target", "dtype"), [("gguf", None), ("hf", None), ("hf", "float16")])
+@pytest.mark.parametrize(("target", "dtype"), [("gguf", None), ("hf", None), ("hf", "F16")])
 def test_values_that_no_model_has_are_named_with_the_name_that_was_asked_for(
     base, tmp_path, target, dtype
 ):
