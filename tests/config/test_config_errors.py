@@ -102,6 +102,11 @@ def test_a_wrong_value_is_named_with_its_file_key_and_what_is_allowed(line: str,
             "model.num_heads: got 12, must be divisible by model.num_kv_heads, which is 5",
         ),
         (
+            "[training]\nfloat32_products = 'bfloat16x3'\ndtype = 'bfloat16'",
+            'training.float32_products: got "bfloat16x3", must be "exact" where training.dtype is '
+            '"bfloat16"',
+        ),
+        (
             "[training]\nmicro_batch_size = 5",
             "training.micro_batch_size: got 5, must be a divisor of training.batch_size, which is "
             "32",

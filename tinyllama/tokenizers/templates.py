@@ -154,6 +154,17 @@ class ChatTemplate:
         return _compile(self.source, self.name, marked=True)
 
     @cached_property
+    def _turn_prompt(self) -> str:
+        """What is written behind a question for its answer to begin; "" where nothing is, or that
+        cannot be seen."""
+        question = [{"role": "user", "content": "q"}]
+        try:
+            without, prompt = (self.render(question, prompt=prompt) for prompt in (False, True))
+        except DataError:
+            return ""
+        return prompt[len(without) :] if prompt.startswith(without) else ""
+
+    @cached_property
     def takes_arguments_as_text(self) -> bool:
         """Whether the template looks if the arguments of a call are a text already."""
         return "arguments is string" in self.source or "arguments is not mapping" in self.source
@@ -313,6 +324,10 @@ class ChatTemplate:
         """Where the prompt for a message ends in the text, and whether all of it is there: else it
         may also have its first characters in common with the answer."""
         text, (begin, end) = layout.text, layout.turns[number]
+        if number == 0 and self._turn_prompt and self._turn_prompt in text[begin:end]:
+            at = text.index(self._turn_prompt, begin)
+            # Nothing comes before, and a template may write a message of its own instead.
+            return at + len(self._turn_prompt), True
         try:
             rendered = self._rendered_with(marks, messages[:number], tools, prompt=True)
         except DataError:  # no conversation begins with an answer, says the template

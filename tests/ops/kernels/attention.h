@@ -1,4 +1,7 @@
-/* attention_forward.c and attention_backward.c for sizes T, D, H, KV, B, NT threads, a type ACT. */
+/* attention_forward.c and attention_backward.c for sizes T, D, H, KV, B, NT threads, a type ACT; with
+   -DTILE_AMX their forms for AMX. */
+
+#include "tile_permission.h"
 
 #ifndef B
 #define B 1
@@ -18,6 +21,10 @@
 #ifndef NT
 #define NT 2
 #endif
+#ifdef TILE_AMX
+#define ACT 1
+#define VW 16
+#endif
 #ifndef ACT
 #define ACT 0
 #endif
@@ -28,11 +35,28 @@
 #include "../../../tinyllama/ops/cpu/common.h"
 
 #include "../../../tinyllama/ops/cpu/attention.h"
+
+#ifdef TILE_AMX
+#include "../../../tinyllama/ops/cpu/pairs.h"
+
+#ifdef TILE_IN_C
+#include "tile_in_c.h"
+#endif
+#include "../../../tinyllama/ops/cpu/amx.h"
+
+#include "../../../tinyllama/ops/cpu/attention_amx.h"
+#define KERNEL attention_forward
+#include "../../../tinyllama/ops/cpu/attention_forward_amx.c"
+#undef KERNEL
+#define KERNEL attention_backward
+#include "../../../tinyllama/ops/cpu/attention_backward_amx.c"
+#else
 #define KERNEL attention_forward
 #include "../../../tinyllama/ops/cpu/attention_forward.c"
 #undef KERNEL
 #define KERNEL attention_backward
 #include "../../../tinyllama/ops/cpu/attention_backward.c"
+#endif
 
 #define Q_COUNT ((size_t)B * T * H * D)
 #define KV_COUNT ((size_t)B * T * KV * D)

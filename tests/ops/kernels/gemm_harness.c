@@ -28,6 +28,10 @@
 // variants: -DTILE_AMX -DTILE_IN_C -DLAYOUT=2 -DCOMPUTE_BF16=1 -DBLOCKS -DACCUMULATE=1 -DADDEND=1
 // variants: -DTILE_AMX -DTILE_IN_C -DLAYOUT=2 -DCOMPUTE_BF16=1 -DA_T=1 -DB_T=1 -DACCUMULATE=1
 // variants: -DTILE_AMX -DTILE_IN_C -DLAYOUT=0 -DCOMPUTE_BF16=1 -DB_T=1 -DADDEND=1 -DMANY_ROWS=1
+// variants: -DTILE_AMX -DBF16X3 -DLAYOUT=0 -DBLOCKS -DADDEND=1
+// variants: -DTILE_AMX -DBF16X3 -DTILE_IN_C -DLAYOUT=0 -DBLOCKS -DADDEND=1
+// variants: -DTILE_AMX -DBF16X3 -DTILE_IN_C -DLAYOUT=1 -DACCUMULATE=1
+// variants: -DTILE_AMX -DBF16X3 -DTILE_IN_C -DLAYOUT=2 -DBLOCKS -DACCUMULATE=1
 // variants: -DFIXED -DLAYOUT=0 -DM=97 -DN=70 -DK=700 -DNT=2 -DC_T=1 -DADDEND=1
 // variants: -DFIXED -DLAYOUT=1 -DM=50 -DN=33 -DK=2500 -DNT=3 -DA_T=1 -DC_T=2
 // variants: -DFIXED -DLAYOUT=2 -DM=256 -DN=257 -DK=64 -DNT=2 -DACCUMULATE=1
@@ -83,11 +87,13 @@ static void reference(double *sum, double *bound, matrix a, matrix b, matrix c, 
       size_t at = (size_t)i * N + j;
       if (ACCUMULATE) s += c.value[at], t += fabs(c.value[at]);
       if (ADDEND) s += r.value[at], t += fabs(r.value[at]);
-      /* float32 sums of K terms, then one rounding to the storage type */
+      /* float32 sums of K terms, or those of three products, then one rounding to the storage type */
       sum[at] = s;
-      bound[at] = t * 1e-6 + fabs(s) * (C_T == 0 ? 0 : C_T == 1 ? 0x1.01p-8 : 0x1.01p-11) + 1e-7;
+      bound[at] = t * PRODUCT_ERROR + fabs(s) * (C_T == 0 ? 0 : C_T == 1 ? 0x1.01p-8 : 0x1.01p-11) + 1e-7;
     }
 }
+
+static double squared_errors, squared_sums; /* of all products */
 
 /* One product with one number of threads against the reference; 1 where a value is wrong. */
 static int run(int nt_index, int m, int n, int k, matrix a, matrix b, matrix c, matrix r,
@@ -109,6 +115,7 @@ static int run(int nt_index, int m, int n, int k, matrix a, matrix b, matrix c, 
   int wrong = 0;
   for (size_t i = 0; i < count && !wrong; i++) {
     double got = LOAD1(C_T, out + i);
+    squared_errors += (got - sum[i]) * (got - sum[i]), squared_sums += sum[i] * sum[i];
     if (fabs(got - sum[i]) <= bound[i]) continue;
     wrong = 1;
     printf("M %d N %d K %d NT %d: C[%zu,%zu] = %.9g, ", m, n, k, NT, i / N, i % N, got);
@@ -136,6 +143,11 @@ int main(void) {
       wrong += run(t, m, n, k, a, b, c, r, sum, bound);
     release_from(0);
   }
-  printf("%d of %d products are wrong\n", wrong, runs);
+  double error = sqrt(squared_errors / squared_sums);
+#ifdef BF16X3
+  wrong += error > 1.5 * 0x1p-18;
+#endif
+  printf("%d of %d products are wrong, error %.2g of the results (root mean square)\n", wrong, runs,
+         error);
   return wrong != 0;
 }

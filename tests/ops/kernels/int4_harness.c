@@ -18,6 +18,7 @@
 // variants: -DLAYOUT=1 -DVW=8 -DTILE_AVX2 -DMINIMA=1; -DLAYOUT=0 -DVW=8 -DTILE_AVX2 -DBITS=8
 // variants: -DTILE_AMX -DTILE_IN_C -DLAYOUT=0 -DCOMPUTE_BF16=1 -DA_T=1 -DMINIMA=1
 // variants: -DTILE_AMX -DTILE_IN_C -DLAYOUT=1 -DCOMPUTE_BF16=1 -DA_T=1 -DBITS=8
+// variants: -DTILE_AMX -DBF16X3 -DTILE_IN_C -DLAYOUT=0 -DBLOCKS; -DLAYOUT=1 -DTILE_AMX -DBF16X3 -DTILE_IN_C
 // variants: -DFIXED -DLAYOUT=0 -DM=1 -DN=70 -DK=704 -DBLOCK=32 -DNT=2 -DMINIMA=1
 // variants: -DFIXED -DLAYOUT=0 -DM=3 -DN=70 -DK=704 -DBLOCK=32 -DNT=2 -DBITS=8 -DA_T=1
 // variants: -DFIXED -DLAYOUT=0 -DM=8 -DN=70 -DK=704 -DBLOCK=32 -DNT=2 -DMINIMA=1 -DA_T=2
@@ -81,7 +82,7 @@ static int check(const ELEM(C_T) *out, const double *a, const double *w) {
       }
       double got = LOAD1(C_T, out + (long)i * N + j);
       double rounding = C_T == 0 ? 0 : C_T == 1 ? 0x1.01p-8 : 0x1.01p-11;
-      if (fabs(got - s) <= t * 1e-6 + fabs(s) * rounding + 1e-7) continue;
+      if (fabs(got - s) <= t * PRODUCT_ERROR + fabs(s) * rounding + 1e-7) continue;
       printf("M %d N %d K %d block %d threads %d: C[%d,%d] = %.9g, want %.9g\n", M, N, K, BLOCK, NT,
              i, j, got, s);
       return 1;

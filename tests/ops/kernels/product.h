@@ -17,6 +17,11 @@
 #ifndef COMPUTE_BF16
 #define COMPUTE_BF16 0
 #endif
+#ifdef BF16X3 /* of one product in the worst case; about 2^-18 is the error of a sum */
+#define PRODUCT_ERROR (0x1p-15 + 1e-6)
+#else
+#define PRODUCT_ERROR 1e-6
+#endif
 #ifdef BLOCKS
 #ifdef TILE_AMX
 #define KC 32
@@ -52,12 +57,20 @@ static int the_m, the_n, the_k, the_block, the_nt;
 #include "../../../tinyllama/ops/cpu/int4.h"
 #endif
 
+#include "../../../tinyllama/ops/cpu/pairs.h"
+
 #include "../../../tinyllama/ops/cpu/panels.h"
 
 #ifdef TILE_IN_C
 #include "tile_in_c.h"
 #endif
 #ifdef TILE_AMX
+#include "../../../tinyllama/ops/cpu/amx.h"
+
+#ifdef BF16X3
+#include "../../../tinyllama/ops/cpu/bf16x3.h"
+#endif
+
 #include "../../../tinyllama/ops/cpu/tile_amx.h"
 #else
 #include "../../../tinyllama/ops/cpu/tile_vector.h"
