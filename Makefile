@@ -37,7 +37,7 @@ LLAMA_DEMOS := llama-demo-train llama-demo-lora llama-demo-qlora
 .NOTPARALLEL:
 .PHONY: help venv demo smollm2 test readme tier1 tier2 tier3 ci lint coverage mutants \
   llama-properties llama-mutations llama-tests llama-demo-train llama-demo-lora llama-demo-qlora \
-  llama-ci chaos fuzz anomalies conformance docstrings llamacpp proofs neon gpu-races \
+  llama-ci chaos fuzz anomalies conformance docstrings preferences llamacpp proofs neon gpu-races \
   backends-report phoenix profile-files profile-overhead tinygrad proof-7b clean
 
 help: ## this list
@@ -128,6 +128,10 @@ docstrings: $(VENV)-conformance/.made ## fine-tune SmolLM2 here and with peft, a
 	@tools/system.sh clang
 	$(VENV)-conformance/bin/python tools/compare_peft.py --out docs/real-models.md
 
+preferences: $(VENV)/.demo ## SFT of SmolLM2 on conversations, then DPO on its own answers (20 minutes)
+	@tools/system.sh clang
+	$(PY) tools/preferences.py --out docs/real-models.md
+
 llamacpp: $(VENV)-llamacpp/.made ## build llama.cpp, and compare our GGUF files in it (20 minutes)
 	@tools/system.sh clang
 	$(VENV)-llamacpp/bin/python tools/llamacpp.py --out docs/interop.md
@@ -170,7 +174,7 @@ proof-7b: $(VENV)/.demo ## QLoRA on 6.7 billion parameters in 8 GiB (an hour, 15
 	$(PY) tools/proof_7b.py --work /tmp/tinyllama-proof-7b --out docs/proof-7b.md
 
 clean: ## remove everything that make created, .venv too
-	rm -rf $(VENV) $(VENV)-phoenix $(VENV)-conformance $(VENV)-llamacpp .demo .smollm2 .docstrings .llamacpp
+	rm -rf $(VENV) $(VENV)-phoenix $(VENV)-conformance $(VENV)-llamacpp .demo .smollm2 .docstrings .preferences .llamacpp
 	rm -rf build *.egg-info .coverage .benchmarks
 	rm -rf .hypothesis .pytest_cache .mypy_cache .ruff_cache mutants
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -50,12 +50,14 @@ RUNS = {
     "bfloat16": 'dtype = "bfloat16"',
     "label smoothing": "label_smoothing = 0.1",
     "QLoRA": "[lora]\nrank = 4\n[qlora]\nblock_size = 32",
+    "a teacher": 'objective = "distill"\n[distillation]\nteacher = "a"\ntop_k = 8',
 }
 
 
 @functools.cache
 def sources(amx: bool = False) -> dict[str, str]:
-    """C texts of the kernels of full training, QLoRA and generation, one of each kind."""
+    """C texts of the kernels of full training, QLoRA, distillation and generation, one of each
+    kind."""
     found: dict[str, str] = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(c_kernel, "has_bf16_products", lambda: True)

@@ -20,80 +20,14 @@
 
 #include <math.h>
 #include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
+#include "memory.h"
 
-#include "tile_permission.h"
+#include "attention.h"
 
-#ifndef B
-#define B 1
-#endif
-#ifndef T
-#define T 130
-#endif
-#ifndef D
-#define D 64
-#endif
-#ifndef H
-#define H 4
-#endif
-#ifndef KV
-#define KV 2
-#endif
-#ifndef NT
-#define NT 2
-#endif
-#ifdef TILE_AMX
-#define ACT 1
-#define VW 16
-#endif
-#ifndef ACT
-#define ACT 0
-#endif
 #ifndef DOCS
 #define DOCS 3
 #endif
-#define SCALE (1.0f / __builtin_sqrtf(D))
 
-/* Vectors wider than the machine's: every function that passes them is inlined. */
-#pragma clang diagnostic ignored "-Wpsabi"
-#include "../../../tinyllama/ops/cpu/common.h"
-
-#include "../../../tinyllama/ops/cpu/attention.h"
-
-#ifdef TILE_AMX
-#include "../../../tinyllama/ops/cpu/pairs.h"
-
-#ifdef TILE_IN_C
-#include "tile_in_c.h"
-#endif
-#include "../../../tinyllama/ops/cpu/amx.h"
-
-#include "../../../tinyllama/ops/cpu/attention_amx.h"
-#define KERNEL attention_forward
-#include "../../../tinyllama/ops/cpu/attention_forward_amx.c"
-#undef KERNEL
-#define KERNEL attention_backward
-#include "../../../tinyllama/ops/cpu/attention_backward_amx.c"
-#else
-#define KERNEL attention_forward
-#include "../../../tinyllama/ops/cpu/attention_forward.c"
-#undef KERNEL
-#define KERNEL attention_backward
-#include "../../../tinyllama/ops/cpu/attention_backward.c"
-#endif
-
-#define Q_COUNT ((size_t)B * T * H * D)
-#define KV_COUNT ((size_t)B * T * KV * D)
-#define LSE_COUNT ((size_t)B * H * T)
-typedef ELEM(ACT) elem;
-
-static void *allocate(size_t count, size_t size) {
-  void *memory = malloc(count * size);
-  if (!memory) exit(3);
-  memset(memory, 0xff, count * size); /* NaN until written */
-  return memory;
-}
 static double *zeros(size_t count) {
   return memset(allocate(count, sizeof(double)), 0, count * sizeof(double));
 }
@@ -200,11 +134,10 @@ static int collect(const char *name, void *total, void *part, size_t count, size
     memcpy(to, from, size);
   }
   if (twice) printf("%s is written by two threads\n", name);
-  free(part);
   return twice;
 }
 
-/* Frees scratch; 1 where thread `core` wrote outside its own part. */
+/* 1 where thread `core` wrote outside its own part. */
 static int strays(float *scratch, size_t floats, int core) {
   size_t count = NT * floats + 16, begin = (64 - (size_t)scratch % 64) % 64 / 4 + core * floats;
   const unsigned *bits = (const unsigned *)scratch;
@@ -212,7 +145,6 @@ static int strays(float *scratch, size_t floats, int core) {
   for (size_t i = 0; i < count; i++)
     outside |= (i < begin || i >= begin + floats) && bits[i] != ~0u;
   if (outside) printf("thread %d writes outside its scratch\n", core);
-  free(scratch);
   return outside;
 }
 
@@ -232,14 +164,17 @@ static int run(outputs o, const elem *q, const elem *k, const elem *v, const ele
                const int *starts) {
   int bad = 0;
   for (int core = 0; core < NT; core++) {
+    int kept = memory_count;
     float *scratch = allocate(NT * FORWARD_SCRATCH_FLOATS + 16, sizeof(float));
     outputs part = unwritten_outputs();
     attention_forward(part.out, part.lse, scratch, q, k, v, starts, core);
     bad |= strays(scratch, FORWARD_SCRATCH_FLOATS, core);
     bad |= collect("out", o.out, part.out, Q_COUNT, sizeof(elem));
     bad |= collect("lse", o.lse, part.lse, LSE_COUNT, sizeof(float));
+    release_from(kept);
   }
   for (int core = 0; core < NT; core++) {
+    int kept = memory_count;
     float *scratch = allocate(NT * BACKWARD_SCRATCH_FLOATS + 16, sizeof(float));
     outputs part = unwritten_outputs();
     attention_backward(part.dq, part.dk, part.dv, scratch, dout, o.out, o.lse, q, k, v, starts,
@@ -248,6 +183,7 @@ static int run(outputs o, const elem *q, const elem *k, const elem *v, const ele
     bad |= collect("dq", o.dq, part.dq, Q_COUNT, sizeof(elem));
     bad |= collect("dk", o.dk, part.dk, KV_COUNT, sizeof(elem));
     bad |= collect("dv", o.dv, part.dv, KV_COUNT, sizeof(elem));
+    release_from(kept);
   }
   return bad;
 }
