@@ -316,9 +316,9 @@ class ObserveConfig:
     )
     on_anomaly: Literal["note", "skip", "rollback", "stop"] = option(
         "note",
-        "what a spike of loss or gradient norm leads to: a note; its update left out; the last"
-        " checkpoint before it again, without that data; the end of the run. Whatever is slow is"
-        " noted in any case",
+        "what unusual text, a spike of loss or gradient norm, or an update that moves the weights"
+        " too far leads to: a note; its update left out; the last checkpoint before it again,"
+        " without that data; the end of the run. Whatever is slow is noted in any case",
     )
     anomaly_window: Annotated[int, Meta(ge=32, le=4096)] = option(
         128, "steps before it that a step is compared with"

@@ -8,7 +8,7 @@ layout.py says which tokens a row holds; the target of each is the token behind 
 of a document has no target, so that no document is predicted from another.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
@@ -94,9 +94,11 @@ class Batches:
         """Whether the documents are texts, each of a row or a file; not conversations or pairs."""
         return isinstance(self._dataset, TokenDataset) and self._dataset.trained is None
 
-    def documents(self) -> npt.NDArray[np.int64]:
-        """The documents that the last batch held tokens of, by their index in the text; sorted."""
-        return self.layout.documents(self._last)
+    def documents(self, places: Sequence[int] | None = None) -> npt.NDArray[np.int64]:
+        """The documents that the last batch held tokens of, or some of its rows (pairs: examples)
+        by their places, by their index in the text; sorted."""
+        rows = self._last if places is None else self._last[list(places)]
+        return self.layout.documents(rows)
 
     def state(self) -> dict[str, int | str | bool]:
         """The position, as plain values for JSON."""

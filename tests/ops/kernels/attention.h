@@ -1,5 +1,5 @@
 /* attention_forward.c and attention_backward.c for sizes T, D, H, KV, B, NT threads, a type ACT; with
-   -DTILE_AMX their forms for AMX, of bfloat16. */
+   -DTILE_AMX their forms for AMX. */
 
 #include "tile_permission.h"
 

@@ -17,6 +17,11 @@
 #ifndef COMPUTE_BF16
 #define COMPUTE_BF16 0
 #endif
+#ifdef BF16X3 /* of one product in the worst case; about 2^-18 is the error of a sum */
+#define PRODUCT_ERROR (0x1p-15 + 1e-6)
+#else
+#define PRODUCT_ERROR 1e-6
+#endif
 #ifdef BLOCKS
 #ifdef TILE_AMX
 #define KC 32
@@ -72,12 +77,5 @@ static int the_m, the_n, the_k, the_block, the_nt;
 #endif
 
 #include "../../../tinyllama/ops/cpu/gemm.c"
-
-/* Of sums of K terms, relative to their absolute values: of float32, or of a product of three. */
-#ifdef BF16X3 /* in the worst case; the error of a sum is about 2^-18 */
-#define PRODUCT_ERROR (0x1p-15 + 1e-6)
-#else
-#define PRODUCT_ERROR 1e-6
-#endif
 
 #define LENGTH(array) (int)(sizeof(array) / sizeof(*(array)))
