@@ -69,17 +69,6 @@ typedef const ELEM(B_T) * b_ptr;
 
 /* ---- packing ---- */
 
-/* bf16_encode for a factor. The processor's own rounding turns subnormal numbers into 0, as its
-   products do anyway. */
-INLINE vh factor_encode(vf x) {
-#if COMPUTE_BF16 && VW == 16 && defined(__AVX512BF16__)
-  vh y;
-  __asm__("vcvtneps2bf16 %1, %0" : "=v"(y) : "v"(x));
-  return y;
-#else
-  return bf16_encode(x);
-#endif
-}
 #define ENCODED(code, p) ENCODED_(code, p)
 #define ENCODED_(code, p) encoded_##code(p)
 INLINE vh encoded_0(const elem_0 *p) { return factor_encode(load_0(p)); }

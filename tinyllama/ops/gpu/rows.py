@@ -51,6 +51,7 @@ def launch(
     flops: int,
     shared: int = 0,
     updates: bool = False,
+    headers: Sequence[str] = ("rows.h",),
 ) -> Launch:
     """blocks.launch of a kernel that reads rows.h.
 
@@ -69,5 +70,5 @@ def launch(
         flops=flops,
         shared_bytes=4 * shared,
         updates=updates,
-        headers=("rows.h",),
+        headers=headers,
     )
