@@ -77,7 +77,9 @@ def _reading(uop: UOp, place: UOp, known: Mapping[UOp, Tensor]) -> UOp:
     return place
 
 
-def without_copies(saved: Sequence[Tensor], copies: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+def without_copies(
+    saved: Sequence[Tensor], copies: Sequence[tuple[Tensor, Tensor]]
+) -> list[Tensor]:
     """Of what a piece saves, all but narrowed weights that have a copy."""
     known = {weight.uop for weight, _ in copies}
     return [t for t in saved if not is_narrowed(t.uop, known)]

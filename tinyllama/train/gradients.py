@@ -70,9 +70,10 @@ class StagedLoss:
         self.model, self.criterion = model, loss or CrossEntropy()
         # Adapters leave their base as it was, so a model that has some is its own reference.
         self.refers = self.criterion.needs_reference and bool(lora_layers(model))
-        self.names = {_key(tensor): name for name, tensor in (trained or {}).items()}
+        trained, copies = trained or {}, copies or {}
+        self.names = {_key(tensor): name for name, tensor in trained.items()}
         self.stages = _Stages()
-        self._copies = {_key(trained[name]): c for name, c in (copies or {}).items()} if trained else {}
+        self._copies = {_key(t): copies[n] for n, t in trained.items() if n in copies}
 
     def loss(self, tokens: Tensor, targets: Tensor, starts: Tensor, *more: Tensor) -> Tensor:
         """Summed loss and measures, shape (1 + measures,): tokens, targets, starts (B, T), and what

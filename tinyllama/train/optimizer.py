@@ -16,6 +16,7 @@ from tinygrad import Tensor, dtypes
 from tinygrad.dtype import DType
 
 from tinyllama.config import TrainingConfig
+from tinyllama.model.llama import Llama
 from tinyllama.ops.adamw import (
     KEY_LIMIT,
     KEY_WORDS,
@@ -25,7 +26,7 @@ from tinyllama.ops.adamw import (
     add_square_sum,
     together,
 )
-from tinyllama.ops.copies import copied
+from tinyllama.ops.copies import copied, pay
 from tinyllama.runtime.stage import Stage
 from tinyllama.runtime.storage import write_new, zero_in_background
 
@@ -64,7 +65,7 @@ class AdamW:
     @property
     def rounds_randomly(self) -> bool:
         """Whether the state is bfloat16, rounded stochastically."""
-        return self.dtype == dtypes.bfloat16
+        return self.config.optimizer_state == "bfloat16"
 
     def hyperparameters(
         self, step: int, lr: float, trained_tokens: int, limits: Sequence[float] = ()
@@ -168,9 +169,7 @@ class AdamW:
         norm, scalars = self.stages["norm"](known, build, ("scale", len(known)))
         return norm, scalars
 
-    def _step(
-        self, group: Sequence[Parameter], scalars: Tensor, indices: Tensor | None
-    ) -> None:
+    def _step(self, group: Sequence[Parameter], scalars: Tensor, indices: Tensor | None) -> None:
         known = [tensor for parameter in group for tensor in parameter.tensors]
         more = [scalars] if indices is None else [scalars, indices]
         self.stages["step"]([*known, *more], lambda: adamw(group, scalars, indices))
@@ -179,6 +178,13 @@ class AdamW:
         """exp_avg.NAME and exp_avg_sq.NAME for every parameter."""
         first = {f"exp_avg.{name}": t for name, t in self.exp_avg.items()}
         return first | {f"exp_avg_sq.{name}": t for name, t in self.exp_avg_sq.items()}
+
+
+def weights_to_copy(model: Llama, trained: Mapping[str, Tensor]) -> list[str]:
+    """The names of trained weights whose copies make a step faster, if memory allows them; what
+    adapters have is too small."""
+    names = [name for name in model.multiplied() if name in trained]
+    return names if names and pay(trained[names[0]], model.dtype) else []
 
 
 def _groups(

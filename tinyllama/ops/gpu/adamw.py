@@ -34,9 +34,9 @@ def step(
     copies: Sequence[bool] = (),
     copy: DType = "bfloat16",
 ) -> Launch:
-    """p, m, v of each tensor (`counts` numbers, updated; p float32, m and v of type `state`), then
-    the copies of p of those that have one (`copies`), in the type `copy`, then the gradient of each,
-    the scalars of ops/adamw.py, and with a bfloat16 `state` where each tensor's indices begin.
+    """p, m, v of each tensor (`counts` numbers, updated; p float32, m and v of type `state`), the
+    copies of p of those that have one (`copies`), in the type `copy`, the gradient of each, the
+    scalars of ops/adamw.py, and with a bfloat16 `state` where each tensor's indices begin.
 
     dtype: of the gradients. decays: whether each tensor's weights decay.
     Raises UnsupportedSize for more tensors than a launch takes.
