@@ -53,8 +53,16 @@ static int NT;
 #define KERNEL square_sum
 #include "../../../tinyllama/ops/cpu/square_sum.c"
 #undef KERNEL
+#define COPY FORM /* AdamW's */
+#if ACT == 1
+#define STATE_T 1
+#include "../../../tinyllama/ops/random_bits.h"
+#endif
 #define KERNEL adamw
 #include "../../../tinyllama/ops/cpu/adamw.c"
+#undef KERNEL
+#define KERNEL narrow
+#include "../../../tinyllama/ops/cpu/narrow.c"
 #undef KERNEL
 
 typedef ELEM(ACT) act;
@@ -248,28 +256,62 @@ static void test_square_sum(void) {
   release(x, 4), release(partial, 4);
 }
 
+/* Numbers of AdamW's state in their storage type. */
+static moment *make_state(const float *from, double *values) {
+  moment *state = make(COUNT, sizeof(moment));
+  for (long i = 0; i < COUNT; i++) {
+    STORE1(STATE_T, state + i, from[i]);
+    values[i] = LOAD1(STATE_T, state + i);
+  }
+  return state;
+}
+
+#if STATE_T
+#define FIRST_ARG , first
+#else
+#define FIRST_ARG
+#endif
+#if COPY
+#define COPY_ARG , copy
+#else
+#define COPY_ARG
+#endif
+
 static void test_adamw(void) {
   const double lr = 0.01, b1 = 0.9, b2 = 0.999, eps = 1e-8, decay = FORM ? 0.1 : 0, clip = 0.5;
-  float *scalars = make(8, 4), *p = make_float(COUNT, -1, 1), *g = make_float(COUNT, -1, 1);
-  float *m = make_float(COUNT, -1, 1), *v = make_float(COUNT, 0.01, 1);
+  float *scalars = make(10, 4), *p = make_float(COUNT, -1, 1), *g = make_float(COUNT, -1, 1);
+  float *from_m = make_float(COUNT, -1, 1), *from_v = make_float(COUNT, 0.01, 1);
+  double *old_m = malloc((size_t)COUNT * sizeof(double));
+  double *old_v = malloc((size_t)COUNT * sizeof(double));
+  moment *m = make_state(from_m, old_m), *v = make_state(from_v, old_v);
+  elem_1 *copy = make(COUNT, 2), *again = make(COUNT, 2);
+  unsigned *first = make(1, 4);
+  *first = 4000000000u;
   double *want = malloc((size_t)(3 * COUNT) * sizeof(double));
   const double c1 = 1 - b1 * b1, c2 = 1 - b2 * b2;
-  const double values[] = {lr, b1, b2, eps, 0.1, c1, c2, clip};
-  for (int i = 0; i < 8; i++) scalars[i] = (float)values[i];
+  const double values[] = {lr, b1, b2, eps, 0.1, c1, c2, clip, 1234567, (1 << 24) - 1};
+  for (int i = 0; i < 10; i++) scalars[i] = (float)values[i];
   for (long i = 0; i < COUNT; i++) {
-    double gradient = g[i] * clip, mean = b1 * m[i] + (1 - b1) * gradient;
-    double square = b2 * v[i] + (1 - b2) * gradient * gradient;
+    double gradient = g[i] * clip, mean = b1 * old_m[i] + (1 - b1) * gradient;
+    double square = b2 * old_v[i] + (1 - b2) * gradient * gradient;
     double step = lr / c1 * mean / (sqrt(square) / sqrt(c2) + eps);
     want[3 * i] = p[i] * (1 - lr * decay) - step;
     want[3 * i + 1] = mean, want[3 * i + 2] = square;
   }
-  RUN(adamw(p, m, v, g, scalars, core));
+  RUN(adamw(p, m, v COPY_ARG, g, scalars FIRST_ARG, core));
+  RUN(narrow(again, p, core));
   for (long i = 0; i < COUNT; i++) {
+    /* Up or down: within a unit in bfloat16's last place. */
+    double unit = STATE_T ? 0x1p-7 : 0;
     check("adamw p", i, p[i], want[3 * i], 5e-7);
-    check("adamw m", i, m[i], want[3 * i + 1], 3e-7);
-    check("adamw v", i, v[i], want[3 * i + 2], 3e-7);
+    check("adamw m", i, LOAD1(STATE_T, m + i), want[3 * i + 1], 3e-7 + unit * fabs(want[3 * i + 1]));
+    check("adamw v", i, LOAD1(STATE_T, v + i), want[3 * i + 2], 3e-7 + unit * fabs(want[3 * i + 2]));
+    check("narrow", i, LOAD1(1, again + i), p[i], 0x1.02p-8 * fabs(p[i]));
+    if (COPY) check("adamw copy", i, copy[i], again[i], 0);
   }
-  release(scalars, 4), release(p, 4), release(g, 4), release(m, 4), release(v, 4), free(want);
+  release(scalars, 4), release(p, 4), release(g, 4), release(from_m, 4), release(from_v, 4);
+  release(m, sizeof(moment)), release(v, sizeof(moment)), release(copy, 2), release(again, 2);
+  release(first, 4), free(want), free(old_m), free(old_v);
 }
 
 int main(void) {
