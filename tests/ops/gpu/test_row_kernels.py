@@ -39,7 +39,8 @@ def test_a_kernel_equals_its_formula(dialect: str, name: str) -> None:
 # `make gpu-races` runs all of CASES as OpenCL; here one of each kernel, since pocl compiles slowly.
 ON_OPENCL = (
     "rms norm: odd rows", "cross entropy: bfloat16", "swiglu: float16, odd", "rope: float32",
-    "embedding: bfloat16", "adamw: float32", "attention delta: float32",
+    "embedding: bfloat16", "adamw: float32", "adamw copies: float16, odd",
+    "adamw state: bfloat16", "attention delta: float32",
     "few rows: float16, odd", "few rows: 4 bits by 64", "few rows: 8 bits by 64, minimum",
     "cached attention: float32",
 )  # fmt: skip
@@ -216,7 +217,27 @@ MUTANTS = {
     ),
     "adamw: the square without its correction": ("adamw: float32", "* root + eps", "+ eps"),
     "adamw: the tensor before": ("adamw: float32", "bx >= its_first", "bx > its_first"),
-    "adamw: written past the end": ("adamw: bfloat16, odd", "if (at < count) {", "{"),
+    "adamw: written past the end": (
+        "adamw: bfloat16, odd", "if (at < count && scale != 0) {", "if (scale != 0) {",
+    ),
+    "adamw: the copy holds what was": (
+        "adamw copies: bfloat16",
+        "parameter[k] -= step * mean[k]",
+        "if (copy) STORE(COPY_T, copy + at, parameter); copy = 0; parameter[k] -= step * mean[k]",
+    ),
+    "adamw: the copy of the tensor before": (
+        "adamw copies: bfloat16", "copy = its_copy,", "copy = its_copy ? its_copy : copy,",
+    ),
+    "adamw: one random number for both moments": (
+        "adamw state: bfloat16", "rounded_randomly(square[k], bits >> 16)",
+        "rounded_randomly(square[k], bits & 0xffff)",
+    ),
+    "adamw: the indices of the first parameter": (
+        "adamw state: bfloat16", "begin = firsts[number]", "begin = firsts[0]",
+    ),
+    "adamw: neighbours share a random number": (
+        "adamw state: bfloat16", "begin + (u32)at + k", "begin + (u32)at",
+    ),
     "squares: what parts held is forgotten": ("adamw: float32", "sum += parts[bx];", ""),
     "squares: blocks sum the same numbers": (
         "adamw: float32",
