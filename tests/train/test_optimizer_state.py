@@ -1,4 +1,4 @@
-"""AdamW's state in bfloat16: rounded without bias, the same bits in every form and after a resume."""
+"""AdamW's state in bfloat16: rounded without bias, alike in every form and after a resume."""
 
 import numpy as np
 import pytest
