@@ -37,10 +37,10 @@ from tinyllama.data.conversations import Encoder as ConversationEncoder
 from tinyllama.data.files import (
     Chunk,
     Source,
+    bytes_bar,
     content_digests,
     cut,
     find_sources,
-    progress_bar,
     read_chunk,
     read_joined,
     read_rows,
@@ -365,7 +365,7 @@ def _build(
     with (
         atomic_directory(folder) as made,
         unpacked(sources, folder.parent) as ready,
-        progress_bar(ready, "Tokenizing", progress) as bar,
+        bytes_bar(ready, "Tokenizing", progress) as bar,
     ):
         chunks = (chunk for source in ready for chunk in cut(source))
         with (

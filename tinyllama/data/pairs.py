@@ -19,10 +19,10 @@ import numpy.typing as npt
 from tinyllama.data.conversations import OWN, Conversation, Encoder, Form
 from tinyllama.data.files import (
     Source,
+    bytes_bar,
     content_digests,
     cut,
     find_sources,
-    progress_bar,
     read_rows,
     unpacked,
 )
@@ -192,7 +192,7 @@ def _tokenize(
     at = same = 0
     with (
         unpacked(sources, cache) as ready,
-        progress_bar(ready, "Tokenizing", progress) as bar,
+        bytes_bar(ready, "Tokenizing", progress) as bar,
     ):
         for chunk in (chunk for source in ready for chunk in cut(source)):
             for pair in read_rows(chunk, both):

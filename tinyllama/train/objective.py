@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 from tinygrad import Tensor, dtypes
-from tqdm import tqdm
 
 from tinyllama.config import Config
 from tinyllama.data.batches import Batches, Layout, Rows, TokenDataset, text_layout
@@ -33,6 +32,7 @@ from tinyllama.model.build import build, load_model, tokenizer_folder
 from tinyllama.model.llama import Llama
 from tinyllama.runtime.capture import captured
 from tinyllama.runtime.storage import Inputs
+from tinyllama.system.progress_bar import progress_bar
 from tinyllama.tokenizers.opening import open_tokenizer
 from tinyllama.tokenizers.tokenizer import Tokenizer
 from tinyllama.train.evaluate import Evaluator, PairEvaluator
@@ -322,4 +322,7 @@ def _logits(model: Llama, tokens: Tensor, starts: Tensor) -> Tensor:
 
 
 def _progress(items: range, what: str, show: bool) -> Iterator[int]:
-    yield from tqdm(items, desc=what, disable=not show)
+    with progress_bar(len(items), what, "batch", shown=show) as bar:
+        for item in items:
+            yield item
+            bar.update()
