@@ -146,10 +146,10 @@ def test_copies_cost_no_micro_batch(paying, monkeypatch):
     assert not found.step.optimizer.copies
 
 
-def test_copies_pay_where_products_round_their_weights():
+def test_copies_pay_on_a_gpu_and_in_amx():
     narrow = build(SQUARE, dtype=dtypes.bfloat16)
     for form, dtype, pays in (
-        ("cpu", "bfloat16", c_kernel.has_bf16_products()),
+        ("cpu", "bfloat16", c_kernel.has_amx()),
         ("cpu", "float32", False),
         ("portable", "bfloat16", False),
         ("gpu", "bfloat16", True),

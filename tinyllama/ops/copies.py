@@ -28,10 +28,15 @@ _RIGHT = 1  # among the inputs of a product
 
 
 def pay(weight: Tensor, dtype: DType) -> bool:
-    """Whether products of this weight with activations of a type are faster with a copy of it."""
+    """Whether a step is faster with a copy of this weight in the type of activations.
+
+    On a GPU nothing is narrowed then. AMX waits for packing, much of which is conversion;
+    `vdpbf16ps` is slow enough to hide that, and AdamW has more to write (NOTES.md). In portable form
+    the update would read p again.
+    """
     form = forms.chosen(weight)
     if form == "cpu":
-        return dtype == dtypes.bfloat16 and c_kernel.has_bf16_products()
+        return dtype == dtypes.bfloat16 and c_kernel.has_amx()
     return form == "gpu" and dtype.itemsize == 2
 
 
