@@ -105,8 +105,7 @@ def _updated(
     scalars: Tensor,
     first: Tensor | None,
 ) -> list[Tensor]:
-    known = scalars[: len(SCALARS)].split(1)
-    lr, beta1, beta2, eps, weight_decay, correction1, correction2, scale = known
+    lr, beta1, beta2, eps, weight_decay, correction1, correction2, scale, *_ = scalars.split(1)
     g = grad.float() * scale.reshape(*(1,) * p.ndim)
     ones = (1,) * p.ndim
     old_m, old_v = m.float(), v.float()

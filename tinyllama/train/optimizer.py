@@ -162,8 +162,8 @@ class AdamW:
             if guard is not None:
                 most_loss, most_norm = hyperparameters[-2:-1], hyperparameters[-1:]
                 scale = ((guard <= most_loss) & (norm <= most_norm)).where(scale, 0)
-            scalars = hyperparameters[:last].cat(scale, hyperparameters[last + 1 : count])
-            return [norm, scalars.contiguous()]
+            key = [hyperparameters[last + 1 : count]] if self.rounds_randomly else []
+            return [norm, hyperparameters[:last].cat(scale, *key).contiguous()]
 
         known = [squares, hyperparameters] if guard is None else [squares, hyperparameters, guard]
         norm, scalars = self.stages["norm"](known, build, ("scale", len(known)))
@@ -181,8 +181,7 @@ class AdamW:
 
 
 def weights_to_copy(model: Llama, trained: Mapping[str, Tensor]) -> list[str]:
-    """The names of trained weights whose copies make a step faster, if memory allows them; what
-    adapters have is too small."""
+    """The names of trained weights whose copies make a step faster, if memory allows them."""
     names = [name for name in model.multiplied() if name in trained]
     return names if names and pay(trained[names[0]], model.dtype) else []
 
