@@ -113,7 +113,7 @@ def paying(monkeypatch):
 
 def test_the_estimate_counts_two_bytes_per_copied_weight(paying):
     asked = config()
-    found, plain = (estimate_memory(asked, blank_step(asked, copies=c)) for c in (True, False))
+    found, plain = (estimate_memory(asked, copies=c) for c in (True, False))
     multiplied = found.weights // 4 - SQUARE.vocab_size * SQUARE.hidden_size
     multiplied -= (2 * SQUARE.num_layers + 1) * SQUARE.hidden_size  # the norms
     assert (found.copies, plain.copies) == (2 * multiplied, 0)
@@ -126,7 +126,7 @@ def test_the_estimate_counts_two_bytes_per_copied_weight(paying):
 
 def test_copies_are_taken_only_where_they_fit(paying, monkeypatch):
     asked = config()
-    found, plain = (estimate_memory(asked, blank_step(asked, copies=c)) for c in (True, False))
+    found, plain = (estimate_memory(asked, copies=c) for c in (True, False))
     assert plain.total < found.total
     for free, taken in ((found.total, True), (found.total - 1, False), (plain.total, False)):
         monkeypatch.setattr(memory, "free_bytes", lambda free=free: free)
@@ -139,7 +139,7 @@ def test_copies_are_taken_only_where_they_fit(paying, monkeypatch):
 
 def test_copies_cost_no_micro_batch(paying, monkeypatch):
     asked = config(batch_size=8)
-    plain = estimate_memory(asked, blank_step(asked, copies=False)).total
+    plain = estimate_memory(asked, copies=False).total
     monkeypatch.setattr(memory, "free_bytes", lambda: plain)
     found = plan_run(asked)
     assert found.config.training.micro_batch == 8

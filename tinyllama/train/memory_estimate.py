@@ -116,14 +116,17 @@ def blank_step(config: Config, *, copies: bool = True) -> TrainStep:
     return TrainStep(model, optimizer, steps, loss=loss_of(config), guarded=guarded)
 
 
-def estimate_memory(config: Config, step: TrainStep | None = None) -> MemoryEstimate:
+def estimate_memory(
+    config: Config, step: TrainStep | None = None, *, copies: bool = True
+) -> MemoryEstimate:
     """What training with this configuration holds on the selected device, at its peak.
 
     A base checkpoint's sizes must be in the configuration already (`Config.with_base`). `step` is
-    a `blank_step` to plan with, whose pieces the run can take over then.
+    a `blank_step` to plan with, whose pieces the run can take over then; without one, `copies` says
+    whether weights have copies where those make a step faster.
     """
     t, context, runtime = config.training, config.context_length, _runtime_bytes(config)
-    step = step or blank_step(config)
+    step = step or blank_step(config, copies=copies)
     model, optimizer = step.staged.model, step.optimizer
     batch = blank_batch(config)
     hyperparameters = Tensor.empty(step.hyperparameter_count)

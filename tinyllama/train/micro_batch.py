@@ -38,7 +38,7 @@ def _fits(config: Config, size: int, limit_bytes: int) -> bool:
     if _least_bytes(parts) > limit_bytes:
         return False
     # Copies of weights are worth no smaller micro-batch.
-    return estimate_memory(parts, blank_step(parts, copies=False)).total <= limit_bytes
+    return estimate_memory(parts, copies=False).total <= limit_bytes
 
 
 def _least_bytes(config: Config) -> int:
