@@ -31,8 +31,8 @@ def pay(weight: Tensor, dtype: DType) -> bool:
     """Whether a step is faster with a copy of this weight in the type of activations.
 
     On a GPU nothing is narrowed then. AMX waits for packing, much of which is conversion;
-    `vdpbf16ps` is slow enough to hide that, and AdamW has more to write (NOTES.md). In portable form
-    the update would read p again.
+    `vdpbf16ps` is slow enough to hide that (NOTES.md). In portable form the update would read p
+    again.
     """
     form = forms.chosen(weight)
     if form == "cpu":
