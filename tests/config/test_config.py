@@ -117,6 +117,7 @@ def test_defaults_are_those_a_person_would_choose() -> None:
             "max_steps": None,
             "seed": 0,
             "dtype": "float32",
+            "float32_products": "exact",
             "eval_every": None,
             "eval_first": False,
             "checkpoint_activations": False,

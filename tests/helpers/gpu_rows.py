@@ -20,6 +20,7 @@ from tinyllama.ops.gpu import (
     cross_entropy,
     embedding,
     few_rows,
+    narrow,
     rms_norm,
     rope,
     swiglu,
@@ -276,6 +277,20 @@ def hashed(indices: np.ndarray, key: Sequence[int]) -> np.ndarray:
     return bits.astype(np.uint32)
 
 
+def narrow_case(
+    run: Runner, dialect: str, change: Change, counts: Sequence[int], dtype: str
+) -> dict[str, float]:
+    """Rounded to nearest even, to the last bit."""
+    x = [normal(0, count) for count in counts]
+    y = [unwritten((count,), dtype) for count in counts]
+    start(run, narrow.narrow(dialect, counts, dtype), change, *y, *x)
+    return {
+        f"y{i}": math.inf
+        for i, (a, b) in enumerate(zip(y, x, strict=True))
+        if not np.array_equal(a, stored(b, dtype))
+    }
+
+
 def few_rows_case(
     run: Runner,
     dialect: str,
@@ -379,6 +394,8 @@ CASES: dict[str, Case] = {
         "adamw copies: float16, odd": {"counts": (7, 1030), "copy": "float16"},
         "adamw state: bfloat16": {"counts": (40, 4096, 5000)},
         "adamw state: odd": {"counts": (7, 1030)},
+        "narrow: bfloat16": {"counts": (40, 4096, 5000), "dtype": "bfloat16"},
+        "narrow: float16, odd": {"counts": (7, 1030), "dtype": "float16"},
         "few rows: float32": {
             "R": 1, "N": 37, "K": 260, "dtype": "float32", "weight": "float32", "addend": True,
         },

@@ -1,15 +1,11 @@
 """Weights that a GPU's products read narrowed share a launch; the numbers are those of a cast."""
 
-import json
-import subprocess
-import sys
-
 import gpu_kernels
 import numpy as np
 import nvrtc
 import pytest
 from fake_cuda import needs_nvrtc
-from runs_helpers import environment
+from runs_helpers import printed_json
 
 from tinyllama.ops.gpu.narrow import MOST_TENSORS, narrow
 from tinyllama.runtime.blocks import LIMITS, Dialect
@@ -64,14 +60,7 @@ print(json.dumps([[l.name, l.times, "#define ADDEND 1" in l.text] for l in found
 def launches_of_a_step(weights: str) -> list[tuple[str, int, bool]]:
     """Name, number, and whether it adds something, of a step's launches on a card that is not
     there; with "copies" of weights or none."""
-    done = subprocess.run(
-        [sys.executable, "-c", STEP, weights],
-        capture_output=True,
-        text=True,
-        env=environment(DEV="NULL:CUDA:sm_90"),
-    )
-    assert done.returncode == 0, done.stderr
-    launches: list[tuple[str, int, bool]] = json.loads(done.stdout)
+    launches: list[tuple[str, int, bool]] = printed_json("-c", STEP, weights, DEV="NULL:CUDA:sm_90")
     return launches
 
 

@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tarfile
 import time
+import tomllib
 import zipfile
 
 import pytest
@@ -191,3 +193,25 @@ def test_importing_is_quick():
         return time.perf_counter() - begun[1]
 
     assert min(seconds() for _ in range(3)) < 1.0
+
+
+def test_the_extra_all_is_every_extra_but_those_of_developers():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = {
+        name: {word for one in needed for word in extras_of(one)}
+        for name, needed in project["optional-dependencies"].items()
+    }
+    for_developers = {"bench", "conformance", "dev", "fuzz", "mutants", "quality"}
+    reached, waiting = set(), ["all"]
+    while waiting:
+        waiting += extras[name := waiting.pop()] - reached
+        reached.add(name)
+    assert reached == set(extras) - for_developers
+    documented = "cuda hub serve parquet observe otel trackers".split()
+    assert set(documented) <= extras["all"]
+
+
+def extras_of(requirement: str) -> list[str]:
+    """The extras of this package that a requirement names."""
+    found = re.fullmatch(r"tinyllama-trainer\[([a-z,-]+)\]", requirement)
+    return found[1].split(",") if found else []

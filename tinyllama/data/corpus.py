@@ -115,6 +115,11 @@ class Part:
         number = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest())
         return (number < self.fraction * 2.0**64) != self.rest
 
+    def leaves_nothing(self) -> str:
+        """The reason why no row is in the part."""
+        side = "training" if self.rest else "validation"
+        return f"data.val_fraction = {self.fraction} leaves no row for {side}"
+
 
 class _Way(NamedTuple):
     """How rows become documents. `as_text`: special tokens written in rows of text are text."""
@@ -203,8 +208,7 @@ def _nothing(dataset: TokenDataset, form: Form, part: Part | None) -> str:
             f"= {form.train_on or 'assistant'}"
         )
     if part is not None:
-        side = "training" if part.rest else "validation"
-        return f"data.val_fraction = {part.fraction} leaves no row for {side}"
+        return part.leaves_nothing()
     return f"no text in it, {dataset.n_empty} empty rows or files"
 
 

@@ -201,7 +201,8 @@ def _content(chunk: Chunk) -> tuple[bytes, str]:
     try:
         return data, data.decode("utf-8")
     except UnicodeDecodeError as error:
-        place = f"{source.path}: byte {chunk.start + error.start}"
+        line = _lines_before(chunk) + data[: error.start].count(b"\n") + 1
+        place = f"{source.path}, line {line}: byte {chunk.start + error.start}"
         raise DataError(
             f"{place} (0x{data[error.start]:02x}) is not UTF-8; convert the file to UTF-8"
         ) from None

@@ -151,7 +151,7 @@ def _adamw_cpu(
     for p, m, v, grad, decay, copy in parameters:
         count, randomly = p.numel(), firsts is not None
         defines = {"DECAY": int(decay), "COPY": int(copy is not None), "STATE_T": int(randomly)}
-        headers = ["../random_bits.h"] if randomly else []
+        headers = ["pairs.h"] * (copy is not None) + ["../random_bits.h"] * randomly
         kernel = Kernel(
             "adamw.c", defines, {"COUNT": count}, headers, flops=12 * count, updates=True
         )

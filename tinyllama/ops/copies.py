@@ -104,7 +104,7 @@ def _cpu(weights: Sequence[Tensor], copies: Sequence[Tensor]) -> list[Tensor]:
     results = []
     for weight, copy in zip(weights, copies, strict=True):
         assert copy.dtype == dtypes.bfloat16
-        narrow = Kernel("narrow.c", {}, {"COUNT": weight.numel()})
+        narrow = Kernel("narrow.c", {}, {"COUNT": weight.numel()}, ["pairs.h"])
         results += c_kernel.run(narrow, [copy], [weight])
     return results
 

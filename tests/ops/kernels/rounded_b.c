@@ -2,36 +2,16 @@
    the kernel rounds a factor (B_T=1): both programs must print the same. */
 
 #include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 
-#include "tile_permission.h"
+#include "memory.h"
 
-static const int size_m[] = {9, 33, 70, 257}, size_n[] = {1, 31, 33, 130}, size_k[] = {1, 31, 66, 800};
-static int M, N, K;
-#define NT 2
 #define A_T 1
 #define C_T 1
 #define COMPUTE_BF16 1
 #define MANY_ROWS 1
-#define KERNEL gemm
+#include "product.h"
 
-#include "../../../tinyllama/ops/cpu/common.h"
-
-#include "../../../tinyllama/ops/cpu/tile.h"
-
-#include "../../../tinyllama/ops/cpu/panels.h"
-
-#ifdef TILE_IN_C
-#include "tile_in_c.h"
-#endif
-#ifdef TILE_AMX
-#include "../../../tinyllama/ops/cpu/tile_amx.h"
-#else
-#include "../../../tinyllama/ops/cpu/tile_vector.h"
-#endif
-
-#include "../../../tinyllama/ops/cpu/gemm.c"
+static const int size_m[] = {9, 33, 70, 257}, size_n[] = {1, 31, 33, 130}, size_k[] = {1, 31, 66, 800};
 
 /* Most are ordinary numbers; some are too small for a normal bfloat16, or large. */
 static float number(void) {
@@ -46,11 +26,9 @@ static float number(void) {
 
 static void run(void) {
   long a_count = (long)M * K, b_count = (long)N * K, c_count = (long)M * N;
-  elem_1 *a = malloc(2 * a_count), *c = malloc(2 * c_count);
-  ELEM(B_T) *b = malloc(sizeof(*b) * b_count);
-  float *scratch = malloc(4L * NT * SCRATCH_FLOATS);
-  if (!a || !b || !c || !scratch) exit(3);
-  memset(scratch, 0xff, 4L * NT * SCRATCH_FLOATS);
+  elem_1 *a = allocate(a_count, 2), *c = allocate(c_count, 2);
+  ELEM(B_T) *b = allocate(b_count, sizeof(*b));
+  float *scratch = allocate((long)NT * SCRATCH_FLOATS, 4);
   for (long i = 0; i < a_count; i++) a[i] = bf16_encode(vset((rand() % 2001 - 1000) * 1e-3f))[0];
   for (long i = 0; i < b_count; i++) {
     float x = number();
@@ -64,7 +42,7 @@ static void run(void) {
   unsigned long long sum = 14695981039346656037u; /* FNV-1a */
   for (long i = 0; i < c_count; i++) sum = (sum ^ c[i]) * 1099511628211u;
   printf("%d x %d x %d: %016llx\n", M, N, K, sum);
-  free(a), free(b), free(c), free(scratch);
+  release_from(0);
 }
 
 int main(void) {
@@ -72,6 +50,6 @@ int main(void) {
   srand(1);
   for (int i = 0; i < 4; i++)
     for (int j = 0; j < 4; j++)
-      for (int k = 0; k < 4; k++) M = size_m[i], N = size_n[j], K = size_k[k], run();
+      for (int k = 0; k < 4; k++) CHOOSE(size_m[i], size_n[j], size_k[k], 0, 2), run();
   return 0;
 }

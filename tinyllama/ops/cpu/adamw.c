@@ -17,7 +17,7 @@
    A grad_scale of 0 changes nothing: the step is left out, whatever the gradients hold.
    Macros: COUNT elements, NT, DECAY. Threads split the elements. Optional, 0 unless set:
 
-     COPY     `copy` gets p in bfloat16, rounded as gemm.c rounds a factor
+     COPY     `copy` gets p in bfloat16, rounded as gemm.c rounds a factor (pairs.h, placed before)
      STATE_T  1: m and v are bfloat16, rounded up with the probability that makes the mean right. The
               bits are RANDOM_BITS of an element's index, counted from first[0], with the key scalars[8]
               and scalars[9] (whole numbers below 2^24): the lower half for m, the upper half for v.
@@ -30,6 +30,11 @@
 #define STATE_T 0
 #endif
 typedef ELEM(STATE_T) moment;
+#if COPY
+#define PUT_COPY(copy, x, n) storen_half(copy, factor_encode(x), n)
+#else
+#define PUT_COPY(copy, x, n)
+#endif
 
 typedef struct {
   vf grad_scale, decay, rest1, beta2, rest2, step, root, eps;
@@ -68,7 +73,7 @@ INLINE void adamw_step(float *p, moment *m, moment *v, elem_1 *copy, const float
   if (DECAY) change = vfma(f->decay, parameter, change);
   parameter -= change;
   STOREN(0, p, parameter, n);
-  if (COPY) storen_half(copy, factor_encode(parameter), n);
+  PUT_COPY(copy, parameter, n);
   put_moments(m, v, mean, square, f->lanes + (unsigned)at, f, n);
 }
 

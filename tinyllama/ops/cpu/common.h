@@ -115,18 +115,6 @@ INLINE vh bf16_encode(vf x) {
   return __builtin_convertvector((nan & quiet) | (~nan & rounded), vh);
 }
 
-/* bf16_encode for a factor of a product. The processor's own rounding turns subnormal numbers into 0,
-   as its products do anyway. */
-INLINE vh factor_encode(vf x) {
-#if VW == 16 && defined(__AVX512BF16__)
-  vh y;
-  __asm__("vcvtneps2bf16 %1, %0" : "=v"(y) : "v"(x));
-  return y;
-#else
-  return bf16_encode(x);
-#endif
-}
-
 #if defined(__F16C__) || defined(__aarch64__)
 typedef __fp16 vfp16 __attribute__((vector_size(2 * VW)));
 INLINE vf fp16_decode(vh h) { return __builtin_convertvector((vfp16)h, vf); }

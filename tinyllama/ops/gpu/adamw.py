@@ -45,18 +45,15 @@ def step(
     per_block = rows.THREADS * vec * ROUNDS
     numbers = range(len(counts))
     copied = [n for n in numbers if copies and copies[n]]
-    entries, first = [], 0
-    for number, (count, decay) in enumerate(zip(counts, decays, strict=True)):
-        its_copy = f"c{number}" if number in copied else "0"
-        entries.append(f"X({number}, {count}, {first}, {int(decay)}, {its_copy})")
-        first += -(-count // per_block)
+    places = [f"c{n}" if n in copied else "0" for n in numbers]
+    entries, blocks = rows.table(counts, per_block, [*map(int, decays)], places)
     states = [f"{letter}{n}" for n in numbers for letter in "pmv"]
     macros: dict[str, int | str] = {"TENSORS(X)": " ".join(entries), "ROUNDS": ROUNDS}
     macros |= {"COPIED(X)": " ".join(f"X({n})" for n in copied)}
     macros |= {"COPY_T": TYPE_CODE[copy], "STATE_T": TYPE_CODE[state]}
     arguments = [*states, *(f"c{n}" for n in copied), *(f"g{n}" for n in numbers), "scalars"]
     return rows.launch(
-        "adamw", dialect, macros, vec=vec, grid=(first, 1), dtype=dtype, threads=rows.THREADS,
+        "adamw", dialect, macros, vec=vec, grid=(blocks, 1), dtype=dtype, threads=rows.THREADS,
         arguments=arguments if state == "float32" else [*arguments, "firsts"],
         flops=12 * sum(counts), updates=True, headers=("../random_bits.h", "rows.h"),
     )  # fmt: skip
