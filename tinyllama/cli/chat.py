@@ -67,9 +67,8 @@ def run(options: argparse.Namespace) -> None:
     is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     chat = _Chat(conversation, sampling, options, is_terminal)
     if is_terminal:
+        generator.compile()  # so that the first answer comes as quickly as the others
         with ignoring_interrupts():  # so that a Ctrl-C behind the end of an answer loses nothing
-            # A Ctrl-C would end the compilers, which a terminal sends it to as well.
-            generator.compile()
             chat.run(_typed(options.history))
     else:
         chat.run(_piped())

@@ -128,6 +128,7 @@ def run(options: argparse.Namespace) -> int:
         )
         address = _address(listening)
         try:
+            engine.compile(name)  # so that the first answers come as quickly as the others
             with stopping_on_signals("stopping: answers in progress may end\n") as stopped:
                 listening.listen()
                 print(f"serving {', '.join(models)} at {address}", flush=True)

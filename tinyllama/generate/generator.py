@@ -79,6 +79,10 @@ class Decoder:
         for size in sizes:
             self._run([[0] * size], [0], [[0]])
 
+    def compile_step(self, rows: int) -> None:
+        """Compile the graph for one token of so many sequences, while the cache holds nothing."""
+        self._run([[0] * rows], [0] * rows, [[0]])
+
     def saved(self, sequence: int, count: int) -> Saved:
         """A copy of the keys and values of a sequence's first `count` tokens."""
         return [read(part)[place].copy() for part, place in self._places(sequence, count)]
