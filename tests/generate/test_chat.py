@@ -233,3 +233,18 @@ def test_a_signal_in_an_answer_of_a_pipe_ends_only_the_answer():
     finally:
         process.kill()
         process.wait()
+
+
+def test_a_missing_prompt_toolkit_is_named_before_the_model_is_loaded(monkeypatch, capsys):
+    class Typed(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr("sys.stdin", Typed())
+    monkeypatch.setattr("sys.stdout", Typed())
+    monkeypatch.setitem(sys.modules, "prompt_toolkit", None)
+    assert cli("chat", "no/such/model") == 2
+    line = (
+        "prompt_toolkit is not installed: pip install prompt_toolkit, or give messages on standard"
+    )
+    assert capsys.readouterr().err == f"{line} input\n"

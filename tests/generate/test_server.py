@@ -4,6 +4,7 @@ import concurrent.futures
 import json
 import signal
 import socket
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -392,6 +393,17 @@ def test_a_model_without_a_template_still_completes():
 def test_wrong_options_end_with_one_line(words, problem, capsys):
     assert cli("serve", chat_model(), "--port", "0", *words) == 2
     assert problem in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", ["uvicorn", "starlette"])
+def test_a_missing_package_is_named_with_the_extra_that_has_it(name, monkeypatch, capsys):
+    for module in [module for module in sys.modules if module.partition(".")[0] == name]:
+        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "tinyllama.generate.server", raising=False)
+    assert cli("serve", chat_model(), "--port", "0") == 2
+    line = f"{name} is not installed: pip install 'tinyllama-trainer[serve]'\n"
+    assert capsys.readouterr().err == line
 
 
 def test_a_port_in_use_is_named(capsys):
