@@ -45,16 +45,17 @@ class Terminal:
         text = self._raw.decode(errors="replace")
         return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]|\x1b[=>]|\r", "", text)
 
-    def wait_for_prompt(self, count):
+    def wait_for_prompt(self, count, seconds=60):
         """Read until a line can be typed for the count-th time (bracketed paste is switched on)."""
-        self._wait(lambda: self._raw.count(b"\x1b[?2004h") >= count)
+        self.wait(lambda: self._raw.count(b"\x1b[?2004h") >= count, seconds)
 
     def wait_for(self, text, count=1):
         """Read until `text` has been shown so many times."""
-        self._wait(lambda: self.shown.count(text) >= count)
+        self.wait(lambda: self.shown.count(text) >= count)
 
-    def _wait(self, is_there):
-        deadline = time.monotonic() + 60
+    def wait(self, is_there, seconds=60):
+        """Read until `is_there()`."""
+        deadline = time.monotonic() + seconds
         while not is_there():
             assert time.monotonic() < deadline, self.shown
             if select.select([self._master], [], [], 0.2)[0]:

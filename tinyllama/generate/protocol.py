@@ -139,7 +139,7 @@ def parse_request(body: bytes, kind: type[AnyWanted]) -> AnyWanted:
         wanted = msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
         raise ConfigError(str(error)) from None
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"the request is no JSON: {error}") from None
     wanted.check()
     return wanted
