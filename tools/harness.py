@@ -1,7 +1,7 @@
 """Compare models of ours with transformers' in lm-evaluation-harness, on a local task.
 
 python tools/harness.py tasks DIR                          writes the tasks
-python tools/harness.py compare MODEL.gguf --out FILE.md   runs them on both (make lm-eval)
+python tools/harness.py compare --out FILE.md              runs them on both (make lm-eval)
 
 The tasks are made of the docstrings of Python's standard library (tools/docstrings.py), of files
 that are held out there:
@@ -28,7 +28,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import demo
 import demo_corpus
+import smollm2
 from docstrings import rows
 
 from tinyllama.cli.arguments import exit_code, leave
@@ -266,17 +268,22 @@ def compare(model: Path, out: Path, limits: tuple[int, int, int]) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0, 1 where models differ, or 2 where a file cannot be used."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--limits", type=int, nargs=3, default=(100, 4, 10), metavar="ROWS")
+    parser.add_argument("--limits", type=int, nargs=3, default=(60, 3, 8), metavar="ROWS")
     parts = parser.add_subparsers(dest="part", required=True)
     tasks = parts.add_parser("tasks", help="write the tasks")
     tasks.add_argument("folder", type=Path)
     both = parts.add_parser("compare", help="run the tasks on both")
-    both.add_argument("model", type=Path, help="a GGUF file")
+    both.add_argument("--gguf", type=Path, help="a GGUF file (default: SmolLM2's, downloaded)")
     both.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(arguments)
     limits = tuple(options.limits)
     if options.part == "compare":
-        return compare(options.model.resolve(), options.out, limits)
+        model = options.gguf
+        if model is None:
+            os.chdir(demo.ROOT)
+            smollm2.fetch(smollm2.BASE)
+            model = smollm2.BASE
+        return compare(model.resolve(), options.out, limits)
     write_tasks(Path(sysconfig.get_path("stdlib")), options.folder, limits)
     return 0
 
