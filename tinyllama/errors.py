@@ -16,6 +16,9 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+MOST_LINES = 24  # of a message
+_FIRST_LINES = 20
+
 
 def fit_for_terminal(text: str) -> str:
     """Text with what a terminal acts on spelled out, line ends aside: names of files and values in
@@ -23,11 +26,21 @@ def fit_for_terminal(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
+def shortened(text: str) -> str:
+    """Of a text with many lines, a screenful: the first ones, how many more, and the last one,
+    which often says what to do."""
+    lines = text.split("\n")
+    if len(lines) <= MOST_LINES:
+        return text
+    left_out = len(lines) - _FIRST_LINES - 1
+    return "\n".join([*lines[:_FIRST_LINES], f"... and {left_out} more lines", lines[-1]])
+
+
 class TinyllamaError(Exception):
-    """What a user can put right; `str(error)` is the whole message, fit for a terminal."""
+    """What a user can put right; `str(error)` is the message, fit for a terminal."""
 
     def __init__(self, message: object = "") -> None:
-        super().__init__(fit_for_terminal(str(message)))
+        super().__init__(fit_for_terminal(shortened(str(message))))
 
 
 class ConfigError(TinyllamaError):

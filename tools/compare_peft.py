@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import docstrings
+import preferences
 import smollm2
 
 from tinyllama.cli.arguments import exit_code, leave
@@ -366,6 +367,13 @@ def report(task: Task, results: dict[str, Result], forms: Sequence[Use]) -> str:
     )
 
 
+def kept_part(page: Path) -> str:
+    """What preferences.py wrote on the page."""
+    text = page.read_text(encoding="utf-8") if page.exists() else ""
+    begin = f"\n<!-- {preferences.NAME} -->"
+    return "".join(text.partition(begin)[1:])
+
+
 def lines(path: Path) -> int:
     """Rows of a file."""
     return path.read_bytes().count(b"\n")
@@ -423,7 +431,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     text = report(task, results, forms)
     print(text)
     if options.out:
-        atomic_write(options.out, text.encode())
+        atomic_write(options.out, (text + kept_part(options.out)).encode())
     return 1 if problems(results, forms) else 0
 
 

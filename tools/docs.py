@@ -108,11 +108,18 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
 def written(page: str, text: str) -> str:
     """The text of a page with its generated parts as the code has them now."""
     for name, write in PARTS[page].items():
-        begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
-        assert begin in text and end in text, f"docs/{page} has no place for {name}"
-        before, _, rest = text.partition(begin)
-        text = f"{before}{begin}{write().strip()}\n{end}{rest.partition(end)[2]}"
+        assert f"<!-- {name} -->" in text, f"docs/{page} has no place for {name}"
+        text = placed(text, name, write())
     return text
+
+
+def placed(page: str, name: str, part: str) -> str:
+    """A page with what its part `name` holds now; behind all the rest where it had no such part."""
+    begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+    if begin not in page:
+        page = f"{page.rstrip()}\n\n{begin}{end}\n"
+    before, _, rest = page.partition(begin)
+    return f"{before}{begin}{part.strip()}\n{end}{rest.partition(end)[2]}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -11,6 +11,7 @@ A try is made again with `--only KIND --seed SEED --tries 1`, with the seed that
 
     lab.py       the folder of a try, the processes, the checks      faults.c  calls that fail
     runs.py, machine.py, writing.py   the kinds of faults            worker.py the processes
+    broken_disk.py   a file that cannot be read any more
 """
 
 import argparse
@@ -55,6 +56,8 @@ KINDS: dict[str, tuple[Try, float]] = {
         (writing.dies_in_a_merge, 2.0),
         (writing.dies_in_tokenizing, 2.0),
         (writing.signalled_in_writing, 1.0),
+        (runs.signalled_at_a_call, 2.0),
+        (writing.signalled_at_a_call_in_writing, 5.0),
         (runs.calls_fail, 1.5),
         (writing.calls_fail_in_writing, 2.0),
         (runs.disk_fills, 0.5),
@@ -68,6 +71,7 @@ KINDS: dict[str, tuple[Try, float]] = {
         (machine.processor_is_lent, 0.1),
         (machine.clock_jumps, 0.5),
         (machine.mapped_file_shrinks, 0.5),
+        (machine.disk_cannot_be_read, 1.0),
         (machine.two_hosts_in_one_run, 0.3),
         (machine.two_hosts_share_caches, 0.2),
     )

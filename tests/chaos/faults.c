@@ -1,8 +1,9 @@
-// File calls that fail, or kill the process, as a test says. Loaded by LD_PRELOAD.
+// File calls that fail, or signal the process, as a test says. Loaded by LD_PRELOAD.
 //
-//   faults_arm(root, seed, rate, kill_at)   from now on, calls on files below `root` are counted;
+//   faults_arm(root, seed, rate, at, signal)  from now on, calls on files below `root` are counted;
 //                                           each fails with probability `rate`, by a generator that
-//                                           `seed` starts, and call number `kill_at` is the last
+//                                           `seed` starts; before call number `at`, the process
+//                                           gets this signal
 //   faults_jump(seed, rate)                 the clock of the day jumps, at such a share of its readings
 //   faults_seen(), faults_made()            calls counted, calls that failed
 //   faults_jumps()                          jumps of the clock
@@ -30,13 +31,15 @@
 static char root[PATH_MAX];
 static uint64_t seed;
 static double rate;
-static long kill_at;
+static long signalled_call;
+static int signal_number;
 static atomic_long seen, made;
 
-void faults_arm(const char *below, unsigned long with_seed, double with_rate, long last_call) {
+void faults_arm(const char *below, unsigned long with_seed, double with_rate, long at, int signal) {
   seed = with_seed;
   rate = with_rate;
-  kill_at = last_call;
+  signalled_call = at;
+  signal_number = signal;
   strncpy(root, below, sizeof root - 1);
 }
 long faults_seen(void) { return seen; }
@@ -73,7 +76,7 @@ static int path_below_root(int folder, const char *path) {
 static int fails(int concerned, const int *codes) {
   if (!root[0] || !concerned) return 0;
   long number = ++seen;
-  if (number == kill_at) kill(getpid(), SIGKILL);
+  if (number == signalled_call) kill(getpid(), signal_number);
   uint64_t random = mixed(seed * 1000003 + (uint64_t)number);
   if ((random >> 11) * 0x1p-53 >= rate) return 0;
   int count = 0;

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -77,6 +78,7 @@ class Ended:
     calls: int  # on files of the try
     faults: int  # of these, that failed
     jumps: int  # of the clock
+    stops: int = 0  # after which it was continued
 
 
 @dataclass
@@ -85,7 +87,8 @@ class Fault:
 
     seed: int = 0
     rate: float = 0.0  # of file calls that fail
-    last_call: int = 0  # that a process lives to make
+    at_call: int = 0  # the file call before which the process gets a signal
+    signal: int = signal.SIGKILL  # SIGSTOP is followed by SIGCONT
     jump_rate: float = 0.0  # of readings of the clock before which it jumps
     groups: Sequence[str] = field(default_factory=list)  # control groups that the process enters
 
@@ -124,11 +127,11 @@ class Server:
         process = int(self.process.stdout.readline().split()[1])
         acting = threading.Thread(target=meanwhile, args=(process,))
         acting.start()
-        code = int(self.process.stdout.readline().split()[1])
+        code, stops = map(int, self.process.stdout.readline().split()[1:])
         acting.join()
         out, err, saves, counts = (Path(file).read_text() for file in files.values())
         numbers = json.loads(counts) if counts else [0, 0, 0]
-        return Ended(code, out, err, [int(line) for line in saves.split()], *numbers)
+        return Ended(code, out, err, [int(line) for line in saves.split()], *numbers, stops)
 
     def close(self) -> None:
         """End the process."""
@@ -274,6 +277,12 @@ class Lab:
         left = [p for p in self.run.rglob(".*") if p.name != ".lock"]
         if left:
             raise Failure(f"left behind: {left}")
+
+
+def spread(seed: int, calls: int) -> int:
+    """A number from 1 to `calls`: consecutive seeds give each once, from the whole range."""
+    stride = next(n for n in (7919, 7907) if calls % n)
+    return 1 + seed * stride % calls
 
 
 def losses(run: Path) -> dict[int, float]:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from broken_disk import on_a_broken_disk
 from lab import STEPS, Ended, Failure, Fault, Lab, Server, Skipped, losses, newest
 
 
@@ -114,6 +115,38 @@ def mapped_file_shrinks(lab: Lab, seed: int) -> int:
         raise Failure(f"more than a line: {ended.err}")
     _continued_without(lab, pattern, max([0, *ended.saved]))
     return 1
+
+
+def disk_cannot_be_read(lab: Lab, seed: int) -> int:
+    """A disk that answers EIO, from the start or from a moment on: mapped tokens or weights."""
+    chance = random.Random(seed)
+    words, file = chance.choice([
+        (["train", str(lab.tried / "tiny.toml"), "--quiet", "--force"], "cache/*/tokens.bin"),
+        (["evaluate", "--model", str(lab.run / "final"), "--data", str(lab.tried / "text.txt"),
+          "--cache-dir", str(lab.tried / "cache")], "run/final/model.safetensors"),
+        (["merge", "--base", str(lab.run / "final"), "--adapter", str(lab.tried / "lora/final"),
+          "--out", str(lab.tried / "out")], "run/final/model.safetensors"),
+    ])  # fmt: skip
+    lab.anew("fresh" if words[0] == "train" else "adapted")
+    when = max(0, chance.uniform(-0.5, 0.5)) * lab.seconds
+
+    def fail(process: int) -> None:
+        time.sleep(when)
+        disk.breaks()
+
+    with on_a_broken_disk(next(lab.tried.glob(file))) as disk:
+        ended = lab.command(*words, meanwhile=fail)
+    lab.ends_well(ended, [0, 2])
+    said = [line for line in ended.err.splitlines() if line and "window/s" not in line]
+    if ended.code and len(said) > 2:  # the backend, and the reason
+        raise Failure(f"more than a line: {ended.err}")
+    if words[0] == "train" and ended.code:
+        lab.continued(max([0, *ended.saved]))
+    elif words[0] == "train":
+        lab.holds()
+    elif ended.code and (ended.out or (lab.tried / "out").exists()):
+        raise Failure(f"a result, and exit code 2: {ended.out}")
+    return int(disk.failed > 0)
 
 
 def _continued_without(lab: Lab, pattern: str, saved: int) -> None:

@@ -11,25 +11,35 @@ import subprocess
 import time
 from pathlib import Path
 
-from lab import STEPS, Failure, Fault, Lab, Skipped, grow, losses, mounted, newest
+from lab import STEPS, Ended, Failure, Fault, Lab, Skipped, grow, losses, mounted, newest, spread
+
+# How a command may end after a signal.
+ENDS: dict[int, list[int]] = {
+    signal.SIGKILL: [-signal.SIGKILL],
+    signal.SIGTERM: [143, -signal.SIGTERM],
+    signal.SIGINT: [130, -signal.SIGINT],
+    signal.SIGSTOP: [],
+}
+
+
+def is_early(ended: Ended) -> bool:
+    """Python itself, before our handlers stand, shows its own traceback for SIGINT."""
+    return ended.code in (-signal.SIGINT, 99) and not ended.saved
 
 
 def killed(lab: Lab, seed: int) -> int:
     """SIGKILL at a random moment."""
-    return _signalled(lab, seed, signal.SIGKILL, [-signal.SIGKILL])
+    return _signalled(lab, seed, signal.SIGKILL)
 
 
 def terminated(lab: Lab, seed: int) -> int:
     """SIGTERM or SIGINT at a random moment, perhaps twice."""
     chance = random.Random(seed)
-    if chance.random() < 0.5:
-        return _signalled(lab, seed, signal.SIGTERM, [143, -signal.SIGTERM], chance.randint(1, 2))
-    return _signalled(lab, seed, signal.SIGINT, [130, -signal.SIGINT], chance.randint(1, 2))
+    number = chance.choice([signal.SIGTERM, signal.SIGINT])
+    return _signalled(lab, seed, number, chance.randint(1, 2))
 
 
-def _signalled(
-    lab: Lab, seed: int, number: signal.Signals, codes: list[int], times: int = 1
-) -> int:
+def _signalled(lab: Lab, seed: int, number: signal.Signals, times: int = 1) -> int:
     chance = random.Random(seed)
     lab.anew()
     sent: list[int] = []
@@ -42,10 +52,8 @@ def _signalled(
                 sent.append(number)
 
     ended = lab.train(meanwhile=send)
-    # Python itself, before our handlers stand, shows its own traceback for SIGINT.
-    early = ended.code in (-signal.SIGINT, 99) and not ended.saved
-    if not early:
-        lab.ends_well(ended, [0, *codes])
+    if not is_early(ended):
+        lab.ends_well(ended, [0, *ENDS[number]])
     if ended.code == 0:
         lab.holds()
     else:
@@ -74,9 +82,9 @@ def paused(lab: Lab, seed: int) -> int:
 
 
 def dies_at_a_call(lab: Lab, seed: int) -> int:
-    """SIGKILL at file call number `seed` of a run: every one in turn."""
+    """SIGKILL at a file call of a run: every one in turn."""
     lab.anew()
-    ended = lab.train(fault=Fault(last_call=1 + seed % lab.calls))
+    ended = lab.train(fault=Fault(at_call=spread(seed, lab.calls)))
     lab.ends_well(ended, [0, -signal.SIGKILL])
     if ended.code == 0:  # the number of calls differs a little from run to run
         lab.holds()
@@ -86,14 +94,31 @@ def dies_at_a_call(lab: Lab, seed: int) -> int:
 
 
 def dies_in_a_resume(lab: Lab, seed: int) -> int:
-    """SIGKILL at file call number `seed` of a run that is resumed."""
+    """SIGKILL at a file call of a run that is resumed: every one in turn."""
     lab.anew("stopped")
     calls = max(1, lab.calls // 2)
-    fault = Fault(last_call=1 + seed % calls)
+    fault = Fault(at_call=spread(seed, calls))
     ended = lab.train("--resume", fault=fault)
     lab.ends_well(ended, [0, -signal.SIGKILL])
     lab.continued(max([4, *ended.saved]))
     return int(ended.code != 0)
+
+
+def signalled_at_a_call(lab: Lab, seed: int) -> int:
+    """SIGTERM, SIGINT, or SIGSTOP and SIGCONT, at a file call of a run, begun or resumed."""
+    number = (signal.SIGTERM, signal.SIGINT, signal.SIGSTOP)[seed % 3]
+    is_resumed = bool(seed // 3 % 2)
+    lab.anew("stopped" if is_resumed else "fresh")
+    calls = max(1, lab.calls // 2) if is_resumed else lab.calls
+    fault = Fault(at_call=spread(seed // 6, calls), signal=number)
+    ended = lab.train(*(["--resume"] if is_resumed else []), fault=fault)
+    if not is_early(ended):
+        lab.ends_well(ended, [0, *ENDS[number]])
+    if ended.code == 0:
+        lab.holds()
+    else:
+        lab.continued(max([4 if is_resumed else 0, *ended.saved]))
+    return int(ended.code != 0 or ended.stops > 0 or ended.calls >= fault.at_call)
 
 
 def calls_fail(lab: Lab, seed: int) -> int:

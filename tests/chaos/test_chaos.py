@@ -2,11 +2,14 @@
 
 import os
 import shutil
+import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from broken_disk import on_a_broken_disk
 from chaos import KINDS, Count, attempt, table
-from lab import Failure, Fault, Lab, Skipped, newest
+from lab import Failure, Fault, Lab, Skipped, newest, spread
 from runs import damage
 
 TRIES = {"dies_at_a_call": 3, "calls_fail": 3, "bits_flip": 4}
@@ -74,3 +77,32 @@ def test_damage_changes_a_file(tmp_path_factory: pytest.TempPathFactory) -> None
         file.write_bytes(bytes(100))
         damage(file, random.Random(seed))
         assert file.read_bytes() != bytes(100)
+
+
+def test_consecutive_seeds_reach_every_call_once() -> None:
+    for calls in (1, 2, 500, 7919, 2 * 7919):
+        assert {spread(seed, calls) for seed in range(3, 3 + calls)} == set(range(1, calls + 1))
+    assert len({spread(seed, 1000) // 100 for seed in range(1, 12)}) > 7
+
+
+def test_a_stopped_run_goes_on(lab: Lab) -> None:
+    lab.anew()
+    ended = lab.train(fault=Fault(at_call=lab.calls // 2, signal=signal.SIGSTOP))
+    assert (ended.code, ended.stops) == (0, 1)
+    lab.holds()
+
+
+def test_a_broken_disk_is_one(tmp_path: Path) -> None:
+    """Read at first; then EIO."""
+    file = tmp_path / "file"
+    file.write_bytes(b"x" * 9000)
+    try:
+        with on_a_broken_disk(file) as disk:
+            assert file.read_bytes() == b"x" * 9000 and disk.failed == 0
+            disk.breaks()
+            with pytest.raises(OSError, match="Input/output error"):
+                file.read_bytes()
+            assert disk.failed > 0
+    except Skipped as why:
+        pytest.skip(str(why))
+    assert file.read_bytes() == b"x" * 9000

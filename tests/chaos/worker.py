@@ -8,7 +8,9 @@ below `root`. Answers "started PID", then "ended STATUS".
 import ctypes
 import json
 import os
+import signal
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,8 +29,20 @@ def serve() -> None:
         if process == 0:
             run(job)
         print("started", process, flush=True)
-        _, status = os.waitpid(process, 0)
-        print("ended", os.waitstatus_to_exitcode(status), flush=True)
+        code, stops = ended(process, job["signal"] == signal.SIGSTOP)
+        print("ended", code, stops, flush=True)
+
+
+def ended(process: int, is_continued: bool) -> tuple[int, int]:
+    """The exit code of a process, and how often it stopped and was continued."""
+    stops = 0
+    while True:
+        _, status = os.waitpid(process, os.WUNTRACED if is_continued else 0)
+        if not os.WIFSTOPPED(status):
+            return os.waitstatus_to_exitcode(status), stops
+        stops += 1
+        time.sleep(0.02)
+        os.kill(process, signal.SIGCONT)
 
 
 def run(job: dict[str, Any]) -> None:
@@ -59,9 +73,10 @@ def armed(job: dict[str, Any]) -> ctypes.CDLL:
     """The library of faults.c, once it knows what to do."""
     faults = ctypes.CDLL(os.environ["LD_PRELOAD"])
     number, share = ctypes.c_ulong, ctypes.c_double
-    faults.faults_arm.argtypes = [ctypes.c_char_p, number, share, ctypes.c_long]
+    faults.faults_arm.argtypes = [ctypes.c_char_p, number, share, ctypes.c_long, ctypes.c_int]
     faults.faults_jump.argtypes = [number, share]
-    faults.faults_arm(job["root"].encode(), job["seed"], job["rate"], job["last_call"])
+    root, numbers = job["root"].encode(), [job[n] for n in ("seed", "rate", "at_call", "signal")]
+    faults.faults_arm(root, *numbers)
     if job["jump_rate"]:
         faults.faults_jump(job["seed"], job["jump_rate"])
     return faults

@@ -11,8 +11,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from lab import Ended, Failure, Fault, Lab, contents
-from runs import damage
+from lab import Ended, Failure, Fault, Lab, contents, spread
+from runs import ENDS, damage, is_early
 
 # What a command writes depends on nothing else, so that it is the same each time.
 _FREE = {"digests.json"}  # dates and inodes of the texts
@@ -29,6 +29,7 @@ class Writing:
     seconds: float = 0.0
 
 
+KINDS = ("folder", "gguf", "mlx", "merge", "tokens")
 _writings: dict[tuple[Lab, str], Writing] = {}
 
 
@@ -93,7 +94,7 @@ def _dies(lab: Lab, kind: str, number: int) -> int:
     made = writing(lab, kind)
     begin(lab)
     sources = _sources(lab)
-    ended = lab.command(*made.words, fault=Fault(last_call=1 + number % made.calls))
+    ended = lab.command(*made.words, fault=Fault(at_call=spread(number, made.calls)))
     lab.ends_well(ended, [0, -signal.SIGKILL])
     completed(lab, made, sources)
     return int(ended.code != 0)
@@ -114,10 +115,24 @@ def dies_in_tokenizing(lab: Lab, seed: int) -> int:
     return _dies(lab, "tokens", seed)
 
 
+def signalled_at_a_call_in_writing(lab: Lab, seed: int) -> int:
+    """SIGTERM, SIGINT, or SIGSTOP and SIGCONT, at a file call of a merge, an export, of tokens."""
+    number = (signal.SIGTERM, signal.SIGINT, signal.SIGSTOP)[seed % 3]
+    made = writing(lab, KINDS[seed // 3 % len(KINDS)])
+    begin(lab)
+    sources = _sources(lab)
+    fault = Fault(at_call=spread(seed // (3 * len(KINDS)), made.calls), signal=number)
+    ended = lab.command(*made.words, fault=fault)
+    if not is_early(ended):
+        lab.ends_well(ended, [0, *ENDS[number]])
+    completed(lab, made, sources)
+    return int(ended.code != 0 or ended.stops > 0 or ended.calls >= fault.at_call)
+
+
 def calls_fail_in_writing(lab: Lab, seed: int) -> int:
     """File calls that fail at random in a merge, an export, or while tokens are written."""
     chance = random.Random(seed)
-    made = writing(lab, chance.choice(["folder", "gguf", "mlx", "merge", "tokens"]))
+    made = writing(lab, chance.choice(KINDS))
     begin(lab)
     sources = _sources(lab)
     rate = chance.choice([0.5, 1, 2, 5, 20]) / made.calls
@@ -137,7 +152,7 @@ def _once_more(lab: Lab, made: Writing, ended: Ended) -> None:
 def signalled_in_writing(lab: Lab, seed: int) -> int:
     """SIGKILL, SIGTERM, SIGINT, or SIGSTOP and SIGCONT, at a random moment of such a command."""
     chance = random.Random(seed)
-    made = writing(lab, chance.choice(["folder", "gguf", "mlx", "merge", "tokens"]))
+    made = writing(lab, chance.choice(KINDS))
     begin(lab)
     sources, sent = _sources(lab), 0
     number = chance.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGSTOP])
@@ -153,8 +168,8 @@ def signalled_in_writing(lab: Lab, seed: int) -> int:
                 os.kill(process, signal.SIGCONT)
 
     ended = lab.command(*made.words, meanwhile=send)
-    if ended.code not in (99, -signal.SIGINT):  # Python itself, before our handlers stand
-        lab.ends_well(ended, [0, -signal.SIGKILL, 143, -signal.SIGTERM, 130])
+    if not is_early(ended):
+        lab.ends_well(ended, [0, *ENDS[number]])
     completed(lab, made, sources)
     return sent
 

@@ -102,6 +102,11 @@ def test_a_wrong_value_is_named_with_its_file_key_and_what_is_allowed(line: str,
             "model.num_heads: got 12, must be divisible by model.num_kv_heads, which is 5",
         ),
         (
+            "[training]\nfloat32_products = 'bfloat16x3'\ndtype = 'bfloat16'",
+            'training.float32_products: got "bfloat16x3", must be "exact" where training.dtype is '
+            '"bfloat16"',
+        ),
+        (
             "[training]\nmicro_batch_size = 5",
             "training.micro_batch_size: got 5, must be a divisor of training.batch_size, which is "
             "32",
@@ -268,3 +273,14 @@ def test_a_file_that_cannot_be_read_is_named_with_the_reason(tmp_path: Path) -> 
 )
 def test_bad_toml_is_named_with_its_line(text: str, reason: str) -> None:
     assert only_problem(text).startswith(f"x.toml: not valid TOML: {reason}")
+
+
+def test_a_message_is_a_screenful_whatever_the_file_holds() -> None:
+    text = "[training]\n" + "".join(f"unheard_of_{n} = 1\n" for n in range(1000))
+    with pytest.raises(ConfigError) as caught:
+        config_from_toml(text, "c.toml")
+    lines = str(caught.value).split("\n")
+    assert len(lines) == 22
+    assert lines[0].startswith("c.toml: training.unheard_of_0: unknown key")
+    assert lines[20] == "... and 979 more lines"
+    assert lines[21].startswith("c.toml: training.unheard_of_999: unknown key")

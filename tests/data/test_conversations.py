@@ -15,6 +15,8 @@ from tinyllama.data import packed
 from tinyllama.data.conversations import Conversation, Encoder, Form, TrainOn, kind_of, parse
 from tinyllama.data.corpus import Part, TokenDataset, prepare
 from tinyllama.errors import DataError
+from tinyllama.tokenizers.files import TEMPLATE_FILE
+from tinyllama.tokenizers.opening import from_files
 from tinyllama.tokenizers.tokenizer import Tokenizer
 
 CHATML = Form(template="chatml")
@@ -116,6 +118,7 @@ QUESTION, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "cont
         {"prompt": "q", "completion": [ANSWER]},
         {"instruction": "q", "input": "", "output": "a"},
         {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+        {"conversations": [{"from": "Human", "value": "q"}, {"from": "GPT ", "value": "a"}]},
         {"conversations": [QUESTION, ANSWER]},
         {"chosen": [QUESTION, ANSWER], "rejected": [QUESTION, {**ANSWER, "content": "b"}]},
         {"prompt": "q", "chosen": "a", "rejected": "b"},
@@ -133,6 +136,34 @@ def test_answers_in_a_prompt_and_answers_of_weight_0_are_not_trained(tokenizer: 
     assert shown(row, tokenizer).count("[") == 1
     weighted = {"messages": [QUESTION, {**ANSWER, "weight": 0}, QUESTION, {**ANSWER, "weight": 1}]}
     assert shown(weighted, tokenizer) == shown(row, tokenizer)
+
+
+@pytest.mark.parametrize("row", [
+    {"messages": [QUESTION, {**ANSWER, "content": ""}, QUESTION, ANSWER]},
+    {"messages": [QUESTION, {**ANSWER, "content": " \n"}, QUESTION, ANSWER]},
+])  # fmt: skip
+def test_an_answer_that_says_nothing_is_not_trained(
+    tokenizer: Tokenizer, row: dict[str, object]
+) -> None:
+    text = shown(row, tokenizer)
+    assert text.count("[") == 1 and "[a<|im_end|>]" in text
+    assert "[" not in shown({"prompt": "q", "completion": ""}, tokenizer)
+
+
+def test_calls_that_a_template_leaves_out_are_an_error(tokenizer: Tokenizer) -> None:
+    call = {"type": "function", "function": {"name": "q", "arguments": "{}"}}
+    rows = [{"messages": [QUESTION, {"role": "assistant", "content": None, "tool_calls": [call]}]}]
+    Path("a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = "{% for m in messages %}{{ m.content or '' }}{{ m.tool_calls }}|{% endfor %}"
+    for template, fails in ((source.replace("{{ m.tool_calls }}", ""), True), (source, False)):
+        files = {**tokenizer.sources, TEMPLATE_FILE: template.encode()}
+        with_template = from_files(files, "with a template")
+        if fails:
+            with pytest.raises(DataError, match=r"^a\.jsonl, line 1: the model's chat template "
+                               r"leaves out the tool calls of message 2"):  # fmt: skip
+                load(with_template, "a.jsonl", Form())
+        else:
+            assert load(with_template, "a.jsonl", Form()).n_documents == 1
 
 
 def test_a_preference_is_two_conversations_after_one_prompt() -> None:

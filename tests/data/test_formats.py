@@ -159,8 +159,8 @@ def test_rows_of_another_kind_are_refused_in_an_array(tokenizer: Tokenizer, name
         ("a.csv", 'text\na\n"b', "a.csv, line 3: not valid CSV: unexpected end of data"),
         ("a.csv", 'text\n"a"b\n', "a.csv, line 2: not valid CSV: ',' expected after '\"'"),
         ("a.csv", "text\n", "a.csv: no text in it, 0 empty rows or files"),
-        ("a.csv", b"text\n\xe9\n", "a.csv: byte 5 (0xe9) is not UTF-8"),
-        ("a.json", b'[{"text": "\xe9"}]', "a.json: byte 11 (0xe9) is not UTF-8"),
+        ("a.csv", b"text\n\xe9\n", "a.csv, line 2: byte 5 (0xe9) is not UTF-8"),
+        ("a.json", b'[{"text": "\xe9"}]', "a.json, line 1: byte 11 (0xe9) is not UTF-8"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("chunk_bytes", [1 << 20, 4])

@@ -8,6 +8,7 @@ from data_helpers import small_tokenizer
 
 from tinyllama.data.batches import Batches
 from tinyllama.data.conversations import Form
+from tinyllama.data.corpus import Part, prepare
 from tinyllama.data.pairs import prepare_pairs
 from tinyllama.errors import DataError
 
@@ -142,3 +143,30 @@ def test_a_batch_says_which_pairs_it_held_among_all():
     batches = Batches(dataset, 40, 4, seed=5, layout=dataset)
     batches.next()
     assert batches.documents().tolist() == [1, 2, 3, 4] and not batches.is_text
+
+
+def test_parts_share_no_pair_and_are_those_of_supervised_training_on_the_same_file():
+    rows = [{"id": n, **PAIR, "chosen": f" code {n % 100}"} for n in range(300)]
+    load(rows)
+    tokenizer, parts = small_tokenizer(), (Part(0.25, rest=True), Part(0.25, rest=False))
+    made = [
+        prepare_pairs("pairs.jsonl", tokenizer, "cache", 40, part=part, progress=False)
+        for part in parts
+    ]
+
+    def chosen(pairs):
+        return [tuple(pairs.tokens[at : at + n, 0].tolist()) for at, n in pairs.places[:, :2]]
+
+    train, val = map(chosen, made)
+    assert not set(train) & set(val) and len(train) + len(val) == 300
+    assert len(val) % 3 == 0 and 45 < len(val) < 105
+    for pairs, part in zip(made, parts, strict=True):
+        answers = prepare("pairs.jsonl", tokenizer, "cache", part=part, progress=False)
+        ends = [*answers.starts[1:].tolist(), answers.n_tokens]
+        documents = [
+            tuple(answers.tokens[begin:end].tolist())
+            for begin, end in zip(answers.starts.tolist(), ends, strict=True)
+        ]
+        assert documents == chosen(pairs)
+    with pytest.raises(DataError, match="val_fraction = 1e-09 leaves no row for validation"):
+        prepare_pairs("pairs.jsonl", tokenizer, "cache", 40, part=Part(1e-9, rest=False))

@@ -106,10 +106,14 @@ def test_empty_rows_and_empty_files_of_a_folder_are_left_out_and_counted(
     ("name", "data", "message"),
     [
         ("a.txt", "", "a.txt: the file is empty"),
-        ("a.txt", b"ab\n\xff\xfe", "a.txt: byte 3 (0xff) is not UTF-8; convert the file to UTF-8"),
+        (
+            "a.txt",
+            b"ab\n\xff\xfe",
+            "a.txt, line 2: byte 3 (0xff) is not UTF-8; convert",
+        ),
         ("a.jsonl", "\n \n", "a.jsonl: no text in it, 0 empty rows or files"),
         ("a.jsonl", ["", ""], "a.jsonl: no text in it, 2 empty rows or files"),
-        ("a.jsonl", b'{"text": "\xe9"}', "a.jsonl: byte 10 (0xe9) is not UTF-8"),
+        ("a.jsonl", b'{"text": "\xe9"}', "a.jsonl, line 1: byte 10 (0xe9) is not UTF-8"),
         ("a.jsonl", '{"text": "a"}\n\n{"text": b}\n', "a.jsonl, line 3: not valid JSON: Expecting"),
         ("a.jsonl", '{"text": "a"}\n["a"]', 'line 2: must be an object {"text": ...}, got list'),
         ("a.jsonl", "[" * 100_000, "line 1: nested too deeply"),
@@ -138,11 +142,17 @@ def test_what_cannot_be_read_is_named_with_its_place(
     assert not list(Path("cache").glob(".*"))
 
 
-def test_a_row_without_text_of_other_kinds_has_no_hint(tokenizer: Tokenizer) -> None:
+KEYS = (
+    '; a row of conversations has "messages", "conversations", "chosen" and "rejected", '
+    '"prompt" and "completion", "instruction" and "output"'
+)
+
+
+def test_a_row_of_no_kind_says_what_rows_have(tokenizer: Tokenizer) -> None:
     write("a.jsonl", '{"id": 1}')
     with pytest.raises(DataError) as error:
         load(tokenizer, "a.jsonl")
-    assert str(error.value) == "a.jsonl, line 1: no \"text\"; keys found: 'id'"
+    assert str(error.value) == f"a.jsonl, line 1: no \"text\"; keys found: 'id'{KEYS}"
 
 
 def test_everything_that_cannot_be_found_is_reported_at_once(tokenizer: Tokenizer) -> None:
@@ -178,7 +188,9 @@ def test_a_bad_row_far_inside_is_found_by_its_line(
     monkeypatch.setattr(files, "CHUNK_BYTES", 100)
     rows = [json.dumps({"text": "word " * (number % 30)}) for number in range(60)]
     write("a.jsonl", "\n".join([*rows, '{"txt": ""}', *rows, "{"]))
-    with pytest.raises(DataError, match=r"^a\.jsonl, line 61: no \"text\"; keys found: 'txt'$"):
+    with pytest.raises(
+        DataError, match=rf"^a\.jsonl, line 61: no \"text\"; keys found: 'txt'{KEYS}$"
+    ):
         load(tokenizer, "a.jsonl", workers=workers)
 
 
@@ -187,7 +199,7 @@ def test_bad_utf8_far_inside_is_found_by_its_byte(
 ) -> None:
     monkeypatch.setattr(files, "CHUNK_BYTES", 100)
     write("a.txt", LINE.encode() * 30 + b"ab\xc3")
-    with pytest.raises(DataError, match=rf"a\.txt: byte {len(LINE) * 30 + 2} \(0xc3\)"):
+    with pytest.raises(DataError, match=rf"a\.txt, line 31: byte {len(LINE) * 30 + 2} \(0xc3\)"):
         load(tokenizer, "a.txt")
 
 

@@ -36,7 +36,7 @@ from tinyllama.system.untrusted import read_json_file
 from tinyllama.tokenizers.gguf import files_of_gguf
 from tinyllama.tokenizers.opening import from_files
 from tinyllama.tokenizers.sentencepiece import SentencePieceTokenizer, train_tokenizer
-from tinyllama.tokenizers.templates import NAMED, named_template
+from tinyllama.tokenizers.templates import NAMED, ChatTemplate, named_template
 from tinyllama.train import checkpoint, manifest
 
 Parse = Callable[[bytes], None]
@@ -45,6 +45,16 @@ MODEL = LlamaConfig(
     vocab_size=300, hidden_size=8, num_layers=1, num_heads=2, num_kv_heads=1, intermediate_size=8,
     max_seq_len=16, tie_word_embeddings=True,
 )  # fmt: skip
+
+
+# Parts of templates that take long or make much.
+LOOPS = (
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+    "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    "{{ 'x'|center(10**9) }}{{ '%9999d' % 1 }}{{ 'a'|replace('', 'b' * 9)|join(',')|tojson }}",
+    "{{ [1, (2, 3), {'a': messages}]|tojson(indent=2) }}{{ messages[::-1]|map('length')|list }}",
+)
 
 
 def new_folder() -> Path:
@@ -223,6 +233,22 @@ def tokenizer_file(name: str, *others: str) -> Callable[[Path], Parse]:
         return parse
 
     return make
+
+
+def rendered_template(folder: Path) -> Parse:
+    """A chat template of a stranger, and what it makes of a conversation."""
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": " hello </s> "},
+        {"role": "assistant", "content": "yes", "tool_calls": [{"name": "f", "arguments": {}}]},
+    ]
+
+    def parse(data: bytes) -> None:
+        template = ChatTemplate(data.decode(errors="replace"), tokenizer())
+        template.render(messages, tools=[{"name": "f"}], prompt=True)
+        template.encode(messages, {2})
+
+    return parse
 
 
 def texts(name: str) -> Callable[[Path], Parse]:
@@ -433,6 +459,7 @@ TARGETS: dict[str, Callable[[Path], Parse]] = {
     "tokenizer_model": tokenizer_file("tokenizer.model"),
     "tokenizer_json": tokenizer_file("tokenizer.json", "tokenizer_config.json"),
     "tokenizer_config": tokenizer_file("tokenizer_config.json", "tokenizer.model"),
+    "rendered_template": rendered_template,
     "chat_template": tokenizer_file("chat_template.jinja", "tokenizer.model"),
     "jsonl": texts("rows.jsonl"),
     "json_array": texts("rows.json"),
@@ -487,6 +514,7 @@ def seeds(name: str) -> list[bytes]:
         "tokenizer_model": lambda: [tokenizer().model],
         "tokenizer_json": lambda: [tokenizer().files["tokenizer.json"]],
         "tokenizer_config": lambda: [tokenizer().files["tokenizer_config.json"]],
+        "rendered_template": lambda: [text.encode() for text in (*NAMED.values(), *LOOPS)],
         "chat_template": lambda: [b"{% for m in messages %}{{ m.content }}{% endfor %}"],
         "jsonl": lambda: [b'{"text": "a"}\n{"text": "b\\u00e9"}\n'],
         "json_array": lambda: [b'[{"text": "a"}, {"text": "b"}]'],

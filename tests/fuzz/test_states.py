@@ -69,7 +69,7 @@ class Runs(RuleBasedStateMachine):
     @rule(share=st.floats(0, 1), options=OPTIONS)
     def train_until_killed(self, share: float, options: list[str]) -> None:
         """At some file call; perhaps the run is done before."""
-        fault = Fault(last_call=1 + int(share * self.lab.calls))
+        fault = Fault(at_call=1 + int(share * self.lab.calls))
         self._train(*self._how(), *options, fault=fault)
 
     @rule(options=OPTIONS)

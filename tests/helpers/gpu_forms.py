@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from unittest import mock
 
 import numpy as np
+from gpu_kernels import beyond
 from tinygrad import Tensor, dtypes
 from tinygrad.uop.ops import Ops
 
@@ -86,11 +87,7 @@ def compared(name: str) -> dict[str, float]:
     with mock.patch.object(blocks, "run", wraps=blocks.run) as run:
         found = results("gpu", function, arrays, pulls)
     wanted = results("portable", function, arrays, pulls)
-    errors = {
-        str(i): float(np.abs(a - b).max() / np.abs(b).max())
-        for i, (a, b) in enumerate(zip(found, wanted, strict=True))
-    }
-    return {"kernels": run.call_count} | {i: e for i, e in errors.items() if not e <= ALLOWED}
+    return {"kernels": run.call_count} | beyond(found, wanted, ALLOWED)
 
 
 def with_residual() -> dict[str, float]:
@@ -106,11 +103,8 @@ def with_residual() -> dict[str, float]:
     calls = [u for u in found["gpu"][0].uop.sink(found["gpu"][1].uop).toposort()]
     result: dict[str, float] = {"sums": sum(u.op is Ops.ADD for u in calls)}
     result["kernels"] = sum(u.op is Ops.CALL for u in calls)
-    for i, (a, b) in enumerate(zip(found["gpu"], found["portable"], strict=True)):
-        got, wanted = a.numpy(), b.numpy()
-        if not np.abs(got - wanted).max() <= 2e-6 * np.abs(wanted).max():
-            result[str(i)] = float(np.abs(got - wanted).max())
-    return result
+    got, wanted = ([t.numpy() for t in found[form]] for form in ("gpu", "portable"))
+    return result | beyond(got, wanted, 2e-6)
 
 
 if __name__ == "__main__":

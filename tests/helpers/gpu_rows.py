@@ -20,6 +20,7 @@ from tinyllama.ops.gpu import (
     cross_entropy,
     embedding,
     few_rows,
+    narrow,
     rms_norm,
     rope,
     swiglu,
@@ -213,6 +214,20 @@ def adamw_case(
     return wrong(found, "float32")
 
 
+def narrow_case(
+    run: Runner, dialect: str, change: Change, counts: Sequence[int], dtype: str
+) -> dict[str, float]:
+    """Rounded to nearest even, to the last bit."""
+    x = [normal(0, count) for count in counts]
+    y = [unwritten((count,), dtype) for count in counts]
+    start(run, narrow.narrow(dialect, counts, dtype), change, *y, *x)
+    return {
+        f"y{i}": math.inf
+        for i, (a, b) in enumerate(zip(y, x, strict=True))
+        if not np.array_equal(a, stored(b, dtype))
+    }
+
+
 def few_rows_case(
     run: Runner,
     dialect: str,
@@ -312,6 +327,8 @@ CASES: dict[str, Case] = {
         "embedding: float16, odd": {"N": 31, "V": 129, "H": 33, "dtype": "float16"},
         "adamw: float32": {"counts": (40, 4096, 5000), "dtype": "float32"},
         "adamw: bfloat16, odd": {"counts": (7, 1030), "dtype": "bfloat16"},
+        "narrow: bfloat16": {"counts": (40, 4096, 5000), "dtype": "bfloat16"},
+        "narrow: float16, odd": {"counts": (7, 1030), "dtype": "float16"},
         "few rows: float32": {
             "R": 1, "N": 37, "K": 260, "dtype": "float32", "weight": "float32", "addend": True,
         },

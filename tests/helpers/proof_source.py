@@ -8,7 +8,8 @@
 
 Integers of z3 have no bounds. Division in C rounds towards 0, in z3 downwards: the two agree where
 the dividend is at least 0 and the divisor more, and `CText.divisions` collects these conditions, so
-that they are proved too.
+that they are proved too. `CText.parts` collects sums and products on the way, for proofs about the
+size of integers.
 """
 
 import ast
@@ -74,6 +75,7 @@ class CText:
         lines = [f"#define {name} {value}" for name, value in defines.items()]
         self.text = "\n".join([*lines, *(self.source(file) for file in files)])
         self.divisions: list[z3.BoolRef] = []
+        self.parts: list[Any] = []
         self._expanded: dict[tuple[str, ...], str] = {}
 
     @staticmethod
@@ -97,7 +99,7 @@ class CText:
     def term(self, expression: str, **values: Any) -> Any:
         """The expression as a term; `values` are those of its variables and replace macros."""
         text = self.expanded(expression, without=values)
-        return _Parser(text, values, self.divisions).whole()
+        return _Parser(text, values, self.divisions, self.parts).whole()
 
     def function(self, file: str, name: str) -> Callable[..., Any]:
         """A function of the file that declares integers and returns an expression."""
@@ -124,11 +126,13 @@ class _Parser:
 
     LEVELS = (("||",), ("&&",), ("==", "!="), ("<", ">", "<=", ">="), ("+", "-"), ("*", "/", "%"))
 
-    def __init__(self, text: str, values: Mapping[str, Any], divisions: list[z3.BoolRef]) -> None:
+    def __init__(
+        self, text: str, values: Mapping[str, Any], divisions: list[z3.BoolRef], parts: list[Any]
+    ) -> None:
         text = _CASTS.sub("", _SUFFIX.sub(r"\1", text))
         self.tokens = _TOKEN.findall(text)
         assert "".join(self.tokens) == "".join(text.split()), f"cannot be read: {text}"
-        self.at, self.values, self.divisions = 0, values, divisions
+        self.at, self.values, self.divisions, self.parts = 0, values, divisions, parts
 
     def whole(self) -> Any:
         value = self.conditional()
@@ -163,7 +167,10 @@ class _Parser:
             return self.factor()
         value = self.level(number + 1)
         while self.peek() in self.LEVELS[number]:
-            value = self.combined(self.take(), value, self.level(number + 1))
+            operator = self.take()
+            value = self.combined(operator, value, self.level(number + 1))
+            if operator in "+-*":
+                self.parts.append(value)
         return value
 
     def combined(self, operator: str, a: Any, b: Any) -> Any:

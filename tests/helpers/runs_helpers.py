@@ -2,6 +2,7 @@
 
 import atexit
 import functools
+import json
 import os
 import runpy
 import shutil
@@ -11,6 +12,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -154,6 +156,19 @@ def environment(**variables: str) -> dict[str, str]:
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     chosen = {} if devices & set(variables) else {"DEV": "CPU"}
     return {**kept, **chosen, "PYTHONPATH": path, **variables}
+
+
+def printed(*words: object, **variables: str) -> str:
+    """What `python WORDS` prints, in a process of its own."""
+    command = [sys.executable, *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(**variables))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def printed_json(*words: object, **variables: str) -> Any:
+    """The last line of that, which is JSON."""
+    return json.loads(printed(*words, **variables).splitlines()[-1])
 
 
 def start(*words: object, **variables: str) -> "subprocess.Popen[str]":

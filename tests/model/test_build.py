@@ -1,5 +1,6 @@
 """Models as they are built: new, resumed, without memory, at random, from folders."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -24,7 +25,9 @@ from tinyllama.model.int4 import Int4Linear
 from tinyllama.model.layers import named_tensors
 from tinyllama.model.llama import Llama
 from tinyllama.model.lora import adapter_tensors, attach, lora_layers, write_adapter
+from tinyllama.ops import matmul
 from tinyllama.runtime.storage import read
+from tinyllama.system import device
 from tinyllama.tokenizers.files import MODEL_FILE
 
 REQUESTED = LoraConfig(
@@ -182,6 +185,28 @@ def test_a_model_without_a_base_is_new_and_trained_whole(tmp_path):
     assert same(copied(trained), copied(Llama(BASE, seed=4).state_dict()))
     assert trained.keys() == model.state_dict().keys()
     assert same(copied(build_random(config, 4).trained), copied(trained))
+
+
+@pytest.mark.parametrize("instructions", ["AVX-512-BF16", "AVX2"])
+def test_products_of_bfloat16_parts_are_refused_where_they_are_slower(instructions, monkeypatch):
+    monkeypatch.setattr(device, "instruction_set", lambda: instructions)
+    config = Config(model=BASE, training=TrainingConfig(float32_products="bfloat16x3"))
+    said = f'training.float32_products: got "bfloat16x3", must be "exact" on {instructions}: '
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        build_blank(config)
+
+
+def test_products_of_bfloat16_parts_are_offered_with_amx(monkeypatch):
+    monkeypatch.setattr(device, "instruction_set", lambda: "AMX")
+    model, _, _ = build_blank(
+        Config(model=BASE, training=TrainingConfig(float32_products="bfloat16x3"))
+    )
+    assert model.float32_products == "bfloat16x3"
+    assert build_blank(Config(model=BASE)).model.float32_products == "exact"
+    sizes = matmul.NT, 64, 32, 32, dtypes.float32, dtypes.float32, dtypes.float32
+    assert "BF16X3" not in matmul.gemm_macros(*sizes)[0]
+    with matmul.float32_products(model.float32_products):
+        assert "BF16X3" in matmul.gemm_macros(*sizes)[0]
 
 
 def test_an_adapter_has_the_tokenizer_of_its_base_unless_it_has_its_own(base, adapter):

@@ -170,6 +170,28 @@ def test_a_layer_whose_updates_grow_is_named() -> None:
     assert spike.value == 0.05 and spike.usual == pytest.approx(1e-3)
 
 
+def test_an_update_is_compared_with_the_one_before_it_so_that_a_trend_is_none() -> None:
+    watch, found = Watch(64), []
+    ratios = [math.exp(-i / 20) * (1 + 0.05 * (i % 3)) for i in range(200)]
+    ratios[150] *= 30
+    for step, ratio in enumerate(ratios, 1):
+        found += watch.update(step, ratio)
+    (spike,) = found
+    assert (spike.step, spike.kind, spike.series) == (151, "spike", "update")
+    assert spike.value == pytest.approx(30 * spike.usual, rel=0.2)
+
+
+def test_updates_that_are_saved_and_restored_go_on_as_if_they_had_not_been() -> None:
+    ratios = [0.01 * (1 + 0.05 * (i % 3)) for i in range(200)]
+    ratios[120] = 0.5
+    whole, first, second = Watch(64), Watch(64), Watch(64)
+    expected = [whole.update(step, ratio) for step, ratio in enumerate(ratios, 1)]
+    found = [first.update(step, ratio) for step, ratio in enumerate(ratios[:121], 1)]
+    second.restore(json.loads(json.dumps(first.state())))
+    found += [second.update(step, ratio) for step, ratio in enumerate(ratios[121:], 122)]
+    assert found == expected and second.state() == whole.state()
+
+
 def test_the_same_thing_is_noted_once_in_a_while() -> None:
     watch = Watch(64)
     said = [watch.is_new(Anomaly(step, "slow", "step_seconds", 2, 1)) for step in (1, 3, 10, 40)]

@@ -32,6 +32,7 @@ TARGETS = {
     "generic": ("x86_64", "x86-64", "mulps"),
     "NEON": ("arm64", "apple-m1", "fmla"),
 }
+BF16X3 = {"bfloat16x3": 'float32_products = "bfloat16x3"'}
 MODEL = """
 [model]
 vocab_size = 300
@@ -47,18 +48,21 @@ micro_batch_size = 1
 RUNS = {
     "float32": "",
     "bfloat16": 'dtype = "bfloat16"',
+    "label smoothing": "label_smoothing = 0.1",
     "QLoRA": "[lora]\nrank = 4\n[qlora]\nblock_size = 32",
+    "a teacher": 'objective = "distill"\n[distillation]\nteacher = "a"\ntop_k = 8',
 }
 
 
 @functools.cache
 def sources(amx: bool = False) -> dict[str, str]:
-    """C texts of the kernels of full training, QLoRA and generation, one of each kind."""
+    """C texts of the kernels of full training, QLoRA, distillation and generation, one of each
+    kind."""
     found: dict[str, str] = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(c_kernel, "has_bf16_products", lambda: True)
         patch.setattr(c_kernel, "has_amx", lambda: amx)
-        for run, words in RUNS.items():
+        for run, words in (RUNS | (BF16X3 if amx else {})).items():
             config = config_from_toml(MODEL + words, run)
             step = blank_step(config)
             estimate_memory(config, step)
@@ -85,16 +89,16 @@ def kind(code: str) -> str:
     """A kernel's file with the macros that choose among its code, not those that are sizes."""
     name = re.search(r"#define KERNEL ([a-z]\w*?)_\d", code)
     macros = (
-        "LAYOUT|ACCUMULATE|ADDEND|COMPUTE_BF16|TILE_AMX|MANY_ROWS|BLOCK|DECAY|GRADIENT|ACT|ROWS"
+        "LAYOUT|ACCUMULATE|ADDEND|COMPUTE_BF16|TILE_AMX|BF16X3|MANY_ROWS|BLOCK|DECAY|GRADIENT|ACT"
     )
-    macros += "|[ABC]_T"
+    macros += "|ROWS|[ABC]_T"
     chosen = re.findall(rf"#define ({macros}) (\d+)", code.partition("/*")[0])
     return " ".join([name[1] if name else "", *(f"{key}={value}" for key, value in chosen)])
 
 
 def test_the_steps_have_kernels_of_every_file() -> None:
     files = {file.name for file in (resources.files("tinyllama.ops") / "cpu").iterdir()}
-    words = {name.split()[0] for name in sources()}
+    words = {name.split()[0] for amx in (False, True) for name in sources(amx)}
     missing = {file for file in files if file.endswith(".c")}
     missing -= {f"{word}.c" for word in words}
     assert not missing, words
@@ -107,6 +111,11 @@ def test_kernels_compile_for(target: str) -> None:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = dict(zip(texts, pool.map(compiler.compile, texts.values()), strict=True))
     assert all(len(code) > 100 for code in objects.values())
-    product = next(code for name, code in texts.items() if "COMPUTE_BF16=1" in name)
+    products = [next(code for name, code in texts.items() if "COMPUTE_BF16=1" in name)]
+    if target == "AMX":
+        products += [code for name, code in texts.items() if re.match("attention_.*_amx", name)]
+        products += [code for name, code in texts.items() if "BF16X3=1" in name]
+        assert len(products) >= 6  # attention, forward and back, and layouts
     compiler.args += ["-S"]
-    assert instruction in compiler.compile_to_obj(product).decode()
+    for product in products:
+        assert instruction in compiler.compile_to_obj(product).decode()

@@ -1,37 +1,22 @@
 """Every kernel harness in tests/ops/kernels, built with the address and UB sanitizers.
 
 A harness is a C program that compares a kernel with a plain reference and exits 1 where they
-differ. It lists what to build in comment lines, `// variants: -DX=1 -DY=2; -DX=2`, one program for
-each list of flags between the semicolons; a harness without such a line is built once, without
-flags.
+differ. It lists the forms to build in comment lines, see builds.py.
 """
 
 import functools
 import os
-import platform
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+from builds import COMMON, ENVIRONMENT, SILENT, variants
 
 KERNELS = Path(__file__).parent / "kernels"
-SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-# Undefined behaviour ends the program without a message: this builds in half the time.
-SILENT = ["-fsanitize-trap=undefined"]
-NATIVE = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
-BUILD = ["clang", "-O0", "-fno-math-errno", "-Werror", "-Wno-psabi", NATIVE, *SANITIZE]
+SANITIZE = ["-fsanitize=address,undefined"]
+BUILD = ["clang", "-O0", "-Werror", *COMMON, *SANITIZE]
 SECONDS = 240
-
-
-def variants(harness: Path) -> list[str]:
-    """The lists of flags of a harness, each as one string."""
-    found = []
-    for line in harness.read_text().splitlines():
-        if line.startswith("// variants:"):
-            flags = line.removeprefix("// variants:").split(";")
-            found += [" ".join(f.split()) for f in flags if f.strip()]
-    return found or [""]
 
 
 def every_build() -> list[tuple[str, str]]:
@@ -39,8 +24,7 @@ def every_build() -> list[tuple[str, str]]:
 
 
 def start(command: list[str]) -> subprocess.CompletedProcess[str]:
-    """Run a command. Kernels cannot allocate, so leaks are those of the harness and ignored."""
-    env = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
+    env = {**os.environ, **ENVIRONMENT}
     return subprocess.run(
         command, capture_output=True, text=True, timeout=SECONDS, check=False, env=env
     )

@@ -1,15 +1,11 @@
 """Weights that a GPU's products read narrowed share a launch; the numbers are those of a cast."""
 
-import json
-import subprocess
-import sys
-
 import gpu_kernels
 import numpy as np
 import nvrtc
 import pytest
 from fake_cuda import needs_nvrtc
-from runs_helpers import environment
+from runs_helpers import printed_json
 
 from tinyllama.ops.gpu.narrow import MOST_TENSORS, narrow
 from tinyllama.runtime.blocks import LIMITS, Dialect
@@ -64,14 +60,7 @@ print(json.dumps([[l.name, l.times, "#define ADDEND 1" in l.text] for l in found
 
 @needs_nvrtc
 def test_a_layers_weights_are_narrowed_once_and_its_residuals_are_added_by_kernels() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", STEP],
-        capture_output=True,
-        text=True,
-        env=environment(DEV="NULL:CUDA:sm_90"),
-    )
-    assert done.returncode == 0, done.stderr
-    launches = json.loads(done.stdout)
+    launches = printed_json("-c", STEP, DEV="NULL:CUDA:sm_90")
 
     def times(name: str, adding: bool = False) -> int:
         return sum(n for found, n, adds in launches if found.startswith(name) and adds >= adding)

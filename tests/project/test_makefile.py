@@ -121,14 +121,15 @@ def ci_in(
     )  # fmt: skip
 
 
-def test_ci_runs_the_tests_lint_a_minute_of_fuzzing_and_one_of_the_demo(
+def test_ci_runs_tests_lint_quality_a_minute_of_fuzzing_and_one_of_the_demo(
     bare: Path, tmp_path: Path
 ) -> None:
     done = ci_in(tmp_path / "clone", bare, "true")
     assert done.returncode == 0, done.stderr
     commands = (tmp_path / "clone" / "commands").read_text().splitlines()
     assert commands[0].startswith("system.sh --required ")
-    assert commands[1:] == ["make test", "make lint", "make fuzz", "make demo BUDGET=60"]
+    targets = ["test", "lint", "quality-quick", "fuzz", "demo BUDGET=60"]
+    assert commands[1:] == [f"make {target}" for target in targets]
 
 
 def test_ci_stops_at_the_first_failure_with_its_exit_code(bare: Path, tmp_path: Path) -> None:

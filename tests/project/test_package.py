@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tarfile
 import time
+import tomllib
 import zipfile
 
 import pytest
@@ -68,10 +70,9 @@ def wheel(sdist, build_tools, tmp_path_factory):
 
 def test_the_wheel_holds_every_source_file_and_the_configurations(wheel):
     found = {name for name in wheel.namelist() if name.startswith("tinyllama/")}
-    suffixes = (".py", ".c", ".h", ".html")
-    package = ROOT / "tinyllama"
-    expected = {str(p.relative_to(ROOT)) for p in package.rglob("*") if p.suffix in suffixes}
-    expected |= {f"tinyllama/configs/{name}" for name in CONFIGS} | {"tinyllama/py.typed"}
+    files = [path for path in (ROOT / "tinyllama").rglob("*") if path.is_file()]
+    expected = {str(p.relative_to(ROOT)) for p in files if p.parent.name != "__pycache__"}
+    expected |= {f"tinyllama/configs/{name}" for name in CONFIGS}
     assert expected == found
     assert "tinyllama/ops/cpu/gemm.c" in found and "tinyllama/configs/124m.toml" in found
 
@@ -192,3 +193,25 @@ def test_importing_is_quick():
         return time.perf_counter() - begun[1]
 
     assert min(seconds() for _ in range(3)) < 1.0
+
+
+def test_the_extra_all_is_every_extra_but_those_of_developers():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = {
+        name: {word for one in needed for word in extras_of(one)}
+        for name, needed in project["optional-dependencies"].items()
+    }
+    for_developers = {"bench", "conformance", "dev", "fuzz", "mutants", "quality"}
+    reached, waiting = set(), ["all"]
+    while waiting:
+        waiting += extras[name := waiting.pop()] - reached
+        reached.add(name)
+    assert reached == set(extras) - for_developers
+    documented = "cuda hub serve parquet observe otel trackers".split()
+    assert set(documented) <= extras["all"]
+
+
+def extras_of(requirement: str) -> list[str]:
+    """The extras of this package that a requirement names."""
+    found = re.fullmatch(r"tinyllama-trainer\[([a-z,-]+)\]", requirement)
+    return found[1].split(",") if found else []

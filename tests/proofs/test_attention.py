@@ -1,10 +1,12 @@
 """The CPU's attention, for all sizes: each row is computed by one thread, nothing leaves scratch.
 
-Proved from attention.h, attention_forward.c and attention_backward.c as clang's preprocessor
-expands them, and from `_scratch_floats` of ops/attention.py as Python parses it.
+Proved from attention.h, attention_forward.c and attention_backward.c, and their forms for AMX, as
+clang's preprocessor expands them, and from `_scratch_floats` and `_scratch_floats_amx` of
+ops/attention.py as Python parses them.
 """
 
 import inspect
+import re
 from typing import Any
 
 import pytest
@@ -51,6 +53,37 @@ def test_scratch_is_as_large_as_the_kernel_needs(which: str, width: int) -> None
     parts = {"sequences": a, "tiles": b, "scores": c, "tile": 96, "device": Threads}
     total = python_expression(returned, {**parts, "rows": 96 * s, "sequence": t * (96 * s)})
     proved(total == NT * needed + 16)
+
+
+@pytest.mark.parametrize("which", ["forward", "backward"])
+def test_scratch_of_the_amx_form_is_as_large_as_the_kernel_needs(which: str) -> None:
+    files = ("attention_amx.h", f"attention_{which}_amx.c")
+    text = CText(("attention.h", *files), {"VW": 16, "ACT": 1, "TILE_AMX": 1})
+    a, b, c = (2, 5, 3) if which == "forward" else (7, 8, 7)
+    # Tiles of 96 rows of w numbers are packed as 48 w floats, a multiple of 16.
+    t, w = z3.Ints("t w")
+    assert (text.term("NR"), text.term("MR")) == (32, 32)
+    proved(text.term("PACKED_FLOATS", WIDTH=w) == 48 * w, w > 0)
+    packed = z3.Int("packed")
+    needed = text.term(f"{which.upper()}_SCRATCH_FLOATS", TILES=t, PACKED_FLOATS=packed)
+    proved(needed == a * t * packed + b * packed + c * 48 * 96)
+    # Python allocates the same.
+    python = python_term(attention._scratch_floats_amx, T, D, a, b, c, names={"device": Threads})
+    source = inspect.getsource(attention._scratch_floats_amx)
+    quoted(source, "sequence = -(-T // tile) * packed")
+    assert python["tile"] == 96
+    proved(python["packed"] == 48 * text.term("WIDTH", D=D), *POSITIVE)
+    proved(python["halves"] == c * 48 * 96)
+    returned = "device.threads() * (sequences * sequence + tiles * packed + halves) + 16"
+    quoted(source, f"return {returned}")
+    parts = {"sequences": a, "tiles": b, "halves": c * 48 * 96, "device": Threads}
+    total = python_expression(returned, {**parts, "packed": packed, "sequence": t * packed})
+    proved(total == NT * needed + 16)
+    # Forward and backward place their parts one after another: the pointers' steps add up.
+    steps = re.findall(r"w\.\w+ = w\.\w+ \+ (.*);", CText.source(files[1]))
+    given = {"TILES": t, "PACKED_FLOATS": packed}
+    total = sum(text.term(step, **given) for step in [*steps, "HALF_SCORE_FLOATS"])
+    proved(total == needed)
 
 
 class Threads:
@@ -125,13 +158,15 @@ def test_each_tile_of_a_shared_pair_has_one_owner() -> None:
     assert owns(0, 5, 0) and owns(0, 5, 1)
 
 
-@pytest.mark.parametrize("width,group", [(4, 6), (8, 6), (16, 12)])
+@pytest.mark.parametrize("width,group", [(4, 6), (8, 6), (16, 12), (16, 32)])
 def test_a_strip_stays_inside_its_tile_and_holds_what_its_queries_see(
     width: int, group: int
 ) -> None:
     """The rows [low, high), rounded up to MR, lie in the tile of scores; a key that a query of the
     strip attends to is in it. starts does not decrease along a row."""
     text = c_text(width)
+    if group == 32:
+        text = CText(("attention.h",), {"VW": width, "ACT": 1, "TILE_AMX": 1})
     functions = {"least": least, "most": most}
     query, queries, key, keys, panel = z3.Ints("query queries key keys panel")
     first, last, low, start = z3.Ints("first last low start_of_first")

@@ -43,6 +43,12 @@ def c_text(tile: str, pair: int, c_type: int = 1, layout: int = 0) -> CText:
     return CText(FILES, defines | {"A_T": 1, "B_T": 0, "MANY_ROWS": 1})
 
 
+def divided_text() -> CText:
+    """float32 numbers that AMX multiplies as bfloat16 (bf16x3.h)."""
+    defines = {"TILE_AMX": 1, "BF16X3": 1, "VW": 16, "LAYOUT": 2, "COMPUTE_BF16": 0}
+    return CText(FILES, defines | {"A_T": 0, "B_T": 0, "C_T": 0, "MANY_ROWS": 1})
+
+
 def forms() -> Iterator[tuple[str, int]]:
     """Instruction sets, and 1 or 2 numbers per slot; AMX multiplies pairs only."""
     for tile in TILES:
@@ -150,8 +156,8 @@ def blocks(text: CText, pair: int) -> Iterator[tuple[int, int, list[Any]]]:
 
 def test_the_depth_of_a_panel_is_at_most_its_place() -> None:
     """The description of DEPTH that `blocks` uses follows from its definition, and DEPTH <= KC."""
-    for tile in ("TILE_AVX512", "TILE_AMX"):  # the only two pairs of KC and TILE_K
-        text = c_text(tile, 2)
+    for text in (c_text("TILE_AVX512", 2), c_text("TILE_AMX", 2), divided_text()):
+        # the only three pairs of KC and TILE_K
         kc, step = text.term("KC"), text.term("TILE_K")
         slots, panels, exact, rounded = z3.Ints("slots panels exact rounded")
         given = [slots > 0, panels == text.term("CEIL(slots, KC)", slots=slots)]
@@ -203,6 +209,16 @@ def test_scratch_is_as_large_as_the_kernel_needs(tile: str, pair: int) -> None:
         proved(a_slots <= python_expression(python.a_slots, {}), M > 0)
 
 
+def test_scratch_holds_numbers_that_are_divided_into_pairs() -> None:
+    """bfloat16x3: slots are floats, for which Python allocates as for twice as many bfloat16."""
+    text = divided_text()
+    source = inspect.getsource(matmul.gemm_macros)
+    quoted(source, "scratch = _scratch_floats_amx(m, n, 2 * k, narrow=False)")
+    assert text.expanded("PARTIAL").startswith("(0 != 0 && ")
+    for depth, count, known in blocks(text, 1):
+        _prove_scratch(text, BOUNDS[1], depth, count, known, K_given=2 * K)
+
+
 class Bound(NamedTuple):
     """How Python bounds scratch: its function, and expressions that stand in it."""
 
@@ -221,14 +237,16 @@ BOUNDS = (
         "m + 13 if k > 2048 else 256", ("2 << 20", "min(k, 2048)"),
     ),
     Bound(
-        matmul._scratch_floats_amx, "1 << 20", "slots + 16 * panels", "n + 31", "512 * 384",
+        matmul._scratch_floats_amx, "1 << 20", "slots + 32 * panels", "n + 31", "512 * 384",
         "m + 31 if slots > 2048 else min(m + 31, 512)", ("1 << 20", "min(slots, 2048)"),
     ),
 )  # fmt: skip
 
 
-def _prove_scratch(text: CText, python: Bound, depth: int, count: int, given: list[Any]) -> None:
-    theirs = python_term(python.function, M, N, K, True)
+def _prove_scratch(
+    text: CText, python: Bound, depth: int, count: int, given: list[Any], K_given: Any = K
+) -> None:
+    theirs = python_term(python.function, M, N, K_given, True)
     columns = z3.Int("columns")
     block = {"DEPTH": depth, "BLOCK_PANELS": count}
     given = [*given, columns == text.term("BLOCK_COLS", N=N, **block)]
@@ -245,7 +263,7 @@ def _prove_scratch(text: CText, python: Bound, depth: int, count: int, given: li
     proved(a_slots <= room, *given)
     # Sums of several panels, where a 16-bit C needs them: rows * columns.
     used = text.term("SLOTS > DEPTH", K=K, DEPTH=depth)
-    if possible(*given, used):
+    if K_given is K and possible(*given, used):
         proved(theirs["partial"] == their_rows * theirs["columns"], *given, used)
         proved(text.term("PARTIAL_ROWS", M=M, K=K, **block) <= their_rows, *given, used)
         per_slot = 1 if "slots" in python.divided[1] else text.term("PAIR")

@@ -6,15 +6,17 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from fake_cuda import needs_nvrtc, variables
 from model_helpers import SQUARE, build, random_batch
 from opencl import needs_opencl
 from runs_helpers import ROOT, configuration, environment, finished_run
+from tinygrad.uop.ops import Ops
 
 from tinyllama.cli.shared import load
-from tinyllama.config import TrainingConfig
+from tinyllama.config import TrainingConfig, load_config
 from tinyllama.model import llama, lora
 from tinyllama.reports import profile_files, roofline
 from tinyllama.reports.profile import (
@@ -26,9 +28,12 @@ from tinyllama.reports.profile import (
     profile_training,
     summarize,
 )
+from tinyllama.reports.runs import read_run
 from tinyllama.runtime import sources, threads, timing
+from tinyllama.runtime.recording import recording
 from tinyllama.runtime.timing import Kernel, Part, Run
 from tinyllama.train.optimizer import AdamW
+from tinyllama.train.run_folder import write_config
 from tinyllama.train.step import TrainStep
 
 STEPS = 3
@@ -236,9 +241,26 @@ def test_the_command_prints_the_documented_object_and_writes_its_files(tmp_path)
     assert all(set(operation) == keys for operation in report["operations"])
     assert sum(o["share"] for o in report["operations"]) == pytest.approx(1, abs=0.03)
     assert "random tokens" in done.stderr
-    names = {"trace.json", "profile.speedscope.json", "roofline.json"}
+    names = {"profile.json", "trace.json", "profile.speedscope.json", "roofline.json"}
     names |= {"roofline.svg", "roofline.png"}
     assert {file.name for file in (tmp_path / "out").iterdir()} == names
+    assert json.loads((tmp_path / "out" / "profile.json").read_text()) == report
+
+
+def test_a_profile_is_kept_beside_the_run_of_the_same_model_where_its_report_finds_it(tmp_path):
+    run, other = tmp_path / "run", "model.intermediate_size=192"
+    words = [*SMALL, "--set", f"checkpointing.checkpoint_dir={str(run)!r}", "--steps", "1"]
+    options = [word for word in words if "=" in word]
+    run.mkdir()
+    write_config(run, load_config("124m", options))
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 5.0}\n')
+    done = command("124m", *words, "--set", other)
+    assert done.returncode == 0 and not (run / "profile.json").exists()
+    done = command("124m", *words, "--json")
+    assert done.returncode == 0 and f"`tinyllama report {run}` shows it" in done.stderr
+    found = read_run(run).profile
+    assert found == json.loads(done.stdout)
+    assert any(operation["source"] for operation in found["operations"])
 
 
 def test_a_command_that_names_neither_or_both_is_refused():
@@ -276,3 +298,51 @@ def test_nothing_is_noted_while_nothing_is_recorded(monkeypatch):
     model = build(SQUARE)
     step = TrainStep(model, AdamW(model.state_dict(), TrainingConfig()), 1)
     step([random_batch(SQUARE)], 1, 0.01)
+
+
+def launched(step: TrainStep) -> list[str]:
+    """The texts of the kernels of a captured step, in the order in which it launches them."""
+    calls = [call.src[0] for call in step._whole.captured.linear.src]
+    graphs = [call.src[0].src if call.op is Ops.CUSTOM_FUNCTION else [call] for call in calls]
+    kernels = [kernel for graph in graphs for kernel in graph]
+    return [u.arg for kernel in kernels for u in kernel.toposort() if u.op is Ops.SOURCE]
+
+
+def called(step: TrainStep, batch) -> list[str]:
+    """The files of the Python functions that a step calls, one for each call."""
+    files: list[str] = []
+
+    def note(frame, event, _):
+        if event == "call":
+            files.append(frame.f_code.co_filename)
+
+    sys.setprofile(note)
+    try:
+        step([batch], 4, 0.01)
+    finally:
+        sys.setprofile(None)
+    return files
+
+
+def test_a_step_that_is_not_recorded_is_the_same_as_in_a_process_that_never_records():
+    def made(steps: int) -> TrainStep:
+        model = build(SQUARE)
+        step = TrainStep(model, AdamW(model.state_dict(), TrainingConfig()), 1)
+        for number in range(1, 1 + steps):
+            step([batch], number, 0.01)
+        return step
+
+    batch = random_batch(SQUARE)
+    before = made(3)
+    with recording() as recorder:
+        recorded = made(3)
+        with_recorder = called(recorded, batch)
+        assert recorder.take()
+    after = made(3)
+    assert len(launched(before)) > 20
+    assert launched(before) == launched(after) == launched(recorded)
+    plain = called(before, batch)
+    assert plain == called(after, batch)
+    files = {Path(file).name for file in plain}
+    assert not files & {"timing.py", "sources.py", "recording.py", "profile.py"}
+    assert len(with_recorder) > len(plain)

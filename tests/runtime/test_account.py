@@ -1,12 +1,8 @@
 """What a step costs is counted without running it."""
 
-import json
-import subprocess
-import sys
-
 import pytest
 from fake_cuda import needs_nvrtc
-from runs_helpers import environment
+from runs_helpers import printed_json
 from tinygrad import Tensor, dtypes
 from tinygrad.uop.ops import Ops, UOp
 
@@ -105,13 +101,7 @@ print(json.dumps([found.kernels, found.tensor_core_share, found.compiled.kernels
 @needs_nvrtc
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_kernels_are_compiled_for_a_card_that_is_not_here(arch: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", CUDA],
-        capture_output=True,
-        text=True,
-        env=environment(DEV=f"NULL:CUDA:{arch}"),
-    )
-    assert done.returncode == 0, done.stderr
-    kernels, share, compiled, spilled, registers = json.loads(done.stdout)
+    found = printed_json("-c", CUDA, DEV=f"NULL:CUDA:{arch}")
+    kernels, share, compiled, spilled, registers = found
     assert (kernels, share, compiled, spilled) == (2, 1.0, 2, 0)
     assert 16 <= registers <= 255

@@ -3,14 +3,13 @@
 The driver is a fake (helpers/fake_cuda.c) that takes no PTX and notes what is started.
 """
 
-import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from fake_cuda import needs_nvrtc, starts, variables
-from runs_helpers import ROOT, environment, run_command
+from runs_helpers import ROOT, environment, printed, printed_json, run_command
 
 from tinyllama.runtime.cubin import FRAME_BYTES, REGISTERS, attributes, shared_bytes, spilled_bytes
 from tinyllama.system import device, nvrtc
@@ -49,17 +48,9 @@ print(json.dumps([places, kernel_count(step._whole)]))
 """
 
 
-def printed(code: str, **variables: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment(**variables)
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def test_a_card_gets_machine_code(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    assert printed(ADD, DEV="CUDA", **variables(log)).startswith(
+    assert printed("-c", ADD, DEV="CUDA", **variables(log)).startswith(
         "backend CUDA, Fake card, sm_90, NVRTC "
     )
     assert starts(log)["kernel"] == 2  # the trial, and one of tinygrad's own
@@ -80,7 +71,7 @@ def test_the_patch_can_be_switched_off_and_then_a_driver_gets_ptx(tmp_path: Path
 
 def test_a_captured_step_is_started_as_a_few_graphs(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    places, kernels = json.loads(printed(STEPS, DEV="CUDA", **variables(log)))
+    places, kernels = printed_json("-c", STEPS, DEV="CUDA", **variables(log))
     first, later = log.read_text().splitlines()[: places[0]], log.read_text().splitlines()
     nodes = [line.split() for line in first if line.startswith("node")]
     assert len(nodes) == kernels
@@ -111,6 +102,26 @@ def test_the_backends_command_says_which_nvrtc_compiles(tmp_path: Path) -> None:
     assert line == f"CUDA    Fake card, sm_90, {found.line()} (renderer CUDA)"
 
 
+NAMED = """
+import os
+from tinyllama.system import device
+before = os.environ.get("NVRTC_PATH")
+print(device.select().line())
+print(os.environ.get("NVRTC_PATH") == before)
+"""
+
+
+def test_the_nvrtc_that_was_found_is_not_left_as_the_users_choice(tmp_path: Path) -> None:
+    """A process that is started later would take it for that."""
+    given = variables(tmp_path / "log", DEV="CUDA")
+    found = device.nvrtc_library()
+    assert found is not None
+    assert printed("-c", NAMED, **given, NVRTC_PATH="").endswith("\nTrue\n")
+    line, kept = printed("-c", NAMED, **given, NVRTC_PATH=found.path).splitlines()
+    assert " of NVRTC_PATH, " in line
+    assert kept == "True"
+
+
 def test_a_missing_nvrtc_is_one_line_that_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,7 +138,7 @@ except device.DeviceError as error:
         ("CUDA", "CUDA=1: CUDA is not available (the card and its driver are here; it needs NVRTC"),
         ("GPU", "GPU=1: the card's CUDA does not work (the card and its driver are here; it needs"),
     ):
-        text = printed(code, **variables(tmp_path / "log", **{variable: "1"}))
+        text = printed("-c", code, **variables(tmp_path / "log", **{variable: "1"}))
         assert text.startswith(begins)
         assert "`pip install 'tinyllama-trainer[cuda]'`" in text
         assert len(text.splitlines()) == 1

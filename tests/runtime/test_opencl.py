@@ -1,12 +1,9 @@
 """Captured steps on OpenCL by one native call per batch: the same numbers, whatever changes."""
 
 import ctypes.util
-import json
-import subprocess
-import sys
 
 import pytest
-from runs_helpers import ROOT, environment
+from runs_helpers import ROOT, printed_json
 
 pytestmark = pytest.mark.skipif(
     ctypes.util.find_library("OpenCL") is None, reason="OpenCL is missing"
@@ -49,29 +46,22 @@ print(json.dumps([results, len(starts), kernel_count(step._whole), len(graphs(st
 """
 
 
-def printed(code: str, **variables: str) -> list[object]:
-    done = subprocess.run(
-        [sys.executable, "-c", HEAD + code],
-        capture_output=True,
-        text=True,
-        env=environment(DEV="CL", **variables),
-    )
-    assert done.returncode == 0, done.stderr
-    found: list[object] = json.loads(done.stdout)
+def on_opencl(code: str, **variables: str) -> list[object]:
+    found: list[object] = printed_json("-c", HEAD + code, DEV="CL", **variables)
     return found
 
 
 def test_a_captured_step_is_one_native_call_per_batch() -> None:
-    results, from_python, kernels, graphs = printed(STEPS)
+    results, from_python, kernels, graphs = on_opencl(STEPS)
     assert isinstance(graphs, int) and isinstance(kernels, int)
     assert from_python == 0 and kernels > 100
     assert 1 < graphs < 6  # of 32, 64, 128, ... kernels
-    without = printed(STEPS, TINYLLAMA_PATCHES_OFF="opencl_graph")
+    without = on_opencl(STEPS, TINYLLAMA_PATCHES_OFF="opencl_graph")
     assert without == [results, kernels, kernels, 0]  # the same losses and norms, bit for bit
 
 
 def test_tinygrads_own_launches_are_used_with_kernels_switched_off() -> None:
-    _, from_python, kernels, graphs = printed(STEPS, TINYLLAMA_KERNELS="0")
+    _, from_python, kernels, graphs = on_opencl(STEPS, TINYLLAMA_KERNELS="0")
     assert (from_python, graphs) == (kernels, 0)
 
 
@@ -90,7 +80,7 @@ print(json.dumps([found, len(graphs(step)), len(starts)]))
 
 
 def test_inputs_and_variables_may_change_from_call_to_call() -> None:
-    found, graphs, from_python = printed(CHANGES)
+    found, graphs, from_python = on_opencl(CHANGES)
     a, b, c, d = (1, 2, 3), (10, 20, 30), (5, 5, 5), (7, 8, 9)
     calls = ((a, b, 1), (c, b, 1), (c, d, 4), (c, d, 5), (a, b, 9), (b, a, 2))
     assert found == [[2 * i + n * j for i, j in zip(x, y, strict=True)] for x, y, n in calls]
@@ -111,6 +101,6 @@ except RuntimeError as error:
 
 
 def test_a_launch_that_the_driver_refuses_is_named() -> None:
-    what, error = printed(FAULT)
+    what, error = on_opencl(FAULT)
     assert str(what).startswith("clEnqueueNDRangeKernel of E_")
     assert error == "OpenCL error -54" or error == "OpenCL error -55"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from runs_helpers import ROOT, config_file, environment, run_command
+from runs_helpers import ROOT, config_file, environment, printed_json, run_command
 from tinygrad import Tensor, dtypes
 
 from tinyllama.errors import DeviceError
@@ -91,11 +91,7 @@ def installed() -> list[str]:
 
 
 def run_steps(**variables: str) -> tuple[list[float], list[str]]:
-    done = subprocess.run(
-        [sys.executable, "-c", STEPS], capture_output=True, text=True, env=environment(**variables)
-    )
-    assert done.returncode == 0, done.stderr
-    losses, names = json.loads(done.stdout)
+    losses, names = printed_json("-c", STEPS, **variables)
     return losses, names
 
 

@@ -1,12 +1,9 @@
 """Kernels for a GPU are compiled side by side, while their graph is built; no card is needed."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 from fake_cuda import needs_nvrtc
-from runs_helpers import ROOT, environment
+from runs_helpers import ROOT, printed_json
 
 pytestmark = needs_nvrtc
 
@@ -44,14 +41,7 @@ print(json.dumps([threads, shown]))
 
 def captured(cache: Path, **variables: str) -> tuple[list[str], list[list[int]]]:
     variables |= {"DEV": "NULL:CUDA:sm_90", "TINYLLAMA_KERNEL_CACHE": str(cache)}
-    done = subprocess.run(
-        [sys.executable, "-c", CAPTURE],
-        capture_output=True,
-        text=True,
-        env=environment(**variables),
-    )
-    assert done.returncode == 0, done.stderr
-    threads, shown = json.loads(done.stdout)
+    threads, shown = printed_json("-c", CAPTURE, **variables)
     return threads, shown
 
 

@@ -75,6 +75,8 @@ def test_a_denied_permission_is_reported_and_vector_instructions_are_used(
 
 def test_a_switch_leaves_amx_out(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     machine(AMX)
-    assert device._describe("CPU", None).endswith(" threads, AMX")
+    assert device._describe("CPU", None).endswith(
+        " threads, AMX (float32 products exact or bfloat16x3)"
+    )
     monkeypatch.setenv("TINYLLAMA_AMX", "0")
     assert device._describe("CPU", None).endswith("AVX-512-BF16, AMX is switched off")

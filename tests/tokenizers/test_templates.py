@@ -97,6 +97,29 @@ def test_an_answer_begins_where_its_prompt_ends(
     assert marked(source, TWO, tokenizer) == expected
 
 
+# As SmolLM2's: a message of its own where none of the system comes first.
+DEFAULT_SYSTEM = (
+    LOOP + "{% if loop.first and messages[0].role != 'system' %}<system>You assist|\n{% endif %}"
+    "<{{ m.role }}>{{ m.content }}|\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+# As Qwen's, which looks at a first message before there is one.
+FIRST_SEEN = (
+    "{% if messages[0].role != 'system' %}<system>You assist|\n{% endif %}"
+    + LOOP
+    + "<{{ m.role }}>"
+    "{{ m.content }}|\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.mark.parametrize("source", [DEFAULT_SYSTEM, FIRST_SEEN])
+def test_an_answer_that_begins_a_conversation_is_trained_without_what_is_before_it(
+    tokenizer: Tokenizer, source: str
+) -> None:
+    expected = "<system>You assist|\n<assistant>[a|]\n<user>q|\n<assistant>[b|]\n"
+    assert marked(source, TWO[1:], tokenizer) == expected
+
+
 def test_a_turn_that_is_ended_by_what_follows_has_its_end(tokenizer: Tokenizer) -> None:
     source = (
         "{% for m in messages %}{% if not loop.first %}</s>\n{% endif %}<{{ m.role }}>"

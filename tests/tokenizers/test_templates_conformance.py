@@ -102,7 +102,8 @@ MISTRAL = [
         "{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}{{ ' ' }}",
     )
 ]
-# Name: where it was published, the marks, whether it knows the system's role, and tools.
+# Name: where it was published, the marks, whether it knows the system's role, and tools. Those that
+# know the system's let an assistant begin.
 TEMPLATES = {
     "smollm2": (None, SMOLLM2, True, False),
     "llama3": ("llama3.jinja", LLAMA3, True, False),
@@ -156,6 +157,8 @@ def conversations(system: bool, tools: bool) -> list[dict]:
         messages = []
         if system and number % 3 == 0:
             messages.append({"role": "system", "content": draw.choice(said).strip()})
+        if system and number % 5 == 0:
+            messages.append({"role": "assistant", "content": draw.choice(said)})
         for _ in range(draw.randint(1, 4)):
             messages.append({"role": "user", "content": draw.choice(said)})
             if tools and number % 2:

@@ -40,9 +40,26 @@ def base(tmp_path_factory):
 def test_a_real_run_takes_what_was_estimated(name, tmp_path, base):
     objective, kind, more = MORE[name]
     (tmp_path / "run.toml").write_text(run_toml(tmp_path, base, objective, kind))
+    check_run(tmp_path, ["training.max_steps=2", *more])
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2])
+def test_rows_of_several_lengths_take_what_was_estimated(micro_batch, tmp_path, base):
+    """A row each, of a quarter, half, and all of the context: a graph for each of these lengths."""
+    (tmp_path / "run.toml").write_text(run_toml(tmp_path, base, "sft", "full"))
+    texts = ["def add(first, second):  # some code\n" * n for n in (1, 3, 6)] * 2
+    rows = [json.dumps({"text": f"{n} {text}"}) for n, text in enumerate(texts)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    more = [f"data.train_path={tmp_path / 'rows.jsonl'}", "data.val_path=none", "data.pack=false"]
+    sizes = ["training.batch_size=2", f"training.micro_batch_size={micro_batch}"]
+    check_run(tmp_path, ["training.max_steps=3", *more, *sizes])
+
+
+def check_run(tmp_path, options):
+    """Run a configuration, and compare what it took with what it printed before."""
     words = [sys.executable, str(ROOT / "tests" / "helpers" / "memory_run.py")]
     words += [str(tmp_path / "result.json"), "train", str(tmp_path / "run.toml")]
-    for option in ["training.max_steps=2", "data.context_length=128", *more]:
+    for option in ["data.context_length=128", *options]:
         words += ["--set", option]
     environ = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(words, env=environ, cwd=ROOT, capture_output=True, text=True)

@@ -51,6 +51,16 @@ def test_dpo_begins_at_the_reference_and_learns_the_pairs(kind, tmp_path, base):
     assert lines[12]["val_loss"] < lines[3]["val_loss"]
 
 
+def test_a_share_of_the_pairs_is_kept_for_validation(tmp_path, base):
+    share = ["data.val_path=none", "data.val_fraction=0.4"]
+    config = run_config(tmp_path, base, "dpo", "lora", *share, "training.max_steps=3")
+    trainer = Trainer(config, show=False)
+    trainer.run()
+    assert trainer.batches.n_windows in range(3, 9)  # of nine
+    lines = numbers(tmp_path / "run")
+    assert {"val_loss", "val_accuracy", "val_margin"} <= lines[3].keys()
+
+
 def test_a_pair_that_only_fills_the_batch_counts_nothing(tmp_path, base):
     """Nine pairs in batches of four: the third step of an epoch holds one."""
     config = run_config(tmp_path, base, "dpo", "full", "training.learning_rate=1e-30")

@@ -11,9 +11,11 @@ from runs_helpers import configuration, metrics, numbers, shared_folder, train, 
 from tinyllama.errors import TrainingError
 from tinyllama.formats.safetensors import SafetensorsFile
 from tinyllama.observe import anomalies
+from tinyllama.observe import text as watched_text
 from tinyllama.runtime.storage import read
 from tinyllama.train.checkpoint import read_state
 from tinyllama.train.samples import read_samples
+from tinyllama.train.trainer import Trainer
 from tinyllama.train.watching import layer_of, update_ratios
 
 ROWS, BAD = 60, 41
@@ -23,6 +25,12 @@ ROWS, BAD = 60, 41
 def _short_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a run of seconds knows what is usual."""
     monkeypatch.setattr(anomalies, "WARM", 12)
+
+
+@pytest.fixture
+def loss_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is unusual must show in loss or norm: the text is not looked at."""
+    monkeypatch.setattr(watched_text, "SCORE", 100.0)
 
 
 def text(tmp_path: Path) -> Path:
@@ -53,6 +61,7 @@ def spikes(run: Path) -> dict[int, list[dict[str, object]]]:
     return found
 
 
+@pytest.mark.usefixtures("loss_alone")
 def test_a_note_names_step_document_and_layer(tmp_path: Path) -> None:
     run = tmp_path / "run"
     train(configuration(run, *options(tmp_path, "note")))
@@ -64,6 +73,7 @@ def test_a_note_names_step_document_and_layer(tmp_path: Path) -> None:
     assert all(n["layer"] in ("embedding", "layer 0", "layer 1", "norm", "head") for n in notes)
 
 
+@pytest.mark.usefixtures("loss_alone")
 def test_a_skipped_update_changes_neither_weights_nor_moments(tmp_path: Path) -> None:
     run = trainer(configuration(tmp_path / "run", *options(tmp_path, "skip")))
     before: dict[str, np.ndarray] = {}
@@ -106,6 +116,7 @@ def numbers_without_machine(run: Path):
     return found
 
 
+@pytest.mark.usefixtures("loss_alone")
 @pytest.mark.parametrize("action", ["skip", "rollback"])
 @pytest.mark.parametrize("stop", [7, 20])
 def test_a_run_that_is_stopped_and_resumed_does_the_same(
@@ -133,6 +144,7 @@ def test_a_run_that_is_stopped_and_resumed_does_the_same(
     same_runs(whole, cut)
 
 
+@pytest.mark.usefixtures("loss_alone")
 def test_a_rollback_takes_the_last_checkpoint_and_the_data_that_follows(tmp_path: Path) -> None:
     run = tmp_path / "run"
     outcome = train(configuration(run, *options(tmp_path, "rollback")))
@@ -147,6 +159,7 @@ def test_a_rollback_takes_the_last_checkpoint_and_the_data_that_follows(tmp_path
     assert outcome.finished
 
 
+@pytest.mark.usefixtures("loss_alone")
 def test_a_run_that_stops_saves_what_came_before_and_can_go_on(tmp_path: Path) -> None:
     run = tmp_path / "run"
     with pytest.raises(TrainingError, match=r"so training stops as observe\.on_anomaly says") as e:
@@ -210,4 +223,87 @@ def test_a_damaged_state_of_anomalies_is_one_message() -> None:
 
     made = trainer(configuration(shared_folder() / "unused"))
     with pytest.raises(CheckpointError, match="state of anomalies is damaged"):
-        Watching(made.config, made.batches, {"watch": {"loss": 3}})
+        Watching(made.config, made.batches, (), {"watch": {"loss": 3}})
+
+
+# ---- unusual text, and an update that moves too much
+
+
+def notes_of(run: Path, series: str) -> dict[int, list[dict[str, object]]]:
+    """The notes of each step about a series."""
+    found = {
+        step: [note for note in line.get("anomalies", ()) if note["series"] == series]
+        for step, line in metrics(run).items()
+    }
+    return {step: notes for step, notes in found.items() if notes}
+
+
+@pytest.mark.parametrize("action", ["note", "skip", "rollback"])
+def test_a_damaged_document_is_named_alone_and_left_out(tmp_path: Path, action: str) -> None:
+    run = tmp_path / "run"
+    outcome = train(configuration(run, *options(tmp_path, action)))
+    found = notes_of(run, "text")
+    assert found
+    done = "note" if action == "note" else "skip"  # nothing was changed, so nothing is taken back
+    wanted = f"{tmp_path / 'text.jsonl'} row {BAD + 1}"
+    for (note,) in found.values():
+        assert note["kind"] == "text" and note["action"] == done
+        # A row of the batch holds the end of the document before, or the begin of the next one.
+        assert wanted in note["documents"] and len(note["documents"]) <= 3
+    assert outcome.finished
+    left_out = read_state(run / "final")["watching"]["left_out"]
+    assert left_out == 0 if action == "note" else left_out >= len(found)
+
+
+def with_a_wrong_rate(run: Trainer, at: int, bad: list[np.ndarray] | None = None) -> Trainer:
+    """The run, which meets the data of step `at` with 30 times its learning rate; `bad` are the
+    tokens of that step, or empty until it is met."""
+    real, bad = run.train_step, [] if bad is None else bad
+
+    def step(batches, number, lr, *rest):
+        if number == at and not bad:
+            bad.append(batches[0].tokens)
+        is_wrong = bad and np.array_equal(batches[0].tokens, bad[0])
+        return real(batches, number, lr * (30 if is_wrong else 1), *rest)
+
+    run.train_step = step
+    return run
+
+
+def usual_text(action: str) -> list[str]:
+    return [f"observe.on_anomaly={action}", "training.batch_size=4", "checkpointing.save_every=5"]
+
+
+def test_an_update_that_moves_too_much_is_found_at_its_step(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with_a_wrong_rate(trainer(configuration(run, *usual_text("note"))), 23).run()
+    (note,) = notes_of(run, "update").pop(23)
+    assert note["kind"] == "spike" and note["value"] > 10 * note["usual"]
+
+
+def test_a_rollback_takes_an_update_back_that_moved_too_much(tmp_path: Path) -> None:
+    whole, cut, bad = tmp_path / "whole", tmp_path / "cut", []
+    with_a_wrong_rate(trainer(configuration(whole, *usual_text("rollback"))), 23, bad).run()
+    back = [line["rolled_back"] for line in metrics(whole).values() if "rolled_back" in line]
+    assert [(event["from"], event["to"]) for event in back] == [(23, 20)]
+    first = with_a_wrong_rate(trainer(configuration(cut, *usual_text("rollback"))), 23, bad)
+    real = first.train_step
+
+    def step(*arguments):
+        if arguments[1] == 22:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    first.train_step = step
+    with pytest.raises(KeyboardInterrupt):
+        first.run()
+    again = trainer(configuration(cut, *usual_text("rollback")), resume=cut / "step-00000020")
+    with_a_wrong_rate(again, 23, bad).run()
+    same_runs(whole, cut)
+
+
+def test_a_run_that_stops_at_such_an_update_names_the_checkpoint_before_it(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    begun = with_a_wrong_rate(trainer(configuration(run, *usual_text("stop"))), 23)
+    with pytest.raises(TrainingError, match=r"step 23: update .*step-00000020 holds what came"):
+        begun.run()

@@ -2,6 +2,8 @@
 
 tinyllama profile 124m --steps 5
 tinyllama profile --generate checkpoints/124m/final --steps 20 --out profile
+
+The profile of a configuration whose run is there already is kept beside it, for its report.
 """
 
 import argparse
@@ -14,6 +16,7 @@ from tinyllama.cli.shared import add_set, add_threads, load, select_device, to_s
 from tinyllama.errors import ConfigError
 
 if TYPE_CHECKING:
+    from tinyllama.config import Config
     from tinyllama.reports.profile import Profile
 
 _PROMPT = "Once upon a time"
@@ -40,8 +43,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--out",
         type=path,
         metavar="DIR",
-        help="write trace.json (Perfetto), profile.speedscope.json, roofline.svg, roofline.png and"
-        " roofline.json into this folder",
+        help="write profile.json, trace.json (Perfetto), profile.speedscope.json, roofline.svg,"
+        " roofline.png and roofline.json into this folder",
     )
 
 
@@ -49,16 +52,22 @@ def run(options: argparse.Namespace) -> None:
     """Print the profile. Raises TinyllamaError."""
     if (options.config is None) == (options.generate is None):
         raise ConfigError("name a configuration to train, or a model with --generate MODEL")
-    profile = _generation(options) if options.generate else _training(options)
+    config = _config(options)
+    profile = _generation(options) if config is None else _training(options, config)
     if options.out is not None:
         _write(profile, options.out)
     print(json.dumps(profile.as_dict()) if options.json else profile.table())
+    if config is not None:
+        _keep(profile, config, options.out)
 
 
-def _training(options: argparse.Namespace) -> "Profile":
+def _config(options: argparse.Namespace) -> "Config | None":
     from tinyllama.config import load_config
 
-    config = load_config(options.config, options.set)
+    return None if options.generate else load_config(options.config, options.set)
+
+
+def _training(options: argparse.Namespace, config: "Config") -> "Profile":
     to_stderr(select_device(options.threads).line())
     from tinyllama.reports.profile import profile_training
 
@@ -74,6 +83,33 @@ def _generation(options: argparse.Namespace) -> "Profile":
     return profile_generation(model, prompt, options.steps)
 
 
+def _write_table(profile: "Profile", folder: Path) -> None:
+    from tinyllama.reports.runs import PROFILE
+    from tinyllama.system.files import atomic_write
+
+    atomic_write(folder / PROFILE, (json.dumps(profile.as_dict()) + "\n").encode())
+
+
+def _keep(profile: "Profile", config: "Config", out: Path | None) -> None:
+    """Put the profile beside the run of the same model, if there is one, where its report looks for
+    it."""
+    from tinyllama.config import load_config
+    from tinyllama.system.files import atomic_write
+
+    run = Path(config.checkpointing.checkpoint_dir)
+    made_with = run / "config.toml"
+    if not made_with.is_file():
+        return
+    of_run = load_config(str(made_with), [])
+    if any(getattr(of_run, part) != getattr(config, part) for part in ("model", "lora", "qlora")):
+        return
+    _write_table(profile, run)
+    if out is not None and out.resolve() != run.resolve():
+        for picture in out.glob("roofline.svg"):
+            atomic_write(run / picture.name, picture.read_bytes())
+    to_stderr(f"wrote {run}/profile.json: `tinyllama report {run}` shows it")
+
+
 def _write(profile: "Profile", folder: Path) -> None:
     """Write the files beside the table; their names go to stderr."""
     from tinyllama.observe.ceiling import keep_ceilings
@@ -82,6 +118,7 @@ def _write(profile: "Profile", folder: Path) -> None:
     from tinyllama.system.files import make_folder
 
     make_folder(folder)
+    _write_table(profile, folder)
     write_trace(profile, folder / "trace.json")
     write_speedscope(profile, folder / "profile.speedscope.json")
     ceilings = measure_ceilings()

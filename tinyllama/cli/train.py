@@ -101,7 +101,8 @@ def _train(
     else:
         config = with_micro_batch_of(resume, config)
     say = _say_nothing if options.quiet else _say
-    say(choice.line())
+    products = config.training.float32_products
+    say(choice.line() + ("" if products == "exact" else f", float32 products as {products}"))
     check_files(config)
     notices = [notice] if (notice := defaults_notice(config)) else []
     say(*notices)  # planning such a run takes a while

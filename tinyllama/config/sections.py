@@ -154,6 +154,11 @@ class TrainingConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = option(
         "float32", "type of activations; sums, parameters and optimizer state stay float32"
     )
+    float32_products: Literal["exact", "bfloat16x3"] = option(
+        "exact",
+        "products of float32 matrices while training: exact, or each as three of bfloat16, with an"
+        " error of about 2^-18, on CPUs with AMX alone; needs dtype float32",
+    )
     eval_every: Count | None = option(
         None, "steps between validations; when not set, after each epoch"
     )
@@ -311,9 +316,9 @@ class ObserveConfig:
     )
     on_anomaly: Literal["note", "skip", "rollback", "stop"] = option(
         "note",
-        "what a spike of loss or gradient norm leads to: a note; its update left out; the last"
-        " checkpoint before it again, without that data; the end of the run. Whatever is slow is"
-        " noted in any case",
+        "what unusual text, a spike of loss or gradient norm, or an update that moves the weights"
+        " too far leads to: a note; its update left out; the last checkpoint before it again,"
+        " without that data; the end of the run. Whatever is slow is noted in any case",
     )
     anomaly_window: Annotated[int, Meta(ge=32, le=4096)] = option(
         128, "steps before it that a step is compared with"
@@ -455,6 +460,11 @@ RELATIONS = (
         ("training.micro_batch_size", "training.batch_size"),
         lambda micro, batch: micro is None or batch % micro == 0,
         "a divisor of training.batch_size, which is {1}",
+    ),
+    Relation(
+        ("training.float32_products", "training.dtype"),
+        lambda products, dtype: products == "exact" or dtype == "float32",
+        '"exact" where training.dtype is {1}',
     ),
     Relation(
         ("training.eval_first", "data.val_path", "data.val_fraction"),

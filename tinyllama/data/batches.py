@@ -8,7 +8,8 @@ layout.py says which tokens a row holds; the target of each is the token behind 
 of a document has no target, so that no document is predicted from another.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,12 +18,14 @@ import numpy.typing as npt
 
 from tinyllama.data.corpus import TokenDataset, prepare
 from tinyllama.data.layout import Batch, Layout, Pieces, Rows, Windows
+from tinyllama.data.spool import Spool
 from tinyllama.errors import DataError
 from tinyllama.system.untrusted import printable
 
 __all__ = ["Batch", "Batches", "Layout", "Rows", "TokenDataset", "prepare", "sequential"]
 
 _MOST_EPOCHS = 1 << 53
+_SORTED_WINDOWS = 1 << 18
 
 
 class Named(Protocol):
@@ -91,9 +94,11 @@ class Batches:
         """Whether the documents are texts, each of a row or a file; not conversations or pairs."""
         return isinstance(self._dataset, TokenDataset) and self._dataset.trained is None
 
-    def documents(self) -> npt.NDArray[np.int64]:
-        """The documents that the last batch held tokens of, by their index in the text; sorted."""
-        return self.layout.documents(self._last)
+    def documents(self, places: Sequence[int] | None = None) -> npt.NDArray[np.int64]:
+        """The documents that the last batch held tokens of, or some of its rows (pairs: examples)
+        by their places, by their index in the text; sorted."""
+        rows = self._last if places is None else self._last[list(places)]
+        return self.layout.documents(rows)
 
     def state(self) -> dict[str, int | str | bool]:
         """The position, as plain values for JSON."""
@@ -132,15 +137,40 @@ class Batches:
         return identity if isinstance(self.layout, Windows) else identity | {"pack": self._pack}
 
     def _make_order(self) -> npt.NDArray[np.int64]:
-        """Windows in this epoch's order; 16 bytes per window. Sorted by the generator's raw bits:
-        numpy promises those for all its versions, but not what permutation() makes of them."""
+        """Windows in this epoch's order."""
         if not self._shuffle:
             return np.arange(self.n_windows)
-        generator = np.random.PCG64(np.random.SeedSequence([self._seed, self.epoch]))
-        order = np.argsort(generator.random_raw(self.n_windows), kind="stable")
+        seed = np.random.SeedSequence([self._seed, self.epoch])
+        order = shuffled(self.n_windows, seed, self._dataset.path.parent)
         if self._pack or not isinstance(self.layout, Pieces):
             return order
+        generator = np.random.PCG64(seed).advance(self.n_windows)  # behind the order's numbers
         return self.layout.by_length(order, lambda count: generator.random_raw(count))
+
+
+def shuffled(
+    count: int, seed: np.random.SeedSequence, folder: Path, most: int = _SORTED_WINDOWS
+) -> npt.NDArray[np.int64]:
+    """The numbers 0 to count - 1, sorted by the generator's raw bits: numpy promises those for all
+    its versions, but not what permutation() makes of them.
+
+    Up to about `most` are sorted at once: those whose bits lie in one part of the range, for which
+    all bits are drawn again. So memory does not grow with `count`; the order lies in `folder`.
+    """
+    n_parts = -(-count // most) or 1
+    bounds = [(part << 64) // n_parts for part in range(n_parts + 1)]
+    order = Spool(folder, "int64")
+    for low, high in pairwise(bounds):
+        generator, keys, numbers = np.random.PCG64(seed), [], []
+        for first in range(0, count, most):
+            drawn = generator.random_raw(min(most, count - first))
+            (inside,) = np.nonzero((drawn >= np.uint64(low)) & (drawn <= np.uint64(high - 1)))
+            keys.append(drawn[inside])
+            numbers.append(first + inside)
+        if keys:
+            by_key = np.argsort(np.concatenate(keys), kind="stable")
+            order.append(np.concatenate(numbers)[by_key])
+    return order.array()
 
 
 def sequential(

@@ -43,7 +43,7 @@ COLUMNS = {key for keys in _KEYS.values() for key in keys}
 COLUMNS |= {"tools", "system", "input", "history"}
 _ROLES = {
     **{role: role for role in ("system", "developer", "user", "assistant", "tool")},
-    **dict.fromkeys(("human", "User"), "user"),
+    "human": "user",
     **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model"), "assistant"),
     **dict.fromkeys(("observation", "tool_response", "function", "function_response"), "tool"),
 }
@@ -87,6 +87,12 @@ OWN = Form()
 def kind_of(keys: "Mapping[str, Any] | set[str]") -> Kind | None:
     """The kind of a row with these keys; None if it is none of them."""
     return next((kind for kind, needed in _KEYS.items() if all(k in keys for k in needed)), None)
+
+
+def every_kind() -> str:
+    """What a row may hold, for a message."""
+    kinds = (kind for kind in _KEYS if kind != "text")
+    return f"a row of conversations has {', '.join(map(expected, kinds))}"
 
 
 def expected(kind: Kind) -> str:
@@ -134,6 +140,7 @@ class Encoder:
             if message["role"] == "assistant"
             and number >= conversation.first_trained
             and number not in conversation.untrained
+            and _says_something(message)
         ]
         if train_on == "last":
             wanted = wanted[-1:]
@@ -160,9 +167,21 @@ class Encoder:
         return self._named[name]
 
 
+def _says_something(message: dict[str, Any]) -> bool:
+    """Whether there is anything to learn of an answer but that it ends."""
+    content = message.get("content")
+    return bool(message.get("tool_calls") or (isinstance(content, str) and content.strip()))
+
+
 def _check_whole(template: ChatTemplate, text: str, messages: list[dict[str, Any]]) -> None:
-    """Raise DataError where the template leaves out what a user or the system says."""
+    """Raise DataError where the template leaves out what a user or the system says, or a call."""
     for number, message in enumerate(messages):
+        writes_calls = "tool_calls" in template.source
+        if not all(writes_calls and name in text for name in _called_names(message)):
+            raise DataError(
+                f"{template.name} leaves out the tool calls of message {number + 1}: leave out the "
+                "row, or take a model whose template writes them"
+            )
         content = message.get("content")
         if message["role"] not in ("system", "user") or not isinstance(content, str):
             continue
@@ -171,6 +190,18 @@ def _check_whole(template: ChatTemplate, text: str, messages: list[dict[str, Any
                 f"{template.name} leaves out message {number + 1}, of role {message['role']}: join "
                 "it with another message, or set data.template"
             )
+
+
+def _called_names(message: dict[str, Any]) -> list[str]:
+    """The names of the functions that a message calls."""
+    calls = message.get("tool_calls")
+    functions = [
+        call.get("function", call)
+        for call in (calls if isinstance(calls, list) else [])
+        if isinstance(call, dict)
+    ]
+    names = [function.get("name") for function in functions if isinstance(function, dict)]
+    return [name for name in names if isinstance(name, str)]
 
 
 def _for_template(messages: list[dict[str, Any]], template: ChatTemplate) -> list[dict[str, Any]]:
@@ -232,10 +263,11 @@ def _message(entry: Any, place: str) -> dict[str, Any]:
     role = message.get("role")
     if role == _CALL:
         return {"role": "assistant", "content": "", "tool_calls": [_called(message, place)]}
-    if not isinstance(role, str) or role not in _ROLES:
+    known_as = _ROLES.get(role.strip().lower()) if isinstance(role, str) else None
+    if known_as is None:
         known = "system, user, assistant or tool"
         raise DataError(f"{place}: role: got {printable(repr(role), 60)}, must be {known}")
-    message["role"] = _ROLES[role]
+    message["role"] = known_as
     message.pop("weight", None)
     content = _content(message.get("content"), place)
     if content is None and not message.get("tool_calls"):

@@ -37,10 +37,10 @@ from tinyllama.data.conversations import Encoder as ConversationEncoder
 from tinyllama.data.files import (
     Chunk,
     Source,
+    bytes_bar,
     content_digests,
     cut,
     find_sources,
-    progress_bar,
     read_chunk,
     read_joined,
     read_rows,
@@ -114,6 +114,11 @@ class Part:
         """Whether a row that says this belongs to the part."""
         number = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest())
         return (number < self.fraction * 2.0**64) != self.rest
+
+    def leaves_nothing(self) -> str:
+        """The reason why no row is in the part."""
+        side = "training" if self.rest else "validation"
+        return f"data.val_fraction = {self.fraction} leaves no row for {side}"
 
 
 class _Way(NamedTuple):
@@ -203,8 +208,7 @@ def _nothing(dataset: TokenDataset, form: Form, part: Part | None) -> str:
             f"= {form.train_on or 'assistant'}"
         )
     if part is not None:
-        side = "training" if part.rest else "validation"
-        return f"data.val_fraction = {part.fraction} leaves no row for {side}"
+        return part.leaves_nothing()
     return f"no text in it, {dataset.n_empty} empty rows or files"
 
 
@@ -365,7 +369,7 @@ def _build(
     with (
         atomic_directory(folder) as made,
         unpacked(sources, folder.parent) as ready,
-        progress_bar(ready, "Tokenizing", progress) as bar,
+        bytes_bar(ready, "Tokenizing", progress) as bar,
     ):
         chunks = (chunk for source in ready for chunk in cut(source))
         with (

@@ -38,6 +38,7 @@ from tinyllama.data.packed import Packing, decompressed, packing_of, parquet_kin
 from tinyllama.errors import DataError, WeightsError, fit_for_terminal, reason
 from tinyllama.formats import hub
 from tinyllama.system.files import atomic_write, make_folder, read_file, sha256_file
+from tinyllama.system.progress_bar import progress_bar
 from tinyllama.system.untrusted import MOST_BYTES, parse_json
 
 T = TypeVar("T")
@@ -200,7 +201,8 @@ def _content(chunk: Chunk) -> tuple[bytes, str]:
     try:
         return data, data.decode("utf-8")
     except UnicodeDecodeError as error:
-        place = f"{source.path}: byte {chunk.start + error.start}"
+        line = _lines_before(chunk) + data[: error.start].count(b"\n") + 1
+        place = f"{source.path}, line {line}: byte {chunk.start + error.start}"
         raise DataError(
             f"{place} (0x{data[error.start]:02x}) is not UTF-8; convert the file to UTF-8"
         ) from None
@@ -233,19 +235,17 @@ def _joint_behind(text: str, at: int, joint: re.Pattern[str]) -> int:
 
 def read_texts(sources: Iterable[Source], *, progress: bool = False) -> Iterator[str]:
     """Every text of the sources in turn, long ones in parts: for training a tokenizer."""
-    with unpacked(sources) as ready, progress_bar(ready, "Reading", progress) as bar:
+    with unpacked(sources) as ready, bytes_bar(ready, "Reading", progress) as bar:
         for source in ready:
             for chunk in cut(source):
                 yield from read_chunk(chunk)
                 bar.update(chunk.end - chunk.start)
 
 
-def progress_bar(sources: Iterable[Source], what: str, shown: bool) -> "tqdm[None]":
+def bytes_bar(sources: Iterable[Source], what: str, shown: bool) -> "tqdm[None]":
     """A bar over the bytes of the sources, on standard error."""
-    from tqdm import tqdm  # here: a training step without files does not need it
-
     total = sum(source.size_bytes for source in sources)
-    return tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=not shown)
+    return progress_bar(total, what, "B", scaled=True, shown=shown)
 
 
 def content_digests(sources: Iterable[Source], folder: Path) -> list[str]:

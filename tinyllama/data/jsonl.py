@@ -5,7 +5,7 @@ from typing import Any
 
 import msgspec
 
-from tinyllama.data.conversations import expected, kind_of
+from tinyllama.data.conversations import every_kind, expected, kind_of
 from tinyllama.errors import DataError
 from tinyllama.system.untrusted import printable
 
@@ -78,7 +78,7 @@ def _text_of(row: Any) -> str:
 def _of_another_kind(row: dict[str, Any]) -> str:
     kind = kind_of(row)
     if kind is None:
-        return ""
+        return f"; {every_kind()}"
     return (
         f'; the file begins with rows that have "text": rows with {expected(kind)} belong into a '
         "file of their own"

@@ -14,7 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from tinyllama.data.corpus import TokenDataset
+from tinyllama.data.spool import Spool, give_back
 
+_PACKED_PIECES = 1 << 16  # are laid out together
 _SORTED_ROWS = 4096
 _BLOCK_ROWS = 64
 
@@ -109,15 +111,31 @@ class Windows:
 
 
 class Pieces:
-    """Rows of whole documents: as many as fit, or (`pack` false) one each."""
+    """Rows of whole documents: as many as fit, or (`pack` false) one each.
+
+    Documents are laid out in blocks, and what is known of each piece lies on disk, in the order of
+    the rows, so that memory does not grow with the documents.
+    """
 
     def __init__(self, dataset: TokenDataset, context_length: int, pack: bool = True) -> None:
         self._dataset, self._context_length = dataset, context_length
-        self._begins, self._lengths, self._goes_on = self._cut()
-        row_of = _packed(self._lengths, context_length) if pack else np.arange(len(self._lengths))
-        self._order = np.lexsort((np.arange(len(row_of)), row_of))
-        self.n_rows = int(row_of.max(initial=-1)) + 1
-        self._firsts = np.searchsorted(row_of[self._order], np.arange(self.n_rows + 1))
+        self.n_cut = self.n_dropped = self.n_rows = 0
+        made = [Spool(dataset.path.parent, dtype) for dtype in ("int64", "int32", "bool", "int64")]
+        n_pieces = 0
+        for block in self._cut():
+            lengths = block[1]
+            row_of = _packed(lengths, context_length) if pack else np.arange(len(lengths))
+            order = np.argsort(row_of, kind="stable")
+            for spool, values in zip(made, block, strict=False):
+                spool.append(values[order])
+            n_rows = int(row_of.max(initial=-1)) + 1
+            firsts = np.searchsorted(row_of[order], np.arange(n_rows))
+            made[3].append(n_pieces + firsts)
+            self.n_rows, n_pieces = self.n_rows + n_rows, n_pieces + len(lengths)
+        made[3].append(np.array([n_pieces]))
+        # Of each piece: its begin, its length, whether its document goes on in the next one. Of
+        # each row: the number of its first piece.
+        self._begins, self._lengths, self._goes_on, self._firsts = (s.array() for s in made)
 
     def batch(self, rows: Int64, batch_size: int) -> Batch:
         """See Layout."""
@@ -127,7 +145,7 @@ class Pieces:
         starts = np.tile(np.arange(self._context_length, dtype=np.int32), (batch_size, 1))
         for number, row in enumerate(rows):
             at = 0
-            for piece in self._order[self._firsts[row] : self._firsts[row + 1]]:
+            for piece in range(self._firsts[row], self._firsts[row + 1]):
                 length = int(self._lengths[piece])
                 place = slice(at, at + length)
                 tokens[number, place], targets[number, place] = self._piece(piece, length)
@@ -136,23 +154,26 @@ class Pieces:
         return Batch(tokens, targets, starts)
 
     def by_length(self, order: Int64, draw: Callable[[int], npt.NDArray[Any]]) -> Int64:
-        """The rows in an order in which neighbours are of similar length: sorted in parts, which
-        are cut into blocks, whose order is drawn anew. Depends on no batch size."""
-        parts = [order[at : at + _SORTED_ROWS] for at in range(0, len(order), _SORTED_ROWS)]
-        lengths = self._lengths[self._order]
-        sorted_rows = np.concatenate(
-            [part[np.argsort(lengths[part], kind="stable")] for part in parts]
-        )
+        """The rows, of a piece each, in an order in which neighbours are of similar length: sorted
+        in parts, which are cut into blocks, whose order is drawn anew. Depends on no batch size."""
+        folder, lengths = self._dataset.path.parent, self._lengths
+        ordered, drawn = Spool(folder, "int64"), Spool(folder, "int64")
+        for at in range(0, len(order), _SORTED_ROWS):
+            part = order[at : at + _SORTED_ROWS]
+            ordered.append(part[np.argsort(lengths[part], kind="stable")])
+        sorted_rows = ordered.array()
         whole = len(order) // _BLOCK_ROWS * _BLOCK_ROWS
         blocks = sorted_rows[:whole].reshape(-1, _BLOCK_ROWS)
-        drawn = blocks[np.argsort(draw(len(blocks)), kind="stable")]
-        return np.concatenate([drawn.reshape(-1), sorted_rows[whole:]])
+        numbers = np.argsort(draw(len(blocks)), kind="stable")
+        for at in range(0, len(numbers), _SORTED_ROWS):
+            drawn.append(blocks[numbers[at : at + _SORTED_ROWS]])
+        drawn.append(sorted_rows[whole:])
+        return drawn.array()
 
     def documents(self, rows: Int64) -> Int64:
         """See Layout."""
-        held = [self._order[self._firsts[row] : self._firsts[row + 1]] for row in rows]
-        pieces = np.concatenate([np.zeros(0, np.int64), *held])
-        begins = self._begins[pieces]
+        held = [self._begins[self._firsts[row] : self._firsts[row + 1]] for row in rows]
+        begins = np.concatenate([np.zeros(0, np.int64), *held])
         return np.unique(np.searchsorted(self._dataset.starts, begins, side="right") - 1)
 
     def notices(self) -> list[str]:
@@ -183,39 +204,53 @@ class Pieces:
             targets[: end - begin - 1][~is_trained] = -1
         return tokens[:length], targets
 
-    def _cut(self) -> tuple[Int64, Int64, npt.NDArray[np.bool_]]:
-        """Begin and length of each piece, and whether its document goes on in the next one."""
+    def _cut(self) -> Iterator[tuple[Int64, Int64, npt.NDArray[np.bool_]]]:
+        """Begin and length of each piece, and whether its document goes on in the next one; in
+        blocks of pieces."""
         dataset, longest = self._dataset, self._context_length
-        starts = np.asarray(dataset.starts)
-        lengths = np.diff(starts, append=dataset.n_tokens)
-        is_text = np.ones(len(starts), bool)
-        if dataset.trained is not None:
-            is_text = np.asarray(dataset.trained[starts]) == 1
-        # The last token of a text has no target, so it needs no row of its own.
-        parts = np.where(is_text, np.maximum(-(-(lengths - 1) // longest), 1), 1)
-        cut = np.flatnonzero(~is_text & (lengths > longest))
-        lost = [n for n in cut if not self._trains(int(starts[n]), longest)]
-        parts[lost] = 0
-        self.n_cut, self.n_dropped = len(cut) - len(lost), len(lost)
-        document = np.repeat(np.arange(len(starts)), parts)
-        number = np.arange(len(document)) - np.repeat(np.cumsum(parts) - parts, parts)
-        begins = starts[document] + number * longest
-        left = (starts + lengths)[document] - begins
-        goes_on = is_text[document] & (left > longest)
-        return begins, np.minimum(left, longest), goes_on
+        for first in range(0, dataset.n_documents, _PACKED_PIECES):
+            starts = np.asarray(dataset.starts[first : first + _PACKED_PIECES])
+            end = first + _PACKED_PIECES
+            behind = dataset.n_tokens if end >= dataset.n_documents else dataset.starts[end]
+            lengths = np.diff(starts, append=behind)
+            is_text = np.ones(len(starts), bool)
+            if dataset.trained is not None:
+                is_text = np.asarray(dataset.trained[starts]) == 1
+                give_back(dataset.trained)  # a page for each document was read
+            # The last token of a text has no target, so it needs no row of its own.
+            parts = np.where(is_text, np.maximum(-(-(lengths - 1) // longest), 1), 1)
+            cut = np.flatnonzero(~is_text & (lengths > longest))
+            lost = [n for n in cut if not self._trains(int(starts[n]), longest)]
+            parts[lost] = 0
+            self.n_cut += len(cut) - len(lost)
+            self.n_dropped += len(lost)
+            ends = np.cumsum(parts)  # of the documents' pieces
+            for at in range(0, int(ends[-1]), _PACKED_PIECES):
+                pieces = np.arange(at, min(at + _PACKED_PIECES, int(ends[-1])))
+                document = np.searchsorted(ends, pieces, side="right")
+                begins = starts[document] + (pieces - (ends - parts)[document]) * longest
+                left = (starts + lengths)[document] - begins
+                goes_on = is_text[document] & (left > longest)
+                yield begins, np.minimum(left, longest), goes_on
 
     def _trains(self, begin: int, length: int) -> bool:
         trained = self._dataset.trained
         return trained is None or bool((trained[begin + 1 : begin + length] == 1).any())
 
 
+def trimmed_lengths(context_length: int) -> tuple[int, ...]:
+    """The lengths of batches without padding: a quarter, half, and all of the context, for each of
+    which a graph is compiled."""
+    return tuple(sorted({-(-context_length // part) for part in (4, 2, 1)}))
+
+
 def trimmed(batch: Rows) -> Rows:
     """The batch without the padding that all of its rows end with, as far as its length remains one
-    of a few: a quarter, half, or all of the context, for each of which a graph is compiled."""
+    of `trimmed_lengths`."""
     T = batch.tokens.shape[1]
     is_used = (batch.starts != np.arange(T, dtype=np.int32)) | (batch.targets >= 0)
     used = int(np.flatnonzero(is_used.any(axis=0)).max(initial=0)) + 1
-    length = next(length for length in (-(-T // 4), -(-T // 2), T) if length >= used)
+    length = next(length for length in trimmed_lengths(T) if length >= used)
     if length == T:
         return batch
     make: Callable[..., Rows] = type(batch)

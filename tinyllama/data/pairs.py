@@ -17,22 +17,24 @@ import numpy as np
 import numpy.typing as npt
 
 from tinyllama.data.conversations import OWN, Conversation, Encoder, Form
+from tinyllama.data.corpus import Part
 from tinyllama.data.files import (
     Source,
+    bytes_bar,
     content_digests,
     cut,
     find_sources,
-    progress_bar,
     read_rows,
     unpacked,
 )
 from tinyllama.data.kept import Kind, Writer, kept, key_of
 from tinyllama.data.layout import Batch, Int32
+from tinyllama.data.spool import Spool
 from tinyllama.errors import DataError
 from tinyllama.tokenizers.templates import NAMED, Encoded
 from tinyllama.tokenizers.tokenizer import Tokenizer
 
-_BLOCK = 1 << 20  # pairs whose places are checked at once
+_BLOCK = 1 << 17  # pairs whose places are checked at once
 
 
 class OddsBatch(NamedTuple):
@@ -68,18 +70,13 @@ class PairDataset:
     eos_id: int
     name: str  # the patterns it was made from, for errors
     usable: npt.NDArray[np.int64]  # numbers of the pairs whose prompt leaves room for an answer
+    n_truncated: int  # usable pairs of which an answer is cut
     context_length: int
 
     @property
     def n_rows(self) -> int:
         """Pairs that are trained, each of which fills two rows of a batch."""
         return len(self.usable)
-
-    @property
-    def n_truncated(self) -> int:
-        """Usable pairs of which an answer is cut."""
-        longest = self.places[self.usable, 1:3].max(1)
-        return int((longest > self.context_length + 1).sum())
 
     def notices(self) -> list[str]:
         """What was left out or cut, a line for each."""
@@ -143,10 +140,12 @@ def prepare_pairs(
     context_length: int,
     *,
     form: Form = OWN,
+    part: Part | None = None,
     progress: bool = True,
 ) -> PairDataset:
     """The pairs in the files that `patterns` name, as tokens in a folder of `cache_dir`. `form`
-    says how conversations become text.
+    says how conversations become text; `part` takes some of the rows, by their chosen answers, as
+    supervised training on the same file does.
 
     Raises DataError for rows that are no pairs, with file and line, and where no pair is left.
     """
@@ -154,30 +153,37 @@ def prepare_pairs(
     name = patterns if isinstance(patterns, str) else ", ".join(patterns)
     cache, form = Path(cache_dir), replace(form, pairs=True)
     files = [[s.format, d] for s, d in zip(sources, content_digests(sources, cache), strict=True)]
-    way = [form.template, form.train_on, tokenizer.chat_template, *NAMED.values()]
+    way: list[object] = [form.template, form.train_on, tokenizer.chat_template, *NAMED.values()]
+    way += [] if part is None else [part.fraction, part.rest]
     key = key_of("pairs", tokenizer.ids_version, tokenizer.fingerprint, files, way)
     kinds = {"tokens": Kind("uint32", 1, tokenizer.vocab_size), "trained": Kind("uint8", 1, 2)}
     kinds["places"] = Kind("int64", 5)
 
     def make(write: Writer) -> dict[str, int]:
-        return _tokenize(sources, Encoder(tokenizer, form), write, cache, progress)
+        return _tokenize(sources, Encoder(tokenizer, form), part, write, cache, progress)
 
     found = kept(cache, key, kinds, make)
     tokens, trained, places = (found.arrays[name] for name in kinds)
     _check_places(found.folder, places, min(len(tokens), len(trained)))
-    usable = np.flatnonzero(places[:, 3:].max(1, initial=0) <= context_length)
+    usable, n_truncated = _usable(places, context_length, cache)
     dataset = PairDataset(
         found.folder, tokens, trained, places, found.notes.get("same", 0),
-        tokenizer.eos_id, name, usable, context_length,
+        tokenizer.eos_id, name, usable, n_truncated, context_length,
     )  # fmt: skip
     if not len(usable):
-        why = "; ".join(dataset.notices()) or f"{name}: it holds no rows"
+        none = f"{name}: it holds no rows" if part is None else part.leaves_nothing()
+        why = "; ".join(dataset.notices()) or none
         raise DataError(f"{name}: no pair to train on: {why}")
     return dataset
 
 
 def _tokenize(
-    sources: Sequence[Source], encode: Encoder, write: Writer, cache: Path, progress: bool
+    sources: Sequence[Source],
+    encode: Encoder,
+    part: Part | None,
+    write: Writer,
+    cache: Path,
+    progress: bool,
 ) -> dict[str, int]:
     for source in sources:
         if source.kind != "preference":
@@ -186,16 +192,18 @@ def _tokenize(
                 " has not"
             )
 
-    def both(row: list[Conversation]) -> list[Encoded]:
+    def both(row: list[Conversation]) -> list[Encoded] | None:
+        if part is not None and not part.holds(row[0].digest_bytes):
+            return None
         return [encode(conversation) for conversation in row]
 
     at = same = 0
     with (
         unpacked(sources, cache) as ready,
-        progress_bar(ready, "Tokenizing", progress) as bar,
+        bytes_bar(ready, "Tokenizing", progress) as bar,
     ):
         for chunk in (chunk for source in ready for chunk in cut(source)):
-            for pair in read_rows(chunk, both):
+            for pair in filter(None, read_rows(chunk, both)):
                 first = [_first_trained(one) for one in pair]
                 if pair[0].ids == pair[1].ids or min(first) < 0:
                     same += 1
@@ -214,6 +222,20 @@ def _tokenize(
 def _first_trained(one: Encoded) -> int:
     """The number of the first trained token that another comes before; -1 if there is none."""
     return next((i for i, trained in enumerate(one.trained) if trained and i), -1)
+
+
+def _usable(
+    places: npt.NDArray[np.int64], context_length: int, cache: Path
+) -> tuple[npt.NDArray[np.int64], int]:
+    """The pairs whose prompt leaves room for an answer, and of how many an answer is cut."""
+    usable, n_truncated = Spool(cache, "int64"), 0
+    for first in range(0, len(places), _BLOCK):
+        block = places[first : first + _BLOCK]
+        leaves_room = block[:, 3:].max(1) <= context_length
+        is_long = block[:, 1:3].max(1) > context_length + 1
+        usable.append(first + np.flatnonzero(leaves_room))
+        n_truncated += int((leaves_room & is_long).sum())
+    return usable.array(), n_truncated
 
 
 def _check_places(folder: Path, places: npt.NDArray[np.int64], n_tokens: int) -> None:

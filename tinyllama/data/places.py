@@ -13,6 +13,7 @@ import numpy as np
 
 from tinyllama.data.corpus import Part
 from tinyllama.data.files import Source, cut, find_sources, read_chunk
+from tinyllama.data.spool import Spool
 
 
 class Place(NamedTuple):
@@ -65,8 +66,12 @@ class Places:
             self._rows.append(None if is_document else np.zeros(0, np.int64))
             self._counted += is_document
             return
-        held = (self._is_document(text) for chunk in cut(source) for text in read_chunk(chunk))
-        rows = np.flatnonzero(np.fromiter(held, bool)) + 1
+        spool, before = Spool(None, "int64"), 1
+        for chunk in cut(source):
+            held = np.array([self._is_document(text) for text in read_chunk(chunk)], bool)
+            spool.append(np.flatnonzero(held) + before)
+            before += len(held)
+        rows = spool.array()
         self._rows.append(rows)
         self._counted += len(rows)
 

@@ -18,7 +18,6 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -48,6 +47,7 @@ from tinyllama.formats.safetensors import (
     write_safetensors,
 )
 from tinyllama.system import checked
+from tinyllama.system.threads import together
 from tinyllama.system.untrusted import printable, read_json, shown_shape, some_of, typed
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -574,9 +574,8 @@ def _whole_fingerprint(folder: ModelSource) -> str:
             folder.forget(name)  # of a large tensor no more than a part is resident
         return digest.digest()
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        sums = pool.map(summed, names, arrays)
-        return hashlib.blake2b(b"".join(sums), digest_size=32).hexdigest()
+    sums = together(summed, names, arrays, work=sum(array.nbytes for array in arrays))
+    return hashlib.blake2b(b"".join(sums), digest_size=32).hexdigest()
 
 
 def _begin(digest: str) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tinygrad import Tensor, dtypes
+from tinygrad import Device, Tensor, dtypes
 from tinygrad.dtype import DType
 
 from tinyllama.config import Config, LlamaConfig, LoraConfig
@@ -43,6 +43,7 @@ from tinyllama.model.initialize import first_values
 from tinyllama.model.layers import block_linears
 from tinyllama.model.llama import Llama
 from tinyllama.model.noise import EmbeddingNoise
+from tinyllama.ops import matmul
 from tinyllama.system import device
 from tinyllama.tokenizers.opening import holds_tokenizer
 
@@ -181,6 +182,7 @@ def _assemble(
     dtype = getattr(dtypes, config.training.dtype)
     model = _layers(config.model, dtype, _packing(config), base)
     model.checkpoint_activations = config.training.checkpoint_activations
+    model.float32_products = _float32_products(config)
     if config.training.neftune_alpha:
         model.noise = EmbeddingNoise(config.training.neftune_alpha)
     fill(model)
@@ -189,6 +191,18 @@ def _assemble(
     adapter = _placed(config.lora, model)
     lora.attach(model, adapter, seed)
     return Built(model, lora.adapter_tensors(model), adapter)
+
+
+def _float32_products(config: Config) -> str:
+    """training.float32_products. Raises ConfigError where it would be slower than exact ones."""
+    kind = config.training.float32_products
+    if kind != "exact" and not matmul.offers_bfloat16x3():
+        found = device.instruction_set() if Device.DEFAULT == "CPU" else Device.DEFAULT
+        raise ConfigError(
+            f'{config.where("training.float32_products")}: got "{kind}", must be "exact" on '
+            f"{found}: only AMX makes such products faster"
+        )
+    return kind
 
 
 def _packing(config: Config) -> Packing | None:

@@ -159,6 +159,7 @@ class Llama:
         """dtype is the type of activations; with seed None no weight has memory or a value yet."""
         self.config, self.dtype = config, dtype
         self.checkpoint_activations = False
+        self.float32_products = "exact"  # of training steps (ops/matmul.py)
         self.noise: EmbeddingNoise | None = None
         # config.json of the model that the weights were read from, and its special ids.
         self.base_entries: dict[str, Any] = {}

@@ -5,10 +5,13 @@ spike       value > median + score sigma of the steps before, sigma = 1.4826 MAD
             (Iglewicz & Hoaglin 1993). A gradient norm is compared by its logarithm.
 divergence  Page-Hinkley's test (Page 1954) of the loss: the sum of its distances to its own moving
             average, less a tolerance, rises by more than a limit
+update      how far a step moved the weights, as a spike of its logarithm's distance to the step
+            before: a rate that is wrong for one step shows there at once, in the loss hardly
 slow        a step, or the median of the last few, against the steps before
 
-What decides about an update (loss and gradient norm) depends on the run's numbers alone, and its
-state is saved with a checkpoint; what depends on the machine is only noted.
+What decides about an update (loss, gradient norm, update) depends on the run's numbers alone, and
+its state is saved with a checkpoint; what depends on the machine is only noted. text.py finds
+unusual text.
 """
 
 import math
@@ -26,6 +29,7 @@ _RECENT = 12  # steps whose median shows a lasting change
 _SLOW = 3.0  # times slower, over these steps
 _LEAST_SECONDS = 0.02  # that a delay must be: less is what other programs take
 _STALL = 8.0  # times the usual time, and a second more: one such step is enough
+NUMBERS = ("loss", "grad_norm", "update", "text")  # series that follow from the run's numbers
 _FORGETTING = 1 / 512  # weight of the newest loss in its moving average
 _TOLERANCE, _RISE = 0.5, 50.0  # of Page-Hinkley's test, in standard deviations
 
@@ -35,7 +39,7 @@ class Anomaly:
     """`value` of `series` was unusual at a step: `usual` is the median of the steps before it."""
 
     step: int
-    kind: str  # "spike", "divergence", "slow" or "growth"
+    kind: str  # "spike", "text", "divergence", "slow" or "growth"
     series: str
     value: float
     usual: float
@@ -47,7 +51,8 @@ class Anomaly:
             return f"{self.series} has been rising to {self.value:.4g}, from {self.usual:.4g}"
         share = self.value / self.usual if self.usual > 0 else math.inf
         near = f"the usual is {self.usual:.4g}"
-        return f"{self.series} {self.value:.4g}, {times if share >= 2 else near}"
+        unit = " nats per character" if self.kind == "text" else ""
+        return f"{self.series} {self.value:.4g}{unit}, {times if share >= 2 else near}"
 
 
 class Limits(NamedTuple):
@@ -186,6 +191,8 @@ class Watch:
     def __init__(self, size: int) -> None:
         self._loss = Spikes(size, score=6.0, least=0.1, relative=True)
         self._norm = Spikes(size, score=8.0, least=math.log(4.0))
+        self._update = Spikes(size, score=8.0, least=math.log(4.0))
+        self._last_update: float | None = None  # the logarithm of the last that was no spike
         self._divergence = Divergence()
         self._noted: dict[str, int] = {}
 
@@ -221,6 +228,16 @@ class Watch:
             found.append(Anomaly(step, "divergence", "loss", loss, mean))
         return found
 
+    def update(self, step: int, ratio: float) -> list[Anomaly]:
+        """What is unusual about how far a step moved the weights: ||change|| / ||weights||."""
+        value, last = _log(ratio), self._last_update
+        rise = 0.0 if last is None else value - last
+        is_spike = not rise <= self._update.limit()
+        if self._update.add(rise, is_spike) and is_spike:
+            return [Anomaly(step, "spike", "update", ratio, math.exp(last or 0.0))]
+        self._last_update = value if math.isfinite(value) else last
+        return []
+
     def _sigma(self) -> float:
         return self._loss.window.sigma() if self._loss.window else 1.0
 
@@ -235,8 +252,9 @@ class Watch:
         return {
             "loss": self._loss.state(),
             "grad_norm": self._norm.state(),
+            "update": self._update.state() | {"last": self._last_update},
             "divergence": self._divergence.state(),
-            "noted": {k: v for k, v in self._noted.items() if k in ("loss", "grad_norm")},
+            "noted": {k: v for k, v in self._noted.items() if k in NUMBERS},
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -244,6 +262,10 @@ class Watch:
         not one."""
         self._loss.restore(state["loss"])
         self._norm.restore(state["grad_norm"])
+        if "update" in state:  # not in checkpoints of earlier versions
+            self._update.restore(state["update"])
+            last = state["update"]["last"]
+            self._last_update = None if last is None else float(last)
         self._divergence.restore(state["divergence"])
         self._noted = {str(name): int(step) for name, step in state["noted"].items()}
 
@@ -266,7 +288,7 @@ class MachineWatch:
     def step(
         self, step: int, seconds: float, data_seconds: float, memory_bytes: float
     ) -> list[Anomaly]:
-        """What is unusual about a step."""
+        """What is unusual about a step; `seconds` are without those that other programs took."""
         found = [
             *self._slow(step, "step_seconds", self._seconds, seconds),
             *self._slow(step, "data_seconds", self._data, data_seconds),

@@ -7,6 +7,9 @@ grouped-query attention, H query heads share KV key/value heads, H / KV each. Th
 out and the log-sum-exp of S; no T x T matrix exists. The portable form computes S and P of one
 layer at a time, and computes them again for the gradient. Backward (delta = rowsum(dout out)):
     dv = P^T dout,  dS = P (dout v^T - delta),  dq = dS k / sqrt(D),  dk = dS^T q / sqrt(D)
+
+CPU kernels multiply in float32. With AMX they multiply bfloat16 q, k and v as they are, and round P
+and dS to bfloat16 for it.
 """
 
 import math
@@ -16,13 +19,15 @@ from tinygrad import Tensor, dtypes
 from tinyllama.ops import forms
 from tinyllama.ops.gpu import attention as gpu
 from tinyllama.ops.rope import rope, turned_for_attention
-from tinyllama.runtime import blocks
+from tinyllama.runtime import blocks, c_kernel
 from tinyllama.runtime.c_kernel import Kernel, run
 from tinyllama.runtime.kernel import TYPE_CODE, Call, empty, empty_like
 from tinyllama.runtime.stage import recomputed
 from tinyllama.system import device
 
 Rotation = tuple[Tensor, Tensor]
+# Sizes of a head whose products AMX computes; a block of it holds 32 numbers of a head.
+AMX_HEAD_DIMS = range(32, 129)
 
 
 def attention(
@@ -66,24 +71,29 @@ def _turned(q: Tensor, k: Tensor, rotation: Rotation | None) -> tuple[Tensor, Te
 def _cpu(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, rotation: Rotation | None) -> Tensor:
     q, k = _turned(q, k, rotation)
     B, T, H, D = q.shape
-    KV = k.shape[2]
-    defines = {"B": B, "T": T, "H": H, "KV": KV, "D": D}
+    defines: dict[str, int | str] = {"B": B, "T": T, "H": H, "KV": k.shape[2], "D": D}
     defines |= {"SCALE": f"{1 / math.sqrt(D)!r}f", "ACT": TYPE_CODE[q.dtype]}
-    headers = ("attention.h",)
+    form, headers, scratch_floats = "", ["attention.h"], _scratch_floats
+    packed = {"forward": (2, 3, 1), "backward": (4, 5, 2)}
+    if q.dtype == dtypes.bfloat16 and D in AMX_HEAD_DIMS and c_kernel.has_amx():
+        defines["TILE_AMX"] = 1
+        form, scratch_floats = "_amx", _scratch_floats_amx
+        headers += ["pairs.h", "amx.h", "attention_amx.h"]
+        packed = {"forward": (2, 5, 3), "backward": (7, 8, 7)}
     pairs = B * H * T * (T + 1) // 2  # query-key pairs that causality allows
-    forward = Kernel("attention_forward.c", defines, headers=headers, flops=4 * D * pairs)
-    backward = Kernel("attention_backward.c", defines, headers=headers, flops=10 * D * pairs)
+    forward = Kernel(f"attention_forward{form}.c", defines, headers=headers, flops=4 * D * pairs)
+    backward = Kernel(f"attention_backward{form}.c", defines, headers=headers, flops=10 * D * pairs)
 
     def gradient(dout: Tensor, call: Call) -> list[Tensor | None]:
         out, lse, _ = call.outputs
         q, k, v, starts = call.inputs
         grads = [empty(*t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v)]
-        scratch = empty(_scratch_floats(T, D, 4, 5, 2), device=q.device)
+        scratch = empty(scratch_floats(T, D, *packed["backward"]), device=q.device)
         inputs = [dout, out, lse, q, k, v, starts]
         dq, dk, dv, _ = run(backward, [*grads, scratch], inputs)
         return [dq, dk, dv, None]
 
-    scratch = empty(_scratch_floats(T, D, 2, 3, 1), device=q.device)
+    scratch = empty(scratch_floats(T, D, *packed["forward"]), device=q.device)
     out = empty(B, T, H, D, dtype=q.dtype, device=q.device)
     outputs = [out, empty(B, H, T, device=q.device), scratch]
     return run(forward, outputs, [q, k, v, starts], gradient)[0]
@@ -120,3 +130,12 @@ def _scratch_floats(T: int, D: int, sequences: int, tiles: int, scores: int) -> 
     rows = tile * (-(-D // 32) * 32 + 16)
     sequence = -(-T // tile) * rows
     return device.threads() * (sequences * sequence + tiles * rows + scores * tile * tile) + 16
+
+
+def _scratch_floats_amx(T: int, D: int, sequences: int, tiles: int, scores: int) -> int:
+    """The same in AMX, where tiles and half the scores of a tile are bfloat16 (attention_amx.h)."""
+    tile = 96
+    packed = tile // 2 * (-(-D // 32) * 32)
+    sequence = -(-T // tile) * packed
+    halves = scores * (tile // 2) * tile
+    return device.threads() * (sequences * sequence + tiles * packed + halves) + 16

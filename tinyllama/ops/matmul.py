@@ -5,9 +5,10 @@ Backward: dx = dy W and dW = dy^T x. All three are one blocked kernel, `cpu/gemm
 first, or the scheduler would compute them again for each element of the result.
 """
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 
-from tinygrad import Tensor, dtypes
+from tinygrad import Device, Tensor, dtypes
 from tinygrad.dtype import DType
 
 from tinyllama.ops import forms, products, sums
@@ -24,10 +25,28 @@ from tinyllama.runtime import blocks, c_kernel
 from tinyllama.runtime.blocks import UnsupportedSize
 from tinyllama.runtime.c_kernel import Kernel, per_thread, run
 from tinyllama.runtime.kernel import TYPE_CODE, Call, Gradient, empty
+from tinyllama.system import device
 
 NT, NN, TN = products.NT, products.NN, products.TN
 # Up to this many rows of A, each number of rows is compiled separately (SKINNY of cpu/gemm.c).
 FEW_ROWS = 8
+# How float32 matrices are multiplied, the current choice last (see `float32_products`).
+_float32_products = ["exact"]
+
+
+@contextlib.contextmanager
+def float32_products(kind: str) -> Iterator[None]:
+    """Multiply float32 matrices "exact", or where AMX does as "bfloat16x3" (cpu/bf16x3.h)."""
+    _float32_products.append(kind)
+    try:
+        yield
+    finally:
+        _float32_products.pop()
+
+
+def offers_bfloat16x3() -> bool:
+    """Whether "bfloat16x3" is faster than float32 products: in AMX alone."""
+    return Device.DEFAULT == "CPU" and device.kernels_enabled() and c_kernel.has_amx()
 
 
 def linear(x: Tensor, weight: Tensor, addend: Tensor | None = None) -> Tensor:
@@ -220,26 +239,32 @@ def gemm_macros(
     defines |= {"A_T": TYPE_CODE[a], "B_T": TYPE_CODE[b], "C_T": TYPE_CODE[c]}
     defines["COMPUTE_BF16"] = int(a == dtypes.bfloat16 and c_kernel.has_bf16_products())
     defines |= {"M": m} if few else {"MANY_ROWS": 1}
-    amx = not few and bool(defines["COMPUTE_BF16"]) and c_kernel.has_amx()
-    if amx:
-        defines["TILE_AMX"] = 1
     sizes = {} if few else {"M": m}
-    scratch = _scratch_floats_amx if amx else _scratch_floats
-    sizes |= {"N": n, "K": k, "SCRATCH_FLOATS": scratch(m, n, k, c.itemsize == 2)}
+    scratch = _scratch_floats(m, n, k, c.itemsize == 2)
+    if not few and c_kernel.has_amx():
+        if defines["COMPUTE_BF16"]:
+            defines["TILE_AMX"] = 1
+            scratch = _scratch_floats_amx(m, n, k, c.itemsize == 2)
+        elif a == dtypes.float32 and _float32_products[-1] == "bfloat16x3":
+            defines |= {"TILE_AMX": 1, "BF16X3": 1}
+            scratch = _scratch_floats_amx(m, n, 2 * k, narrow=False)  # a number is a pair
+    sizes |= {"N": n, "K": k, "SCRATCH_FLOATS": scratch}
     return defines, sizes
 
 
 def gemm_headers(defines: Mapping[str, int], *packing: str) -> tuple[str, ...]:
     """The files before cpu/gemm.c; `packing` is the one of a B that is stored differently."""
-    form = "tile_amx.h" if "TILE_AMX" in defines else "tile_vector.h"
-    return ("tile.h", *packing, "panels.h", form)
+    form = ["tile_vector.h"]
+    if "TILE_AMX" in defines:
+        form = ["amx.h", *(["bf16x3.h"] if "BF16X3" in defines else []), "tile_amx.h"]
+    return ("tile.h", *packing, "pairs.h", "panels.h", *form)
 
 
 def _scratch_floats_amx(m: int, n: int, k: int, narrow: bool) -> int:
     """As `_scratch_floats`, for panels of bfloat16 pairs and tiles of 32 x 32."""
     slots = -(-k // 2)
     panels = -(-slots // 384)
-    block = min(1 << 20, (slots + 16 * panels) * (n + 31))
+    block = min(1 << 20, (slots + 32 * panels) * (n + 31))
     partial = 0
     if narrow and panels > 1:
         columns = min(n + 31, (1 << 20) // min(slots, 2048))

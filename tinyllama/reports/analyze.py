@@ -55,11 +55,12 @@ def findings(run: Run) -> list[str]:
 
     # Its threads wait for each other in a loop, which is slow beside a run that trains.
     with threadpool_limits(1):
-        lines = list(_step_lines(run))
+        few = f"{len(run.steps)} steps: too few to group, {_LEAST_STEPS} are needed"
+        lines = list(_step_lines(run)) or [few]
         kernels = _kernels(run)
         if len(kernels) >= 4:
             lines += _kernel_lines(kernels)
-    return lines or [f"{len(run.steps)} steps: too few to group, {_LEAST_STEPS} are needed"]
+    return lines
 
 
 # ---- steps

@@ -7,6 +7,7 @@ is given; for others of the same shapes it only replaces the buffers. Inside a c
 """
 
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from weakref import WeakSet
 
 from tinygrad import Tensor
@@ -59,10 +60,12 @@ class _Template:
 
 
 class Stage:
-    """One kind of piece: called with the tensors it reads and a function that builds it."""
+    """One kind of piece: called with the tensors it reads and a function that builds it, within
+    the context that `around` returns."""
 
-    def __init__(self) -> None:
+    def __init__(self, around: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
         install()
+        self._around = around
         self._templates: dict[Hashable, _Template] = {}
 
     def __call__(
@@ -77,7 +80,8 @@ class Stage:
         signature = (key, tuple((t.shape, t.dtype, t.device) for t in tensors))
         template = self._templates.get(signature)
         if template is None:
-            template = self._templates[signature] = _Template(tensors, build)
+            with self._around():
+                template = self._templates[signature] = _Template(tensors, build)
         return template.run(tensors)
 
 

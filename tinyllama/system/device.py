@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tinyllama.errors import DeviceError
 from tinyllama.system import nvrtc, processor
-from tinyllama.system.gpu_driver import cuda_name, opencl_is_processor, try_cuda
+from tinyllama.system.gpu_driver import bind_nvrtc, cuda_name, opencl_is_processor, try_cuda
 
 # What GPU=1 tries, in this order.
 GPU_ORDER = ("METAL", "CUDA", "NV", "AMD", "CL")
@@ -184,7 +184,7 @@ def _open(target: str, reason: str) -> DeviceChoice:
         # this, when it is loaded.
         os.environ["POCL_MAX_PTHREAD_COUNT"] = "1"
     if name in TRIED or rest.upper().startswith("CUDA"):
-        _name_nvrtc()
+        _bind_nvrtc()
     try:
         with Context(DEV=target):
             opened = Device[name]
@@ -209,10 +209,22 @@ def nvrtc_library() -> nvrtc.Nvrtc | None:
     return nvrtc.find(os.environ.get("NVRTC_PATH", ""), toolkits)
 
 
-def _name_nvrtc() -> None:
-    """Let tinygrad load the NVRTC that we found; it does not look into packages."""
-    if (found := nvrtc_library()) is not None:
-        os.environ["NVRTC_PATH"] = found.path
+def _bind_nvrtc() -> None:
+    """Let tinygrad load the NVRTC that we found; it does not look into packages.
+
+    The variable that names it is there only meanwhile: what it holds counts as the user's choice,
+    also in a process that this one starts.
+    """
+    if (found := nvrtc_library()) is None:
+        return
+    before = os.environ.get("NVRTC_PATH")
+    os.environ["NVRTC_PATH"] = found.path
+    try:
+        bind_nvrtc()
+    finally:
+        del os.environ["NVRTC_PATH"]
+        if before is not None:
+            os.environ["NVRTC_PATH"] = before
 
 
 def _find_compiler() -> None:
@@ -246,7 +258,10 @@ def _compute(name: str) -> None:
 def _describe(name: str, opened: object) -> str:
     """The device's name for itself, and what matters about it."""
     if name == "CPU":
-        words = [processor.processor_name(), f"{threads()} threads", instruction_set()]
+        instructions = instruction_set()
+        if instructions == "AMX":
+            instructions += " (float32 products exact or bfloat16x3)"
+        words = [processor.processor_name(), f"{threads()} threads", instructions]
         if processor.has_amx() and instruction_set() != "AMX":
             off = "is switched off" if not amx_enabled() else "is not permitted by the system"
             words.append(f"AMX {off}")

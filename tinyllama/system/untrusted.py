@@ -41,6 +41,8 @@ def printable(text: object, most: int = 120) -> str:
     """Text from a file, fit for a message: of bounded length, without line ends and without the
     characters that a terminal acts on."""
     whole = str(text)
+    if len(whole) <= most and whole.isprintable():
+        return whole
     shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in whole[: most + 1])
     return shown if len(shown) <= most else f"{shown[: most - 3]}..."
 

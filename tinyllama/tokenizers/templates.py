@@ -37,8 +37,6 @@ if TYPE_CHECKING:
 
 Message = Mapping[str, Any]
 
-_MOST_CHARACTERS = 256 << 20  # of an output; a template may repeat a text without end
-_MOST_REPEATED = 1 << 20
 # Of the characters that Unicode promises never to assign, those that a text does not hold.
 _NO_CHARACTERS = [chr(number) for number in range(0xFDD0, 0xFDF0)]
 
@@ -156,6 +154,17 @@ class ChatTemplate:
         return _compile(self.source, self.name, marked=True)
 
     @cached_property
+    def _turn_prompt(self) -> str:
+        """What is written behind a question for its answer to begin; "" where nothing is, or that
+        cannot be seen."""
+        question = [{"role": "user", "content": "q"}]
+        try:
+            without, prompt = (self.render(question, prompt=prompt) for prompt in (False, True))
+        except DataError:
+            return ""
+        return prompt[len(without) :] if prompt.startswith(without) else ""
+
+    @cached_property
     def takes_arguments_as_text(self) -> bool:
         """Whether the template looks if the arguments of a call are a text already."""
         return "arguments is string" in self.source or "arguments is not mapping" in self.source
@@ -258,15 +267,14 @@ class ChatTemplate:
     ) -> str:
         from jinja2 import TemplateError
 
+        from tinyllama.tokenizers.sandbox import Meter, limited, spelled
+
         values |= {"messages": messages, "tools": tools, "documents": None}
         values["add_generation_prompt"] = prompt
-        parts, size = [], 0
+        meter = Meter([messages, list(tools or ())])
         try:
-            for part in template.generate(**self._tokens, **values):
-                parts.append(part)
-                size += len(part)
-                if size > _MOST_CHARACTERS:
-                    raise DataError(f"{self.name}: writes more than {_MOST_CHARACTERS} characters")
+            with limited(meter):
+                return spelled(template.generate(**self._tokens, **values), meter)
         except (
             TemplateError,
             TypeError,
@@ -277,9 +285,8 @@ class ChatTemplate:
         ) as error:
             why = printable(" ".join(str(error).split()), 200)
             raise DataError(f"{self.name} refuses the row: {why}") from None
-        except (RecursionError, ArithmeticError, LookupError) as error:
+        except (RecursionError, ArithmeticError, LookupError, MemoryError) as error:
             raise DataError(f"{self.name} fails on the row: {type(error).__name__}") from None
-        return "".join(parts)
 
     # ---- what a turn generated, where the template does not say it
 
@@ -317,6 +324,10 @@ class ChatTemplate:
         """Where the prompt for a message ends in the text, and whether all of it is there: else it
         may also have its first characters in common with the answer."""
         text, (begin, end) = layout.text, layout.turns[number]
+        if number == 0 and self._turn_prompt and self._turn_prompt in text[begin:end]:
+            at = text.index(self._turn_prompt, begin)
+            # Nothing comes before, and a template may write a message of its own instead.
+            return at + len(self._turn_prompt), True
         try:
             rendered = self._rendered_with(marks, messages[:number], tools, prompt=True)
         except DataError:  # no conversation begins with an answer, says the template
@@ -532,23 +543,34 @@ def _compile(source: str, name: str, *, marked: bool) -> Any:
     """The template, with calls of `marks` in it if `marked`. Raises DataError."""
     import jinja2
 
+    from tinyllama.tokenizers import sandbox
+
+    if len(source) > sandbox.MOST_SOURCE:
+        raise DataError(
+            f"{name}: {len(source)} characters, a template may have {sandbox.MOST_SOURCE}"
+        )
     environment = _environment()
     try:
         tree = environment.parse(source)
         _prepare(tree, marked)
+        sandbox.metered(tree)
+        tree.set_environment(environment)
+        for node in tree.find_all(jinja2.nodes.Node):
+            node.lineno = node.lineno or 1
         return environment.from_string(tree)
-    except (jinja2.TemplateSyntaxError, RecursionError) as error:
+    except (jinja2.TemplateError, SyntaxError, ValueError, RecursionError, MemoryError) as error:
         line = f", line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
-        why = getattr(error, "message", None) or type(error).__name__
-        raise DataError(f"{name}{line}: not a Jinja template: {why}") from None
+        why = getattr(error, "message", None) or getattr(error, "msg", None) or type(error).__name__
+        raise DataError(f"{name}{line}: not a Jinja template: {printable(why, 200)}") from None
 
 
 @cache
 def _environment() -> Any:
-    """transformers' sandbox, with limits on what a text may be multiplied to."""
+    """transformers' dialect in our sandbox."""
     import jinja2
     from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    from tinyllama.tokenizers.sandbox import Sandbox
 
     class Generation(Extension):
         """{% generation %}: what stands in it is the model's own."""
@@ -560,13 +582,6 @@ def _environment() -> Any:
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
             begin, end = (_note(kind, line) for kind in "gh")
             return [begin, *body, end]
-
-    class Sandbox(ImmutableSandboxedEnvironment):
-        intercepted_binops = frozenset(("*", "**", "%"))
-
-        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-            _check_product(operator, left, right)
-            return super().call_binop(context, operator, left, right)
 
     def raise_exception(message: object) -> None:
         raise jinja2.TemplateError(str(message))
@@ -580,22 +595,10 @@ def _environment() -> Any:
     environment = Sandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
-    environment.filters["tojson"] = tojson
+    environment.add_filter("tojson", tojson)
     environment.tests["turn"] = lambda value: isinstance(value, _Turn)
     environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
     return environment
-
-
-def _check_product(operator: str, left: Any, right: Any) -> None:
-    """Raise ValueError for an operation whose result a number in the template makes large."""
-    sizes = [len(x) if isinstance(x, str | list | tuple) else 0 for x in (left, right)]
-    factor = max((x for x in (left, right) if isinstance(x, int)), default=0)
-    if operator == "*" and max(sizes) * factor > _MOST_REPEATED:
-        raise ValueError("a text is repeated too often")
-    if operator == "**" and (abs(factor) > 64 or not isinstance(right, int)):
-        raise ValueError("a power is too large")
-    if operator == "%" and isinstance(left, str) and re.search(r"%[^a-zA-Z%]*(\d{4}|\*)", left):
-        raise ValueError("a width is too large")
 
 
 def _note(kind: str, line: int) -> "nodes.Node":
@@ -634,9 +637,6 @@ def _prepare(tree: "nodes.Node", marked: bool) -> None:
         return [child]
 
     visit(tree)
-    tree.set_environment(_environment())
-    for node in tree.find_all(nodes.Node):
-        node.lineno = node.lineno or 1
 
 
 def _marked_loop(loop: "nodes.For", name: str, number: int) -> "list[nodes.Node]":

@@ -17,6 +17,7 @@ from tinyllama.data.batches import Layout, TokenDataset, layout_of, sequential
 from tinyllama.model.llama import Llama
 from tinyllama.runtime.capture import captured
 from tinyllama.runtime.storage import Inputs
+from tinyllama.system.progress_bar import progress_bar
 from tinyllama.train.gradients import StagedLoss
 from tinyllama.train.losses import Loss
 
@@ -83,12 +84,10 @@ class Evaluator:
 
         Returns None if `stopping` became true before the end.
         """
-        from tqdm import tqdm  # here: a training step does not need it
-
         total, tokens = 0.0, 0
         shape = self.context_length, self.batch_size, self.stride
         windows = layout_of(self.dataset, self.context_length, stride=self.stride).n_rows
-        with tqdm(total=windows, desc="Evaluating", unit="window", disable=not progress) as bar:
+        with progress_bar(windows, "Evaluating", "window", shown=progress) as bar:
             for batch in sequential(self.dataset, *shape):
                 if stopping():
                     return None

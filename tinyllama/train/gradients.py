@@ -11,6 +11,7 @@ checkpointing only its inputs are, and the rest is computed again (Chen et al. 2
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from tinygrad import Tensor
@@ -19,6 +20,7 @@ from tinyllama.model.int4 import widen_head
 from tinyllama.model.layers import named_tensors, structure
 from tinyllama.model.llama import Block, Function, Llama
 from tinyllama.model.lora import lora_layers, without_adapters
+from tinyllama.ops.matmul import float32_products
 from tinyllama.ops.narrow import narrow_together
 from tinyllama.ops.products import together
 from tinyllama.ops.sums import into_products, read_by_gradients
@@ -48,9 +50,11 @@ class Record:
 class _Stages:
     """The kinds of pieces that a pass forward and back is made of."""
 
-    def __init__(self) -> None:
-        self.forward, self.backward = Stage(), Stage()
-        self.head, self.sum, self.starts = Stage(), Stage(), Stage()
+    def __init__(self, products: str) -> None:
+        """`products` is how float32 matrices are multiplied."""
+        around = partial(float32_products, products)
+        self.forward, self.backward, self.head = Stage(around), Stage(around), Stage(around)
+        self.sum, self.starts = Stage(), Stage()
 
 
 class StagedLoss:
@@ -68,7 +72,7 @@ class StagedLoss:
         # Adapters leave their base as it was, so a model that has some is its own reference.
         self.refers = self.criterion.needs_reference and bool(lora_layers(model))
         self.names = {_key(tensor): name for name, tensor in (trained or {}).items()}
-        self.stages = _Stages()
+        self.stages = _Stages(model.float32_products)
 
     def loss(self, tokens: Tensor, targets: Tensor, starts: Tensor, *more: Tensor) -> Tensor:
         """Summed loss and measures, shape (1 + measures,): tokens, targets, starts (B, T), and what

@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
@@ -18,6 +17,7 @@ import msgspec
 from tinyllama.errors import CheckpointError, reason
 from tinyllama.system import checked
 from tinyllama.system.files import sha256_file
+from tinyllama.system.threads import together
 from tinyllama.system.untrusted import printable, read_json_file
 
 MANIFEST = "manifest.json"
@@ -73,12 +73,11 @@ def verify_loaded(folder: str | os.PathLike[str], *, remembered: bool = True) ->
         for name, file in read_manifest(folder).items()
         if name not in _OF_TRAINING and os.path.lexists(folder / name)
     }
-    with ThreadPoolExecutor() as pool:
-        found = pool.map(
-            lambda name: _damage(folder / name, *files[name], deep=True, remembered=remembered),
-            files,
-        )
-        problems = [problem for problem in found if problem]
+    found = together(
+        lambda name: _damage(folder / name, *files[name], deep=True, remembered=remembered),
+        files, work=sum(size for _, size in files.values()),
+    )  # fmt: skip
+    problems = [problem for problem in found if problem]
     if problems:
         problems.append(
             f"{folder}: not loaded: the disk damaged it, or it was edited after it was saved, and "

@@ -11,11 +11,13 @@ number but the last is the one tinygrad will allocate.
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 
 from tinygrad import Device, Tensor
 from tinygrad.helpers import GlobalCounters
 
 from tinyllama.config import Config
+from tinyllama.data.layout import trimmed_lengths
 from tinyllama.model.build import build_blank
 from tinyllama.model.counts import (
     Parameters,
@@ -121,18 +123,22 @@ def estimate_memory(config: Config, step: TrainStep | None = None) -> MemoryEsti
     t, context, runtime = config.training, config.context_length, _runtime_bytes(config)
     step = step or blank_step(config)
     model, optimizer = step.staged.model, step.optimizer
-    batch = blank_batch(config)
+    batch, shorter = blank_batch(config), []
+    if not config.data.pack:
+        shorter = [blank_batch(config, length) for length in trimmed_lengths(context)[:-1]]
     hyperparameters = Tensor.empty(step.hyperparameter_count)
     with dropout_on(model), model.noise.on() if model.noise else nullcontext():
         # As in training, and not in validation.
         plans = step.plans(*batch, hyperparameters=hyperparameters)
+        for rows in shorter:  # a graph each, with memory of its own
+            plans.append(step.plans(*rows, hyperparameters=hyperparameters)[0])
     first = plans[0]
     if config.data.validates:
         loss = validation_loss(config)
         validated = batch if loss.measures else batch[:3]
         plans.append(plan(StagedLoss(model, loss=loss).loss, validated))
     gradients = first.gradients + _bytes(step.sums())
-    given = _bytes([*batch, hyperparameters, *model.rotations(context)])
+    given = _bytes([*chain(batch, *shorter), hyperparameters, *model.rotations(context)])
     workspace = given + sum(p.work for p in plans)
     held = given + _bytes(step.sums()) + sum(p.arena for p in plans)
     return MemoryEstimate(

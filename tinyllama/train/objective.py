@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 from tinygrad import Tensor, dtypes
-from tqdm import tqdm
 
 from tinyllama.config import Config
 from tinyllama.data.batches import Batches, Layout, Rows, TokenDataset, text_layout
 from tinyllama.data.conversations import Form
+from tinyllama.data.corpus import Part
 from tinyllama.data.kept import Kept, Kind, Writer, kept, key_of
 from tinyllama.data.pairs import PairDataset, ReferencedBatch, prepare_pairs
 from tinyllama.errors import ConfigError, naming
@@ -33,6 +33,7 @@ from tinyllama.model.build import build, load_model, tokenizer_folder
 from tinyllama.model.llama import Llama
 from tinyllama.runtime.capture import captured
 from tinyllama.runtime.storage import Inputs
+from tinyllama.system.progress_bar import progress_bar
 from tinyllama.tokenizers.opening import open_tokenizer
 from tinyllama.tokenizers.tokenizer import Tokenizer
 from tinyllama.train.evaluate import Evaluator, PairEvaluator
@@ -83,10 +84,11 @@ def validation_loss(config: Config) -> Loss:
     return loss_of(config) if is_pairs else CrossEntropy()
 
 
-def blank_batch(config: Config) -> list[Tensor]:
-    """The tensors of a micro-batch, without memory: for planning a run."""
+def blank_batch(config: Config, length: int | None = None) -> list[Tensor]:
+    """The tensors of a micro-batch, without memory: for planning a run. `length`: of its rows, if
+    not the context's."""
     t, objective = config.training, config.training.objective
-    rows, T = t.micro_batch * rows_per_example(config), config.context_length
+    rows, T = t.micro_batch * rows_per_example(config), length or config.context_length
     batch = [Tensor.empty(rows, T, dtype=dtypes.int32) for _ in range(3)]
     if objective == "orpo":
         return [*batch, Tensor.empty(rows, T), Tensor.empty(rows, T)]
@@ -122,21 +124,22 @@ def find_material(config: Config, tokenizer: Tokenizer, show: bool) -> Material:
 def _pair_material(config: Config, tokenizer: Tokenizer, show: bool) -> Material:
     t, data, T = config.training, config.data, config.context_length
 
-    def read(paths: Any) -> PairDataset:
+    def read(paths: Any, part: Part | None = None) -> PairDataset:
         form = Form(data.template, "last" if data.train_on == "last" else None)  # never a prompt
-        return prepare_pairs(paths, tokenizer, data.cache_dir, T, form=form, progress=show)
-
-    if data.val_fraction is not None:
-        raise ConfigError(
-            f"{config.where('data.val_fraction')}: got {data.val_fraction}, must not be set for "
-            "pairs: name the pairs to validate on with data.val_path"
+        return prepare_pairs(
+            paths, tokenizer, data.cache_dir, T, form=form, part=part, progress=show
         )
-    train = read(data.train_path)
+
+    share = data.val_fraction
+    train = read(data.train_path, None if share is None else Part(share, rest=True))
     layout = _pair_layout(config, train, show)
     batches = Batches(train, T, t.batch_size, t.seed, pack=data.pack, layout=layout)
-    if data.val_path is None:
+    if share is not None:
+        val = read(data.train_path, Part(share, rest=False))
+    elif data.val_path is not None:
+        val = read(data.val_path)
+    else:
         return Material(batches, None, tuple(train.notices()))
-    val = read(data.val_path)
     notices = (*train.notices(), *val.notices())
     return Material(batches, _pair_layout(config, val, show), notices)
 
@@ -322,4 +325,7 @@ def _logits(model: Llama, tokens: Tensor, starts: Tensor) -> Tensor:
 
 
 def _progress(items: range, what: str, show: bool) -> Iterator[int]:
-    yield from tqdm(items, desc=what, disable=not show)
+    with progress_bar(len(items), what, "batch", shown=show) as bar:
+        for item in items:
+            yield item
+            bar.update()

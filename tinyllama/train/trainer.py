@@ -37,6 +37,7 @@ from tinyllama.system import lacking
 from tinyllama.system.files import make_folder
 from tinyllama.system.memory import memory_in_use_bytes
 from tinyllama.system.signals import stopping_on_signals
+from tinyllama.system.waiting import Waiting
 from tinyllama.train import run_folder
 from tinyllama.train.best import Best, better
 from tinyllama.train.checkpoint import BEST, name_aside
@@ -57,7 +58,7 @@ from tinyllama.train.prepare import (
 from tinyllama.train.samples import Samples, forget_after
 from tinyllama.train.schedule import Place, learning_rate, with_warmup_steps
 from tinyllama.train.step import StepResult, TrainStep
-from tinyllama.train.watching import MOST_ROLLBACKS, Watching, greatest, update_ratios
+from tinyllama.train.watching import MOST_ROLLBACKS, Moves, Watching, greatest, update_ratios
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,10 @@ class Trainer:
         if (was := run_folder.batch_size(state)) not in (None, t.batch_size):
             self.anchor = place.anchor(was, self.schedule, self.anchor)
         self.best = Best(**state["best"]) if "best" in state else None
-        self.watching = Watching(config, self.batches, state.get("watching") or {})
+        pieces, watched = self.tokenizer.pieces, state.get("watching") or {}
+        self.watching = Watching(config, self.batches, pieces, watched)
+        self.moves = Moves(trained, begun=self.step > 0)
+        self._waiting = Waiting()
         self.samples = Samples(config, self.model, self.tokenizer)
         self._rolled_back: dict[str, Any] | None = None  # for the next line of metrics
         # The metrics of a step whose validation was interrupted by a signal.
@@ -330,6 +334,7 @@ class Trainer:
         left_out = self.watching.left_out
         with self.tracing.span("data"):
             batch = self.batches.next()
+        self.watching.batch(batch)
         lr = learning_rate(step, self.total_steps, t.learning_rate, self.schedule, self.anchor)
         parts = _micro_batches(batch, t.micro_batch * rows_per_example(self.config))
         if not self.config.data.pack:
@@ -386,7 +391,11 @@ class Trainer:
         """What a step's line says besides its measurements: anomalies, and the layers' updates."""
         step, every = line["step"], self.config.observe.update_ratio_every
         found = self.watching.numbers(step, result)
-        slow = self.watching.machine.step(step, seconds, data_seconds, line["memory_bytes"])
+        if result.applied and (moved := self.moves.ratio()) is not None:
+            found += self.watching.watch.update(step, moved)
+        taken = self._waiting.take()  # by other programs
+        own = (max(0.0, passed - taken) for passed in (seconds, data_seconds))
+        slow = self.watching.machine.step(step, *own, line["memory_bytes"])
         more: dict[str, Any] = {}
         if (found or (every and step % every == 0)) and result.applied:
             ratios = update_ratios(self.optimizer, step - self.watching.left_out, line["lr"])
@@ -434,6 +443,7 @@ class Trainer:
         state = run_folder.read_state(folder)
         self.watching.rollbacks[str(step)] = times
         self.watching.restore(state.get("watching") or {})
+        self.moves.look()
         self.step = step
         if self.budget_seconds is None:
             self.planned_steps = self._place().total_steps(self.config.training.batch_size)
@@ -447,13 +457,16 @@ class Trainer:
     def _stop_before(self, line: dict[str, Any], metrics: MetricsLog, at: dict[str, Any]) -> None:
         """End the run at an anomaly, with a checkpoint of what came before it."""
         self._write(metrics, line)
-        first = line["anomalies"][0]
-        if self.watching.left_out and first["kind"] == "spike":
-            self.watching.left_out -= 1
-            self.batches.restore(at)
+        first = next(entry for entry in line["anomalies"] if entry["action"] == "stop")
+        if first["series"] == "update":  # it was made
+            saved = self.saved
         else:
-            self.step = line["step"]
-        saved = self.save(run_folder.step_name(self.step)) if self.step else None
+            if first["kind"] == "divergence":
+                self.step = line["step"]
+            else:
+                self.watching.left_out -= 1
+                self.batches.restore(at)
+            saved = self.save(run_folder.step_name(self.step)) if self.step else None
         shown = f"{saved} holds what came before" if saved else "nothing was trained before"
         raise TrainingError(
             f"step {line['step']}: {first['series']} {first['value']}, the usual is "

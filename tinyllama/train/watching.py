@@ -10,29 +10,37 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+from tinygrad import Tensor
 
 from tinyllama.config import Config
-from tinyllama.data.batches import Batches
+from tinyllama.data.batches import Batches, Rows
 from tinyllama.data.corpus import Part
 from tinyllama.data.places import Places
 from tinyllama.errors import CheckpointError, DataError
-from tinyllama.observe.anomalies import Anomaly, Limits, MachineWatch, Watch
+from tinyllama.observe.anomalies import NUMBERS, Anomaly, Limits, MachineWatch, Watch
 from tinyllama.observe.metrics import to_stderr
+from tinyllama.observe.text import OddRow, TextWatch
 from tinyllama.runtime.storage import read
+from tinyllama.train.objective import rows_per_example
 from tinyllama.train.optimizer import AdamW
 from tinyllama.train.step import StepResult
 
 MOST_ROLLBACKS = 3  # to one checkpoint: then it is not the data
 _MOST_DOCUMENTS = 16  # named per anomaly
 _PIECE = 1 << 20  # weights that are looked at together
+_SAMPLED_LAYERS = 8  # whose weights are compared before and after each step
+_NEVER = Limits(-math.inf, -math.inf)
 
 
 class Watching:
     """The anomalies of one run: what they are, where they come from, what was done."""
 
-    def __init__(self, config: Config, batches: Batches, state: Mapping[str, Any]) -> None:
-        """`state` is what a checkpoint's state holds of it; nothing for a new run. Raises
-        CheckpointError where that is damaged."""
+    def __init__(
+        self, config: Config, batches: Batches, pieces: Sequence[str], state: Mapping[str, Any]
+    ) -> None:
+        """`pieces` are what each token is called; `state` is what a checkpoint's state holds of it;
+        nothing for a new run. Raises CheckpointError where that is damaged."""
         self.action = config.observe.on_anomaly
         size = config.observe.anomaly_window
         self.watch, self.machine = Watch(size), MachineWatch(size)
@@ -42,6 +50,9 @@ class Watching:
         share = config.data.val_fraction
         part = None if share is None else Part(share, rest=True)
         self._batches, self._places = batches, Places(config.data.train_path, part)
+        self.text = TextWatch(batches.layout, pieces)
+        self._odd: list[OddRow] = []  # rows of the batch
+        self._per_example = rows_per_example(config)
         self.restore(state)
 
     def state(self) -> dict[str, Any]:
@@ -65,15 +76,23 @@ class Watching:
                 f"the checkpoint's state of anomalies is damaged: {error}"
             ) from None
 
+    def batch(self, batch: Rows) -> None:
+        """Look at the text of the next step."""
+        self._odd = self.text.odd(batch.targets)
+
     def limits(self) -> Limits:
-        """What the next step's loss and gradient norm must not exceed."""
-        return self.watch.limits()
+        """What the next step's loss and gradient norm must not exceed: a step on unusual text is
+        left out whatever they are."""
+        return _NEVER if self._odd else self.watch.limits()
 
     def numbers(self, step: int, result: StepResult) -> list[Anomaly]:
-        """What is unusual about a step's numbers. An update that was left out is counted."""
-        applied = None if self.action == "note" else result.applied
+        """What is unusual about a step's text and numbers. An update that was left out is
+        counted."""
+        applied = None if self.action == "note" or self._odd else result.applied
         self.left_out += not result.applied
-        return self.watch.numbers(step, result.loss, result.grad_norm, applied)
+        worst = max(self._odd, key=lambda odd: odd.value, default=None)
+        text = [] if worst is None else [Anomaly(step, "text", "text", worst.value, worst.usual)]
+        return [*text, *self.watch.numbers(step, result.loss, result.grad_norm, applied)]
 
     def record(
         self, anomalies: Sequence[Anomaly], action: str, layer: str | None = None
@@ -89,19 +108,22 @@ class Watching:
                 "series": anomaly.series,
                 "value": _finite(anomaly.value),
                 "usual": _finite(anomaly.usual),
-                "action": action if anomaly.kind in ("spike", "divergence") else "note",
+                "action": _action(action, anomaly),
             }
-            if anomaly.series in ("loss", "grad_norm"):
-                entry |= {"documents": self._documents()} | ({"layer": layer} if layer else {})
+            if anomaly.series in NUMBERS:
+                rows = self._odd if anomaly.kind == "text" else None
+                entry |= {"documents": self._documents(rows)} | ({"layer": layer} if layer else {})
             entries.append(entry)
             if self.watch.is_new(anomaly):
                 self.notice(f"step {anomaly.step}: {sentence(anomaly, entry)}")
         return entries
 
-    def _documents(self) -> list[str]:
-        """The file and row of the documents of the last batch; of conversations and pairs their
-        number among those that are kept, since rows are left out for what their tokens are."""
-        held = self._batches.documents().tolist()
+    def _documents(self, rows: Sequence[OddRow] | None) -> list[str]:
+        """The file and row of the documents of the last batch, or of some of its rows; of
+        conversations and pairs their number among those that are kept, since rows are left out for
+        what their tokens are."""
+        some = None if rows is None else sorted({odd.row // self._per_example for odd in rows})
+        held = self._batches.documents(some).tolist()
         shown = held[:_MOST_DOCUMENTS]
         more = [f"and {len(held) - len(shown)} more"] if len(held) > len(shown) else []
         if not self._batches.is_text:
@@ -111,6 +133,15 @@ class Watching:
         except DataError as error:
             return [str(error)]
         return [*(str(place) for place in places if place), *more]
+
+
+def _action(wanted: str, anomaly: Anomaly) -> str:
+    """What is done about an anomaly where observe.on_anomaly is `wanted`. Unusual text is left out
+    before it changes anything; an update that was made cannot be."""
+    was_made = anomaly.series == "update" or anomaly.kind == "divergence"
+    if anomaly.series not in NUMBERS or (was_made and wanted == "skip"):
+        return "note"
+    return "skip" if anomaly.kind == "text" and wanted == "rollback" else wanted
 
 
 def sentence(anomaly: Anomaly, entry: Mapping[str, Any]) -> str:
@@ -140,6 +171,40 @@ def layer_of(name: str) -> str:
     if "embed_tokens" in parts:
         return "embedding"
     return "head" if "lm_head" in parts else "norm"
+
+
+class Moves:
+    """How far each step moves some of the weights: the smallest tensors of a few layers, compared
+    with what they were before the step."""
+
+    def __init__(self, parameters: Mapping[str, Tensor], begun: bool) -> None:
+        """`begun`: the weights are those of a run that goes on. Those of a new one are first read
+        after its first step, since until then they may still be drawn in the background."""
+        smallest: dict[str, Tensor] = {}
+        for name, tensor in parameters.items():
+            layer = layer_of(name)
+            if layer not in smallest or tensor.numel() < smallest[layer].numel():
+                smallest[layer] = tensor
+        some = np.linspace(0, len(smallest) - 1, min(len(smallest), _SAMPLED_LAYERS))
+        self._tensors = [list(smallest.values())[int(at)] for at in some]
+        self._before: list[npt.NDArray[np.float32]] | None = None
+        if begun:
+            self.look()
+
+    def look(self) -> None:
+        """Take the weights as they are for those before the next step."""
+        self._before = [read(tensor).reshape(-1).copy() for tensor in self._tensors]
+
+    def ratio(self) -> float | None:
+        """||change|| / ||weights|| of the step that was made; None after a new run's first one."""
+        before = self._before
+        self.look()
+        if before is None or self._before is None:
+            return None
+        pairs = list(zip(before, self._before, strict=True))
+        change = sum(float(d @ d) for old, new in pairs for d in (new - old,))
+        size = sum(float(old @ old) for old, _ in pairs)
+        return math.sqrt(change / size) if size else 0.0
 
 
 def update_ratios(optimizer: AdamW, update: int, lr: float) -> dict[str, float]:

@@ -2,6 +2,7 @@
    (`starts` of a row never fall, and are at most the query's own place). */
 
 // variants: -DT=7 -DD=16 -DH=4 -DKV=2; -DT=33 -DD=6 -DH=2 -DKV=1 -DACT=1; -DT=65 -DD=20 -DACT=2
+// variants: -DT=33 -DD=34 -DH=1 -DKV=1 -DTILE_AMX -DTILE_IN_C -DVW=16 -DACT=1
 // variants: -DT=1 -DD=2 -DH=1 -DKV=1; -DT=40 -DD=18 -DH=3 -DKV=1 -DVW=16
 
 #include "fuzz.h"
@@ -12,25 +13,19 @@
 #define H 2
 #define KV 2
 #endif
-#ifndef ACT
-#define ACT 0
-#endif
-#define SCALE (1.0f / __builtin_sqrtf(D))
-
-#include "../../../tinyllama/ops/cpu/common.h"
-
-#include "../../../tinyllama/ops/cpu/attention.h"
-#define KERNEL attention_forward
-#include "../../../tinyllama/ops/cpu/attention_forward.c"
-#undef KERNEL
-#define KERNEL attention_backward
-#include "../../../tinyllama/ops/cpu/attention_backward.c"
-
-typedef ELEM(ACT) elem;
+#include "../../ops/kernels/attention.h"
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
+  /* As large as it must be, and the same for every input: filling it takes longer than the rest. */
+  static float *forward, *backward;
+  static int kept;
+  if (!forward) {
+    forward = allocate(NT * FORWARD_SCRATCH_FLOATS + 16, 4);
+    backward = allocate(NT * BACKWARD_SCRATCH_FLOATS + 16, 4);
+    kept = memory_count;
+  }
   begin(data, size);
-  int *starts = empty(B * T, 4);
+  int *starts = allocate(B * T, 4);
   for (int b = 0; b < B; b++)
     for (int t = 0, start = 0; t < T; t++) {
       unsigned byte = next_byte();
@@ -40,17 +35,13 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
   size_t queries = (size_t)B * T * H * D, keys = (size_t)B * T * KV * D;
   elem *q = filled(queries, sizeof(elem)), *k = filled(keys, sizeof(elem));
   elem *v = filled(keys, sizeof(elem)), *dout = filled(queries, sizeof(elem));
-  elem *out = empty(queries, sizeof(elem)), *dq = empty(queries, sizeof(elem));
-  elem *dk = empty(keys, sizeof(elem)), *dv = empty(keys, sizeof(elem));
-  float *lse = empty((size_t)B * H * T, 4);
-  for (int core = 0; core < NT; core++) {
-    float *scratch = empty(NT * FORWARD_SCRATCH_FLOATS + 16, 4);
-    attention_forward(out, lse, scratch, q, k, v, starts, core);
-  }
-  for (int core = 0; core < NT; core++) {
-    float *scratch = empty(NT * BACKWARD_SCRATCH_FLOATS + 16, 4);
-    attention_backward(dq, dk, dv, scratch, dout, out, lse, q, k, v, starts, core);
-  }
-  release_all();
+  elem *out = allocate(queries, sizeof(elem)), *dq = allocate(queries, sizeof(elem));
+  elem *dk = allocate(keys, sizeof(elem)), *dv = allocate(keys, sizeof(elem));
+  float *lse = allocate((size_t)B * H * T, 4);
+  for (int core = 0; core < NT; core++)
+    attention_forward(out, lse, forward, q, k, v, starts, core);
+  for (int core = 0; core < NT; core++)
+    attention_backward(dq, dk, dv, backward, dout, out, lse, q, k, v, starts, core);
+  release_from(kept);
   return 0;
 }

@@ -6,48 +6,8 @@
 
 #include "fuzz.h"
 
-#include "../../../tinyllama/ops/cpu/common.h"
+#include "../../ops/kernels/elementwise.h"
 
-static long N, H, V, B, T, HEADS, D, COUNT;
-static int NT;
-#define EPS 1e-5
-#define INVERSE FORM
-#define ACCUMULATE FORM
-#define GRADIENT FORM
-#define DECAY FORM
-
-#define KERNEL rms_norm_forward
-#include "../../../tinyllama/ops/cpu/rms_norm_forward.c"
-#undef KERNEL
-#define KERNEL rms_norm_backward
-#include "../../../tinyllama/ops/cpu/rms_norm_backward.c"
-#undef KERNEL
-#define KERNEL swiglu_forward
-#include "../../../tinyllama/ops/cpu/swiglu_forward.c"
-#undef KERNEL
-#define KERNEL swiglu_backward
-#include "../../../tinyllama/ops/cpu/swiglu_backward.c"
-#undef KERNEL
-#define KERNEL rope
-#include "../../../tinyllama/ops/cpu/rope.c"
-#undef KERNEL
-#define KERNEL embedding_forward
-#include "../../../tinyllama/ops/cpu/embedding_forward.c"
-#undef KERNEL
-#define KERNEL embedding_backward
-#include "../../../tinyllama/ops/cpu/embedding_backward.c"
-#undef KERNEL
-#define KERNEL cross_entropy
-#include "../../../tinyllama/ops/cpu/cross_entropy.c"
-#undef KERNEL
-#define KERNEL square_sum
-#include "../../../tinyllama/ops/cpu/square_sum.c"
-#undef KERNEL
-#define KERNEL adamw
-#include "../../../tinyllama/ops/cpu/adamw.c"
-#undef KERNEL
-
-typedef ELEM(ACT) act;
 #define RUN(threads, call) \
   for (NT = (threads), core = NT - 1; core >= 0; core--) call;
 
@@ -55,10 +15,10 @@ static int core;
 
 static void fuzz_rms_norm(int threads) {
   act *x = filled(N * H, sizeof(act)), *dy = filled(N * H, sizeof(act));
-  float *w = filled(H, 4), *rstd = empty(N, 4), *again = empty(N, 4);
-  act *y = empty(N * H, sizeof(act)), *dx = empty(N * H, sizeof(act));
-  act *y2 = empty(N * H, sizeof(act)), *dx2 = empty(N * H, sizeof(act));
-  float *dw = empty(threads * H, 4), *dw2 = empty(H, 4);
+  float *w = filled(H, 4), *rstd = allocate(N, 4), *again = allocate(N, 4);
+  act *y = allocate(N * H, sizeof(act)), *dx = allocate(N * H, sizeof(act));
+  act *y2 = allocate(N * H, sizeof(act)), *dx2 = allocate(N * H, sizeof(act));
+  float *dw = allocate(threads * H, 4), *dw2 = allocate(H, 4);
   RUN(threads, rms_norm_forward(y, rstd, x, w, core));
   RUN(threads, rms_norm_backward(dx, dw, dy, x, rstd, w, core));
   RUN(1, rms_norm_forward(y2, again, x, w, core));
@@ -72,7 +32,7 @@ static void fuzz_swiglu(int threads) {
   act *gate = filled(count, size), *up = filled(count, size), *dy = filled(count, size);
   act *y[2], *dgate[2], *dup[2];
   for (int i = 0; i < 2; i++) {
-    y[i] = empty(count, size), dgate[i] = empty(count, size), dup[i] = empty(count, size);
+    y[i] = allocate(count, size), dgate[i] = allocate(count, size), dup[i] = allocate(count, size);
     RUN(i ? 1 : threads, swiglu_forward(y[i], gate, up, core));
     RUN(i ? 1 : threads, swiglu_backward(dgate[i], dup[i], dy, gate, up, core));
   }
@@ -82,8 +42,8 @@ static void fuzz_swiglu(int threads) {
 
 static void fuzz_rope(int threads) {
   size_t count = B * T * HEADS * D, half = T * (D / 2);
-  act *x = filled(count, sizeof(act)), *a = empty(count, sizeof(act));
-  act *b = empty(count, sizeof(act));
+  act *x = filled(count, sizeof(act)), *a = allocate(count, sizeof(act));
+  act *b = allocate(count, sizeof(act));
   float *cosine = filled(half, 4), *sine = filled(half, 4);
   RUN(threads, rope(a, x, cosine, sine, core));
   RUN(1, rope(b, x, cosine, sine, core));
@@ -92,8 +52,8 @@ static void fuzz_rope(int threads) {
 
 static void fuzz_embedding(int threads) {
   int *ids = filled(N, 4);
-  float *weight = filled(V * H, 4), *dw = filled(V * H, 4), *dw2 = empty(V * H, 4);
-  act *a = empty(N * H, sizeof(act)), *b = empty(N * H, sizeof(act));
+  float *weight = filled(V * H, 4), *dw = filled(V * H, 4), *dw2 = allocate(V * H, 4);
+  act *a = allocate(N * H, sizeof(act)), *b = allocate(N * H, sizeof(act));
   act *dout = filled(N * H, sizeof(act));
   for (long n = 0; n < N; n++) /* some in the table, some anywhere, -2^31 too */
     if (ids[n] & 64) ids[n] = (int)((unsigned)ids[n] % (unsigned)(V + 2)) - 1;
@@ -106,9 +66,9 @@ static void fuzz_embedding(int threads) {
 }
 
 static void fuzz_cross_entropy(int threads) {
-  act *logits = filled(N * V, sizeof(act)), *again = empty(N * V, sizeof(act));
+  act *logits = filled(N * V, sizeof(act)), *again = allocate(N * V, sizeof(act));
   int *targets = filled(N, 4);
-  float *loss = empty(N, 4), *loss2 = empty(N, 4);
+  float *loss = allocate(N, 4), *loss2 = allocate(N, 4);
   for (long n = 0; n < N; n++)
     if (targets[n] & 64) targets[n] = (int)((unsigned)targets[n] % (unsigned)(V + 2)) - 1;
   memcpy(again, logits, N * V * sizeof(act));
@@ -122,7 +82,7 @@ static void fuzz_sums(int threads) {
   float *x = filled(COUNT, 4), *partial = filled(threads, 4);
   RUN(threads, square_sum(partial, x, core));
   float *scalars = filled(8, 4), *p = filled(COUNT, 4), *m = filled(COUNT, 4);
-  float *v = filled(COUNT, 4), *p2 = empty(COUNT, 4), *m2 = empty(COUNT, 4), *v2 = empty(COUNT, 4);
+  float *v = filled(COUNT, 4), *p2 = allocate(COUNT, 4), *m2 = allocate(COUNT, 4), *v2 = allocate(COUNT, 4);
   memcpy(p2, p, COUNT * 4), memcpy(m2, m, COUNT * 4), memcpy(v2, v, COUNT * 4);
   RUN(threads, adamw(p, m, v, x, scalars, core));
   RUN(1, adamw(p2, m2, v2, x, scalars, core));
@@ -142,6 +102,6 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
   void (*kernels[])(int) = {fuzz_rms_norm, fuzz_swiglu, fuzz_rope, fuzz_embedding,
                             fuzz_cross_entropy, fuzz_sums};
   kernels[which](threads);
-  release_all();
+  release_from(0);
   return 0;
 }

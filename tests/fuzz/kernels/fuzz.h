@@ -1,16 +1,14 @@
 /* What the fuzzers of kernels share: an input's bytes become sizes first, then the contents of
-   buffers, which end where their last element does and begin at the alignment of one element. */
+   buffers, see memory.h. */
 
 #include <math.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
+
+#include "../../ops/kernels/memory.h"
 
 static const uint8_t *input, *input_end;
-static void *buffers[64];
-static int buffer_count;
 
 static void begin(const uint8_t *data, size_t size) { input = data, input_end = data + size; }
 
@@ -24,28 +22,16 @@ static long size_between(long low, long high) {
 }
 
 /* `count` elements of `size` bytes: whatever bits the input holds, again and again; NaN, infinity
-   and subnormals among them. The pointer is aligned to one element only. */
+   and subnormals among them. */
 static void *filled(size_t count, size_t size) {
-  uint8_t *memory = malloc((count + 1) * size);
-  if (!memory || buffer_count == 64) abort();
-  buffers[buffer_count++] = memory;
+  uint8_t *memory = allocate(count, size);
   size_t left = (size_t)(input_end - input), bytes = count * size;
-  memset(memory, 0xff, size);
-  for (size_t i = 0; i < bytes; i++) memory[size + i] = left ? input[i % left] : 0;
+  for (size_t i = 0; i < bytes; i += left) {
+    if (!left) return memset(memory, 0, bytes);
+    memcpy(memory + i, input, bytes - i < left ? bytes - i : left);
+  }
   if (left) input += left > 8 ? 3 : 0; /* the next one begins elsewhere */
-  return memory + size;
-}
-
-/* Like filled, without contents: NaN. */
-static void *empty(size_t count, size_t size) {
-  uint8_t *memory = malloc((count + 1) * size);
-  if (!memory || buffer_count == 64) abort();
-  buffers[buffer_count++] = memory;
-  return memset(memory, 0xff, (count + 1) * size), memory + size;
-}
-
-static void release_all(void) {
-  while (buffer_count) free(buffers[--buffer_count]);
+  return memory;
 }
 
 /* The same bits, whatever the number of threads. */

@@ -7,44 +7,8 @@
 
 #include "fuzz.h"
 
-#ifndef A_T
-#define A_T 0
-#endif
-#ifndef B_T
-#define B_T 0
-#endif
-#ifndef C_T
-#define C_T 0
-#endif
-#ifndef COMPUTE_BF16
-#define COMPUTE_BF16 0
-#endif
-/* Several panels and blocks along every side of small matrices. */
-#define KC 20
-#define MC 24
-#define KB 40
-#define BC 2600
-static int the_m, the_n, the_k, the_block, the_nt;
-#define M the_m
-#define N the_n
-#define K the_k
-#define NT the_nt
-#define BLOCK the_block
-#define KERNEL gemm
-
-#include "../../../tinyllama/ops/cpu/common.h"
-
-#include "../../../tinyllama/ops/cpu/tile.h"
-
-#ifdef PACKED
-#include "../../../tinyllama/ops/cpu/int4.h"
-#endif
-
-#include "../../../tinyllama/ops/cpu/panels.h"
-
-#include "../../../tinyllama/ops/cpu/tile_vector.h"
-
-#include "../../../tinyllama/ops/cpu/gemm.c"
+#define BLOCKS
+#include "../../ops/kernels/product.h"
 
 #ifdef PACKED
 #undef KERNEL
@@ -58,22 +22,19 @@ static void multiply(void) {
   size_t rows = LAYOUT == 0 ? N : K, width = LAYOUT == 0 ? K : N;
   ELEM(A_T) *a = filled((size_t)M * K, sizeof(*a));
   ELEM(C_T) *out = filled((size_t)M * N, sizeof(*out));
+  float *scratch = allocate((size_t)NT * SCRATCH_FLOATS, 4);
 #ifdef PACKED
   unsigned char *packed = filled(rows * width * BITS / 8, 1);
   unsigned short *scales = filled(rows * (width / BLOCK), 2);
   unsigned short *minima = filled(rows * (width / BLOCK), 2);
   (void)minima;
-  for (int core = 0; core < NT; core++) {
-    float *scratch = empty((size_t)NT * SCRATCH_FLOATS, 4);
-    gemm(out, scratch, a, B_ARGS, core);
-  }
+  for (int core = 0; core < NT; core++) gemm(out, scratch, a, B_ARGS, core);
 #else
   (void)rows, (void)width;
   ELEM(B_T) *b = filled((size_t)N * K, sizeof(*b));
   ELEM(C_T) *added = filled((size_t)M * N, sizeof(*added));
   (void)added;
   for (int core = 0; core < NT; core++) {
-    float *scratch = empty((size_t)NT * SCRATCH_FLOATS, 4);
 #if ADDEND
     gemm(out, scratch, a, b, added, core);
 #else
@@ -84,7 +45,7 @@ static void multiply(void) {
 #ifdef PACKED
 #if LAYOUT == 0
   int *ids = filled((size_t)M, 4);
-  ELEM(C_T) *rows_out = empty((size_t)M * K, sizeof(*rows_out));
+  ELEM(C_T) *rows_out = allocate((size_t)M * K, sizeof(*rows_out));
   for (int i = 0; i < M; i++)
     if (ids[i] & 64) ids[i] = (int)((unsigned)ids[i] % (unsigned)(N + 2)) - 1;
   for (int core = 0; core < NT; core++) embedding_packed(rows_out, B_ARGS, ids, core);
@@ -95,18 +56,17 @@ static void multiply(void) {
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
   begin(data, size);
   int is_huge = next_byte() == 255;
-  M = (int)size_between(1, is_huge ? 300 : 40), N = (int)size_between(1, is_huge ? 300 : 60);
-  K = (int)size_between(1, is_huge ? 700 : 60), NT = (int)size_between(1, 4);
+  int m = (int)size_between(1, is_huge ? 300 : 40), n = (int)size_between(1, is_huge ? 300 : 60);
+  int k = (int)size_between(1, is_huge ? 700 : 60), threads = (int)size_between(1, 4), block = 0;
 #ifdef PACKED
   static const int blocks[] = {2, 6, 32, 64};
-  BLOCK = blocks[size_between(0, 3)];
-  int width = BLOCK * (int)size_between(1, 3);
-  if (LAYOUT == 0) K = width;
-  else N = width;
-#else
-  BLOCK = 0;
+  block = blocks[size_between(0, 3)];
+  int width = block * (int)size_between(1, 3);
+  if (LAYOUT == 0) k = width;
+  else n = width;
 #endif
+  CHOOSE(m, n, k, block, threads);
   multiply();
-  release_all();
+  release_from(0);
   return 0;
 }

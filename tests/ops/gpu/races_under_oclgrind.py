@@ -30,10 +30,13 @@ PRODUCTS = {
     "NT, 4 bits": '"NT", 37, 40, 64, "bfloat16", packed=Packed(4, 64)',
     "NN, 8 bits, minimum": '"NN", 37, 64, 72, "float16", packed=Packed(8, 32, True)',
 }
-TOGETHER = ("a sum of three", "three turned", "gate and up, float32", "two of one B, split")
+TOGETHER = (
+    "a sum of three", "three turned", "gate and up, float32", "their gradients",
+    "two of one B, split",
+)  # fmt: skip
 ATTENTION = {
     "float32, D 32": '1, 50, 2, 1, 32, "float32", (20,)',
-    "bfloat16, D 48": '1, 50, 2, 1, 48, "bfloat16", (20,)',
+    "bfloat16, D 48, turned back": '1, 50, 2, 1, 48, "bfloat16", (20,), turned=True',
     "float16, D 64": '1, 40, 1, 1, 64, "float16"',
 }
 

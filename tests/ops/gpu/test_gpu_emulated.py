@@ -90,6 +90,14 @@ def test_metals_front_end_takes_the_texts(dtype: str) -> None:
         gpu_kernels.check_address_spaces(attention("metal", which, 1, 77, 2, 1, 64, dtype))
 
 
+def test_metals_front_end_takes_every_text_that_is_executed() -> None:
+    texts = {launch.text: launch for launch in gpu_kernels.launches("metal")}
+    macros = "TERMS 3", "BATCH 3", "GATED 1", "UNGATED 1", "TURNED 2", "GROUP 64", "PASS FORWARD"
+    assert all(any(f"#define {macro}\n" in text for text in texts) for macro in macros)
+    for launch in texts.values():
+        gpu_kernels.check_address_spaces(launch)
+
+
 def test_metals_front_end_finds_a_pointer_into_the_wrong_memory() -> None:
     launch = product("metal", "NT", 64, 64, 64, "float32")
     wrong = launch.text.replace("LOCAL const Element *tb = ta", "GLOBAL const Element *tb = ta")

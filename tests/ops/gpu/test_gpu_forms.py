@@ -2,14 +2,11 @@
 
 import collections
 import functools
-import json
-import subprocess
-import sys
 
 import gpu_forms
 import pytest
-from opencl import needs_opencl
-from runs_helpers import environment
+from opencl import needs_opencl, printed_on_opencl
+from runs_helpers import printed_json
 
 FORM_KERNELS = {  # of a value and its gradients, products included
     "rms_norm": 3,
@@ -33,18 +30,9 @@ KERNELS = {  # of a 124m step, 8 x 1024: 12 layers, 111 parameters in groups of 
 }
 
 
-def printed(*words: str, **variables: str) -> str:
-    env = environment(**variables)
-    done = subprocess.run(
-        [sys.executable, *words], capture_output=True, text=True, env=env, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout.splitlines()[-1]
-
-
 @functools.cache
 def on_opencl() -> dict:
-    return json.loads(printed(gpu_forms.__file__, DEV="CL", POCL_MAX_PTHREAD_COUNT="1"))
+    return printed_on_opencl("gpu_forms.py")
 
 
 @needs_opencl
@@ -77,6 +65,6 @@ print(json.dumps([(launch.name, launch.times) for launch in found.launches]))
 
 def test_the_operations_of_a_124m_step_are_kernels_of_ours() -> None:
     counts: collections.Counter[str] = collections.Counter()
-    for name, times in json.loads(printed("-c", STEP, DEV="NULL:CUDA:sm_90")):
+    for name, times in printed_json("-c", STEP, DEV="NULL:CUDA:sm_90"):
         counts.update({kernel: times for kernel in KERNELS if name.startswith(f"{kernel}_")})
     assert counts == KERNELS

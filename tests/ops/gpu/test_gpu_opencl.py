@@ -27,6 +27,10 @@ def test_the_texts_compile_without_a_warning(dtype: str) -> None:
     opencl_takes(launches)
 
 
+def test_every_text_that_is_executed_compiles_without_a_warning() -> None:
+    opencl_takes(gpu_kernels.launches("opencl"))
+
+
 def test_products() -> None:
     found = on_opencl("product", *PRODUCTS)
     assert set(found) == set(PRODUCTS)

@@ -11,61 +11,23 @@
 // variants: -DVW=16 -DT=257 -DD=48; -DVW=16 -DMR=12 -DT=257 -DD=64 -DNT=3 -DDOCS=9 -DH=3 -DKV=1
 // variants: -DVW=16 -DMR=12 -DT=65 -DD=80 -DACT=1 -DNT=3; -DVW=16 -DT=97 -DD=20 -DACT=2
 // variants: -DVW=4 -DMR=12 -DT=257 -DD=30 -DNT=3 -DDOCS=2; -DVW=4 -DT=130 -DD=16 -DACT=2
+// variants: -DTILE_AMX -DT=300 -DD=64 -DH=3 -DKV=1 -DNT=1; -DTILE_AMX -DT=97 -DD=80 -DDOCS=9
+// variants: -DTILE_AMX -DTILE_IN_C -DT=1 -DD=32; -DTILE_AMX -DTILE_IN_C -DT=257 -DD=64 -DDOCS=1
+// variants: -DTILE_AMX -DTILE_IN_C -DT=130 -DD=80 -DH=2 -DKV=1 -DNT=3 -DDOCS=9
+// variants: -DTILE_AMX -DTILE_IN_C -DT=193 -DD=128 -DH=3 -DKV=1 -DNT=1 -DDOCS=40
+// variants: -DTILE_AMX -DTILE_IN_C -DT=96 -DD=50 -DB=3 -DH=2; -DTILE_AMX -DTILE_IN_C -DT=33 -DD=33
 // variants: -DVW=8 -DMR=6 -DT=97 -DD=48 -DNT=3 -DDOCS=2; -DVW=8 -DMR=6 -DT=65 -DD=20 -DACT=1
 
 #include <math.h>
 #include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
+#include "memory.h"
 
-#ifndef B
-#define B 1
-#endif
-#ifndef T
-#define T 130
-#endif
-#ifndef D
-#define D 64
-#endif
-#ifndef H
-#define H 4
-#endif
-#ifndef KV
-#define KV 2
-#endif
-#ifndef NT
-#define NT 2
-#endif
-#ifndef ACT
-#define ACT 0
-#endif
+#include "attention.h"
+
 #ifndef DOCS
 #define DOCS 3
 #endif
-#define SCALE (1.0f / __builtin_sqrtf(D))
 
-/* Vectors wider than the machine's: every function that passes them is inlined. */
-#pragma clang diagnostic ignored "-Wpsabi"
-#include "../../../tinyllama/ops/cpu/common.h"
-
-#include "../../../tinyllama/ops/cpu/attention.h"
-#define KERNEL attention_forward
-#include "../../../tinyllama/ops/cpu/attention_forward.c"
-#undef KERNEL
-#define KERNEL attention_backward
-#include "../../../tinyllama/ops/cpu/attention_backward.c"
-
-#define Q_COUNT ((size_t)B * T * H * D)
-#define KV_COUNT ((size_t)B * T * KV * D)
-#define LSE_COUNT ((size_t)B * H * T)
-typedef ELEM(ACT) elem;
-
-static void *allocate(size_t count, size_t size) {
-  void *memory = malloc(count * size);
-  if (!memory) exit(3);
-  memset(memory, 0xff, count * size); /* NaN until written */
-  return memory;
-}
 static double *zeros(size_t count) {
   return memset(allocate(count, sizeof(double)), 0, count * sizeof(double));
 }
@@ -172,11 +134,10 @@ static int collect(const char *name, void *total, void *part, size_t count, size
     memcpy(to, from, size);
   }
   if (twice) printf("%s is written by two threads\n", name);
-  free(part);
   return twice;
 }
 
-/* Frees scratch; 1 where thread `core` wrote outside its own part. */
+/* 1 where thread `core` wrote outside its own part. */
 static int strays(float *scratch, size_t floats, int core) {
   size_t count = NT * floats + 16, begin = (64 - (size_t)scratch % 64) % 64 / 4 + core * floats;
   const unsigned *bits = (const unsigned *)scratch;
@@ -184,7 +145,6 @@ static int strays(float *scratch, size_t floats, int core) {
   for (size_t i = 0; i < count; i++)
     outside |= (i < begin || i >= begin + floats) && bits[i] != ~0u;
   if (outside) printf("thread %d writes outside its scratch\n", core);
-  free(scratch);
   return outside;
 }
 
@@ -204,14 +164,17 @@ static int run(outputs o, const elem *q, const elem *k, const elem *v, const ele
                const int *starts) {
   int bad = 0;
   for (int core = 0; core < NT; core++) {
+    int kept = memory_count;
     float *scratch = allocate(NT * FORWARD_SCRATCH_FLOATS + 16, sizeof(float));
     outputs part = unwritten_outputs();
     attention_forward(part.out, part.lse, scratch, q, k, v, starts, core);
     bad |= strays(scratch, FORWARD_SCRATCH_FLOATS, core);
     bad |= collect("out", o.out, part.out, Q_COUNT, sizeof(elem));
     bad |= collect("lse", o.lse, part.lse, LSE_COUNT, sizeof(float));
+    release_from(kept);
   }
   for (int core = 0; core < NT; core++) {
+    int kept = memory_count;
     float *scratch = allocate(NT * BACKWARD_SCRATCH_FLOATS + 16, sizeof(float));
     outputs part = unwritten_outputs();
     attention_backward(part.dq, part.dk, part.dv, scratch, dout, o.out, o.lse, q, k, v, starts,
@@ -220,11 +183,13 @@ static int run(outputs o, const elem *q, const elem *k, const elem *v, const ele
     bad |= collect("dq", o.dq, part.dq, Q_COUNT, sizeof(elem));
     bad |= collect("dk", o.dk, part.dk, KV_COUNT, sizeof(elem));
     bad |= collect("dv", o.dv, part.dv, KV_COUNT, sizeof(elem));
+    release_from(kept);
   }
   return bad;
 }
 
 int main(void) {
+  if (!tiles_permitted()) return 0;
   /* Queries of size 2 make softmax peaked enough for a running maximum that moves. */
   elem *q = random_array(Q_COUNT, 2), *k = random_array(KV_COUNT, 1);
   elem *v = random_array(KV_COUNT, 1), *dout = random_array(Q_COUNT, 1);
@@ -242,8 +207,12 @@ int main(void) {
 
   double *lse = zeros(LSE_COUNT);
   for (size_t i = 0; i < LSE_COUNT; i++) lse[i] = o.lse[i];
-  /* float32 sums of up to T terms; half a unit in the last place of the storage type. */
+  /* float32 sums of up to T terms; half a unit in the last place of the storage type. In AMX the
+     weights of these sums, P or dS, have been rounded to that type too. */
   double limit = ACT == 0 ? 3e-6 : ACT == 1 ? 0x1p-8 : 0x1p-11;
+#ifdef TILE_AMX
+  limit = 0x1.4p-8;
+#endif
   bad |= check("out", out_, r.out, Q_COUNT, limit);
   bad |= check("lse", lse, r.lse, LSE_COUNT, 3e-6);
   bad |= check("dq", decoded(o.dq, Q_COUNT), r.dq, Q_COUNT, limit);

@@ -7,46 +7,14 @@
 
 #include <math.h>
 #include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
+#include "memory.h"
 
-#ifndef ACT
-#define ACT 0
-#endif
-#ifndef ROWS
-#define ROWS 1
-#endif
-#ifndef WINDOW
-#define WINDOW 0
-#endif
-#ifndef D
-#define D 64
-#endif
-#ifndef H
-#define H 6
-#define KV 2
-#endif
-#define S 48
+#include "cached_attention.h"
+
 #define POSITION 21
-#define SCALE 0.125f
-#define SCRATCH_FLOATS (ROWS * S)
-static int NT;
-
-#include "../../../tinyllama/ops/cpu/common.h"
-
-#include "../../../tinyllama/ops/cpu/cache.h"
-
-#define KERNEL cache_write
-#include "../../../tinyllama/ops/cpu/cache_write.c"
-#undef KERNEL
-#define KERNEL cached_attention
-#include "../../../tinyllama/ops/cpu/cached_attention.c"
-
-typedef ELEM(ACT) stored;
 
 static stored *random_numbers(long count) {
-  stored *x = malloc(count * sizeof(stored));
-  if (!x) exit(3);
+  stored *x = allocate((size_t)count, sizeof(stored));
   for (long i = 0; i < count; i++) STORE1(ACT, x + i, (rand() % 2001 - 1000) * 1.37e-3f);
   return x;
 }
@@ -73,11 +41,10 @@ static double attend_one(const stored *q, const stored *keys, const stored *valu
 int main(void) {
   int wrong = 0, position[1] = {POSITION};
   stored *q = random_numbers(T * H * D), *k = random_numbers(T * KV * D);
-  stored *v = random_numbers(T * KV * D), *out = malloc(T * H * D * sizeof(stored));
+  stored *v = random_numbers(T * KV * D), *out = allocate(T * H * D, sizeof(stored));
   stored *keys = random_numbers((long)KV * S * D), *values = random_numbers((long)KV * S * D);
   for (NT = 1; NT <= 3; NT += 2) {
-    float *scratch = malloc((size_t)NT * SCRATCH_FLOATS * 4);
-    memset(scratch, 0xff, (size_t)NT * SCRATCH_FLOATS * 4);
+    float *scratch = allocate((size_t)NT * SCRATCH_FLOATS, 4);
     memset(out, 0xff, T * H * D * sizeof(stored));
     for (int core = 0; core < NT; core++) cache_write(keys, values, k, v, position, core);
     for (int core = 0; core < NT; core++)
@@ -95,9 +62,7 @@ int main(void) {
           double rounding = ACT == 0 ? 1e-5 : ACT == 1 ? 0x1.02p-8 : 0x1.02p-11;
           wrong += !(fabs(LOAD1(ACT, out + at) - want) <= fabs(want) * rounding + 2e-6);
         }
-    free(scratch);
   }
-  free(q), free(k), free(v), free(out), free(keys), free(values);
   if (wrong) printf("%d numbers are wrong\n", wrong);
   return wrong != 0;
 }

@@ -12,52 +12,9 @@
 
 #include <math.h>
 #include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
+#include "memory.h"
 
-#include "../../../tinyllama/ops/cpu/common.h"
-
-static long N, H, V, B, T, HEADS, D, COUNT;
-static int NT;
-#define EPS 1e-5
-#define INVERSE FORM
-#define ACCUMULATE FORM
-#define GRADIENT FORM
-#define DECAY FORM
-
-#define KERNEL rms_norm_forward
-#include "../../../tinyllama/ops/cpu/rms_norm_forward.c"
-#undef KERNEL
-#define KERNEL rms_norm_backward
-#include "../../../tinyllama/ops/cpu/rms_norm_backward.c"
-#undef KERNEL
-#define KERNEL swiglu_forward
-#include "../../../tinyllama/ops/cpu/swiglu_forward.c"
-#undef KERNEL
-#define KERNEL swiglu_backward
-#include "../../../tinyllama/ops/cpu/swiglu_backward.c"
-#undef KERNEL
-#define KERNEL rope
-#include "../../../tinyllama/ops/cpu/rope.c"
-#undef KERNEL
-#define KERNEL embedding_forward
-#include "../../../tinyllama/ops/cpu/embedding_forward.c"
-#undef KERNEL
-#define KERNEL embedding_backward
-#include "../../../tinyllama/ops/cpu/embedding_backward.c"
-#undef KERNEL
-#define KERNEL cross_entropy
-#include "../../../tinyllama/ops/cpu/softmax.h"
-#include "../../../tinyllama/ops/cpu/cross_entropy.c"
-#undef KERNEL
-#define KERNEL square_sum
-#include "../../../tinyllama/ops/cpu/square_sum.c"
-#undef KERNEL
-#define KERNEL adamw
-#include "../../../tinyllama/ops/cpu/adamw.c"
-#undef KERNEL
-
-typedef ELEM(ACT) act;
+#include "elementwise.h"
 
 #define RUN(call)                                 \
   for (int core = NT - 1; core >= 0; core--) call;
@@ -88,28 +45,17 @@ static double uniform(double low, double high) {
   return low + (high - low) * (double)(state >> 40) * 0x1p-24;
 }
 
-/* Memory that ends with its last byte and starts one element into the allocator's alignment;
-   0xff bytes are a NaN in all three types. */
-static void *make(long count, long size) {
-  char *p = malloc((size_t)((count + 1) * size));
-  if (!p) abort();
-  memset(p, 0xff, (size_t)((count + 1) * size));
-  return p + size;
-}
-
 static act *make_act(long count, double low, double high) {
-  act *p = make(count, sizeof(act));
+  act *p = allocate(count, sizeof(act));
   for (long i = 0; i < count; i++) STORE1(ACT, p + i, (float)uniform(low, high));
   return p;
 }
 
 static float *make_float(long count, double low, double high) {
-  float *p = make(count, sizeof(float));
+  float *p = allocate(count, sizeof(float));
   for (long i = 0; i < count; i++) p[i] = (float)uniform(low, high);
   return p;
 }
-
-static void release(void *p, long size) { free((char *)p - size); }
 
 static double at(const act *p, long i) { return LOAD1(ACT, p + i); }
 
@@ -118,8 +64,8 @@ static double sigmoid(double x) { return 1 / (1 + exp(-x)); }
 static void test_rms_norm(void) {
   const long size = sizeof(act);
   act *x = make_act(N * H, -2, 2), *dy = make_act(N * H, -1, 1);
-  act *y = make(N * H, size), *dx = make(N * H, size);
-  float *w = make_float(H, 0.5, 1.5), *rstd = make(N, 4), *dw = make(NT * H, 4);
+  act *y = allocate(N * H, size), *dx = allocate(N * H, size);
+  float *w = make_float(H, 0.5, 1.5), *rstd = allocate(N, 4), *dw = allocate(NT * H, 4);
   double *dw_want = calloc((size_t)H, sizeof(double));
   RUN(rms_norm_forward(y, rstd, x, w, core));
   RUN(rms_norm_backward(dx, dw, dy, x, rstd, w, core));
@@ -142,16 +88,14 @@ static void test_rms_norm(void) {
     for (int c = 0; c < NT; c++) sum += dw[c * H + i];
     check("rms_norm dw", i, sum, dw_want[i], 2e-6 * (double)N);
   }
-  void *acts[] = {x, dy, y, dx}, *floats[] = {w, rstd, dw};
-  for (int i = 0; i < 4; i++) release(acts[i], size);
-  for (int i = 0; i < 3; i++) release(floats[i], 4);
   free(dw_want);
+  release_from(0);
 }
 
 static void test_swiglu(void) {
   const long count = N * H, size = sizeof(act);
   act *gate = make_act(count, -12, 12), *up = make_act(count, -2, 2), *dy = make_act(count, -1, 1);
-  act *y = make(count, size), *dgate = make(count, size), *dup = make(count, size);
+  act *y = allocate(count, size), *dgate = allocate(count, size), *dup = allocate(count, size);
   STORE1(ACT, gate, -100.0f); /* exp(100) is inf in float32 */
   RUN(swiglu_forward(y, gate, up, core));
   RUN(swiglu_backward(dgate, dup, dy, gate, up, core));
@@ -161,13 +105,12 @@ static void test_swiglu(void) {
     check_act("swiglu dup", i, dup[i], g * a * s, 0);
     check_act("swiglu dgate", i, dgate[i], g * b * s * (1 + a * (1 - s)), fabs(b) * s);
   }
-  void *all[] = {gate, up, dy, y, dgate, dup};
-  for (int i = 0; i < 6; i++) release(all[i], size);
+  release_from(0);
 }
 
 static void test_rope(void) {
   const long half = D / 2, count = B * T * HEADS * D, size = sizeof(act);
-  act *x = make_act(count, -2, 2), *out = make(count, size);
+  act *x = make_act(count, -2, 2), *out = allocate(count, size);
   float *cosine = make_float(T * half, -1, 1), *sine = make_float(T * half, -1, 1);
   RUN(rope(out, x, cosine, sine, core));
   for (long p = 0; p < count; p += D) {
@@ -178,14 +121,14 @@ static void test_rope(void) {
       check_act("rope", p + i + half, out[p + i + half], second * c[i] + first * turn, 1);
     }
   }
-  release(x, size), release(out, size), release(cosine, 4), release(sine, 4);
+  release_from(0);
 }
 
 static void test_embedding(void) {
   const long size = sizeof(act);
   float *weight = make_float(V * H, -1, 1), *dw = make_float(V * H, -1, 1);
-  act *out = make(N * H, size), *dout = make_act(N * H, -1, 1);
-  int *ids = make(N, 4);
+  act *out = allocate(N * H, size), *dout = make_act(N * H, -1, 1);
+  int *ids = allocate(N, 4);
   double *want = calloc((size_t)(V * H), sizeof(double));
   for (long n = 0; n < N; n++) ids[n] = (int)uniform(-1, (double)V + 1); /* V itself is outside */
   ids[N - 1] = (int)V - 1;
@@ -198,8 +141,8 @@ static void test_embedding(void) {
     if (inside) want[from] += at(dout, i);
   }
   for (long i = 0; i < V * H; i++) check("embedding dw", i, dw[i], want[i], 2e-6 * (double)N);
-  release(weight, 4), release(dw, 4), release(out, size), release(dout, size), release(ids, 4);
   free(want);
+  release_from(0);
 }
 
 /* One row: its loss and, where FORM asks for it, its gradient; `before` is the row as it was. */
@@ -220,9 +163,9 @@ static void check_cross_entropy(long row, const act *after, const act *before, f
 
 static void test_cross_entropy(double spread) {
   const long size = sizeof(act);
-  act *logits = make_act(N * V, -spread, spread), *before = make(N * V, size);
-  float *loss = make(N, 4);
-  int *targets = make(N, 4);
+  act *logits = make_act(N * V, -spread, spread), *before = allocate(N * V, size);
+  float *loss = allocate(N, 4);
+  int *targets = allocate(N, 4);
   /* A masked first half: whole blocks without a finite logit. */
   for (long i = 0; i < V / 2; i++) STORE1(ACT, logits + i, -INFINITY);
   memcpy(before, logits, (size_t)(N * V * size));
@@ -234,25 +177,25 @@ static void test_cross_entropy(double spread) {
   for (long n = 0; n < N; n++) targets[n] = n % 2 ? (int)V : 0x7fffffff; /* no such logit */
   RUN(cross_entropy(logits, loss, targets, core));
   for (long n = 0; n < N; n++) check("cross_entropy no logit", n, isnan(loss[n]), 1, 0);
-  release(logits, size), release(before, size), release(loss, 4), release(targets, 4);
+  release_from(0);
 }
 
 static void test_square_sum(void) {
-  float *x = make_float(COUNT, -3, 3), *partial = make(NT, 4);
+  float *x = make_float(COUNT, -3, 3), *partial = allocate(NT, 4);
   double got = 0, want = ACCUMULATE ? 2.0 * NT : 0;
   for (int c = 0; c < NT; c++) partial[c] = 2;
   RUN(square_sum(partial, x, core));
   for (int c = 0; c < NT; c++) got += partial[c];
   for (long i = 0; i < COUNT; i++) want += (double)x[i] * x[i];
   check("square_sum", 0, got, want, 2e-7 * want);
-  release(x, 4), release(partial, 4);
+  release_from(0);
 }
 
 static void test_adamw(void) {
   const double lr = 0.01, b1 = 0.9, b2 = 0.999, eps = 1e-8, decay = FORM ? 0.1 : 0, clip = 0.5;
-  float *scalars = make(8, 4), *p = make_float(COUNT, -1, 1), *g = make_float(COUNT, -1, 1);
+  float *scalars = allocate(8, 4), *p = make_float(COUNT, -1, 1), *g = make_float(COUNT, -1, 1);
   float *m = make_float(COUNT, -1, 1), *v = make_float(COUNT, 0.01, 1);
-  double *want = malloc((size_t)(3 * COUNT) * sizeof(double));
+  double *want = allocate((size_t)(3 * COUNT), sizeof(double));
   const double c1 = 1 - b1 * b1, c2 = 1 - b2 * b2;
   const double values[] = {lr, b1, b2, eps, 0.1, c1, c2, clip};
   for (int i = 0; i < 8; i++) scalars[i] = (float)values[i];
@@ -269,7 +212,7 @@ static void test_adamw(void) {
     check("adamw m", i, m[i], want[3 * i + 1], 3e-7);
     check("adamw v", i, v[i], want[3 * i + 2], 3e-7);
   }
-  release(scalars, 4), release(p, 4), release(g, 4), release(m, 4), release(v, 4), free(want);
+  release_from(0);
 }
 
 int main(void) {

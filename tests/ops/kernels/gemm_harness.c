@@ -28,6 +28,10 @@
 // variants: -DTILE_AMX -DTILE_IN_C -DLAYOUT=2 -DCOMPUTE_BF16=1 -DBLOCKS -DACCUMULATE=1 -DADDEND=1
 // variants: -DTILE_AMX -DTILE_IN_C -DLAYOUT=2 -DCOMPUTE_BF16=1 -DA_T=1 -DB_T=1 -DACCUMULATE=1
 // variants: -DTILE_AMX -DTILE_IN_C -DLAYOUT=0 -DCOMPUTE_BF16=1 -DB_T=1 -DADDEND=1 -DMANY_ROWS=1
+// variants: -DTILE_AMX -DBF16X3 -DLAYOUT=0 -DBLOCKS -DADDEND=1
+// variants: -DTILE_AMX -DBF16X3 -DTILE_IN_C -DLAYOUT=0 -DBLOCKS -DADDEND=1
+// variants: -DTILE_AMX -DBF16X3 -DTILE_IN_C -DLAYOUT=1 -DACCUMULATE=1
+// variants: -DTILE_AMX -DBF16X3 -DTILE_IN_C -DLAYOUT=2 -DBLOCKS -DACCUMULATE=1
 // variants: -DFIXED -DLAYOUT=0 -DM=97 -DN=70 -DK=700 -DNT=2 -DC_T=1 -DADDEND=1
 // variants: -DFIXED -DLAYOUT=1 -DM=50 -DN=33 -DK=2500 -DNT=3 -DA_T=1 -DC_T=2
 // variants: -DFIXED -DLAYOUT=2 -DM=256 -DN=257 -DK=64 -DNT=2 -DACCUMULATE=1
@@ -35,72 +39,16 @@
 
 #include <math.h>
 #include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
+#include "memory.h"
 
-#include "tile_permission.h"
+#include "product.h"
 
-#ifndef A_T
-#define A_T 0
-#endif
-#ifndef B_T
-#define B_T 0
-#endif
-#ifndef C_T
-#define C_T 0
-#endif
-#ifdef BLOCKS /* several panels and blocks along every side of small matrices */
-#ifdef TILE_AMX
-#define KC 32
-#define MC 64
-#define KB 64
-#define BC 6200
-#else
-#define KC 20
-#define MC 24
-#define KB 40
-#define BC 2600
-#endif
-#endif
 #ifdef FIXED
 static const int size_m[] = {M}, size_n[] = {N}, size_k[] = {K}, threads[] = {NT};
-#define CHOOSE(m, n, k, nt)
 #else
 static const int size_m[] = {1, 7, 31, 33, 257}, size_n[] = {1, 7, 31, 33, 257};
 static const int size_k[] = {1, 7, 31, 33, 257}, threads[] = {1, 2, 3};
-static int the_m, the_n, the_k, the_nt;
-#define M the_m
-#define N the_n
-#define K the_k
-#define NT the_nt
-#define CHOOSE(m, n, k, nt) (the_m = m, the_n = n, the_k = k, the_nt = nt)
 #endif
-#define KERNEL gemm
-
-#include "../../../tinyllama/ops/cpu/common.h"
-
-#include "../../../tinyllama/ops/cpu/tile.h"
-
-#include "../../../tinyllama/ops/cpu/panels.h"
-
-#ifdef TILE_IN_C
-#include "tile_in_c.h"
-#endif
-#ifdef TILE_AMX
-#include "../../../tinyllama/ops/cpu/tile_amx.h"
-#else
-#include "../../../tinyllama/ops/cpu/tile_vector.h"
-#endif
-
-#include "../../../tinyllama/ops/cpu/gemm.c"
-
-#define LENGTH(array) (int)(sizeof(array) / sizeof(*(array)))
-
-static void *allocate(size_t count, size_t size) {
-  void *memory = malloc(count * size);
-  if (!memory) exit(3);
-  return memset(memory, 0xff, count * size); /* NaN until written */
-}
 
 /* A matrix in its storage type, the values that stand there and those that are multiplied. */
 typedef struct {
@@ -127,11 +75,6 @@ static matrix random_matrix(size_t count, int code, int bf16_again) {
   return x;
 }
 
-static void discard(matrix x) {
-  free(x.stored);
-  free(x.value);
-}
-
 static void reference(double *sum, double *bound, matrix a, matrix b, matrix c, matrix r) {
   for (int i = 0; i < M; i++)
     for (int j = 0; j < N; j++) {
@@ -144,16 +87,19 @@ static void reference(double *sum, double *bound, matrix a, matrix b, matrix c, 
       size_t at = (size_t)i * N + j;
       if (ACCUMULATE) s += c.value[at], t += fabs(c.value[at]);
       if (ADDEND) s += r.value[at], t += fabs(r.value[at]);
-      /* float32 sums of K terms, then one rounding to the storage type */
+      /* float32 sums of K terms, or those of three products, then one rounding to the storage type */
       sum[at] = s;
-      bound[at] = t * 1e-6 + fabs(s) * (C_T == 0 ? 0 : C_T == 1 ? 0x1.01p-8 : 0x1.01p-11) + 1e-7;
+      bound[at] = t * PRODUCT_ERROR + fabs(s) * (C_T == 0 ? 0 : C_T == 1 ? 0x1.01p-8 : 0x1.01p-11) + 1e-7;
     }
 }
+
+static double squared_errors, squared_sums; /* of all products */
 
 /* One product with one number of threads against the reference; 1 where a value is wrong. */
 static int run(int nt_index, int m, int n, int k, matrix a, matrix b, matrix c, matrix r,
                const double *sum, const double *bound) {
-  CHOOSE(m, n, k, threads[nt_index]);
+  CHOOSE(m, n, k, 0, threads[nt_index]);
+  int kept = memory_count;
   size_t count = (size_t)M * N;
   ELEM(C_T) *out = allocate(count, sizeof(*out));
   if (ACCUMULATE) memcpy(out, c.stored, count * sizeof(*out));
@@ -169,13 +115,13 @@ static int run(int nt_index, int m, int n, int k, matrix a, matrix b, matrix c, 
   int wrong = 0;
   for (size_t i = 0; i < count && !wrong; i++) {
     double got = LOAD1(C_T, out + i);
+    squared_errors += (got - sum[i]) * (got - sum[i]), squared_sums += sum[i] * sum[i];
     if (fabs(got - sum[i]) <= bound[i]) continue;
     wrong = 1;
     printf("M %d N %d K %d NT %d: C[%zu,%zu] = %.9g, ", m, n, k, NT, i / N, i % N, got);
     printf("want %.9g +- %.2g\n", sum[i], bound[i]);
   }
-  free(out);
-  free(scratch);
+  release_from(kept);
   return wrong;
 }
 
@@ -186,7 +132,7 @@ int main(void) {
     int m = size_m[i % LENGTH(size_m)], n = size_n[i / LENGTH(size_m) % LENGTH(size_n)];
     int k = size_k[i / LENGTH(size_m) / LENGTH(size_n)];
     if (LENGTH(size_m) > 1 && m + n + k > 400) continue; /* two are large */
-    CHOOSE(m, n, k, 1);
+    CHOOSE(m, n, k, 0, 1);
     int bf16 = COMPUTE_BF16 && M > SKINNY; /* whether the kernel rounds its operands */
     matrix a = random_matrix((size_t)M * K, A_T, bf16), b = random_matrix((size_t)N * K, B_T, bf16);
     matrix c = random_matrix((size_t)M * N, C_T, 0), r = random_matrix((size_t)M * N, C_T, 0);
@@ -195,10 +141,13 @@ int main(void) {
     reference(sum, bound, a, b, c, r);
     for (int t = 0; t < LENGTH(threads); t++, runs++)
       wrong += run(t, m, n, k, a, b, c, r, sum, bound);
-    discard(a), discard(b), discard(c), discard(r);
-    free(sum);
-    free(bound);
+    release_from(0);
   }
-  printf("%d of %d products are wrong\n", wrong, runs);
+  double error = sqrt(squared_errors / squared_sums);
+#ifdef BF16X3
+  wrong += error > 1.5 * 0x1p-18;
+#endif
+  printf("%d of %d products are wrong, error %.2g of the results (root mean square)\n", wrong, runs,
+         error);
   return wrong != 0;
 }

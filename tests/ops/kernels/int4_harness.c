@@ -18,6 +18,7 @@
 // variants: -DLAYOUT=1 -DVW=8 -DTILE_AVX2 -DMINIMA=1; -DLAYOUT=0 -DVW=8 -DTILE_AVX2 -DBITS=8
 // variants: -DTILE_AMX -DTILE_IN_C -DLAYOUT=0 -DCOMPUTE_BF16=1 -DA_T=1 -DMINIMA=1
 // variants: -DTILE_AMX -DTILE_IN_C -DLAYOUT=1 -DCOMPUTE_BF16=1 -DA_T=1 -DBITS=8
+// variants: -DTILE_AMX -DBF16X3 -DTILE_IN_C -DLAYOUT=0 -DBLOCKS; -DLAYOUT=1 -DTILE_AMX -DBF16X3 -DTILE_IN_C
 // variants: -DFIXED -DLAYOUT=0 -DM=1 -DN=70 -DK=704 -DBLOCK=32 -DNT=2 -DMINIMA=1
 // variants: -DFIXED -DLAYOUT=0 -DM=3 -DN=70 -DK=704 -DBLOCK=32 -DNT=2 -DBITS=8 -DA_T=1
 // variants: -DFIXED -DLAYOUT=0 -DM=8 -DN=70 -DK=704 -DBLOCK=32 -DNT=2 -DMINIMA=1 -DA_T=2
@@ -26,77 +27,18 @@
 
 #include <math.h>
 #include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
+#include "memory.h"
 
-#include "tile_permission.h"
+#define PACKED
+#include "product.h"
 
-#ifndef A_T
-#define A_T 0
-#endif
-#ifndef C_T
-#define C_T 0
-#endif
-#ifndef COMPUTE_BF16
-#define COMPUTE_BF16 0
-#endif
-#ifdef BLOCKS /* several panels and blocks along every side of small matrices */
-#ifdef TILE_AMX
-#define KC 32
-#define MC 64
-#define KB 64
-#define BC 6200
-#else
-#define KC 20
-#define MC 24
-#define KB 40
-#define BC 2600
-#endif
-#endif
 #ifdef FIXED
 static const int size_m[] = {M}, size_rows[] = {LAYOUT == 0 ? N : K}, groups[] = {1};
 static const int group[] = {BLOCK}, threads[] = {NT};
-#define CHOOSE(m, n, k, block, nt)
 #else
 static const int size_m[] = {7, 33}, size_rows[] = {1, 33, 61}, groups[] = {1, 3};
 static const int group[] = {2, 6, 32, 64}, threads[] = {1, 3};
-static int the_m, the_n, the_k, the_block, the_nt;
-#define M the_m
-#define N the_n
-#define K the_k
-#define BLOCK the_block
-#define NT the_nt
-#define CHOOSE(m, n, k, block, nt) \
-  (the_m = m, the_n = n, the_k = k, the_block = block, the_nt = nt)
 #endif
-#define KERNEL gemm
-
-#include "../../../tinyllama/ops/cpu/common.h"
-
-#include "../../../tinyllama/ops/cpu/tile.h"
-
-#include "../../../tinyllama/ops/cpu/int4.h"
-
-#include "../../../tinyllama/ops/cpu/panels.h"
-
-#ifdef TILE_IN_C
-#include "tile_in_c.h"
-#endif
-#ifdef TILE_AMX
-#include "../../../tinyllama/ops/cpu/tile_amx.h"
-#else
-#include "../../../tinyllama/ops/cpu/tile_vector.h"
-#endif
-
-#include "../../../tinyllama/ops/cpu/gemm.c"
-
-#define LENGTH(array) (int)(sizeof(array) / sizeof(*(array)))
-
-static void *allocate(size_t count, size_t size) {
-  void *memory = malloc(count * size);
-  if (!memory) exit(3);
-  return memset(memory, 0xff, count * size); /* NaN until written */
-}
 
 /* Whether the kernel rounds its operands. */
 #define ROUNDS (COMPUTE_BF16 && M > SKINNY)
@@ -140,7 +82,7 @@ static int check(const ELEM(C_T) *out, const double *a, const double *w) {
       }
       double got = LOAD1(C_T, out + (long)i * N + j);
       double rounding = C_T == 0 ? 0 : C_T == 1 ? 0x1.01p-8 : 0x1.01p-11;
-      if (fabs(got - s) <= t * 1e-6 + fabs(s) * rounding + 1e-7) continue;
+      if (fabs(got - s) <= t * PRODUCT_ERROR + fabs(s) * rounding + 1e-7) continue;
       printf("M %d N %d K %d block %d threads %d: C[%d,%d] = %.9g, want %.9g\n", M, N, K, BLOCK, NT,
              i, j, got, s);
       return 1;
@@ -165,10 +107,8 @@ static int run(int m, int rows, int width, int block) {
     float *scratch = allocate((size_t)NT * SCRATCH_FLOATS, 4);
     for (int core = 0; core < NT; core++) gemm(out, scratch, stored, B_ARGS, core);
     wrong += check(out, a, w);
-    free(out);
-    free(scratch);
   }
-  free(packed), free(scales), free(minima), free(w), free(a), free(stored);
+  release_from(0);
   return wrong;
 }
 

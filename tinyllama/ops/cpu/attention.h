@@ -13,7 +13,9 @@
 
 #define NR (2 * VW)
 #ifndef MR
-#if defined(__AVX512F__) || defined(__aarch64__)
+#if defined(TILE_AMX)
+#define MR 32 /* attention_amx.h */
+#elif defined(__AVX512F__) || defined(__aarch64__)
 #define MR 12 /* 32 vector registers */
 #else
 #define MR 6 /* 16 vector registers */
@@ -105,10 +107,10 @@ INLINE void unpack_row(ELEM(ACT) *to, const float *from, float scale) {
 #endif
 
 /* VW by VW transpose: interleaving the halves log2(VW) times. */
-INLINE void transpose_block(float *to, long to_stride, const float *from) {
+INLINE void transpose_block(float *to, long to_stride, const float *from, long from_stride) {
   vf x[VW], y[VW];
 #pragma clang loop unroll(full)
-  for (int i = 0; i < VW; i++) x[i] = vload(from + i * STRIDE);
+  for (int i = 0; i < VW; i++) x[i] = vload(from + i * from_stride);
 #pragma clang loop unroll(full)
   for (int stage = 1; stage < VW; stage *= 2) {
 #pragma clang loop unroll(full)
@@ -127,7 +129,8 @@ INLINE void transpose_block(float *to, long to_stride, const float *from) {
 INLINE void transpose_rows(float *to, const float *from, long rows) {
   AS_WRITTEN for (long r = 0; r < rows; r += VW)
     AS_WRITTEN for (long d = 0; d < WIDTH; d += VW)
-      transpose_block(to + r / NR * NR * WIDTH + d * NR + r % NR, NR, from + r * STRIDE + d);
+      transpose_block(to + r / NR * NR * WIDTH + d * NR + r % NR, NR, from + r * STRIDE + d,
+                      STRIDE);
 }
 
 /* ---- the micro-kernel ---- */

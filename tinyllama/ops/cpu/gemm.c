@@ -51,6 +51,7 @@ INLINE void multiply_block(target t, slot *b_block, slot *a_block, a_ptr A, B_PA
     for (int k = k0; k < k1; k += DEPTH) {
       int depth = MIN(DEPTH, k1 - k);
       pack_a(a_block, A, k, depth, m0, m1);
+      finish_a(a_block, depth, m0, m1);
       t.first = k == 0, t.last = k + depth == SLOTS;
       ahead next = panels_ahead(B_ARGS, k, depth, n0, n0, 1);
       for (int n = n0; n < n1; n += NR) {
@@ -60,7 +61,7 @@ INLINE void multiply_block(target t, slot *b_block, slot *a_block, a_ptr A, B_PA
         if (m0 == r.m0 && (n - n0) % (GROUP * NR) == 0) {
           int end = MIN(n + GROUP * NR, n1), after = MIN(end + GROUP * NR, n1);
           pack_b(b, B_ARGS, k, depth, n, end);
-          clear_past(b, depth, n, end);
+          finish_b(b, depth, n, end);
           next = panels_ahead(B_ARGS, k, depth, end, after,
                               (long)CEIL(end - n, NR) * CEIL(m1 - m0, MR) * CEIL(depth, TILE_K));
         }

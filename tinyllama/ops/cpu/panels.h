@@ -1,7 +1,7 @@
 /* Packs the factors of a product (gemm.c) into panels, and adds its sums to what is there.
 
    Panels consist of slots of 4 bytes, a float or (COMPUTE_BF16) a pair of bfloat16 of consecutive
-   k, so that the same code packs both. The tile that multiplies them is tile_vector.h or tile_amx.h.
+   k (pairs.h, placed before this file), so that the same code packs both. The tile that multiplies them is tile_vector.h or tile_amx.h.
 
    A file that stores B differently (int4.h) is placed before this one and defines B_PARAMS (its
    parameters), B_ARGS (their names), B_IS_PACKED_OTHERWISE, pack_b and for LAYOUT 0 DOT_B (a row of
@@ -69,17 +69,6 @@ typedef const ELEM(B_T) * b_ptr;
 
 /* ---- packing ---- */
 
-/* bf16_encode for a factor. The processor's own rounding turns subnormal numbers into 0, as its
-   products do anyway. */
-INLINE vh factor_encode(vf x) {
-#if COMPUTE_BF16 && VW == 16 && defined(__AVX512BF16__)
-  vh y;
-  __asm__("vcvtneps2bf16 %1, %0" : "=v"(y) : "v"(x));
-  return y;
-#else
-  return bf16_encode(x);
-#endif
-}
 #define ENCODED(code, p) ENCODED_(code, p)
 #define ENCODED_(code, p) encoded_##code(p)
 INLINE vh encoded_0(const elem_0 *p) { return factor_encode(load_0(p)); }
@@ -87,26 +76,8 @@ INLINE vh encoded_1(const elem_1 *p) { return *(const vh_mem *)p; }
 INLINE vh encoded_2(const elem_2 *p) { return factor_encode(load_2(p)); }
 #define ENCODEDN(code, p, n) factor_encode(LOADN(code, p, n))
 
-/* Two vectors of factors: encoded in order, and interleaved as the pairs of slots. */
-#if COMPUTE_BF16 && VW == 16 && defined(__AVX512BF16__)
-typedef unsigned short halves __attribute__((vector_size(4 * VW)));
-typedef halves halves_mem __attribute__((aligned(2), may_alias));
-INLINE halves factor_encode_two(vf low, vf high) {
-  halves y;
-  __asm__("vcvtne2ps2bf16 %1, %2, %0" : "=v"(y) : "v"(low), "v"(high));
-  return y;
-}
-INLINE vf factor_pairs(vf even, vf odd) {
-  halves y = factor_encode_two(even, odd);
-  return (vf)__builtin_shufflevector(y, y, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8,
-                                     24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-}
+#ifdef PAIRS_BY_PROCESSOR
 #define ENCODED_TWO(code, p) factor_encode_two(LOAD(code, p), LOAD(code, (p) + VW))
-#else
-INLINE vf factor_pairs(vf even, vf odd) {
-  vu low = __builtin_convertvector(factor_encode(even), vu);
-  return (vf)(low | __builtin_convertvector(factor_encode(odd), vu) << 16);
-}
 #endif
 
 /* `count` elements that are contiguous along k -> CEIL(count, PAIR) slots. */

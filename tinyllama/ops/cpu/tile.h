@@ -23,10 +23,14 @@
 #endif
 #endif
 
-#if defined(TILE_AMX) /* 2 x 2 of 16 x 16; a slot of a panel is a pair */
+#if defined(TILE_AMX) /* 2 x 2 of 16 x 16; 16 slots of a panel that are pairs */
 #define TILE_ROWS 32
 #define TILE_COLS 32
+#ifdef BF16X3 /* slots are floats until they are divided (bf16x3.h) */
+#define TILE_K 32
+#else
 #define TILE_K 16
+#endif
 #ifndef KC
 #define KC 384
 #endif

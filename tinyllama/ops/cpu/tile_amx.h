@@ -1,74 +1,21 @@
-/* A tile of C in AMX, Intel's matrix unit, for gemm.c with COMPUTE_BF16 and TILE_AMX. Placed after
-   panels.h, it defines the same names as tile_vector.h.
+/* A tile of C in AMX (amx.h), for gemm.c with TILE_AMX, and with COMPUTE_BF16 or BF16X3 (bf16x3.h,
+   placed before this file). Placed after panels.h, it defines the same names as tile_vector.h. The
+   panels that panels.h packs, A's with rows along k, are what the unit reads. */
 
-   The unit has eight tile registers of 16 rows of 64 bytes. `tdpbf16ps` adds to 16 x 16 floats the
-   product of 16 rows of 32 bfloat16 of A with 16 rows of 16 pairs of B, pair k of a column in row k.
-   These are the panels that panels.h packs, A's with rows along k. Four registers hold 32 x 32 sums;
-   two registers of A and two of B give 4 products for 4 loads. The unit treats subnormal factors
-   and sums as 0, rounds every addition to nearest, and first adds the even and the odd k of 32
-   separately.
-
-   A process must have requested the unit from the system (system/processor.py), or ldtilecfg ends
-   it. The registers are configured at the beginning of a kernel and released at its end, so that
-   the system has nothing to save when it gives the core to another thread.
-
-   With TILE_IN_C a test defines the operations in C. */
-
-#define AMX_SIDE 16                   /* rows of a register, and slots or floats of a row */
-#define AMX_ROW_BYTES (4 * AMX_SIDE)
-
-#ifndef TILE_IN_C
-typedef struct {
-  unsigned char palette, start, unused[14];
-  unsigned short row_bytes[16];
-  unsigned char rows[16];
-} amx_shape;
-#define AMX_8(x) {x, x, x, x, x, x, x, x}
-static const amx_shape amx_square = {1, 0, {0}, AMX_8(AMX_ROW_BYTES), AMX_8(AMX_SIDE)};
-
-#define tile_begin() __asm__ volatile("ldtilecfg %0" : : "m"(amx_square))
-#define tile_end() __asm__ volatile("tilerelease")
-#define tile_zero(t) __asm__ volatile("tilezero %%tmm" #t :)
-/* Rows lie `width` slots or floats apart. */
-#define tile_load(t, from, width) \
-  __asm__ volatile("tileloadd (%0,%1), %%tmm" #t : : "r"(from), "r"(4L * (width)) : "memory")
-#define tile_store(t, to, width) \
-  __asm__ volatile("tilestored %%tmm" #t ", (%0,%1)" : : "r"(to), "r"(4L * (width)) : "memory")
-#define tile_multiply(sum, a, b) \
-  __asm__ volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #sum :)
+#ifndef BF16X3
+#define divide_a(out, depth, m0, m1)
+#define divide_b(out, depth, n0, n1)
+INLINE void tile_step(const slot *a, const slot *b) { amx_step(a, KC, b, NR); }
 #endif
 
-/* Loads all four sums from MR rows of floats, or stores them there. */
-#define tile_every(move, place, width)              \
-  move(0, (place), width);                          \
-  move(1, (place) + AMX_SIDE, width);               \
-  move(2, (place) + (long)AMX_SIDE * (width), width); \
-  move(3, (place) + (long)AMX_SIDE * (width) + AMX_SIDE, width)
-
-INLINE void tile_clear(void) {
-  tile_zero(0);
-  tile_zero(1);
-  tile_zero(2);
-  tile_zero(3);
-}
-
-/* Adds one step along k to the sums. */
-INLINE void tile_step(const float *a, const float *b) {
-  tile_load(4, a, KC);
-  tile_load(6, b, NR);
-  tile_load(7, b + AMX_SIDE, NR);
-  tile_load(5, a + AMX_SIDE * KC, KC);
-  tile_multiply(0, 4, 6);
-  tile_multiply(1, 4, 7);
-  tile_multiply(2, 5, 6);
-  tile_multiply(3, 5, 7);
-}
+#define finish_a(out, depth, m0, m1) divide_a(out, depth, m0, m1)
 
 /* Clears what the last panels of B have past K, up to a whole step of the tile. */
-INLINE void clear_past(slot *restrict out, int depth, int n0, int n1) {
+INLINE void finish_b(slot *restrict out, int depth, int n0, int n1) {
   for (int n = n0; n < n1; n += NR)
     for (int k = depth; k % TILE_K; k++)
       for (int j = 0; j < NR; j += VW) vstore(out + (n - n0) * DEPTH + k * NR + j, (vf){0});
+  divide_b(out, depth, n0, n1);
 }
 
 /* Memory that is needed next, prefetched while the matrix unit works: `rows` rows of `lines` cache

@@ -1,11 +1,13 @@
 /* A tile of C in vector registers, for gemm.c: MR rows of NR columns, one slot of depth at a time.
    Placed after panels.h. Each of the two files with a tile (the other is tile_amx.h) defines
-   tile_begin, tile_end, clear_past, panels_ahead with its type, and multiply_panel. */
+   tile_begin, tile_end, finish_a and finish_b (for what has been packed), panels_ahead with its type,
+   and multiply_panel. */
 
 #define COLS (NR / VW)
 #define tile_begin()
 #define tile_end()
-#define clear_past(out, depth, n0, n1)
+#define finish_a(out, depth, m0, m1)
+#define finish_b(out, depth, n0, n1)
 
 /* Packed panels are already in the cache when they are needed: nothing is prefetched. */
 typedef int ahead;

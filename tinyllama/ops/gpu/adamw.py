@@ -27,15 +27,12 @@ def step(
     """
     vec = rows.vector(4, *counts)
     per_block = rows.THREADS * vec * ROUNDS
-    entries, first = [], 0
-    for number, (count, decay) in enumerate(zip(counts, decays, strict=True)):
-        entries.append(f"X({number}, {count}, {first}, {int(decay)})")
-        first += -(-count // per_block)
+    entries, blocks = rows.table(counts, per_block, [*map(int, decays)])
     numbers = range(len(counts))
     states = [f"{letter}{n}" for n in numbers for letter in "pmv"]
     return rows.launch(
         "adamw", dialect, {"TENSORS(X)": " ".join(entries), "ROUNDS": ROUNDS}, vec=vec,
-        grid=(first, 1), dtype=dtype, threads=rows.THREADS,
+        grid=(blocks, 1), dtype=dtype, threads=rows.THREADS,
         arguments=[*states, *(f"g{n}" for n in numbers), "scalars"], flops=12 * sum(counts),
         updates=True,
     )  # fmt: skip

@@ -181,21 +181,20 @@ def default_tile(
 ) -> Tile:
     """The tile of a product that fits the dialect's limits.
 
-    Products of which one side is at most 32, as LoRA's are, get blocks that are as thin.
+    Products of which one side is at most 32, as LoRA's are, get blocks that are as thin. Groups of
+    lanes stay 32 columns wide, which gate and up in one and heads that are turned need.
     """
     fragment = fragments(dialect, dtype) if fragment is None else fragment
     if dialect != "cuda":
-        tile = Tile(bm=64, bn=64, wm=32, wn=32, stages=2)
-        thin = (16, 32)
+        tile, thin = Tile(bm=64, bn=64, wm=32, wn=32, stages=2), 16
     elif fragment == FMA:
-        tile, thin = Tile(bk=16, wn=32), (16, 32)
+        tile, thin = Tile(bk=16, wn=32), 16
     else:
-        tile = Tile(bk=16, unroll=1) if dtype == "float32" else Tile()
-        thin = (32, 32)
+        tile, thin = Tile(bk=16, unroll=1) if dtype == "float32" else Tile(), 32
     if N <= 32:
-        return dataclasses.replace(tile, bn=32, wm=thin[1], wn=thin[0])
+        return dataclasses.replace(tile, bn=32, wm=thin, wn=32)
     if M <= 32:
-        return dataclasses.replace(tile, bm=32, wm=thin[0], wn=thin[1])
+        return dataclasses.replace(tile, bm=32, wm=thin, wn=32)
     return tile
 
 

@@ -14,14 +14,11 @@ def narrow(dialect: Dialect, counts: Sequence[int], dtype: DType) -> Launch:
     """y of each tensor (`counts` numbers of type `dtype`), then x of each (float32)."""
     vec = rows.vector(4, *counts)
     per_block = rows.THREADS * vec * ROUNDS
-    entries, first = [], 0
-    for number, count in enumerate(counts):
-        entries.append(f"X({number}, {count}, {first})")
-        first += -(-count // per_block)
+    entries, blocks = rows.table(counts, per_block)
     numbers = range(len(counts))
     return rows.launch(
         "narrow", dialect,
         {"TENSORS(X)": " ".join(entries), "REST(X)": " ".join(entries[1:]), "ROUNDS": ROUNDS},
-        vec=vec, grid=(first, 1), dtype=dtype, threads=rows.THREADS,
+        vec=vec, grid=(blocks, 1), dtype=dtype, threads=rows.THREADS,
         arguments=[*(f"y{n}" for n in numbers), *(f"x{n}" for n in numbers)], flops=0,
     )  # fmt: skip

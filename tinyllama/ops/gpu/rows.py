@@ -38,6 +38,16 @@ def _rounded(count: int, unit: int) -> int:
     return -(-count // unit) * unit
 
 
+def table(counts: Sequence[int], per_block: int, *columns: Sequence[int]) -> tuple[list[str], int]:
+    """Entries X(number, its numbers, its first block, ...) of a text's TENSORS(X), with further
+    columns; and the number of blocks, which have `per_block` numbers of one tensor."""
+    entries, first = [], 0
+    for number, (count, *more) in enumerate(zip(counts, *columns, strict=True)):
+        entries.append(f"X({', '.join(map(str, (number, count, first, *more)))})")
+        first += -(-count // per_block)
+    return entries, first
+
+
 def launch(
     kernel: str,
     dialect: Dialect,

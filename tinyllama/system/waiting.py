@@ -1,0 +1,28 @@
+"""How long this process was ready to run, and other programs had the processors.
+
+Linux keeps it per thread, in nanoseconds, in /proc/self/task/ID/schedstat (Documentation/scheduler/
+sched-stats.rst: time on the processor, time on a run queue, slices). Elsewhere it counts as none.
+"""
+
+import os
+
+
+class Waiting:
+    """Seconds of waiting since the last question."""
+
+    def __init__(self, tasks: str = "/proc/self/task") -> None:
+        self._tasks, self._before = tasks, dict[str, int]()
+        self.take()
+
+    def take(self) -> float:
+        """The longest time that one of the threads waited since the last call."""
+        now = dict[str, int]()
+        try:
+            for task in os.listdir(self._tasks):
+                with open(f"{self._tasks}/{task}/schedstat", "rb", buffering=0) as file:
+                    now[task] = int(file.read(100).split()[1])
+        except (OSError, ValueError, IndexError):  # a thread that ended, another system
+            pass
+        waits = [time - self._before.get(name, time) for name, time in now.items()]
+        self._before = now
+        return max(waits, default=0) / 1e9
