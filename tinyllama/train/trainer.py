@@ -394,8 +394,8 @@ class Trainer:
         if result.applied and (moved := self.moves.ratio()) is not None:
             found += self.watching.watch.update(step, moved)
         taken = self._waiting.take()  # by other programs
-        own = (max(0.0, passed - taken) for passed in (seconds, data_seconds))
-        slow = self.watching.machine.step(step, *own, line["memory_bytes"])
+        own, waited = (max(0.0, passed - taken) for passed in (seconds, data_seconds))
+        slow = self.watching.machine.step(step, own, waited, line["memory_bytes"])
         more: dict[str, Any] = {}
         if (found or (every and step % every == 0)) and result.applied:
             ratios = update_ratios(self.optimizer, step - self.watching.left_out, line["lr"])
