@@ -38,8 +38,8 @@ LLAMA_DEMOS := llama-demo-train llama-demo-lora llama-demo-qlora
 .PHONY: help venv demo smollm2 test readme tier1 tier2 tier3 ci lint coverage quality \
   quality-quick mutants llama-properties llama-mutations llama-tests llama-demo-train \
   llama-demo-lora llama-demo-qlora llama-ci chaos fuzz anomalies conformance docstrings \
-  preferences talk lm-eval llamacpp proofs neon gpu-races backends-report phoenix trackers profile-files \
-  profile-overhead tinygrad proof-7b clean
+  talk lm-eval preferences llamacpp proofs neon gpu-races backends-report phoenix trackers \
+  profile-files profile-overhead tinygrad proof-7b clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-17s %s\n", $$1, $$2}' Makefile
