@@ -43,7 +43,7 @@ def send(address, path="/health", body=None, **headers):
     data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
     request = urllib.request.Request(address + path, data, headers)
     try:
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with urllib.request.urlopen(request, timeout=120) as answer:
             return answer.status, json.loads(answer.read())
     except urllib.error.HTTPError as error:
         with error:
@@ -277,6 +277,19 @@ def test_parts_of_text_are_joined(server):
 
 def test_a_request_that_is_too_large_is_refused(server):
     assert send(server, "/v1/chat/completions", b" " * (5 << 20))[0] == 413
+
+
+def test_others_are_answered_while_a_large_prompt_is_read(server):
+    body = {"messages": said("fox " * 600_000)}
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        begun, longest = time.monotonic(), 0.0
+        large = pool.submit(send, server, "/v1/chat/completions", body)
+        while not large.done():
+            before = time.monotonic()
+            assert send(server)[0] == 200
+            longest = max(longest, time.monotonic() - before)
+        seconds = time.monotonic() - begun
+    assert large.result()[0] == 400 and longest < seconds / 2
 
 
 def test_unknown_addresses_and_methods(server):

@@ -19,6 +19,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.resources import files
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -155,8 +156,8 @@ class Server:
 
     async def _completions(self, request: Request) -> Response:
         wanted = await self._wanted(request, CompletionWanted)
-        with _refusing():
-            ids = protocol.prompt_ids(wanted.prompt, self._tokenizer)
+        with _refusing():  # on another thread: megabytes of text take seconds
+            ids = await asyncio.to_thread(protocol.prompt_ids, wanted.prompt, self._tokenizer)
         return await self._answer(wanted, ids, DEFAULT_COMPLETION_TOKENS, request, chat=False)
 
     async def _chat(self, request: Request) -> Response:
@@ -165,7 +166,8 @@ class Server:
         if template is None:
             raise Refused(400, "the model has no chat template: start the server with --template")
         with _refusing():
-            ids = template.encode_prompt(wanted.messages, tools=wanted.tools)
+            encode = partial(template.encode_prompt, tools=wanted.tools)
+            ids = await asyncio.to_thread(encode, wanted.messages)
         return await self._answer(wanted, ids, None, request, chat=True)
 
     async def _wanted(self, request: Request, kind: type[AnyWanted]) -> AnyWanted:
