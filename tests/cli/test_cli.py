@@ -251,7 +251,9 @@ def test_a_run_stands_for_its_final_checkpoint_or_else_its_newest_step(tmp_path,
 def test_what_is_no_model_is_called_what_it_is(tmp_path, capsys):
     (tmp_path / "file").touch()
     (tmp_path / "empty").mkdir()
+    os.mkfifo(tmp_path / "pipe.gguf")
     found = {
+        "pipe.gguf": "is no regular file",
         "file": "is a file, must be the folder of a model or end in .gguf",
         "empty": "holds neither a model nor a checkpoint of a run",
         "none": "no such file or folder",

@@ -1,5 +1,6 @@
 """Whole models for other programs: what is written, that it is checked, and that half is never."""
 
+import re
 import shutil
 import signal
 import subprocess
@@ -34,6 +35,7 @@ from tinyllama.errors import ConfigError, TokenizerError, WeightsError
 from tinyllama.formats.gguf import GgufFile
 from tinyllama.formats.huggingface import open_folder
 from tinyllama.formats.models import open_model
+from tinyllama.formats.safetensors import SafetensorsFile, write_safetensors
 from tinyllama.tokenizers.opening import open_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -294,6 +296,25 @@ def test_an_export_that_reads_back_wrong_leaves_nothing(base, tmp_path, monkeypa
     with pytest.raises(WeightsError, match=r"q_proj\.weight: differs from its source by"):
         export(Job(base[0], tmp_path / name, "gguf"))
     assert left_in(tmp_path) == []
+
+
+@pytest.mark.parametrize(("target", "dtype"), [("gguf", None), ("hf", None), ("hf", "F16")])
+def test_values_that_no_model_has_are_named_with_the_name_that_was_asked_for(
+    base, tmp_path, target, dtype
+):
+    """NaN, and what the chosen type cannot hold; never the name of a half-written folder."""
+    folder = shutil.copytree(base[0], tmp_path / "base")
+    file = folder / "model.safetensors"
+    arrays = {n: np.array(SafetensorsFile(file).array(n), np.float32) for n in base[1]}
+    arrays["model.norm.weight"][0] = np.nan if dtype is None else 1e30
+    write_safetensors(file, arrays)
+    out = tmp_path / ("a.gguf" if target == "gguf" else "out")
+    with pytest.raises(WeightsError) as caught:
+        export(Job(folder, out, target, dtype))
+    expected = "would hold a value that is not finite" if dtype is None else r"1e\+30 is too large"
+    named = rf"{re.escape(str(out))}[^ ]*: model\.norm\.weight: {expected}"
+    assert re.match(named, str(caught.value))
+    assert left_in(tmp_path) == ["base"]
 
 
 def test_a_wrong_configuration_is_seen_in_the_logits(base, tmp_path, monkeypatch):

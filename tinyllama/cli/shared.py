@@ -94,6 +94,8 @@ def model_folder(folder: Path) -> Path:
         return folder
     if not folder.is_dir():
         problem = "is a file, must be the folder of a model or end in .gguf"
+        if folder.suffix == ".gguf":
+            problem = "is no regular file"
         raise ConfigError(f"{folder}: {problem if folder.exists() else 'no such file or folder'}")
     names = ("config.json", "adapter_config.json", "params.json")
     if any((folder / name).exists() for name in names):

@@ -112,6 +112,8 @@ def compare(
 
     def same(name: str, a: Matrix, b: Matrix) -> None:
         away = _relative(a, b)
+        if math.isinf(away) and not np.isfinite(b).all():
+            raise WeightsError(f"{label}: {name}: would hold a value that is not finite")
         if not away <= LIMITS[kinds(name)][0]:
             raise WeightsError(
                 f"{label}: {name}: differs from its source by {away:.2g} of its size when read "

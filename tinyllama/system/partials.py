@@ -31,6 +31,8 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+from tinyllama.errors import TinyllamaError
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -62,9 +64,20 @@ def unfinished(final: Path, create: Callable[[Path], object]) -> Iterator[Path]:
     _ours.add(partial.name)
     try:
         yield partial
+    except TinyllamaError as error:
+        if (message := _named(str(error), partial, final)) == str(error):
+            raise
+        raise type(error)(message) from error
     finally:
         _ours.discard(partial.name)
         _close(handle)
+
+
+def _named(message: str, partial: Path, final: Path) -> str:
+    """A message about what was being written, by the name that it was to get."""
+    for inside in (partial / final.name, partial):
+        message = message.replace(str(inside), str(final))
+    return message
 
 
 def discard(path: Path) -> None:

@@ -396,7 +396,7 @@ class Trainer:
         if result.applied and (moved := self.moves.ratio()) is not None:
             found += self.watching.watch.update(step, moved)
         taken = self._waiting.take()  # by other programs
-        own, waited = (max(0.0, passed - taken) for passed in (seconds, data_seconds))
+        own, waited = max(0.0, seconds - taken), max(0.0, data_seconds - taken)
         slow = self.watching.machine.step(step, own, waited, line["memory_bytes"])
         more: dict[str, Any] = {}
         if (found or (every and step % every == 0)) and result.applied:

@@ -89,7 +89,7 @@ static void reference(double *sum, double *bound, matrix a, matrix b, matrix c, 
       size_t at = (size_t)i * N + j;
       if (ACCUMULATE) s += c.value[at], t += fabs(c.value[at]);
       if (ADDEND) s += r.value[at], t += fabs(r.value[at]);
-      /* float32 sums of K terms, or those of three products, then one rounding to the storage type */
+      /* sums of K terms, then one rounding to the storage type */
       sum[at] = s;
       bound[at] = t * PRODUCT_ERROR + fabs(s) * (C_T == 0 ? 0 : C_T == 1 ? 0x1.01p-8 : 0x1.01p-11) + 1e-7;
     }
