@@ -26,7 +26,7 @@ import json, sys
 sys.path[:0] = [{str(ROOT / "tests/helpers")!r}]
 from tinyllama.system import device
 device.select()
-if sys.argv[1] == "AMX":
+if sys.argv[1].startswith("AMX"):
     import amx_in_c
     amx_in_c.install()
 import numpy as np
@@ -34,14 +34,15 @@ from tinyllama.config import config_from_toml
 from tinyllama.data.batches import Batch
 from tinyllama.model.build import build_random
 from tinyllama.runtime import c_kernel
-from tinyllama.train.optimizer import AdamW
+from tinyllama.train.optimizer import AdamW, weights_to_copy
 from tinyllama.train.step import TrainStep
 
 texts, whole = [], c_kernel.Kernel.text
 c_kernel.Kernel.text = lambda kernel: texts.append(whole(kernel)) or texts[-1]
 config = config_from_toml(sys.argv[2], "steps")
 model, trained, _ = build_random(config, 0)
-step = TrainStep(model, AdamW(trained, config.training), 1)
+copied = weights_to_copy(model, trained) if sys.argv[1].endswith("with copies") else []
+step = TrainStep(model, AdamW(trained, config.training, copied=copied), 1)
 tokens = np.random.default_rng(0).integers(0, 300, (2, 101)).astype(np.int32)
 starts = np.zeros_like(tokens)
 starts[1, 60:] = 60
@@ -49,6 +50,8 @@ batch = Batch(tokens, np.roll(tokens, -1, 1), starts)
 results = [step([batch], n, 1e-3) for n in range(1, 5)]
 words = ("#define TILE_AMX 1", "#define BF16X3 1", "INLINE void attend_strip")
 counts = [sum(word in text for text in texts) for word in words]
+if copied:
+    counts += [len(copied), sum("define B_T 1" in t and "define LAYOUT 2" not in t for t in texts)]
 print(json.dumps([[(r.loss, r.grad_norm) for r in results], counts]))
 """
 
@@ -79,6 +82,15 @@ def test_bfloat16_in_tiles_trains_as_without_them_and_twice_the_same() -> None:
         assert loss == pytest.approx(wanted, rel=3e-4)
         assert norm == pytest.approx(wanted_norm, rel=1e-2)
     assert trained("AMX", options)[0] == tiles
+
+
+def test_copies_of_the_weights_change_no_bit_in_tiles() -> None:
+    options = 'dtype = "bfloat16"'
+    plain, _ = trained("AMX", options)
+    copied, counts = trained("AMX with copies", options)
+    assert counts[3] == 7 * 2 + 1  # of two layers and the head
+    assert counts[4] > 1  # products that read them, forward and back to x
+    assert copied == plain
 
 
 def test_float32_by_parts_is_nearly_exact() -> None:
