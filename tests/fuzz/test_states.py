@@ -1,7 +1,8 @@
 """Random sequences of what users and accidents do to a run and to a cache of tokens (hypothesis).
 
-A run is trained, killed or stopped at some file call, continued with other options, damaged, taken back
-to an older checkpoint, in any order; a cache meets other texts, damage, what killed processes left.
+A run is trained, killed or stopped at some file call, continued with other options, damaged, taken
+back to an older checkpoint, in any order; a cache meets other texts, damage and what killed
+processes left.
 """
 
 import json
