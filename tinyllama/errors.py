@@ -95,3 +95,8 @@ def reason(error: MemoryError | OSError) -> str:
     if isinstance(error, MemoryError):
         return str(error) or "the system has no more"
     return _REASONS.get(error.errno or 0) or error.strerror or str(error)
+
+
+def missing(error: ImportError) -> str:
+    """The package that is not installed."""
+    return (error.name or str(error)).partition(".")[0]

@@ -10,6 +10,7 @@ python tools/quality.py --record    all of it, a line in docs/quality.jsonl, doc
     start-up      processor time of `import tinyllama` and `tinyllama --help`, in starts of Python
     audit         known vulnerabilities in the installed packages that it requires (pip-audit)
     speed         a training step's operations per second, in those of numpy's product of matrices
+                  (processor time; beside PyTorch it is measured by tools/speed.py)
     coverage      per cent of lines that the tests run
     mutation      per cent of deliberate faults that the tests notice
 
@@ -38,8 +39,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from tinyllama.cli.arguments import exit_code, leave
+from tinyllama.system import device
 from tinyllama.system.files import atomic_write
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,6 +51,7 @@ LINES, PAGE, PICTURE = "docs/quality.jsonl", "docs/quality.md", "docs/quality.sv
 MOST_COMPLEX = 10
 SIMILAR_LINES = 5  # in a row that are duplicated
 STARTS = 9  # processes of each kind
+STEPS = 40  # of training
 Figures = dict[str, float]
 
 
@@ -215,25 +219,33 @@ def required(requirements: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def speed(root: Path) -> Figures:
-    """Operations per second of a training step of a small model, against numpy's products of
-    float32 matrices with as many threads, just before and after it."""
+    """Operations per second of processor time of a training step of the demo, against numpy's
+    products of float32 matrices, each with one thread, in turns."""
     import numpy as np
+    from profile_overhead import contender
+    from threadpoolctl import threadpool_limits
 
+    from tinyllama.config import load_config
+    from tinyllama.model.counts import model_flops
+
+    device.select()
+    device.set_threads(1)
+    config = load_config(str(root / "configs" / "demo.toml"))
+    step, context = contender(config), config.context_length
+    flops = model_flops(config.model, config.training.batch_size * context, context, None)
     a = np.random.default_rng(0).random((1024, 1024), np.float32)
+    steps, products = [], []
+    with threadpool_limits(1):
+        for number in range(1, STEPS + 1):
+            steps.append(_processor_seconds(lambda n=number: step(n)))
+            products.append(_processor_seconds(lambda: a @ a))
+    return {"speed_of_gemm": flops / min(steps) / (2 * 1024**3 / min(products))}
 
-    def gemm() -> float:
-        times = []
-        for _ in range(15):
-            begun = time.perf_counter()
-            a @ a
-            times.append(time.perf_counter() - begun)
-        return 2 * 1024**3 / min(times)
 
-    step = ["demo", "--batch", "4", "--context", "256", "--steps", "30", "--json"]
-    before = gemm()
-    result = json.loads(run(sys.executable, "-m", f"{PACKAGE}.bench", *step, cwd=root))
-    reached = result["flops_per_second"] * result["step_seconds"] / result["step_seconds_min"]
-    return {"speed_of_gemm": reached / max(before, gemm())}
+def _processor_seconds(function: Callable[[], object]) -> float:
+    begun = time.process_time()
+    function()
+    return time.process_time() - begun
 
 
 def coverage(root: Path) -> Figures:

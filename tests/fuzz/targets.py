@@ -27,6 +27,8 @@ from tinyllama.formats.meta import MetaFolder
 from tinyllama.formats.models import open_model
 from tinyllama.formats.peft import AdapterConfig, AdapterFolder, Placement
 from tinyllama.formats.safetensors import SafetensorsFile, write_safetensors
+from tinyllama.generate.protocol import ChatWanted, CompletionWanted, parse_request, prompt_ids
+from tinyllama.generate.sampling import Sampling
 from tinyllama.observe.metrics import read_metrics
 from tinyllama.runtime import kernel_cache
 from tinyllama.system import checked
@@ -34,7 +36,7 @@ from tinyllama.system.untrusted import read_json_file
 from tinyllama.tokenizers.gguf import files_of_gguf
 from tinyllama.tokenizers.opening import from_files
 from tinyllama.tokenizers.sentencepiece import SentencePieceTokenizer, train_tokenizer
-from tinyllama.tokenizers.templates import NAMED, ChatTemplate
+from tinyllama.tokenizers.templates import NAMED, ChatTemplate, named_template
 from tinyllama.train import checkpoint, manifest
 
 Parse = Callable[[bytes], None]
@@ -408,6 +410,30 @@ def expressions(folder: Path) -> Parse:
     return parse
 
 
+def chat_request(folder: Path) -> Parse:
+    """The body of /v1/chat/completions, up to the ids of its prompt in each named template."""
+    templates = [named_template(name, tokenizer()) for name in NAMED]
+
+    def parse(data: bytes) -> None:
+        wanted = parse_request(data, ChatWanted)
+        wanted.samplings(Sampling())
+        for template in templates:
+            template.encode_prompt(wanted.messages, tools=wanted.tools)
+
+    return parse
+
+
+def completion_request(folder: Path) -> Parse:
+    """The body of /v1/completions, up to the ids of its prompt."""
+
+    def parse(data: bytes) -> None:
+        wanted = parse_request(data, CompletionWanted)
+        wanted.samplings(Sampling())
+        prompt_ids(wanted.prompt, tokenizer())
+
+    return parse
+
+
 def hub_names(folder: Path) -> Parse:
     def parse(data: bytes) -> None:
         hub.parse(data.decode(errors="surrogateescape"))
@@ -453,12 +479,15 @@ TARGETS: dict[str, Callable[[Path], Parse]] = {
     "remembered_checks": remembered_checks,
     "kernel_cache": compiled_kernels,
     "hub_name": hub_names,
+    "chat_request": chat_request,
+    "completion_request": completion_request,
 }
 # Those whose inputs are JSON, which the fuzzer then changes as JSON.
 JSON = {
     "hf_config", "hf_generation", "hf_index", "adapter_config", "tokenizer_json",
     "tokenizer_config", "manifest", "manifest_summed", "training_state", "cache_meta",
     "cache_meta_summed", "text_digests", "meta_params", "remembered_checks",
+    "chat_request", "completion_request",
 }  # fmt: skip
 
 
@@ -502,6 +531,20 @@ def seeds(name: str) -> list[bytes]:
                                 b'"norm_eps": 1e-5, "vocab_size": 300, "use_scaled_rope": true}'],
         "remembered_checks": lambda: [b'{"entries": {"a": [[1, 2], "b", 3]}, "sum": ""}'],
         "kernel_cache": lambda: [kernel_cache._entry(kernel_cache.digest("fuzz"), b"kernel")],
+        "chat_request": lambda: [
+            b'{"model": "a", "messages": [{"role": "system", "content": "Be brief."}, '
+            b'{"role": "user", "content": [{"type": "text", "text": "Hi <s>"}]}], "n": 2, '
+            b'"max_tokens": 5, "stop": ["a", "b"], "temperature": 0.5, "top_p": 0.9, "seed": 3, '
+            b'"stream": true, "stream_options": {"include_usage": true}, "logprobs": true, '
+            b'"top_logprobs": 2, "tools": [{"type": "function", "function": {"name": "f"}}]}',
+            b'{"messages": [{"role": "assistant", "content": null, "tool_calls": [{"id": "1"}]}, '
+            b'{"role": "tool", "content": "4"}], "top_k": 3, "min_p": 0.1, "stop": "a", '
+            b'"repetition_penalty": 1.1, "max_completion_tokens": 4}',
+        ],
+        "completion_request": lambda: [
+            b'{"prompt": "It was", "max_tokens": 4, "logprobs": 2, "stop": ["x"], "echo": false}',
+            b'{"prompt": [1, 2, 3], "temperature": 0, "n": 1}',
+        ],
         "hub_name": lambda: [b"owner/name", b"owner/name@main:file.gguf", b"hf://a/b"],
     }  # fmt: skip
     return made[name]()

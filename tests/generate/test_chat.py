@@ -3,9 +3,6 @@
 import io
 import json
 import os
-import pty
-import re
-import select
 import signal
 import subprocess
 import sys
@@ -20,6 +17,7 @@ from chat_helpers import (
     prompt_text,
 )
 from runs_helpers import cli, environment, finished_run
+from terminal_helpers import Terminal
 
 from tinyllama.errors import ConfigError, DataError
 from tinyllama.generate.conversation import Conversation, chat_template, checked_messages, fitting
@@ -28,17 +26,17 @@ from tinyllama.model.build import load_model
 
 GREEDY = Sampling(temperature=0)
 GREEDY_WORDS = ["--temperature", "0", "--max-new-tokens", "8"]
-# The terminal becomes the process's own, so that Ctrl-C reaches it.
-OWN_TERMINAL = (
-    "import fcntl, os, sys, termios; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0);"
-    "os.execv(sys.executable, [sys.executable, '-m', 'tinyllama', *sys.argv[1:]])"
-)
 
 
 def conversation(system=None, length=None):
     tokenizer = chat_tokenizer()
     generator = Generator(load_model(chat_model()), length)
     return Conversation(generator, tokenizer, chat_template(tokenizer), system)
+
+
+def terminal(*words):
+    """A chat in a terminal."""
+    return Terminal("chat", chat_model(), *words)
 
 
 def chat(monkeypatch, lines, *words):
@@ -163,71 +161,10 @@ def test_a_line_of_a_pipe_that_is_wrong_ends_the_chat(monkeypatch, capsys, tmp_p
 # ---- through a terminal
 
 
-class Terminal:
-    """A chat in a process of its own, and what its terminal shows."""
-
-    def __init__(self, *words):
-        self._master, slave = pty.openpty()
-        command = [sys.executable, "-c", OWN_TERMINAL, "chat", str(chat_model()), *words]
-        variables = environment(TERM="xterm", PROMPT_TOOLKIT_NO_CPR="1")
-        self.process = subprocess.Popen(
-            command, stdin=slave, stdout=slave, stderr=slave, env=variables
-        )
-        os.close(slave)
-        self._raw = b""
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.process.kill()
-        self.process.wait()
-        os.close(self._master)
-
-    def type(self, text):
-        os.write(self._master, text.encode())
-
-    @property
-    def shown(self):
-        """All that was shown, without the terminal's own codes."""
-        text = self._raw.decode(errors="replace")
-        return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]|\x1b[=>]|\r", "", text)
-
-    def wait_for_prompt(self, count):
-        """Read until a line can be typed for the count-th time (bracketed paste is switched on)."""
-        self._wait(lambda: self._raw.count(b"\x1b[?2004h") >= count)
-
-    def wait_for(self, text, count=1):
-        """Read until `text` has been shown so many times."""
-        self._wait(lambda: self.shown.count(text) >= count)
-
-    def _wait(self, is_there):
-        deadline = time.monotonic() + 60
-        while not is_there():
-            assert time.monotonic() < deadline, self.shown
-            if select.select([self._master], [], [], 0.2)[0]:
-                try:
-                    self._raw += os.read(self._master, 65536)
-                except OSError:  # the other end is closed
-                    raise AssertionError(self.shown) from None
-
-    def end(self):
-        """The exit code."""
-        deadline = time.monotonic() + 60
-        while self.process.poll() is None:
-            assert time.monotonic() < deadline, self.shown
-            if select.select([self._master], [], [], 0.1)[0]:
-                try:
-                    self._raw += os.read(self._master, 65536)
-                except OSError:
-                    break
-        return self.process.wait(10)
-
-
 def test_a_chat_in_a_terminal_end_to_end(tmp_path):
     file = tmp_path / "said.jsonl"
     history = tmp_path / "typed"
-    with Terminal(
+    with terminal(
         "--temperature", "0", "--max-new-tokens", "4000", "--history", str(history)
     ) as at:
         at.wait_for_prompt(1)
@@ -266,7 +203,7 @@ def test_a_chat_in_a_terminal_end_to_end(tmp_path):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, None)])
 def test_a_signal_at_the_prompt(number, code):
-    with Terminal("--temperature", "0") as at:
+    with terminal("--temperature", "0") as at:
         at.wait_for_prompt(1)
         at.process.send_signal(number)
         if code is None:
@@ -296,3 +233,18 @@ def test_a_signal_in_an_answer_of_a_pipe_ends_only_the_answer():
     finally:
         process.kill()
         process.wait()
+
+
+def test_a_missing_prompt_toolkit_is_named_before_the_model_is_loaded(monkeypatch, capsys):
+    class Typed(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr("sys.stdin", Typed())
+    monkeypatch.setattr("sys.stdout", Typed())
+    monkeypatch.setitem(sys.modules, "prompt_toolkit", None)
+    assert cli("chat", "no/such/model") == 2
+    line = (
+        "prompt_toolkit is not installed: pip install prompt_toolkit, or give messages on standard"
+    )
+    assert capsys.readouterr().err == f"{line} input\n"

@@ -103,3 +103,12 @@ def test_logits_that_are_not_finite_are_refused():
 def test_the_smallest_temperature_takes_the_likeliest():
     logits = np.array([1.0, 300.0, -300.0], np.float32)
     assert sample(logits, Sampling(temperature=1e-320), np.random.default_rng(0)) == 1
+
+
+@pytest.mark.parametrize("penalty", [1e-320, 1e308])
+def test_any_allowed_penalty_leaves_numbers_that_can_be_drawn_from(penalty):
+    logits = np.array([3.0, -2.0, 0.0, 1.0], np.float32)
+    how = Sampling(temperature=1.0, repetition_penalty=penalty)
+    random = how.random()
+    drawn = {sample(logits, how, random, [0, 1, 2]) for _ in range(50)}
+    assert drawn == ({0} if penalty < 1 else {0, 2, 3})

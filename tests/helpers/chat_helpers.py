@@ -119,7 +119,7 @@ def served(*words, model=None):
 
 def _address(process):
     assert process.stdout is not None
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300  # it compiles first
     while time.monotonic() < deadline:
         if select.select([process.stdout], [], [], 0.2)[0]:
             line = process.stdout.readline()

@@ -214,6 +214,69 @@ def adamw_case(
     return wrong(found, "float32")
 
 
+def adamw_copies_case(
+    run: Runner, dialect: str, change: Change, counts: Sequence[int], copy: str
+) -> dict[str, float]:
+    """Copies of every other parameter are its new numbers, rounded; those of a step that is left
+    out stay."""
+    copied = range(0, len(counts), 2)
+    p = [normal(0, count) for count in counts]
+    m, v = ([np.zeros(count, np.float32) for count in counts] for _ in range(2))
+    c = [unwritten((counts[n],), copy) for n in copied]
+    g = [normal(3, count) for count in counts]
+    states = [array for triple in zip(p, m, v, strict=True) for array in triple]
+    copies = [number in copied for number in range(len(counts))]
+    launch = adamw.step(dialect, counts, [True] * len(counts), copies=copies, copy=copy)
+    found = {}
+    for scale in (0.0, 0.5):
+        scalars = np.array([0.3, 0.9, 0.99, 1e-8, 0.1, 0.19, 0.0199, scale], np.float32)
+        start(run, launch, change, *states, *c, *g, scalars)
+        for number, array in zip(copied, c, strict=True):
+            wanted = stored(p[number], copy) if scale else unwritten(array.shape, copy)
+            same = array.tobytes() == wanted.tobytes()
+            found |= {} if same else {f"copy {number} of {scale}": math.inf}
+    return found
+
+
+def adamw_state_case(
+    run: Runner, dialect: str, change: Change, counts: Sequence[int]
+) -> dict[str, float]:
+    """The state in bfloat16, bit for bit: with halves for the betas a step is exact before it is
+    rounded."""
+    key, random = (1234567, 7654321), np.random.default_rng(0)
+    scalars = np.array([0.5, 0.5, 0.5, 1e-8, 0.1, 0.5, 0.5, 1.0, *key], np.float32)
+    firsts = np.array([5, *counts[:-1]], np.uint32)
+    p = [normal(0, count) for count in counts]
+    m = [stored(random.integers(-64, 64, count) / 16, "bfloat16") for count in counts]
+    v = [stored(random.integers(0, 64, count) / 16, "bfloat16") for count in counts]
+    g = [(random.integers(-512, 512, count) / 256).astype(np.float32) for count in counts]
+    wanted = []
+    for i, x in enumerate(g):
+        bits = hashed(firsts[i] + np.arange(len(x)), key)
+        exact = [(loaded(m[i]) + x) / 2, (loaded(v[i]) + x * x) / 2]
+        halves = [array.astype(np.float32).view(np.uint32) for array in exact]
+        wanted.append([(halves[0] + (bits & 0xFFFF)) >> 16, (halves[1] + (bits >> 16)) >> 16])
+    launch = adamw.step(dialect, counts, [True] * len(counts), state="bfloat16")
+    states = [array for triple in zip(p, m, v, strict=True) for array in triple]
+    start(run, launch, change, *states, *g, scalars, firsts)
+    found = {}
+    for i, (mean, square) in enumerate(wanted):
+        found |= {} if (m[i] == mean).all() else {f"m{i}": math.inf}
+        found |= {} if (v[i] == square).all() else {f"v{i}": math.inf}
+    return found
+
+
+def hashed(indices: np.ndarray, key: Sequence[int]) -> np.ndarray:
+    """The random bits of indices, by the definition in ops/random_bits.py."""
+    bits = indices.astype(np.uint64)
+    for word in key:
+        bits ^= np.uint64(word)
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+            bits = (bits ^ bits >> np.uint64(shift)) * np.uint64(factor) & np.uint64(0xFFFFFFFF)
+        bits ^= bits >> np.uint64(16)
+    return bits.astype(np.uint32)
+
+
 def narrow_case(
     run: Runner, dialect: str, change: Change, counts: Sequence[int], dtype: str
 ) -> dict[str, float]:
@@ -327,6 +390,10 @@ CASES: dict[str, Case] = {
         "embedding: float16, odd": {"N": 31, "V": 129, "H": 33, "dtype": "float16"},
         "adamw: float32": {"counts": (40, 4096, 5000), "dtype": "float32"},
         "adamw: bfloat16, odd": {"counts": (7, 1030), "dtype": "bfloat16"},
+        "adamw copies: bfloat16": {"counts": (40, 4096, 5000), "copy": "bfloat16"},
+        "adamw copies: float16, odd": {"counts": (7, 1030), "copy": "float16"},
+        "adamw state: bfloat16": {"counts": (40, 4096, 5000)},
+        "adamw state: odd": {"counts": (7, 1030)},
         "narrow: bfloat16": {"counts": (40, 4096, 5000), "dtype": "bfloat16"},
         "narrow: float16, odd": {"counts": (7, 1030), "dtype": "float16"},
         "few rows: float32": {

@@ -156,6 +156,7 @@ def test_bytes_of_the_models():
     assert bytes_of(parameters(TOY).total, 32) == 649_669_632
     assert bytes_of(parameters(BIG).total, 32) == 26_953_662_464
     assert training_bytes(parameters(BIG).total) == 107_814_649_856
+    assert training_bytes(parameters(BIG).total, 16) == 12 * 107_814_649_856 // 16
     assert packed_bytes(4, 128, 4, 64) == (256, 16)
     assert packed_linear_bytes(BIG, 4, 64) == (3_238_002_688, 202_375_168)
     rows = 2**60 + 1  # past what a float can count

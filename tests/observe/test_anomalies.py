@@ -192,6 +192,17 @@ def test_updates_that_are_saved_and_restored_go_on_as_if_they_had_not_been() -> 
     assert found == expected and second.state() == whole.state()
 
 
+def test_words_say_how_many_times_the_usual_unless_that_is_nothing() -> None:
+    def words(kind: str, series: str, value: float, usual: float) -> str:
+        return Anomaly(7, kind, series, value, usual).words()
+
+    assert words("spike", "loss", 6.0, 2.0) == "loss 6, 3.0 times the usual 2"
+    assert words("spike", "loss", 3.0, 2.0) == "loss 3, the usual is 2"
+    assert words("slow", "data_seconds", 0.1, 0.0) == "data_seconds 0.1, the usual is 0"
+    assert words("text", "text", 6.0, 2.0) == "text 6 nats per character, 3.0 times the usual 2"
+    assert words("divergence", "loss", 3.0, 2.0) == "loss has been rising to 3, from 2"
+
+
 def test_the_same_thing_is_noted_once_in_a_while() -> None:
     watch = Watch(64)
     said = [watch.is_new(Anomaly(step, "slow", "step_seconds", 2, 1)) for step in (1, 3, 10, 40)]

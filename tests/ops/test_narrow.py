@@ -41,26 +41,41 @@ def test_many_tensors_compile_without_spills(arch: str) -> None:
 
 
 STEP = """
-import json
+import json, sys
 from tinyllama.system import device
 device.select()
 from tinygrad import Tensor, dtypes
 from tinyllama.config import config_from_toml
 from tinyllama.config.presets import find_config
-from tinyllama.ops.adamw import SCALARS
 from tinyllama.train.memory_estimate import blank_step
 text = find_config("demo").read_text()
 overrides = ["training.dtype=bfloat16", "training.batch_size=2", "data.context_length=64"]
-step = blank_step(config_from_toml(text, "demo", overrides))
+step = blank_step(config_from_toml(text, "demo", overrides), copies=sys.argv[1] == "copies")
 batch = [Tensor.empty(2, 64, dtype=dtypes.int32) for _ in range(3)]
-found = step.account(*batch, hyperparameters=Tensor.empty(len(SCALARS)))
+found = step.account(*batch, hyperparameters=Tensor.empty(step.hyperparameter_count))
 print(json.dumps([[l.name, l.times, "#define ADDEND 1" in l.text] for l in found.launches]))
 """
 
 
+def launches_of_a_step(weights: str) -> list[tuple[str, int, bool]]:
+    """Name, number, and whether it adds something, of a step's launches on a card that is not
+    there; with "copies" of weights or none."""
+    launches: list[tuple[str, int, bool]] = printed_json("-c", STEP, weights, DEV="NULL:CUDA:sm_90")
+    return launches
+
+
+@needs_nvrtc
+def test_weights_that_have_copies_are_not_narrowed() -> None:
+    plain, copied = launches_of_a_step("none"), launches_of_a_step("copies")
+    # The narrowing of three layers, and of the head, which tinygrad does.
+    assert sum(n for _, n, _ in plain) - sum(n for _, n, _ in copied) == 4
+    assert any(name.startswith("narrow") for name, *_ in plain)
+    assert not any(name.startswith("narrow") for name, *_ in copied)
+
+
 @needs_nvrtc
 def test_a_layers_weights_are_narrowed_once_and_its_residuals_are_added_by_kernels() -> None:
-    launches = printed_json("-c", STEP, DEV="NULL:CUDA:sm_90")
+    launches = launches_of_a_step("none")
 
     def times(name: str, adding: bool = False) -> int:
         return sum(n for found, n, adds in launches if found.startswith(name) and adds >= adding)

@@ -28,7 +28,7 @@ LAYERS = (
     "reports",
     "bench",
     "cli",
-    "tinyllama __main__ evaluate backends",
+    "tinyllama __main__ evaluate backends lm_eval",
 )
 LEVEL = {name: level for level, line in enumerate(LAYERS) for name in line.split()}
 # `python -m tinyllama.train` is a door to the command line, as are the files of the last layer.

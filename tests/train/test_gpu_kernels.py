@@ -36,6 +36,8 @@ ODD = (
     "model.intermediate_size=91",
 )  # fmt: skip
 CASES = {"full": (), "lora": LORA, "qlora": (*LORA, "qlora.block_size=32"), "odd": ODD}
+# Products read copies of the weights; the optimizer's state is rounded by random bits.
+NARROW = ("training.dtype=bfloat16", "training.optimizer_state=bfloat16", "model.num_layers=1")
 
 
 @pytest.fixture(params=["CL", "CUDA", "METAL"])
@@ -46,7 +48,7 @@ def gpu(request):
 
 
 def overrides(case: str) -> list[str]:
-    values = [*SIZES, *CASES[case]]
+    values = [*SIZES, *(NARROW if case == "narrow" else CASES[case])]
     if "lora" in case:
         base = trained("full", "CPU")[0] / "final"
         values += [f"model.base={base}", f"data.tokenizer={base}"]
@@ -82,14 +84,48 @@ def test_twenty_steps_have_the_same_losses_as_on_the_processor(gpu, case):
     assert last < first  # it trains
 
 
-def test_a_resumed_run_is_bit_for_bit_the_one_that_never_stopped(gpu):
-    run, _ = trained("full", gpu)
+@pytest.mark.parametrize("case", ["full", "narrow"])
+def test_a_resumed_run_is_bit_for_bit_the_one_that_never_stopped(gpu, case):
+    run, _ = trained(case, gpu)
     never_stopped = numbers(run)
-    words = ("train", config_file(run), *overrides("full"))
+    words = ("train", config_file(run), *overrides(case))
     resume = ("--resume", run / "step-00000010")
     code, _, err = run_command(*words, *resume, **variables(gpu))
     assert code == 0, err
     assert numbers(run) == never_stopped
+
+
+COPIES = """
+from tinyllama.system import device
+device.select()
+import numpy as np
+from tinygrad import dtypes
+from tinyllama.config import LlamaConfig, TrainingConfig
+from tinyllama.data.batches import Batch
+from tinyllama.model.llama import Llama
+from tinyllama.train.optimizer import AdamW, weights_to_copy
+from tinyllama.train.step import TrainStep
+
+sizes = LlamaConfig(vocab_size=64, hidden_size=32, num_layers=1, num_heads=2, intermediate_size=32)
+seen = []
+for copied in (False, True):
+    model = Llama(sizes, dtype=dtypes.bfloat16, seed=5)
+    names = weights_to_copy(model, model.state_dict()) if copied else []
+    assert len(names) == 8 * copied
+    config = TrainingConfig(dtype="bfloat16", optimizer_state="bfloat16")
+    train = TrainStep(model, AdamW(model.state_dict(), config, copied=names), 1)
+    tokens = np.random.default_rng(1).integers(0, 64, (2, 16)).astype(np.int32)
+    batch = Batch(tokens, np.roll(tokens, -1, 1), np.zeros_like(tokens))
+    results = [train([batch], step, 1e-2) for step in (1, 2, 3)]
+    seen.append([(result.loss, result.grad_norm) for result in results])
+print(seen[0] == seen[1], seen[0][2][0] < seen[0][0][0])
+"""
+
+
+def test_copies_of_weights_change_no_bit(gpu):
+    env = environment(**variables(gpu))
+    done = subprocess.run([sys.executable, "-c", COPIES], capture_output=True, text=True, env=env)
+    assert (done.stdout.splitlines()[-1:], done.returncode) == (["True True"], 0), done.stderr
 
 
 CHOSEN = """
@@ -115,7 +151,7 @@ def test_opencl_on_the_processor_is_portable_unless_kernels_are_forced(kernels, 
     assert (done.stdout, done.stderr) == (f"{expected}\n", "")
 
 
-@pytest.mark.parametrize("case", ["full", "qlora"])
+@pytest.mark.parametrize("case", ["full", "qlora", "narrow"])
 def test_the_memory_in_use_is_the_estimate(gpu, case):
     run, out = trained(case, gpu)
     total = re.search(r"^total +([\d,]+) ", out, re.MULTILINE)

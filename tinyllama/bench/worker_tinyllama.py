@@ -31,13 +31,14 @@ class OurContender:
         device.set_threads(spec.threads)
         from tinyllama.model.build import build_random
         from tinyllama.model.lora import dropping
-        from tinyllama.train.optimizer import AdamW
+        from tinyllama.train.optimizer import AdamW, weights_to_copy
         from tinyllama.train.step import TrainStep
 
         self.config = config_from_toml(spec.config, "benchmark", [f"training.dtype={spec.dtype}"])
         self.packed = self.config.qlora is not None and self.config.qlora.quantize_base
         model, trained, _ = build_random(self.config, spec.seed)
-        self.optimizer = AdamW(trained, self.config.training)
+        copied = weights_to_copy(model, trained)
+        self.optimizer = AdamW(trained, self.config.training, copied=copied)
         self.train = TrainStep(model, self.optimizer, 1, dropping(model, spec.seed))
         self.done = 0
 

@@ -14,7 +14,7 @@ from tinyllama.cli.arguments import path
 from tinyllama.cli.sampling import add_sampling, sampling_of
 from tinyllama.cli.shared import add_threads, load, model_folder, select_device, to_stderr
 from tinyllama.cli.talking import add_model_word, context_length, template_of
-from tinyllama.errors import ConfigError, TinyllamaError, reason
+from tinyllama.errors import ConfigError, TinyllamaError, missing, reason
 from tinyllama.system.signals import Terminated, ignoring_interrupts, stopping_on_interrupt
 
 if TYPE_CHECKING:
@@ -49,6 +49,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Answer each line, until /exit or the end of standard input."""
     sampling = sampling_of(options)
+    is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    if is_terminal:
+        _check_prompt_toolkit()
     choice = select_device(options.threads)
     from tinyllama.generate.conversation import Conversation
     from tinyllama.generate.generator import Generator
@@ -64,12 +67,10 @@ def run(options: argparse.Namespace) -> None:
     length = context_length(options.context, model.config.max_seq_len)
     generator = Generator(model, length)
     conversation = Conversation(generator, tokenizer, template, options.system)
-    is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     chat = _Chat(conversation, sampling, options, is_terminal)
     if is_terminal:
+        generator.compile()  # so that the first answer comes as quickly as the others
         with ignoring_interrupts():  # so that a Ctrl-C behind the end of an answer loses nothing
-            # A Ctrl-C would end the compilers, which a terminal sends it to as well.
-            generator.compile()
             chat.run(_typed(options.history))
     else:
         chat.run(_piped())
@@ -155,6 +156,17 @@ class _Chat:
         print(flush=True)
         if answer.completion.finish_reason == "length" and self._is_terminal:
             to_stderr("the answer was cut at its limit (--max-new-tokens, --context)")
+
+
+def _check_prompt_toolkit() -> None:
+    """Raise ConfigError, before a model is loaded, where lines cannot be typed."""
+    try:
+        import prompt_toolkit  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            f"{missing(error)} is not installed: pip install prompt_toolkit, or give messages on "
+            "standard input"
+        ) from None
 
 
 def _piped() -> Iterator[str]:

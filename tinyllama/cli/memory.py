@@ -35,13 +35,12 @@ def run(options: argparse.Namespace) -> None:
     config = load_config(options.config, _overrides(options))
     choice = device.select()
     from tinyllama.system.memory import free_bytes
-    from tinyllama.train.memory_estimate import estimate_memory
-    from tinyllama.train.micro_batch import largest_micro_batch, verdict
+    from tinyllama.train.micro_batch import largest_micro_batch, planned_step, verdict
     from tinyllama.train.prepare import with_base
 
     config = with_base(config)
     limit = free_bytes() if options.device_memory is None else options.device_memory
-    estimate = estimate_memory(config)
+    _, estimate = planned_step(config, limit)
     if not options.json:
         print(f"{estimate.table()}\n{verdict(config, estimate, limit)}")
         return

@@ -19,7 +19,7 @@ from tinyllama.cli.talking import (
     named_adapters,
     template_of,
 )
-from tinyllama.errors import ConfigError, reason
+from tinyllama.errors import ConfigError, missing, reason
 from tinyllama.system.signals import stopping_on_signals
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def run(options: argparse.Namespace) -> int:
         from tinyllama.generate.server import Server, Settings
     except ImportError as error:
         raise ConfigError(
-            f"{error.name} is not installed: pip install 'tinyllama-trainer[serve]'"
+            f"{missing(error)} is not installed: pip install 'tinyllama-trainer[serve]'"
         ) from None
     from tinyllama.generate.batch import Batch
     from tinyllama.generate.engine import Engine
@@ -128,6 +128,7 @@ def run(options: argparse.Namespace) -> int:
         )
         address = _address(listening)
         try:
+            engine.compile(name)  # so that the first answers come as quickly as the others
             with stopping_on_signals("stopping: answers in progress may end\n") as stopped:
                 listening.listen()
                 print(f"serving {', '.join(models)} at {address}", flush=True)

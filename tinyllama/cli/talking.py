@@ -39,10 +39,10 @@ def add_model_word(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def context_length(wanted: int | None, longest: int) -> int:
+def context_length(wanted: int | None, longest: int, option: str = "--context") -> int:
     """The tokens of context. Raises ConfigError for more than the model's."""
     if wanted is not None and wanted > longest:
-        raise ConfigError(f"--context: got {wanted}, must be at most the model's {longest}")
+        raise ConfigError(f"{option}: got {wanted}, must be at most the model's {longest}")
     return wanted or min(longest, 4096)
 
 

@@ -152,7 +152,12 @@ class TrainingConfig:
     max_steps: Count | None = option(None, "optimizer steps after which to stop")
     seed: Annotated[int, Meta(ge=0, le=2**32 - 1)] = option(0, "for weights, shuffling and dropout")
     dtype: Literal["float32", "bfloat16", "float16"] = option(
-        "float32", "type of activations; sums, parameters and optimizer state stay float32"
+        "float32", "type of activations; sums and parameters stay float32"
+    )
+    optimizer_state: Literal["float32", "bfloat16"] = option(
+        "float32",
+        "type of AdamW's two running means; bfloat16 is rounded stochastically and takes 4 bytes"
+        " per parameter less",
     )
     float32_products: Literal["exact", "bfloat16x3"] = option(
         "exact",

@@ -62,6 +62,14 @@ class Batch:
         self._reading: tuple[Completion, Iterator[Logits]] | None = None
         self._prefixes = Prefixes(prefix_bytes)
 
+    def compile(self) -> None:
+        """Compile all graphs at once, instead of each when it is first needed."""
+        self._reader.compile()
+        rows = 1
+        while rows <= _graph_rows(self.sequences):
+            self._decoder.compile_step(rows)
+            rows *= 2
+
     @property
     def computed(self) -> int:
         """Tokens that have gone through the model."""

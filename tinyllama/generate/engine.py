@@ -60,12 +60,17 @@ class Engine:
     @property
     def computed(self) -> int:
         """Tokens that have gone through all models."""
-        return sum(batch.computed for batch in self._batches.values())
+        return sum(batch.computed for batch in [*self._batches.values()])
 
     @property
     def load(self) -> int:
         """Requests that wait or run."""
         return len(self._waiting) + len(self._running)
+
+    def compile(self, name: str) -> None:
+        """Compile all that requests for a model need, before the first of them comes."""
+        with self._changed:
+            self._batch(name).compile()
 
     def submit(self, requests: Sequence[Request]) -> None:
         """Let all requests wait. Raises Busy, and adds none, if they are too many, and Closed."""
@@ -91,18 +96,32 @@ class Engine:
         self._thread.join()
 
     def _run(self) -> None:
-        while True:
-            with self._changed:
-                while not (self._waiting or self._running or self._closed):
-                    self._changed.wait()
-                if self._closed:
-                    break
-                self._drop_ended()
-                self._admit()
-            for name in {request.model for request in self._running}:
-                self._advance(name)
+        while self._wait():
+            try:
+                self._turn()
+            except Exception as error:  # a mistake of ours, after which no request may wait forever
+                self._fail({*self._make}, error, [*self._waiting])
         for request in [*self._running, *self._waiting]:
             request.report(Closed("the server is stopping"))
+
+    def _wait(self) -> bool:
+        """Wait for something to do; False once the engine is closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._running or self._closed)
+            return not self._closed
+
+    def _turn(self) -> None:
+        """Let requests go and come, and make a token of each that runs."""
+        with self._changed:
+            self._drop_ended()
+            self._admit()
+        for name in {request.model for request in self._running}:
+            try:
+                pieces = self._batches[name].advance()
+            except Exception as error:
+                self._fail({name}, error)
+            else:
+                self._report(name, pieces)
 
     def _drop_ended(self) -> None:
         """Forget requests that were cancelled or are late."""
@@ -111,8 +130,8 @@ class Engine:
             if not request.cancelled.is_set() and now < request.deadline:
                 continue
             if request in self._running:
-                self._running.remove(request)
                 self._batches[request.model].drop(request.completion)
+                self._running.remove(request)
             else:
                 self._waiting.remove(request)
             if not request.cancelled.is_set():
@@ -122,46 +141,48 @@ class Engine:
         """Begin those that wait, first come first, each as soon as its model has room."""
         full: set[str] = set()
         for request in [*self._waiting]:
-            if request.model in full:
+            name = request.model
+            if name in full:
                 continue
+            full.add(name)  # one prompt at a time, and in their order
             try:
-                batch = self._batch(request.model)
-            except (TinyllamaError, MemoryError) as error:
-                self._waiting.remove(request)
-                request.report(error if isinstance(error, TinyllamaError) else _failure(error))
-                continue
-            if batch.has_room:
+                batch = self._batch(name)
+                if not batch.has_room:
+                    continue
                 self._waiting.remove(request)
                 self._running.append(request)
                 batch.begin(request.completion)
-            full.add(request.model)  # one prompt at a time, and in their order
+            except Exception as error:
+                self._fail({name}, error, [request])
 
     def _batch(self, name: str) -> Batch:
         if name not in self._batches:
             self._batches[name] = self._make[name]()
         return self._batches[name]
 
-    def _advance(self, name: str) -> None:
+    def _report(self, name: str, pieces: Sequence[tuple[Completion, Made]]) -> None:
+        """Give out what a model made. A pass may hold two tokens of a text, of its prompt's end and
+        the next one, so the end of a text is reported when all pieces are."""
         requests = {id(r.completion): r for r in self._running if r.model == name}
-        try:
-            pieces = self._batches[name].advance()
-        except Exception as error:
-            # The batch may be in any state, so a new one is made for the next request.
-            if not isinstance(error, TinyllamaError):
-                traceback.print_exc()
-            del self._batches[name]
-            for request in requests.values():
-                self._running.remove(request)
-                request.report(error if isinstance(error, TinyllamaError) else _failure(error))
-            return
         for completion, made in pieces:
-            request = requests[id(completion)]
-            request.report(made)
-            if completion.finish_reason is not None:
+            requests[id(completion)].report(made)
+        for request in requests.values():
+            if request.completion.finish_reason is not None:
                 self._running.remove(request)
                 request.report(None)
 
-
-def _failure(error: BaseException) -> RuntimeError:
-    """What a client sees of our own mistakes; the traceback is the server's."""
-    return RuntimeError(f"the model failed: {type(error).__name__}")
+    def _fail(self, names: set[str], error: Exception, waiting: Sequence[Request] = ()) -> None:
+        """End what these models compute, and these requests that wait, with an error. Batches may
+        be in any state, so new ones are made for the next requests."""
+        if not isinstance(error, TinyllamaError):
+            traceback.print_exception(error)
+            error = RuntimeError(f"the model failed: {type(error).__name__}")
+        failed = [request for request in self._running if request.model in names]
+        with self._changed:
+            failed += [request for request in waiting if request in self._waiting]
+            self._waiting = deque(r for r in self._waiting if r not in failed)
+        self._running = [r for r in self._running if r not in failed]
+        for name in names:
+            self._batches.pop(name, None)
+        for request in failed:
+            request.report(error)

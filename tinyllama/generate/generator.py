@@ -58,7 +58,7 @@ class Decoder:
             new_cache(config.kv_heads, self._slots, config.head_dim, model.dtype, sequences)
             for _ in range(config.num_layers)
         ]
-        self._graphs: dict[tuple[int, int], Any] = {}
+        self._graphs: dict[tuple[int, int, int], Any] = {}
         self.computed = 0  # tokens, without padding
 
     def read(self, tokens: Sequence[int], position: int, size: int = 1) -> Logits:
@@ -69,6 +69,12 @@ class Decoder:
         logits: Logits = self._run([padded], [position], [[len(tokens) - 1]])[0]
         return logits
 
+    def read_rows(self, tokens: Sequence[int], position: int, size: int) -> Logits:
+        """As `read`, logits (T, vocab) that follow each of the tokens."""
+        padded = [*tokens, *[0] * (size - len(tokens))]
+        self.computed += len(tokens)
+        return self._run([padded], [position], [[*range(size)]])[: len(tokens)]
+
     def step(self, tokens: Sequence[int], positions: Sequence[int]) -> Logits:
         """Logits (B, vocab) that follow one token of each of the first B sequences."""
         self.computed += len(tokens)
@@ -78,6 +84,10 @@ class Decoder:
         """Compile the graphs for so many tokens, while the cache holds nothing."""
         for size in sizes:
             self._run([[0] * size], [0], [[0]])
+
+    def compile_step(self, rows: int) -> None:
+        """Compile the graph for one token of so many sequences, while the cache holds nothing."""
+        self._run([[0] * rows], [0] * rows, [[0]])
 
     def saved(self, sequence: int, count: int) -> Saved:
         """A copy of the keys and values of a sequence's first `count` tokens."""
@@ -102,7 +112,7 @@ class Decoder:
             yield cache.values, (mine, slice(count))
 
     def _run(self, tokens: list[list[int]], positions: list[int], last: list[list[int]]) -> Logits:
-        key = len(tokens[0]), len(positions)
+        key = len(tokens[0]), len(positions), len(last[0])
         if key not in self._graphs:
             self._graphs[key] = captured(self._forward)
         numbers = tokens, positions, last
@@ -111,7 +121,7 @@ class Decoder:
         return logits
 
     def _forward(self, tokens: Tensor, position: Tensor, last: Tensor) -> Tensor:
-        """Logits (1, 1, vocab) after the token `last` (1, 1) of tokens (1, T), which stand at
+        """Logits (1, L, vocab) after the tokens `last` (1, L) of tokens (1, T), which stand at
         positions position, position + 1, ...; or (1, T, vocab) after each of T sequences, whose
         tokens stand at position (T,)."""
         model, table, caches = self.model, self._table, iter(self.caches)
@@ -136,7 +146,7 @@ class Decoder:
         x = model.walk(tokens, through, self._run_part)
         weights = [tensor for _, tensor in named_tensors(model.head_layer())]
         given = [x, *weights] if every else [x, *weights, last]
-        return self._stage(given, head, ("head", T))[0]
+        return self._stage(given, head, ("head", T, last.shape[1]))[0]
 
     def _run_part(self, function: Function, module: Any, *inputs: Tensor) -> Tensor:
         """function(module, *inputs), scheduled once for all modules of its structure."""
@@ -218,6 +228,17 @@ class Generator:
             self.held += chunk
             start += len(chunk)
             yield logits
+
+    def following(self, text: Sequence[int], first: int) -> Iterator[Logits]:
+        """Logits (vocab,) after each token of `text` from number `first` on."""
+        if common_length(self.held, text) < first:
+            self.follow(text[:first])
+        for start in range(first, len(text), PROMPT_CHUNK):
+            chunk = text[start : start + PROMPT_CHUNK]
+            del self.held[start:]
+            rows = self.decoder.read_rows(chunk, start, PROMPT_CHUNK)
+            self.held += chunk
+            yield from rows
 
 
 def check_length(prompt: int, new_tokens: int, length: int) -> None:

@@ -3,13 +3,14 @@
 import secrets
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
 
 from tinyllama.errors import ConfigError
 from tinyllama.generate.completion import Made
+from tinyllama.generate.conversation import checked_messages
 from tinyllama.generate.sampling import Sampling
 from tinyllama.tokenizers.tokenizer import Tokenizer
 
@@ -52,13 +53,20 @@ class Wanted(msgspec.Struct, kw_only=True):
         seed = secrets.randbelow(1 << 31) if self.seed is None else self.seed
         return [Sampling(**values, seed=seed + number) for number in range(n)]
 
+    def check(self) -> None:
+        """Raise ConfigError for a value that is not allowed, whatever the model is."""
+        self.samplings(Sampling())
+        if len(self.stops) > MOST_STOPS:
+            raise ConfigError(f"stop: got {len(self.stops)} strings, must be at most {MOST_STOPS}")
+        if "" in self.stops:
+            raise ConfigError("stop: got an empty string, must hold a character or more")
+        if self.limit is not None and self.limit < 1:
+            raise ConfigError(f"max_tokens: got {self.limit}, must be 1 or more")
+
     @property
     def stops(self) -> list[str]:
-        """The stop strings. Raises ConfigError if they are too many."""
-        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        if len(stops) > MOST_STOPS:
-            raise ConfigError(f"stop: got {len(stops)} strings, must be at most {MOST_STOPS}")
-        return stops
+        """The stop strings."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
     @property
     def limit(self) -> int | None:
@@ -85,13 +93,18 @@ class ChatWanted(Wanted, kw_only=True):
     top_logprobs: int | None = None
     tools: list[dict[str, Any]] | None = None
 
+    def check(self) -> None:
+        super().check()
+        self.messages = checked_messages(self.messages)
+        _check_top(self.top, "top_logprobs")
+
     @property
     def limit(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
     def top(self) -> int | None:
-        return _top(self.top_logprobs or 0, "top_logprobs") if self.logprobs else None
+        return (self.top_logprobs or 0) if self.logprobs else None
 
 
 class CompletionWanted(Wanted, kw_only=True):
@@ -101,15 +114,44 @@ class CompletionWanted(Wanted, kw_only=True):
     logprobs: int | None = None
     echo: bool | None = None
 
+    def check(self) -> None:
+        super().check()
+        _check_top(self.top, "logprobs")
+        if self.echo:
+            raise ConfigError("echo: got true, must be left out")
+
     @property
     def top(self) -> int | None:
-        return None if self.logprobs is None else _top(self.logprobs, "logprobs")
+        return self.logprobs
 
 
-def _top(count: int, name: str) -> int:
-    if not 0 <= count <= MOST_LOGPROBS:
+def _check_top(count: int | None, name: str) -> None:
+    if count is not None and not 0 <= count <= MOST_LOGPROBS:
         raise ConfigError(f"{name}: got {count}, must be 0 to {MOST_LOGPROBS}")
-    return count
+
+
+AnyWanted = TypeVar("AnyWanted", bound=Wanted)
+
+
+def parse_request(body: bytes, kind: type[AnyWanted]) -> AnyWanted:
+    """The checked request that a body holds. Raises ConfigError."""
+    try:
+        wanted = msgspec.json.decode(body, type=kind)
+    except msgspec.ValidationError as error:
+        raise ConfigError(str(error)) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"the request is no JSON: {error}") from None
+    wanted.check()
+    return wanted
+
+
+def prompt_ids(prompt: str | list[int], tokenizer: Tokenizer) -> list[int]:
+    """The prompt of a completion. Raises ConfigError for ids that the tokenizer does not have."""
+    if isinstance(prompt, str):
+        return [*tokenizer.begin, *tokenizer.encode(prompt, special=True)]
+    if not all(0 <= number < tokenizer.vocab_size for number in prompt):
+        raise ConfigError(f"prompt: its ids must be 0 to {tokenizer.vocab_size - 1}")
+    return prompt
 
 
 class Form:

@@ -86,6 +86,9 @@ def _penalized(
     seen = np.unique(np.fromiter(text, np.int64))
     seen = seen[seen < len(logits)]
     changed = logits.copy()
-    values = logits[seen]
-    changed[seen] = np.where(values > 0, values / penalty, values * penalty)
+    values = logits[seen].astype(np.float64)
+    with np.errstate(over="ignore"):
+        values = np.where(values > 0, values / penalty, values * penalty)
+    most = np.finfo(np.float32).max  # an infinite one would make probabilities NaN
+    changed[seen] = values.clip(-most, most)
     return changed

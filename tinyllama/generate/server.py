@@ -19,6 +19,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.resources import files
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -35,9 +36,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from tinyllama.errors import ConfigError, DataError, TokenizerError
 from tinyllama.generate import engine, protocol
 from tinyllama.generate.completion import Completion, Made
-from tinyllama.generate.conversation import checked_messages
 from tinyllama.generate.engine import Busy, Closed, Engine
-from tinyllama.generate.protocol import ChatWanted, CompletionWanted, Form, Wanted
+from tinyllama.generate.protocol import AnyWanted, ChatWanted, CompletionWanted, Form, Wanted
 from tinyllama.generate.sampling import Sampling
 from tinyllama.tokenizers.templates import ChatTemplate
 from tinyllama.tokenizers.tokenizer import Tokenizer
@@ -50,7 +50,6 @@ NO_SCRIPTS_OF_OTHERS = (
 )
 
 Result = TypeVar("Result")
-AnyWanted = TypeVar("AnyWanted", bound=Wanted)
 
 
 @dataclass(frozen=True)
@@ -156,33 +155,23 @@ class Server:
         return name
 
     async def _completions(self, request: Request) -> Response:
-        wanted = await self._body(request, CompletionWanted)
-        if wanted.echo:
-            raise Refused(400, "echo: got true, must be left out")
-        ids = self._prompt_ids(wanted.prompt)
+        wanted = await self._wanted(request, CompletionWanted)
+        with _refusing():  # on another thread: megabytes of text take seconds
+            ids = await asyncio.to_thread(protocol.prompt_ids, wanted.prompt, self._tokenizer)
         return await self._answer(wanted, ids, DEFAULT_COMPLETION_TOKENS, request, chat=False)
 
     async def _chat(self, request: Request) -> Response:
-        wanted = await self._body(request, ChatWanted)
+        wanted = await self._wanted(request, ChatWanted)
         template = self._settings.template
         if template is None:
             raise Refused(400, "the model has no chat template: start the server with --template")
         with _refusing():
-            messages = checked_messages(wanted.messages)
-            ids = template.encode_prompt(messages, tools=wanted.tools)
+            encode = partial(template.encode_prompt, tools=wanted.tools)
+            ids = await asyncio.to_thread(encode, wanted.messages)
         return await self._answer(wanted, ids, None, request, chat=True)
 
-    def _prompt_ids(self, prompt: str | list[int]) -> list[int]:
-        tokenizer = self._tokenizer
-        with _refusing():
-            if isinstance(prompt, str):
-                return [*tokenizer.begin, *tokenizer.encode(prompt, special=True)]
-            if not all(0 <= number < tokenizer.vocab_size for number in prompt):
-                raise ConfigError(f"prompt: its ids must be 0 to {tokenizer.vocab_size - 1}")
-            return prompt
-
-    async def _body(self, request: Request, kind: type[AnyWanted]) -> AnyWanted:
-        """The checked body of a request. Raises Refused."""
+    async def _wanted(self, request: Request, kind: type[AnyWanted]) -> AnyWanted:
+        """What a request's body says. Raises Refused."""
         most, parts, size = self._settings.body_bytes, [], 0
         try:
             async with asyncio.timeout(BODY_SECONDS):
@@ -195,12 +184,8 @@ class Server:
             raise Refused(408, f"the request must be sent within {BODY_SECONDS:g} s") from None
         except ClientDisconnect:
             raise Refused(400, "the client has gone") from None
-        try:
-            return msgspec.json.decode(b"".join(parts), type=kind)
-        except msgspec.ValidationError as error:
-            raise Refused(400, str(error)) from None
-        except (msgspec.DecodeError, RecursionError) as error:
-            raise Refused(400, f"the request is no JSON: {error}") from None
+        with _refusing():
+            return protocol.parse_request(b"".join(parts), kind)
 
     async def _answer(
         self, wanted: Wanted, ids: list[int], default: int | None, request: Request, *, chat: bool
@@ -236,8 +221,6 @@ class Server:
                 f"the prompt has {prompt} tokens, must be fewer than the "
                 f"{self._settings.length} of the context"
             )
-        if wanted is not None and wanted < 1:
-            raise ConfigError(f"max_tokens: got {wanted}, must be 1 or more")
         return min(count for count in (wanted or default, limit, room) if count is not None)
 
 

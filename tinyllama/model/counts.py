@@ -171,9 +171,10 @@ def packed_linear_bytes(config: LlamaConfig, bits: int, block_size: int) -> tupl
     return config.num_layers * values, config.num_layers * scales
 
 
-def training_bytes(count: int) -> int:
-    """Weights, gradients and AdamW's two moments in float32: 16 bytes per parameter."""
-    return 4 * bytes_of(count, 32)
+def training_bytes(count: int, state_bits: int = 32) -> int:
+    """Weights and gradients in float32 and AdamW's two moments: 16 bytes per parameter, or 12 with
+    a state in bfloat16."""
+    return 2 * bytes_of(count, 32) + 2 * bytes_of(count, state_bits)
 
 
 # ---- floating-point operations
@@ -257,7 +258,8 @@ def published_claims() -> list[Claim]:
             "7b, full FP32 fine-tuning with AdamW, before activations",
             "28 GB",
             gigabytes(training_bytes(large.base)),
-            "16 bytes per parameter: weights, gradients and two moments",
+            "16 bytes per parameter: weights, gradients and two moments; "
+            f"{gigabytes(training_bytes(large.base, 16))} with moments in bfloat16",
         ),
         Claim(
             "7b, linear layers int4 in groups of 64, the rest bf16",

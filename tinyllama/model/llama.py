@@ -261,6 +261,11 @@ class Llama:
         named = named_tensors(self)
         return {name: tensor for name, tensor in named if not name.startswith("noise.")}
 
+    def multiplied(self) -> list[str]:
+        """The names of the matrices that products read: an embedding only if it is the head too."""
+        looked_up = () if self.config.tie_word_embeddings else ("model.embed_tokens.weight",)
+        return [n for n, t in self.state_dict().items() if t.ndim == 2 and n not in looked_up]
+
     def parameters(self) -> list[Tensor]:
         """Every weight, in the order of `state_dict`."""
         return list(self.state_dict().values())

@@ -46,10 +46,10 @@ class Anomaly:
 
     def words(self) -> str:
         """What happened, for a notice."""
-        times = f"{self.value / self.usual:.1f} times the usual {self.usual:.4g}"
         if self.kind == "divergence":
             return f"{self.series} has been rising to {self.value:.4g}, from {self.usual:.4g}"
-        share = self.value / self.usual if self.usual > 0 else math.inf
+        share = self.value / self.usual if self.usual > 0 else math.nan
+        times = f"{share:.1f} times the usual {self.usual:.4g}"
         near = f"the usual is {self.usual:.4g}"
         unit = " nats per character" if self.kind == "text" else ""
         return f"{self.series} {self.value:.4g}{unit}, {times if share >= 2 else near}"

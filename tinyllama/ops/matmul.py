@@ -7,11 +7,12 @@ first, or the scheduler would compute them again for each element of the result.
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from tinygrad import Device, Tensor, dtypes
 from tinygrad.dtype import DType
 
-from tinyllama.ops import forms, products, sums
+from tinyllama.ops import copies, forms, products, sums
 from tinyllama.ops.gpu import few_rows
 from tinyllama.ops.gpu.gemm import (
     LAYOUTS,
@@ -227,7 +228,11 @@ def _gemm_cpu(
     updates, headers = onto is not None, gemm_headers(defines)
     kernel = Kernel("gemm.c", defines, sizes, headers, flops=2 * m * n * k, updates=updates)
     inputs = [a, b] if addend is None else [a, b, addend]
-    return run(kernel, [out, per_thread(sizes["SCRATCH_FLOATS"])], inputs, gradient)[0]
+    result = run(kernel, [out, per_thread(sizes["SCRATCH_FLOATS"])], inputs, gradient)[0]
+    if b.dtype == dtypes.float32 and defines["COMPUTE_BF16"] and "MANY_ROWS" in defines:
+        rounded = {**defines, "B_T": TYPE_CODE[dtypes.bfloat16]}
+        copies.note(result, replace(kernel, defines=rounded))
+    return result
 
 
 def gemm_macros(

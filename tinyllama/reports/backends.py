@@ -79,7 +79,6 @@ def measured(row: Row) -> dict[str, Any]:
     """The row's figures, in this process, whose device is the row's."""
     from tinygrad import Tensor, dtypes
 
-    from tinyllama.ops.adamw import SCALARS
     from tinyllama.train.memory_estimate import blank_step, estimate_memory
 
     device.select()
@@ -87,7 +86,8 @@ def measured(row: Row) -> dict[str, Any]:
     step = blank_step(config)
     shape = (row.micro_batch, row.context_length)
     batch = [Tensor.empty(*shape, dtype=dtypes.int32) for _ in range(3)]
-    found = step.account(*batch, hyperparameters=Tensor.empty(len(SCALARS)), compiling=True)
+    numbers = Tensor.empty(step.hyperparameter_count)
+    found = step.account(*batch, hyperparameters=numbers, compiling=True)
     model = model_flops(config.model, math.prod(shape), row.context_length, config.lora)
     memory = estimate_memory(config).tensors
     compiled = found.compiled
@@ -117,11 +117,12 @@ def _run(config: Config, shape: tuple[int, int]) -> None:
 
     from tinyllama.data.batches import Batch
     from tinyllama.model.build import build_random
-    from tinyllama.train.optimizer import AdamW
+    from tinyllama.train.optimizer import AdamW, weights_to_copy
     from tinyllama.train.step import TrainStep
 
     model, trained, _ = build_random(config, 0)
-    step = TrainStep(model, AdamW(trained, config.training), 1)
+    optimizer = AdamW(trained, config.training, copied=weights_to_copy(model, trained))
+    step = TrainStep(model, optimizer, 1)
     random = np.random.default_rng(0)
     tokens = random.integers(0, config.model.vocab_size, shape).astype(np.int32)
     batch = Batch(tokens, np.roll(tokens, -1, 1), np.zeros_like(tokens))

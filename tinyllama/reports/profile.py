@@ -147,7 +147,8 @@ def profile_training(config: Config, steps: int, say: Callable[[str], None]) -> 
         t = config.training
         batches, is_random = _batches(config, say)
         model, trained, _ = build_random(config, t.seed) if is_random else build(config)
-        train = TrainStep(model, AdamW(trained, t), t.accumulation_steps, dropping(model, t.seed))
+        optimizer = AdamW(trained, t, copied=list(planned.optimizer.copies))
+        train = TrainStep(model, optimizer, t.accumulation_steps, dropping(model, t.seed))
         train.take_over(planned)
         numbers = iter(range(1, WARM_UP + steps + 1))
 

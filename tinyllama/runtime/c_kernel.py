@@ -78,16 +78,26 @@ def run(
 
     outputs are buffers to write: `empty(...)`, or existing tensors that are updated in place.
     """
+    launch = _launch(kernel, len(outputs), len(inputs))
+    return common.run(launch, kernel.text(), kernel.flops, outputs, inputs, gradient)
+
+
+def reading(call: UOp, place: int, tensor: Tensor, kernel: Kernel) -> UOp:
+    """The call of a kernel as one of `kernel`, which reads `tensor` as its input number `place`."""
+    outputs, inputs = map(len, common.buffers_of(call))
+    launch = _launch(kernel, outputs, inputs)
+    return common.reading(call, place, tensor, launch, kernel.text(), kernel.flops)
+
+
+def _launch(kernel: Kernel, outputs: int, inputs: int) -> ProgramInfo:
     sizes, threads = tuple(kernel.sizes.values()), device.threads()
     core = UOp.variable("core_id", 0, threads - 1, dtypes.int)
-    writes = tuple(range(len(outputs)))
-    reads = tuple(range(0 if kernel.updates else len(outputs), len(outputs) + len(inputs)))
-    everything = tuple(range(len(outputs) + len(inputs)))
-    launch = ProgramInfo(
+    reads = tuple(range(0 if kernel.updates else outputs, outputs + inputs))
+    return ProgramInfo(
         _joined(kernel.file, (*sizes, *kernel.defines.values())),
-        (threads, 1, 1), (1, 1, 1), (core,), everything, writes, reads, sizes,
+        (threads, 1, 1), (1, 1, 1), (core,), tuple(range(outputs + inputs)),
+        tuple(range(outputs)), reads, sizes,
     )  # fmt: skip
-    return common.run(launch, kernel.text(), kernel.flops, outputs, inputs, gradient)
 
 
 def _declared(sizes: Mapping[str, int]) -> list[str]:

@@ -5,6 +5,7 @@ and launches those of the CPU, one call per thread; `runtime/blocks.py` those of
 threads. Both read and write flat memory: buffers in, buffers out.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -52,25 +53,38 @@ def run(
     `flops` are the floating-point operations of one run, for tinygrad's statistics.
     """
     install()
-    moved = sum(t.numel() * t.dtype.itemsize for t in (*outputs, *inputs))
-    estimates = Estimates(ops=flops, lds=moved, mem=moved)
-    info = KernelInfo(name=launch.name, estimates=estimates)
-    device = outputs[0].device
-
-    def program(*buffers: UOp) -> UOp:
-        sink = UOp.sink(*buffers, *launch.vars, arg=info)
-        linear = UOp(Ops.LINEAR, src=(*sink.src, sink))
-        parts = (sink, UOp(Ops.DEVICE, arg=device), linear, UOp(Ops.SOURCE, arg=code))
-        return UOp(Ops.PROGRAM, src=parts, arg=launch)
-
+    tensors = [_flat(t) for t in (*outputs, *inputs)]
     results = Tensor.custom_kernel(
-        *(_flat(t) for t in (*outputs, *inputs)),
-        fxn=program,
+        *tensors,
+        fxn=functools.partial(_program, launch, code, flops, [t.uop for t in tensors]),
         grad_fxn=gradient and _kernel_gradient(gradient, outputs, inputs),
     )
     if sources.tracking():
         sources.noted(results, launch.name)
     return [r.reshape(t.shape) for r, t in zip(results, outputs, strict=False)]
+
+
+def reading(
+    call: UOp, place: int, tensor: Tensor, launch: ProgramInfo, code: str, flops: int
+) -> UOp:
+    """The call of a kernel with another text, which reads `tensor` as its input number `place`."""
+    buffers = list(call.src[1:])
+    buffers[len(call.src[0].arg.outs) + place] = _flat(tensor).uop
+    placeholders = [UOp.placeholder_like(b, slot=i) for i, b in enumerate(buffers)]
+    program = _program(launch, code, flops, buffers, *placeholders)
+    return call.replace(src=(program, *buffers))
+
+
+def _program(
+    launch: ProgramInfo, code: str, flops: int, buffers: Sequence[UOp], *placeholders: UOp
+) -> UOp:
+    """tinygrad's PROGRAM of a text, with what stands in it for its arguments, `buffers`."""
+    moved = sum(b.numel() * b.dtype.itemsize for b in buffers)
+    info = KernelInfo(name=launch.name, estimates=Estimates(ops=flops, lds=moved, mem=moved))
+    sink = UOp.sink(*placeholders, *launch.vars, arg=info)
+    linear = UOp(Ops.LINEAR, src=(*sink.src, sink))
+    device = UOp(Ops.DEVICE, arg=buffers[0].device)
+    return UOp(Ops.PROGRAM, src=(sink, device, linear, UOp(Ops.SOURCE, arg=code)), arg=launch)
 
 
 def _kernel_gradient(

@@ -20,6 +20,7 @@ from tinyllama.model.int4 import widen_head
 from tinyllama.model.layers import named_tensors, structure
 from tinyllama.model.llama import Block, Function, Llama
 from tinyllama.model.lora import lora_layers, without_adapters
+from tinyllama.ops.copies import reading_copies, without_copies
 from tinyllama.ops.matmul import float32_products
 from tinyllama.ops.narrow import narrow_together
 from tinyllama.ops.products import together
@@ -65,14 +66,18 @@ class StagedLoss:
         model: Llama,
         trained: Mapping[str, Tensor] | None = None,
         loss: Loss | None = None,
+        copies: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """`trained` are the weights, by name, that get gradients; the loss is cross entropy."""
+        """`trained` are the weights, by name, that get gradients; the loss is cross entropy.
+        Products read the `copies` of those that have one (ops/copies.py)."""
         widen_head(model)
         self.model, self.criterion = model, loss or CrossEntropy()
         # Adapters leave their base as it was, so a model that has some is its own reference.
         self.refers = self.criterion.needs_reference and bool(lora_layers(model))
-        self.names = {_key(tensor): name for name, tensor in (trained or {}).items()}
+        trained, copies = trained or {}, copies or {}
+        self.names = {_key(tensor): name for name, tensor in trained.items()}
         self.stages = _Stages(model.float32_products)
+        self._copies = {_key(t): copies[n] for n, t in trained.items() if n in copies}
 
     def loss(self, tokens: Tensor, targets: Tensor, starts: Tensor, *more: Tensor) -> Tensor:
         """Summed loss and measures, shape (1 + measures,): tokens, targets, starts (B, T), and what
@@ -146,6 +151,10 @@ class StagedLoss:
             return starts
         return self.stages.starts([starts], build, "window")[0]
 
+    def _copied(self, weights: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Those of the weights that have a copy, with it."""
+        return [(w, self._copies[_key(w)]) for w in weights if _key(w) in self._copies]
+
     def _trained(self, part: Record) -> list[Tensor]:
         """The weights of a part that get gradients."""
         return [tensor for tensor in part.weights if _key(tensor) in self.names]
@@ -155,14 +164,17 @@ class StagedLoss:
     ) -> Record:
         """Compute function(module, *inputs), saving what it writes on the way or not."""
         weights = [tensor for _, tensor in named_tensors(module)]
+        pairs = self._copied(weights)
 
         def build() -> list[Tensor]:
             out = in_memory(function(module, *inputs))
-            saved = [] if recompute else _saved(out, inputs, weights)
-            return narrow_together(together(into_products([out, *saved])), weights)
+            saved = [] if recompute else _saved(out, inputs, weights, pairs)
+            made = reading_copies(together(into_products([out, *saved])), pairs)
+            return narrow_together(made, weights)
 
         key = (function.__qualname__, structure(module), recompute)
-        out, *saved = self.stages.forward([*inputs, *weights], build, key)
+        known = [*inputs, *weights, *(copy for _, copy in pairs)]
+        out, *saved = self.stages.forward(known, build, key)
         return Record(function, module, inputs, tuple(saved), out)
 
     def _pull_back(
@@ -172,17 +184,20 @@ class StagedLoss:
         output. Adds the gradients of its weights to `grads`."""
         inputs, weights, trained = part.inputs, part.weights, self._trained(part)
         through = [inputs[0]] if further else []
+        pairs = self._copied(weights)
 
         def build() -> list[Tensor]:
             out = in_memory(part.function(part.module, *inputs))
             gradients = out.gradient(*through, *trained, gradient=d_output)
-            old = _saved(out, inputs, weights) if part.saved else []
+            old = _saved(out, inputs, weights, pairs) if part.saved else []
             gradients = together(into_products(replaced(gradients, old, part.saved)))
-            return [in_memory(g) for g in narrow_together(gradients, weights)]
+            gradients = narrow_together(reading_copies(gradients, pairs), weights)
+            return [in_memory(g) for g in gradients]
 
         positions = tuple(i for i, t in enumerate(weights) if _key(t) in self.names)
         key = (part.function.__qualname__, structure(part.module), positions, further)
-        gradients = self.stages.backward([*inputs, *weights, *part.saved, d_output], build, key)
+        known = [*inputs, *weights, *(copy for _, copy in pairs), *part.saved, d_output]
+        gradients = self.stages.backward(known, build, key)
         self._add(grads, trained, gradients[len(through) :])
         return gradients[0] if through else d_output
 
@@ -195,13 +210,16 @@ class StagedLoss:
         weight = self.model.head_weight()
         hidden, targets, *more = inputs
         trained = _key(weight) in self.names
+        pairs = self._copied([weight])
 
         def build() -> list[Tensor]:
             head = self.criterion.gradients(hidden, weight, targets, *more, trains_weight=trained)
             d_weight = [] if head.weight is None else [head.weight]
-            return [head.loss.contiguous(), in_memory(head.hidden), *d_weight]
+            made = [head.loss.contiguous(), in_memory(head.hidden), *d_weight]
+            return reading_copies(made, pairs)
 
-        loss, d_hidden, *d_weight = self.stages.head([weight, *inputs], build, trained)
+        known = [weight, *(copy for _, copy in pairs), *inputs]
+        loss, d_hidden, *d_weight = self.stages.head(known, build, trained)
         self._add(grads, [weight] * len(d_weight), d_weight)
         return loss, d_hidden
 
@@ -217,9 +235,14 @@ class StagedLoss:
         return self.stages.sum([first, second], lambda: [(first + second).contiguous()])[0]
 
 
-def _saved(out: Tensor, inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
+def _saved(
+    out: Tensor,
+    inputs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    copies: Sequence[tuple[Tensor, Tensor]],
+) -> list[Tensor]:
     """What computing `out` from `inputs` writes to memory and its gradients read."""
-    return read_by_gradients(out, saved_for_backward(out, inputs, weights))
+    return without_copies(read_by_gradients(out, saved_for_backward(out, inputs, weights)), copies)
 
 
 def _key(tensor: Tensor) -> Any:

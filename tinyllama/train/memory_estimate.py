@@ -1,7 +1,7 @@
 """How much memory a run will need, before it starts.
 
-    weights + scales + adapters + gradients + optimizer state + activations + workspace
-      - what is reused within a step + the interpreter and its libraries = total
+    weights + copies of weights + scales + adapters + gradients + optimizer state + activations
+      + workspace - what is reused within a step + the interpreter and its libraries = total
 
 The model, the optimizer and the step are the run's own, with tensors that hold no memory yet;
 the step is captured without being run and its memory planned (runtime/plan.py), so that every
@@ -32,7 +32,7 @@ from tinyllama.runtime.plan import plan
 from tinyllama.system import memory
 from tinyllama.train.gradients import StagedLoss
 from tinyllama.train.objective import blank_batch, validation_loss
-from tinyllama.train.optimizer import AdamW
+from tinyllama.train.optimizer import AdamW, weights_to_copy
 from tinyllama.train.preferences import loss_of
 from tinyllama.train.step import TrainStep
 
@@ -43,6 +43,7 @@ GRAPH_BYTES_PER_LAYER = 1_400_000
 
 _LABELS = {
     "weights": "weights",
+    "copies": "copies of weights in 16 bits",
     "scales": "scales of packed weights",
     "adapters": "adapters",
     "gradients": "gradients",
@@ -63,6 +64,7 @@ class MemoryEstimate:
     """
 
     weights: int
+    copies: int
     scales: int
     adapters: int
     gradients: int
@@ -106,22 +108,27 @@ def model_parameters(config: Config) -> Parameters:
     return parameters_of((name, n) for name, n in counts if not name.endswith("_key"))
 
 
-def blank_step(config: Config) -> TrainStep:
-    """The training step of a configuration; model and optimizer hold no memory yet."""
+def blank_step(config: Config, *, copies: bool = True) -> TrainStep:
+    """The training step of a configuration; model and optimizer hold no memory yet. Weights have
+    `copies` where those make a step faster (ops/copies.py)."""
     model, trained, _ = build_blank(config)
-    optimizer = AdamW(trained, config.training, blank=True)
+    copied = weights_to_copy(model, trained) if copies else []
+    optimizer = AdamW(trained, config.training, copied=copied, blank=True)
     steps, guarded = config.training.accumulation_steps, config.observe.guards_updates
     return TrainStep(model, optimizer, steps, loss=loss_of(config), guarded=guarded)
 
 
-def estimate_memory(config: Config, step: TrainStep | None = None) -> MemoryEstimate:
+def estimate_memory(
+    config: Config, step: TrainStep | None = None, *, copies: bool = True
+) -> MemoryEstimate:
     """What training with this configuration holds on the selected device, at its peak.
 
     A base checkpoint's sizes must be in the configuration already (`Config.with_base`). `step` is
-    a `blank_step` to plan with, whose pieces the run can take over then.
+    a `blank_step` to plan with, whose pieces the run can take over then; without one, `copies` says
+    whether weights have copies where those make a step faster.
     """
     t, context, runtime = config.training, config.context_length, _runtime_bytes(config)
-    step = step or blank_step(config)
+    step = step or blank_step(config, copies=copies)
     model, optimizer = step.staged.model, step.optimizer
     batch, shorter = blank_batch(config), []
     if not config.data.pack:
@@ -155,12 +162,13 @@ def estimate_memory(config: Config, step: TrainStep | None = None) -> MemoryEsti
 
 def lasting_bytes(config: Config) -> dict[str, int]:
     """Bytes of the tensors that last for a whole run, by purpose, as in MemoryEstimate."""
-    model, trained, _ = build_blank(config)
-    return _lasting(model, AdamW(trained, config.training, blank=True))
+    step = blank_step(config)
+    return _lasting(step.staged.model, step.optimizer)
 
 
 def _lasting(model: Llama, optimizer: AdamW) -> dict[str, int]:
-    sizes = {"weights": 0, "scales": 0, "adapters": 0}
+    sizes = {"weights": 0, "copies": _bytes(optimizer.copies.values())}
+    sizes |= {"scales": 0, "adapters": 0}
     for name, tensor in named_tensors(model):
         sizes[_purpose(name)] += tensor.nbytes()
     return sizes | {"optimizer_state": _bytes(optimizer.state_dict().values())}

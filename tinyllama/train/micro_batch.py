@@ -35,7 +35,10 @@ def _largest_part(config: Config, limit_bytes: int) -> int | None:
 
 def _fits(config: Config, size: int, limit_bytes: int) -> bool:
     parts = _in_parts(config, size)
-    return _least_bytes(parts) <= limit_bytes and estimate_memory(parts).total <= limit_bytes
+    if _least_bytes(parts) > limit_bytes:
+        return False
+    # Copies of weights are worth no smaller micro-batch.
+    return estimate_memory(parts, copies=False).total <= limit_bytes
 
 
 def _least_bytes(config: Config) -> int:
@@ -88,6 +91,18 @@ def verdict(config: Config, estimate: MemoryEstimate, limit_bytes: int | None) -
     return f"does not fit: needs {needed}, and {Device.DEFAULT} has {there} free; {most}"
 
 
+def planned_step(config: Config, limit_bytes: int | None) -> tuple[TrainStep, MemoryEstimate]:
+    """A run's step and its estimate, with copies of weights if they fit. Where nobody knows the
+    memory, a GPU has them: its forward pass saves less instead."""
+    step = blank_step(config)
+    estimate = estimate_memory(config, step)
+    fits = estimate.total <= limit_bytes if limit_bytes is not None else Device.DEFAULT != "CPU"
+    if fits or not step.optimizer.copies:
+        return step, estimate
+    step = blank_step(config, copies=False)
+    return step, estimate_memory(config, step)
+
+
 class PlannedRun(NamedTuple):
     """A run that fits its device: its configuration, the planned step, and a report in words."""
 
@@ -106,14 +121,12 @@ def plan_run(config: Config, *, force: bool = False) -> PlannedRun:
     t, chosen = config.training, ""
     if limit is not None and not force:
         config = _plannable(config, limit)
-    step = blank_step(config)
-    estimate = estimate_memory(config, step)
+    step, estimate = planned_step(config, limit)
     if limit is not None and estimate.total > limit and t.micro_batch_size is None:
         part = _largest_part(config, limit)
         if part is not None:
             config = _in_parts(config, part)
-            step = blank_step(config)
-            estimate = estimate_memory(config, step)
+            step, estimate = planned_step(config, limit)
     if config.training.micro_batch_size != t.micro_batch_size:
         part = config.training.micro_batch
         chosen = f"; training.micro_batch_size is not set: {part} of {t.batch_size} at a time"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tinygrad import Device, Tensor
+from tinygrad import Device, Tensor, dtypes
 
 from tinyllama.config import Config
 from tinyllama.data.batches import Batches
@@ -19,8 +19,9 @@ from tinyllama.errors import (
     WeightsError,
     reason,
 )
+from tinyllama.formats.dtypes import RawArray, to_bfloat16
 from tinyllama.formats.peft import AdapterConfig
-from tinyllama.formats.safetensors import SafetensorsFile, write_safetensors
+from tinyllama.formats.safetensors import LazyArray, SafetensorsFile, write_safetensors
 from tinyllama.model.llama import Llama
 from tinyllama.model.lora import adapter_tensors, write_adapter
 from tinyllama.runtime.storage import read, write
@@ -72,14 +73,20 @@ def save(
         else:
             digests = write_adapter(partial, model, adapter)
             write_files(tokenizer, partial)
-        sources = {name: (lambda t=t: read(t)) for name, t in moments.items()}
+        sources = {name: _stored(t) for name, t in moments.items()}
         digests[OPTIMIZER] = write_safetensors(partial / OPTIMIZER, sources)
         write_state(partial, state)
         return digests
 
     weights = model.state_dict() if adapter is None else adapter_tensors(model)
-    needed = 4 * sum(t.numel() for t in (*weights.values(), *moments.values()))
+    needed = sum(t.nbytes() for t in (*weights.values(), *moments.values()))
     return save_checkpoint(folder.parent, folder.name, fill, keep_last_n, needed_bytes=needed)
+
+
+def _stored(moment: Tensor) -> LazyArray:
+    """A moment of the optimizer as a file holds it: in its own type."""
+    name, shape = ("F32" if moment.dtype == dtypes.float32 else "BF16"), tuple(moment.shape)
+    return LazyArray(name, shape, lambda: RawArray(name, shape, read(moment)))
 
 
 def not_finite(weights: Mapping[str, Tensor]) -> str | None:
@@ -100,10 +107,15 @@ def restore(folder: Path, optimizer: AdamW, batches: Batches) -> int:
         odd = sorted(set(file.names) ^ set(moments))
         raise CheckpointError(f"{folder / OPTIMIZER}: does not fit the model: {', '.join(odd[:5])}")
     for name, tensor in moments.items():
-        array = file.float32(name)
-        if array.shape != tensor.shape:
-            raise WeightsError(f"{folder / OPTIMIZER}: {name}: {array.shape}, not {tensor.shape}")
-        write(tensor, array)
+        if file.shape(name) != tensor.shape:
+            shape = file.shape(name)
+            raise WeightsError(f"{folder / OPTIMIZER}: {name}: {shape}, not {tensor.shape}")
+        if tensor.dtype != dtypes.bfloat16:
+            write(tensor, file.float32(name))
+        elif file.dtype(name) == "BF16":
+            write(tensor, file.array(name))
+        else:  # optimizer_state has changed; nearest, since this happens once
+            write(tensor, to_bfloat16(file.float32(name)))
         file.forget(name)
     if "data" not in state:
         raise CheckpointError(f"{folder}: its state holds no position in the data")

@@ -20,7 +20,6 @@ from tinygrad import Tensor
 from tinyllama.data.batches import Rows
 from tinyllama.model.llama import Llama
 from tinyllama.observe.anomalies import Limits
-from tinyllama.ops.adamw import SCALARS
 from tinyllama.runtime.account import Account, account
 from tinyllama.runtime.capture import captured
 from tinyllama.runtime.plan import Plan, plan
@@ -61,7 +60,7 @@ class TrainStep:
         is cross entropy if none is given. An update is left out if the step is `guarded` and its
         loss or norm exceeds the limits."""
         self.optimizer, self.around = optimizer, around
-        self.staged = StagedLoss(model, optimizer.parameters, loss)
+        self.staged = StagedLoss(model, optimizer.parameters, loss, optimizer.copies)
         self.micro_batches, self.guarded = micro_batches, guarded
         self._batch, self._numbers = Inputs(), Inputs()
         self._whole = captured(self._whole_step)
@@ -73,6 +72,7 @@ class TrainStep:
         self._sums: dict[str, Tensor] = {}
         self._summed_loss = Tensor.empty(1 + len(self.staged.criterion.measures))
         self._planned_gradients: list[Tensor] = []  # the captured graph's gradients, for `plans`
+        self.weights_were_written = True  # by others than the optimizer
         if micro_batches > 1:
             self._sums = {name: Tensor.empty(*p.shape) for name, p in optimizer.parameters.items()}
 
@@ -87,6 +87,9 @@ class TrainStep:
         """Run step number `step` (1, 2, ...) on its micro-batches. `limits` are those of a guarded
         step, `left_out` the updates that were left out before."""
         assert len(batches) == self.micro_batches
+        if self.weights_were_written:
+            self.optimizer.copy_weights()
+            self.weights_were_written = False
         tokens = sum(int((b.targets >= 0).sum()) for b in batches)
         count = max(sum(map(self.staged.criterion.count, batches)), 1)
         most = self._most(limits, count)
@@ -119,7 +122,7 @@ class TrainStep:
     @property
     def hyperparameter_count(self) -> int:
         """How many numbers a step reads besides its batch."""
-        return len(SCALARS) + 2 * self.guarded
+        return self.optimizer.scalar_count + 2 * self.guarded
 
     def _for_rows(self, batch: Rows, graph: Any, function: Callable[..., Any]) -> Any:
         """The graph for rows of the batch's length: `graph` for the first length that is met."""

@@ -108,7 +108,9 @@ class Trainer:
         if adapter is not None:
             adapter = replace(adapter, tokenizer_digest=self.tokenizer.vocabulary_digest)
         self.adapter = adapter
-        self.optimizer = AdamW(trained, t)
+        # The estimate has decided whether there is memory for copies of weights.
+        copied = [] if planned is None else list(planned.optimizer.copies)
+        self.optimizer = AdamW(trained, t, copied=copied)
         around = noising(self.model.noise, t.seed, dropping(self.model, t.seed))
         self.train_step = TrainStep(
             self.model, self.optimizer, t.accumulation_steps, around, loss_of(config),
@@ -394,7 +396,7 @@ class Trainer:
         if result.applied and (moved := self.moves.ratio()) is not None:
             found += self.watching.watch.update(step, moved)
         taken = self._waiting.take()  # by other programs
-        own, waited = (max(0.0, passed - taken) for passed in (seconds, data_seconds))
+        own, waited = max(0.0, seconds - taken), max(0.0, data_seconds - taken)
         slow = self.watching.machine.step(step, own, waited, line["memory_bytes"])
         more: dict[str, Any] = {}
         if (found or (every and step % every == 0)) and result.applied:
@@ -439,6 +441,7 @@ class Trainer:
         else:
             read_adapters(self.model, AdapterFolder(folder))
         run_folder.restore(folder, self.optimizer, self.batches)
+        self.train_step.weights_were_written = True
         self.batches.restore(position)
         state = run_folder.read_state(folder)
         self.watching.rollbacks[str(step)] = times

@@ -18,6 +18,7 @@ from tinyllama.data.batches import Batches, Rows
 from tinyllama.data.corpus import Part
 from tinyllama.data.places import Places
 from tinyllama.errors import CheckpointError, DataError
+from tinyllama.formats.dtypes import NumpyArray, RawArray, to_float32
 from tinyllama.observe.anomalies import NUMBERS, Anomaly, Limits, MachineWatch, Watch
 from tinyllama.observe.metrics import to_stderr
 from tinyllama.observe.text import OddRow, TextWatch
@@ -221,7 +222,8 @@ def update_ratios(optimizer: AdamW, update: int, lr: float) -> dict[str, float]:
         p, m, v = (read(tensor).reshape(-1) for tensor in tensors)
         for at in range(0, len(p), _PIECE):
             part = slice(at, at + _PIECE)
-            change = m[part] / (np.sqrt(v[part] / correction2) + c.epsilon)
+            mean, square = _float32(m[part]), _float32(v[part])
+            change = mean / (np.sqrt(square / correction2) + c.epsilon)
             changes[layer] = changes.get(layer, 0.0) + float(change @ change)
             sizes[layer] = sizes.get(layer, 0.0) + float(p[part] @ p[part])
     factor = lr / correction1
@@ -229,6 +231,13 @@ def update_ratios(optimizer: AdamW, update: int, lr: float) -> dict[str, float]:
         layer: factor * math.sqrt(changes[layer] / sizes[layer]) if sizes[layer] else 0.0
         for layer in changes
     }
+
+
+def _float32(moment: NumpyArray) -> npt.NDArray[np.float32]:
+    """A moment as float32; one in bfloat16 comes as uint16."""
+    if moment.dtype != np.uint16:
+        return moment
+    return to_float32("optimizer state", RawArray("BF16", moment.shape, moment))
 
 
 def greatest(by_layer: Mapping[str, float]) -> str | None:

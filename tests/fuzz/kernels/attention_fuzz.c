@@ -2,7 +2,7 @@
    (`starts` of a row never fall, and are at most the query's own place). */
 
 // variants: -DT=7 -DD=16 -DH=4 -DKV=2; -DT=33 -DD=6 -DH=2 -DKV=1 -DACT=1; -DT=65 -DD=20 -DACT=2
-// variants: -DT=33 -DD=34 -DH=1 -DKV=1 -DTILE_AMX -DTILE_IN_C -DVW=16 -DACT=1
+// variants: -DT=33 -DD=34 -DH=1 -DKV=1 -DTILE_AMX -DTILE_IN_C
 // variants: -DT=1 -DD=2 -DH=1 -DKV=1; -DT=40 -DD=18 -DH=3 -DKV=1 -DVW=16
 
 #include "fuzz.h"

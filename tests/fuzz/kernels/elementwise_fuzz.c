@@ -81,13 +81,19 @@ static void fuzz_cross_entropy(int threads) {
 static void fuzz_sums(int threads) {
   float *x = filled(COUNT, 4), *partial = filled(threads, 4);
   RUN(threads, square_sum(partial, x, core));
-  float *scalars = filled(8, 4), *p = filled(COUNT, 4), *m = filled(COUNT, 4);
-  float *v = filled(COUNT, 4), *p2 = allocate(COUNT, 4), *m2 = allocate(COUNT, 4), *v2 = allocate(COUNT, 4);
-  memcpy(p2, p, COUNT * 4), memcpy(m2, m, COUNT * 4), memcpy(v2, v, COUNT * 4);
-  RUN(threads, adamw(p, m, v, x, scalars, core));
-  RUN(1, adamw(p2, m2, v2, x, scalars, core));
-  same("adamw p", p, p2, COUNT * 4), same("adamw m", m, m2, COUNT * 4);
-  same("adamw v", v, v2, COUNT * 4);
+  long state = COUNT * sizeof(moment);
+  float *scalars = filled(10, 4), *p = filled(COUNT, 4), *p2 = allocate(COUNT, 4);
+  moment *m = filled(COUNT, sizeof(moment)), *m2 = allocate(COUNT, sizeof(moment));
+  moment *v = filled(COUNT, sizeof(moment)), *v2 = allocate(COUNT, sizeof(moment));
+  elem_1 *copy = allocate(COUNT, 2), *copy2 = allocate(COUNT, 2);
+  unsigned *first = filled(1, 4);
+  scalars[8] = size_between(0, (1 << 24) - 1), scalars[9] = size_between(0, (1 << 24) - 1);
+  memcpy(p2, p, COUNT * 4), memcpy(m2, m, state), memcpy(v2, v, state);
+  RUN(threads, adamw(p, m, v COPY_ARG(copy), x, scalars FIRST_ARG, core));
+  RUN(1, adamw(p2, m2, v2 COPY_ARG(copy2), x, scalars FIRST_ARG, core));
+  (void)first;
+  same("adamw p", p, p2, COUNT * 4), same("adamw m", m, m2, state), same("adamw v", v, v2, state);
+  same("adamw copy", copy, copy2, COUNT * 2);
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {

@@ -250,6 +250,31 @@ ROW_MUTANTS = {
     "adamw: the square without its correction": ("adamw: float32", "* root + eps", "+ eps"),
     "adamw: the tensor before": ("adamw: float32", "bx >= its_first", "bx > its_first"),
     "adamw: written past the end": ("adamw: bfloat16, odd", "if (at < count && ", "if ("),
+    "adamw: the copy holds what was": (
+        "adamw copies: bfloat16",
+        "parameter[k] -= step * mean[k]",
+        "if (copy) STORE(COPY_T, copy + at, parameter); copy = 0; parameter[k] -= step * mean[k]",
+    ),
+    "adamw: the copy of the tensor before": (
+        "adamw copies: bfloat16",
+        "copy = its_copy,",
+        "copy = its_copy ? its_copy : copy,",
+    ),
+    "adamw: one random number for both moments": (
+        "adamw state: bfloat16",
+        "rounded_randomly(square[k], bits >> 16)",
+        "rounded_randomly(square[k], bits & 0xffff)",
+    ),
+    "adamw: the indices of the first parameter": (
+        "adamw state: bfloat16",
+        "begin = firsts[number]",
+        "begin = firsts[0]",
+    ),
+    "adamw: neighbours share a random number": (
+        "adamw state: bfloat16",
+        "begin + (u32)at + k",
+        "begin + (u32)at",
+    ),
     "narrow: the tensor before": ("narrow: bfloat16", "bx >= its_first", "bx > its_first"),
     "narrow: written past the end": ("narrow: float16, odd", "if (at < count) {", "{"),
     "squares: what parts held is forgotten": ("adamw: float32", "sum += parts[bx];", ""),

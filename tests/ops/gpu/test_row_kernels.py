@@ -39,7 +39,8 @@ def test_a_kernel_equals_its_formula(dialect: str, name: str) -> None:
 # `make gpu-races` runs all of CASES as OpenCL; here one of each kernel, since pocl compiles slowly.
 ON_OPENCL = (
     "rms norm: odd rows", "cross entropy: bfloat16", "swiglu: float16, odd", "rope: float32",
-    "embedding: bfloat16", "adamw: float32", "narrow: bfloat16", "attention delta: float32",
+    "embedding: bfloat16", "adamw: float32", "adamw copies: float16, odd",
+    "adamw state: bfloat16", "narrow: bfloat16", "attention delta: float32",
     "few rows: float16, odd", "few rows: 4 bits by 64", "few rows: 8 bits by 64, minimum",
     "cached attention: float32",
 )  # fmt: skip

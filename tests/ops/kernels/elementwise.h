@@ -39,8 +39,28 @@ static int NT;
 #define KERNEL square_sum
 #include "../../../tinyllama/ops/cpu/square_sum.c"
 #undef KERNEL
+/* AdamW in FORM 1 writes a copy, and its state has the type ACT where that is float32 or bfloat16. */
+#define COPY FORM
+#include "../../../tinyllama/ops/cpu/pairs.h"
+#if ACT == 1
+#define STATE_T 1
+#include "../../../tinyllama/ops/random_bits.h"
+#endif
 #define KERNEL adamw
 #include "../../../tinyllama/ops/cpu/adamw.c"
 #undef KERNEL
+#define KERNEL narrow
+#include "../../../tinyllama/ops/cpu/narrow.c"
+#undef KERNEL
+#if STATE_T
+#define FIRST_ARG , first
+#else
+#define FIRST_ARG
+#endif
+#if COPY
+#define COPY_ARG(copy) , copy
+#else
+#define COPY_ARG(copy)
+#endif
 
 typedef ELEM(ACT) act;

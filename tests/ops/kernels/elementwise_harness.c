@@ -191,26 +191,46 @@ static void test_square_sum(void) {
   release_from(0);
 }
 
+/* Numbers of AdamW's state in their storage type. */
+static moment *make_state(const float *from, double *values) {
+  moment *state = allocate(COUNT, sizeof(moment));
+  for (long i = 0; i < COUNT; i++) {
+    STORE1(STATE_T, state + i, from[i]);
+    values[i] = LOAD1(STATE_T, state + i);
+  }
+  return state;
+}
+
 static void test_adamw(void) {
   const double lr = 0.01, b1 = 0.9, b2 = 0.999, eps = 1e-8, decay = FORM ? 0.1 : 0, clip = 0.5;
-  float *scalars = allocate(8, 4), *p = make_float(COUNT, -1, 1), *g = make_float(COUNT, -1, 1);
-  float *m = make_float(COUNT, -1, 1), *v = make_float(COUNT, 0.01, 1);
+  float *scalars = allocate(10, 4), *p = make_float(COUNT, -1, 1), *g = make_float(COUNT, -1, 1);
+  float *from_m = make_float(COUNT, -1, 1), *from_v = make_float(COUNT, 0.01, 1);
+  double *old_m = allocate(COUNT, sizeof(double)), *old_v = allocate(COUNT, sizeof(double));
+  moment *m = make_state(from_m, old_m), *v = make_state(from_v, old_v);
+  elem_1 *copy = allocate(COUNT, 2), *again = allocate(COUNT, 2);
+  unsigned *first = allocate(1, 4);
+  *first = 4000000000u;
   double *want = allocate((size_t)(3 * COUNT), sizeof(double));
   const double c1 = 1 - b1 * b1, c2 = 1 - b2 * b2;
-  const double values[] = {lr, b1, b2, eps, 0.1, c1, c2, clip};
-  for (int i = 0; i < 8; i++) scalars[i] = (float)values[i];
+  const double values[] = {lr, b1, b2, eps, 0.1, c1, c2, clip, 1234567, (1 << 24) - 1};
+  for (int i = 0; i < 10; i++) scalars[i] = (float)values[i];
   for (long i = 0; i < COUNT; i++) {
-    double gradient = g[i] * clip, mean = b1 * m[i] + (1 - b1) * gradient;
-    double square = b2 * v[i] + (1 - b2) * gradient * gradient;
+    double gradient = g[i] * clip, mean = b1 * old_m[i] + (1 - b1) * gradient;
+    double square = b2 * old_v[i] + (1 - b2) * gradient * gradient;
     double step = lr / c1 * mean / (sqrt(square) / sqrt(c2) + eps);
     want[3 * i] = p[i] * (1 - lr * decay) - step;
     want[3 * i + 1] = mean, want[3 * i + 2] = square;
   }
-  RUN(adamw(p, m, v, g, scalars, core));
+  RUN(adamw(p, m, v COPY_ARG(copy), g, scalars FIRST_ARG, core));
+  RUN(narrow(again, p, core));
   for (long i = 0; i < COUNT; i++) {
+    /* Up or down: within a unit in bfloat16's last place. */
+    double unit = STATE_T ? 0x1p-7 : 0;
     check("adamw p", i, p[i], want[3 * i], 5e-7);
-    check("adamw m", i, m[i], want[3 * i + 1], 3e-7);
-    check("adamw v", i, v[i], want[3 * i + 2], 3e-7);
+    check("adamw m", i, LOAD1(STATE_T, m + i), want[3 * i + 1], 3e-7 + unit * fabs(want[3 * i + 1]));
+    check("adamw v", i, LOAD1(STATE_T, v + i), want[3 * i + 2], 3e-7 + unit * fabs(want[3 * i + 2]));
+    check("narrow", i, LOAD1(1, again + i), p[i], 0x1.02p-8 * fabs(p[i]));
+    if (COPY) check("adamw copy", i, copy[i], again[i], 0);
   }
   release_from(0);
 }

@@ -28,6 +28,8 @@
 // variants: -DTILE_AMX -DTILE_IN_C -DLAYOUT=2 -DCOMPUTE_BF16=1 -DBLOCKS -DACCUMULATE=1 -DADDEND=1
 // variants: -DTILE_AMX -DTILE_IN_C -DLAYOUT=2 -DCOMPUTE_BF16=1 -DA_T=1 -DB_T=1 -DACCUMULATE=1
 // variants: -DTILE_AMX -DTILE_IN_C -DLAYOUT=0 -DCOMPUTE_BF16=1 -DB_T=1 -DADDEND=1 -DMANY_ROWS=1
+// variants: -DTILE_AMX -DTILE_IN_C -DLAYOUT=0 -DCOMPUTE_BF16=1 -DA_T=1 -DB_T=1 -DC_T=1 -DMANY_ROWS=1
+// variants: -DTILE_AMX -DTILE_IN_C -DLAYOUT=1 -DCOMPUTE_BF16=1 -DA_T=1 -DB_T=1 -DC_T=1 -DBLOCKS
 // variants: -DTILE_AMX -DBF16X3 -DLAYOUT=0 -DBLOCKS -DADDEND=1
 // variants: -DTILE_AMX -DBF16X3 -DTILE_IN_C -DLAYOUT=0 -DBLOCKS -DADDEND=1
 // variants: -DTILE_AMX -DBF16X3 -DTILE_IN_C -DLAYOUT=1 -DACCUMULATE=1
@@ -87,7 +89,7 @@ static void reference(double *sum, double *bound, matrix a, matrix b, matrix c, 
       size_t at = (size_t)i * N + j;
       if (ACCUMULATE) s += c.value[at], t += fabs(c.value[at]);
       if (ADDEND) s += r.value[at], t += fabs(r.value[at]);
-      /* float32 sums of K terms, or those of three products, then one rounding to the storage type */
+      /* sums of K terms, then one rounding to the storage type */
       sum[at] = s;
       bound[at] = t * PRODUCT_ERROR + fabs(s) * (C_T == 0 ? 0 : C_T == 1 ? 0x1.01p-8 : 0x1.01p-11) + 1e-7;
     }

@@ -69,12 +69,13 @@ INLINE void prefetch_tile(target t, int m, int n) {
 /* Writes float32 sums, MR rows of NR, which include those of earlier panels, to C. */
 INLINE void put_sums(target t, const float *sums, int m, int n) {
   if (m + MR <= M && n + NR <= N) {
-    for (int i = 0; i < MR; i++) {
-      long at = (long)(m + i) * N + n;
-      vf low = with_others(t, vload(sums + i * NR), at, VW);
-      vf high = with_others(t, vload(sums + i * NR + VW), at + VW, VW);
-      PUT_TWO(t.C + at, low, high);
-    }
+    for (int i = 0; i < MR; i++)
+      for (int j = 0; j < NR; j += 2 * VW) {
+        long at = (long)(m + i) * N + n + j;
+        vf low = with_others(t, vload(sums + i * NR + j), at, VW);
+        vf high = with_others(t, vload(sums + i * NR + j + VW), at + VW, VW);
+        PUT_TWO(t.C + at, low, high);
+      }
     return;
   }
   for (int i = 0; i < MR && m + i < M; i++)

@@ -38,7 +38,9 @@ def _rounded(count: int, unit: int) -> int:
     return -(-count // unit) * unit
 
 
-def table(counts: Sequence[int], per_block: int, *columns: Sequence[int]) -> tuple[list[str], int]:
+def table(
+    counts: Sequence[int], per_block: int, *columns: Sequence[int | str]
+) -> tuple[list[str], int]:
     """Entries X(number, its numbers, its first block, ...) of a text's TENSORS(X), with further
     columns; and the number of blocks, which have `per_block` numbers of one tensor."""
     entries, first = [], 0
@@ -61,6 +63,7 @@ def launch(
     flops: int,
     shared: int = 0,
     updates: bool = False,
+    headers: Sequence[str] = ("rows.h",),
 ) -> Launch:
     """blocks.launch of a kernel that reads rows.h.
 
@@ -79,5 +82,5 @@ def launch(
         flops=flops,
         shared_bytes=4 * shared,
         updates=updates,
-        headers=("rows.h",),
+        headers=headers,
     )

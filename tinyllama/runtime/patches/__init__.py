@@ -20,6 +20,7 @@ from tinyllama.runtime.patches import (
     opencl_graph,
     parallel_compilers,
     recording,
+    uninterrupted_compilers,
     wait_when_lowered,
 )
 from tinyllama.runtime.patches.patch import Patch
@@ -37,6 +38,7 @@ PATCHES: tuple[Patch, ...] = (
     opencl_graph.PATCH,
     free_steps.PATCH,
     wait_when_lowered.PATCH,
+    uninterrupted_compilers.PATCH,
     recording.PATCH,
 )
 
