@@ -266,7 +266,7 @@ PAGE = """## The same task as conversations, then preferences
 Written by `make preferences` on {date} ({machine}).
 The user says "{ask}" and the signature, the assistant the
 docstring, in the model's own template; only the docstring is trained. Both runs compute in
-{result[dtype]}. SFT: {result[steps][sft]} steps of 4 rows of 160 tokens, LoRA on
+{result[dtype]}. SFT: LoRA, {result[steps][sft]} steps of 4 rows of 160 tokens, drawn from
 {result[rows][sft]} functions. DPO: one epoch, {result[steps][dpo]} steps of 4 pairs, rank 16,
 beta 0.1, on {result[pairs][held_out]} functions that SFT did not see; preferred is the real
 docstring, rejected what the SFT model itself sampled at temperature 1. All figures are of
@@ -280,7 +280,7 @@ docstring, rejected what the SFT model itself sampled at temperature 1. All figu
 | loss of DPO | |{dpo_losses} |
 | words that sampled answers share with the real docstring (F1) | |{words} |
 
-A reward is beta x (log-probability - that of the SFT model), so that it is 0 where DPO begins. At
+A reward is beta x (log-probability - that of the SFT model), so that all are 0 where DPO begins. At
 the end, that of the real docstrings is {last[val_reward_chosen]:.3f} and that of the sampled
 answers {last[val_reward_rejected]:.3f}.
 

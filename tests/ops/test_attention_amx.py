@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import amx_in_c
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -23,7 +24,6 @@ from tinyllama.runtime import c_kernel
 from tinyllama.system import device
 
 Array = NDArray[Any]
-REGISTERS = Path(__file__).parent / "kernels" / "tile_in_c.h"
 TILE = 96  # keys after which the running maximum moves (attention.h)
 HALF_UNIT = 2.0**-8  # of bfloat16, relative
 
@@ -59,6 +59,7 @@ def recorded(B: int, T: int, H: int, KV: int, D: int) -> list[tuple[str, str, in
 
     with pytest.MonkeyPatch.context() as patch, forms.forced("cpu"):
         patch.setattr(c_kernel, "has_amx", lambda: True)
+        patch.setattr(c_kernel, "source", amx_in_c.source)
         patch.setattr(attention, "run", run)
         shapes = ((B, T, H, D), (B, T, KV, D), (B, T, KV, D))
         qkv = [Tensor.empty(*s, dtype=dtypes.bfloat16, device="CPU") for s in shapes]
@@ -67,8 +68,8 @@ def recorded(B: int, T: int, H: int, KV: int, D: int) -> list[tuple[str, str, in
 
 
 def compiled(text: str, name: str, folder: Path) -> Callable[..., None]:
-    (folder / f"{name}.c").write_text(f'#include <stdlib.h>\n#include "{REGISTERS}"\n{text}')
-    command = ["clang", "-O1", "-fno-math-errno", "-march=native", "-Wno-psabi", "-DTILE_IN_C"]
+    (folder / f"{name}.c").write_text(text)
+    command = ["clang", "-O1", "-fno-math-errno", "-march=native", "-Wno-psabi"]
     command += ["-DVW=16", "-shared", "-fPIC", f"{folder}/{name}.c", "-o", f"{folder}/{name}.so"]
     subprocess.run(command, check=True, timeout=240)
     function: Callable[..., None] = ctypes.CDLL(f"{folder}/{name}.so")[name]

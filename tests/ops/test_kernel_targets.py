@@ -19,6 +19,7 @@ from tinygrad.uop.ops import Ops
 
 from tinyllama.config import config_from_toml
 from tinyllama.ops.cached_attention import cached_attention, new_cache
+from tinyllama.ops.copies import copied
 from tinyllama.ops.int4 import int4_embedding
 from tinyllama.runtime import c_kernel
 from tinyllama.train.memory_estimate import blank_step, estimate_memory
@@ -49,6 +50,7 @@ RUNS = {
     "float32": "",
     "bfloat16": 'dtype = "bfloat16"',
     "label smoothing": "label_smoothing = 0.1",
+    "a state in bfloat16": 'optimizer_state = "bfloat16"',
     "QLoRA": "[lora]\nrank = 4\n[qlora]\nblock_size = 32",
     "a teacher": 'objective = "distill"\n[distillation]\nteacher = "a"\ntop_k = 8',
 }
@@ -69,7 +71,7 @@ def sources(amx: bool = False) -> dict[str, str]:
             stages = [*vars(step.staged.stages).values(), *step.optimizer.stages.values()]
             for stage in stages:
                 found |= {kind(code): code for code in kernel_texts(stage)}
-        found |= {kind(code): code for code in generation()}
+        found |= {kind(code): code for code in generation() | first_copies()}
     return {name: code for name, code in found.items() if "#define KERNEL" in code}
 
 
@@ -85,13 +87,20 @@ def generation() -> set[str]:
     return {n.arg for out in results for n in out.uop.toposort() if n.op is Ops.SOURCE}
 
 
+def first_copies() -> set[str]:
+    """The C text that copies weights before the first step."""
+    weight, copy = Tensor.empty(9, 16), Tensor.empty(9, 16, dtype=dtypes.bfloat16)
+    nodes = copied([weight], [copy])[0].uop.toposort()
+    return {node.arg for node in nodes if node.op is Ops.SOURCE}
+
+
 def kind(code: str) -> str:
     """A kernel's file with the macros that choose among its code, not those that are sizes."""
-    name = re.search(r"#define KERNEL ([a-z]\w*?)_\d", code)
+    name = re.search(r"#define KERNEL ([a-z]\w*?)(_\d|\s)", code)
     macros = (
         "LAYOUT|ACCUMULATE|ADDEND|COMPUTE_BF16|TILE_AMX|BF16X3|MANY_ROWS|BLOCK|DECAY|GRADIENT|ACT"
     )
-    macros += "|ROWS|[ABC]_T"
+    macros += "|ROWS|[ABC]_T|COPY|STATE_T"
     chosen = re.findall(rf"#define ({macros}) (\d+)", code.partition("/*")[0])
     return " ".join([name[1] if name else "", *(f"{key}={value}" for key, value in chosen)])
 

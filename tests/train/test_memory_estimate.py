@@ -337,9 +337,9 @@ def test_only_parts_that_may_fit_are_planned(monkeypatch, same_runtime):
     asked, planned = config(SMALL, batch_size=2**15), []
     limit = estimate_memory(config(SMALL, batch_size=2**15, micro_batch_size=8)).total
 
-    def noted(asked, step=None):
+    def noted(asked, step=None, **copies):
         planned.append(asked.training.micro_batch)
-        return estimate_memory(asked, step)
+        return estimate_memory(asked, step, **copies)
 
     monkeypatch.setattr("tinyllama.train.micro_batch.estimate_memory", noted)
     monkeypatch.setattr(memory, "free_bytes", lambda: limit)

@@ -1,34 +1,42 @@
 /* AMX's registers in C: for machines without the unit, and because the sanitizers do not see what an
-   instruction written out reads and writes. Operations outside of a kernel's begin and end abort. */
+   instruction written out reads and writes. Operations outside of a kernel's begin and end abort.
+
+   Placed after common.h. A kernel that is loaded without memory of its own has the registers at the
+   address TILE_PLACE, and runs on one thread (tests/helpers/amx_in_c.py). */
 
 #define TILE_SIDE 16
+#ifdef TILE_PLACE
+#define tile_register (*(float(*)[8][TILE_SIDE][TILE_SIDE])TILE_PLACE)
+#define tiles_are_shaped (*(int *)(TILE_PLACE + sizeof(tile_register)))
+#else
 static float tile_register[8][TILE_SIDE][TILE_SIDE];
 static int tiles_are_shaped;
+#endif
 
-static void tile_is(int shaped, int next) {
-  if (tiles_are_shaped != shaped) abort();
+INLINE void tile_is(int shaped, int next) {
+  if (tiles_are_shaped != shaped) __builtin_trap();
   tiles_are_shaped = next;
 }
 
-static void tile_read(int t, const float *from, long width) {
+INLINE void tile_read(int t, const float *from, long width) {
   tile_is(1, 1);
   for (int i = 0; i < TILE_SIDE; i++)
     for (int j = 0; j < TILE_SIDE; j++) tile_register[t][i][j] = from[i * width + j];
 }
 
-static void tile_write(int t, float *to, long width) {
+INLINE void tile_write(int t, float *to, long width) {
   tile_is(1, 1);
   for (int i = 0; i < TILE_SIDE; i++)
     for (int j = 0; j < TILE_SIDE; j++) to[i * width + j] = tile_register[t][i][j];
 }
 
-static void tile_fill(int t) {
+INLINE void tile_fill(int t) {
   tile_is(1, 1);
   for (int i = 0; i < TILE_SIDE; i++)
     for (int j = 0; j < TILE_SIDE; j++) tile_register[t][i][j] = 0;
 }
 
-static float tile_half(float pair, int odd) {
+INLINE float tile_half(float pair, int odd) {
   union {
     float number;
     unsigned bits;
@@ -37,7 +45,7 @@ static float tile_half(float pair, int odd) {
   return u.number;
 }
 
-static void tile_add_product(int sum, int a, int b) {
+INLINE void tile_add_product(int sum, int a, int b) {
   tile_is(1, 1);
   for (int i = 0; i < TILE_SIDE; i++)
     for (int j = 0; j < TILE_SIDE; j++) {
