@@ -318,6 +318,7 @@ def test_nested_messages_of_parquet_are_read(tokenizer: Tokenizer) -> None:
         ("a.zst", b"\x28\xb5\x2f\xfd" + b"\0" * 9, "a.zst: damaged: "),
         ("a.parquet", b"PAR1" + b"\0" * 20 + b"PAR1", "a.parquet: damaged: "),
     ],
+    ids=["cut", "packed twice", "a zip archive", "zeros for zstd", "zeros for Parquet"],
 )  # fmt: skip
 def test_damaged_archives_are_named(
     tokenizer: Tokenizer, name: str, data: bytes, message: str

@@ -55,6 +55,19 @@ def test_a_piece_that_is_not_utf8_is_a_damaged_model() -> None:
         SentencePieceTokenizer(damaged, "name")
 
 
+def test_a_post_processor_that_leaves_no_text_is_refused() -> None:
+    from tinyllama.tokenizers.opening import from_files
+
+    held = targets.tokenizer().files
+    values = json.loads(held["tokenizer.json"])
+    values["post_processor"] = {"type": "TemplateProcessing", "single": [], "pair": [],
+                                "special_tokens": {}}  # fmt: skip
+    files = {**held, "tokenizer.json": json.dumps(values).encode()}
+    del files["tokenizer.model"]
+    with pytest.raises(TokenizerError, match=r"^name: post_processor: must put tokens around"):
+        from_files(files, "name")
+
+
 def test_a_name_on_disk_reaches_no_terminal_as_it_is(tmp_path: Path) -> None:
     from tinyllama.data.files import find_sources, read_texts
 

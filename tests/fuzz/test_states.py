@@ -1,12 +1,14 @@
 """Random sequences of what users and accidents do to a run and to a cache of tokens (hypothesis).
 
-A run is trained, killed at some file call, continued with other options, damaged, taken back to an
-older checkpoint, in any order; a cache meets other texts, damage and what killed processes left.
+A run is trained, killed or stopped at some file call, continued with other options, damaged, taken
+back to an older checkpoint, in any order; a cache meets other texts, damage and what killed
+processes left.
 """
 
 import json
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,7 +59,7 @@ class Runs(RuleBasedStateMachine):
 
     def _train(self, *words: str, fault: Fault | None = None) -> int:
         ended = self.lab.train(*words, fault=fault)
-        self.lab.ends_well(ended, [0, 2, -9])
+        self.lab.ends_well(ended, [0, 2, -signal.SIGKILL, 143, -signal.SIGTERM])
         assert ended.code != 2, ended.err
         self.saved = max([self.saved, *ended.saved])
         self.is_done = ended.code == 0
@@ -71,6 +73,12 @@ class Runs(RuleBasedStateMachine):
         """At some file call; perhaps the run is done before."""
         fault = Fault(at_call=1 + int(share * self.lab.calls))
         self._train(*self._how(), *options, fault=fault)
+
+    @rule(share=st.floats(0, 1), options=OPTIONS)
+    def train_until_stopped(self, share: float, options: list[str]) -> None:
+        """By SIGTERM at some file call: it saves and leaves."""
+        at = 1 + int(share * self.lab.calls)
+        self._train(*self._how(), *options, fault=Fault(at_call=at, signal=signal.SIGTERM))
 
     @rule(options=OPTIONS)
     def train_to_the_end(self, options: list[str]) -> None:

@@ -236,7 +236,7 @@ def test_eight_clients_at_once_get_their_own_answers(server):
     ("body", "problem"),
     [
         (b"{", "the request is no JSON"),
-        (b'{"messages": "\xfe"}', "the request is no JSON: 'utf-8' codec can't decode byte 0xfe"),
+        (b'{"model": "\xfe"}', "the request is no JSON: 'utf-8' codec can't decode byte 0xfe"),
         (b"[" * 100_000, "Expected `object`, got `array`"),
         (b'{"messages": ' + b"[" * 100_000, "Expected `object`, got `array` - at `$.messages[0]`"),
         ({"messages": "x"}, "Expected `array`, got `str` - at `$.messages`"),

@@ -84,7 +84,7 @@ class JsonTokenizer:
         numbers = {**vocabulary, **{token.content: n for n, token in self._added.items()}}
         roles, said = self.settings.roles, self.settings
         bos, eos = (numbers.get(roles.get(role, "")) for role in ("bos", "eos"))
-        self.begin = self._begin(bos)
+        self.begin = self._begin(bos, source)
         first = self.begin[0] if self.begin else said.bos_id
         self.bos_id = first if bos is None else bos
         self.eos_ids = special.within([-1 if eos is None else eos, *said.eos_ids], self.vocab_size)
@@ -95,13 +95,16 @@ class JsonTokenizer:
             )
         self.eos_id = self.eos_ids[0]
 
-    def _begin(self, bos: int | None) -> tuple[int, ...]:
+    def _begin(self, bos: int | None, source: str) -> tuple[int, ...]:
         """The ids that the library puts before a text."""
         if self._values.get("post_processor") is None:
             return (bos,) if self.settings.adds_bos and bos is not None else ()
         plain = self._library.encode("a", add_special_tokens=False).ids
         whole = self._library.encode("a", add_special_tokens=True).ids
-        at = next(n for n in range(len(whole)) if whole[n : n + len(plain)] == plain)
+        places = (n for n in range(len(whole)) if whole[n : n + len(plain)] == plain)
+        at = next(places, None)
+        if at is None:
+            raise TokenizerError(f"{source}: post_processor: must put tokens around a text")
         return tuple(whole[:at])
 
     @property

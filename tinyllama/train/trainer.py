@@ -341,6 +341,7 @@ class Trainer:
         parts = _micro_batches(batch, t.micro_batch * rows_per_example(self.config))
         if not self.config.data.pack:
             parts = [trimmed(part) for part in parts]
+        self._waiting.take()
         clock = time.perf_counter()
         guard = (self.watching.limits(), left_out) if self.config.observe.guards_updates else ()
         result = self.train_step(parts, step, lr, *guard)
@@ -395,9 +396,8 @@ class Trainer:
         found = self.watching.numbers(step, result)
         if result.applied and (moved := self.moves.ratio()) is not None:
             found += self.watching.watch.update(step, moved)
-        taken = self._waiting.take()  # by other programs
-        own, waited = max(0.0, seconds - taken), max(0.0, data_seconds - taken)
-        slow = self.watching.machine.step(step, own, waited, line["memory_bytes"])
+        own = max(0.0, seconds - self._waiting.take())  # without what other programs took
+        slow = self.watching.machine.step(step, own, data_seconds, line["memory_bytes"])
         more: dict[str, Any] = {}
         if (found or (every and step % every == 0)) and result.applied:
             ratios = update_ratios(self.optimizer, step - self.watching.left_out, line["lr"])
