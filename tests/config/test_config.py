@@ -127,7 +127,6 @@ def test_defaults_are_those_a_person_would_choose() -> None:
             "neftune_alpha": 0.0,
             "early_stopping": None,
             "optimizer_state": "float32",
-            "float32_products": "exact",
             "devices": 1,
             "beam": 0,
         },

@@ -152,12 +152,11 @@ def test_in_floating_point_the_last_step_has_exactly_min_lr() -> None:
 
 
 def test_the_order_of_an_epoch_is_a_permutation() -> None:
-    """A stable sort orders pairs (key, place), a strict total order: so each window has a rank of
-    its own, and n windows have the ranks 0 .. n - 1."""
-    quoted(
-        inspect.getsource(batches.Batches._make_order),
-        'order = np.argsort(generator.random_raw(self.n_windows), kind="stable")',
-    )
+    """Windows are sorted in parts of the range of their keys. Each is in one part, and a stable
+    sort orders pairs (key, place), a strict total order: so each window has a rank of its own, and
+    n windows have the ranks 0 .. n - 1."""
+    source = inspect.getsource(batches.shuffled)
+    quoted(source, 'by_key = np.argsort(np.concatenate(keys), kind="stable")')
     keys = z3.Function("key", z3.IntSort(), z3.IntSort())
 
     def comes_before(a: Any, b: Any) -> Any:
@@ -171,6 +170,29 @@ def test_the_order_of_an_epoch_is_a_permutation() -> None:
     # before a come before b, and a does too but not before itself: so its rank is smaller.
     proved(z3.Implies(comes_before(c, a), comes_before(c, b)), comes_before(a, b))
     proved(z3.And(comes_before(a, b), z3.Not(comes_before(a, a))), comes_before(a, b))
+
+
+def test_every_window_is_sorted_in_one_part() -> None:
+    """For any number of parts and any key: part p holds the keys from bound p to bound p + 1."""
+    source = inspect.getsource(batches.shuffled)
+    quoted(source, "bounds = [(part << 64) // n_parts for part in range(n_parts + 1)]")
+    quoted(source, "for low, high in pairwise(bounds):")
+    quoted(source, "(drawn >= np.uint64(low)) & (drawn <= np.uint64(high - 1))")
+    keys, n_parts, key, p, q, bound, whole = 1 << 64, *z3.Ints("n_parts key p q bound whole")
+    # A bound is at most the key just where `whole`, part times keys, is below (key + 1) n_parts.
+    divided = z3.And(n_parts >= 1, bound * n_parts <= whole, whole < (bound + 1) * n_parts)
+    proved(whole < (key + 1) * n_parts, divided, bound <= key)
+    proved(bound <= key, divided, whole < (key + 1) * n_parts)
+    # So the key is in part p where `limit` = (key + 1) n_parts is above p keys, and not p + 1 keys.
+    limit = z3.Int("limit")
+
+    def holds(part: Any) -> Any:
+        return z3.And(part * keys < limit, limit <= (part + 1) * keys)
+
+    proved(p == q, holds(p), holds(q))
+    some = z3.And(limit >= 1, limit <= n_parts * keys)  # as 0 <= key < keys
+    first = (limit - 1) / keys
+    proved(z3.And(holds(first), first >= 0, first < n_parts), some)
 
 
 # ---- every token once

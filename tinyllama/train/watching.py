@@ -174,6 +174,10 @@ def layer_of(name: str) -> str:
     return "head" if "lm_head" in parts else "norm"
 
 
+# The last step before one that is refused may have made weights whose squares overflow.
+_overflowing = np.errstate(over="ignore", invalid="ignore")
+
+
 class Moves:
     """How far each step moves some of the weights: the smallest tensors of a few layers, compared
     with what they were before the step."""
@@ -196,6 +200,7 @@ class Moves:
         """Take the weights as they are for those before the next step."""
         self._before = [read(tensor).reshape(-1).copy() for tensor in self._tensors]
 
+    @_overflowing
     def ratio(self) -> float | None:
         """||change|| / ||weights|| of the step that was made; None after a new run's first one."""
         before = self._before
@@ -208,6 +213,7 @@ class Moves:
         return math.sqrt(change / size) if size else 0.0
 
 
+@_overflowing
 def update_ratios(optimizer: AdamW, update: int, lr: float) -> dict[str, float]:
     """||change|| / ||weights|| of update number `update` (1, 2, ...) by layer.
 
