@@ -115,7 +115,8 @@ def test_heads_that_no_kernel_takes_are_refused(D: int, H: int, KV: int) -> None
 
 def test_several_products_that_no_kernel_takes_are_refused() -> None:
     with pytest.raises(UnsupportedSize, match="two matrices in groups of 16 columns"):
-        product("metal", "NT", 64, 24, 64, "float32", gated=True)
+        narrow = Tile(bm=64, bn=32, wm=32, wn=16, stages=2)
+        product("metal", "NT", 64, 24, 64, "float32", gated=True, tile=narrow)
     for head in (24, 128):
         with pytest.raises(UnsupportedSize, match=f"heads of {head} in groups of 64 columns"):
             product("cuda", "NT", 64, 384, 64, "bfloat16", turned=Turned(head, 64))
