@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -17,6 +18,9 @@ os.environ["DEV"] = "CPU"
 # Tests that call make speak with it as a person does, not as the make that runs the tests.
 for name in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "MAKEOVERRIDES"):
     os.environ.pop(name, None)
+
+# A program that a script starts in the background ignores Ctrl-C, as would those that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Test files and tests that take a second or so: make tier2 leaves them out.
 TESTS = Path(__file__).parent
