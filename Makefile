@@ -21,7 +21,10 @@ LLAMACPP_WITHOUT_AMX := -DGGML_NATIVE=OFF -DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_FM
 
 # Where the only compiler is called clang-NN, tools/system.sh links it there as clang.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
-export PYTHON VENV
+export VENV
+# For tools/system.sh; not as PYTHON, which tinygrad takes for the name of a device.
+export SYSTEM_PYTHON = $(PYTHON)
+unexport PYTHON
 
 # Tests that need no compiler and take milliseconds: tier1 runs them.
 FAST_TESTS := tests/project/test_architecture.py tests/config/test_config.py tests/config/test_config_errors.py \
@@ -188,7 +191,7 @@ profile-overhead: $(VENV)/.demo ## what recording the kernels of a step costs (a
 
 tinygrad: $(VENV)/.created ## measure the pinned tinygrad beside the newest (VERSIONS=...)
 	@tools/system.sh clang
-	@env -u PYTHON $(PY) tools/check_tinygrad.py $(VERSIONS) # tinygrad 0.12 takes PYTHON for a device
+	@$(PY) tools/check_tinygrad.py $(VERSIONS)
 
 proof-7b: $(VENV)/.demo ## QLoRA on 6.7 billion parameters in 8 GiB (an hour, 15 GB of disk)
 	@tools/system.sh clang

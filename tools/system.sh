@@ -10,7 +10,7 @@
 # code 1 if that is needed in any case: clang, venv, and with --required everything.
 set -euo pipefail
 
-PYTHON=${PYTHON:-$(command -v python3.11 || command -v python3)}
+PYTHON=${SYSTEM_PYTHON:-$(command -v python3.11 || command -v python3)}
 VENV=${VENV:-.venv}
 required=false
 packages=()   # what apt-get is to install

@@ -106,7 +106,7 @@ def fuzz_parsers(
     shutil.copytree(HERE / "corpus", corpus)
     logs.mkdir()
     environment = {
-        **os.environ, "PYTHONPATH": str(ROOT), "FUZZ_FINDINGS": str(folder),
+        **os.environ, "DEV": "CPU", "PYTHONPATH": str(ROOT), "FUZZ_FINDINGS": str(folder),
         "XDG_CACHE_HOME": str(folder / "xdg"),
     }  # fmt: skip
     command = [

@@ -34,7 +34,7 @@ def run(
     """A command in the repository, with nothing on its PATH but `path`, if that is given."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
     if path is not None:
-        env |= {"PATH": str(path), "PYTHON": "python3", "VENV": venv}
+        env |= {"PATH": str(path), "SYSTEM_PYTHON": "python3", "VENV": venv}
     return subprocess.run(
         command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60, check=False
     )
@@ -71,6 +71,21 @@ def test_help_is_the_default_and_lists_every_target() -> None:
 def test_targets_can_be_planned(target: str) -> None:
     done = run("make", "-n", target)
     assert done.returncode == 0, done.stderr
+
+
+def test_what_make_starts_has_no_variable_that_tinygrad_takes_for_a_device(tmp_path: Path) -> None:
+    probe = tmp_path / "probe.mk"
+    probe.write_text(f"include {ROOT}/Makefile\nprobe:\n\t@env\n")
+    for words in ((), ("PYTHON=/usr/bin/python3.12",)):
+        found = dict(
+            line.split("=", 1)
+            for line in run("make", "-f", str(probe), "probe", *words).stdout.splitlines()
+            if "=" in line
+        )
+        assert "PYTHON" not in found
+        assert (
+            found["SYSTEM_PYTHON"] == words[0][7:] if words else "python" in found["SYSTEM_PYTHON"]
+        )
 
 
 def test_the_budget_reaches_the_demo() -> None:
