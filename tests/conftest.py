@@ -19,8 +19,10 @@ os.environ["DEV"] = "CPU"
 for name in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "MAKEOVERRIDES"):
     os.environ.pop(name, None)
 
-# A program that a script starts in the background ignores Ctrl-C, as would those that tests start.
+# What a script starts in the background ignores Ctrl-C, and under nohup SIGHUP too; so would all
+# that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Test files and tests that take a second or so: make tier2 leaves them out.
 TESTS = Path(__file__).parent
