@@ -182,6 +182,31 @@ def test_begin_is_what_the_file_puts_before_a_text():
     assert (with_begin.begin, with_begin.bos_id) == ((1,), 1)
 
 
+def test_what_the_library_says_only_of_a_text_is_an_error_too():
+    made = json.loads(byte_level())
+    single = [
+        {"SpecialToken": {"id": "<s>", "type_id": 0}},
+        {"Sequence": {"id": "A", "type_id": 0}},
+    ]
+    unnamed = {"type": "TemplateProcessing", "single": single, "pair": [*single, single[1]]}
+    values = {**made, "post_processor": {**unnamed, "special_tokens": {}}}
+    given = {**byte_level_files(), "tokenizer.json": json.dumps(values).encode()}
+    with pytest.raises(TokenizerError, match=r"^t: tokenizer\.json: cannot be used: "):
+        JsonTokenizer(given, "t")
+    model = {
+        "type": "BPE",
+        "unk_token": "none",
+        "vocab": {"a": 0, "<|endoftext|>": 1},
+        "merges": [],
+    }
+    without = {**made, "model": model, "pre_tokenizer": None, "added_tokens": []}
+    given = {"tokenizer.json": json.dumps(without).encode()}
+    given["tokenizer_config.json"] = json.dumps({"eos_token": "<|endoftext|>"}).encode()
+    tokenizer = JsonTokenizer(given, "t")
+    with pytest.raises(TokenizerError, match=r"^t: tokenizer\.json: cannot be used: Unk token"):
+        tokenizer.encode("b")
+
+
 def test_tokens_of_other_files_are_added_with_their_ids():
     size = JsonTokenizer(byte_level_files(), "t").vocab_size
     added = {"added_tokens.json": json.dumps({"<think>": size}).encode()}

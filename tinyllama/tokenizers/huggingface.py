@@ -15,6 +15,7 @@ import json
 import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, astuple
 from functools import cached_property
 from itertools import groupby
@@ -59,7 +60,7 @@ class JsonTokenizer:
     """
 
     def __init__(self, files: Mapping[str, bytes], source: str) -> None:
-        self.sources = files
+        self.sources, self._source = files, source
         self.settings = read_settings(files, source)
         values = _read(files[JSON_FILE], source)
         vocabulary = _vocabulary(values, source)
@@ -99,8 +100,9 @@ class JsonTokenizer:
         """The ids that the library puts before a text."""
         if self._values.get("post_processor") is None:
             return (bos,) if self.settings.adds_bos and bos is not None else ()
-        plain = self._library.encode("a", add_special_tokens=False).ids
-        whole = self._library.encode("a", add_special_tokens=True).ids
+        with _refusing(source):
+            plain = self._library.encode("a", add_special_tokens=False).ids
+            whole = self._library.encode("a", add_special_tokens=True).ids
         places = (n for n in range(len(whole)) if whole[n : n + len(plain)] == plain)
         at = next(places, None)
         if at is None:
@@ -218,7 +220,7 @@ class JsonTokenizer:
 
     def _encoding(self, text: str, continued: bool, special: bool) -> Any:
         library = self._library_for(continued, special)
-        with self._lock:  # the flag is the library's own state
+        with self._lock, _refusing(self._source):  # the flag is the library's own state
             library.encode_special_tokens = not special
             return library.encode(text, add_special_tokens=False)
 
@@ -230,7 +232,7 @@ class JsonTokenizer:
             values = values if special else _without_special(values)
             same = (k for k, (made_of, _) in self._libraries.items() if made_of == values)
             found = next(same, None)
-            library = _build(values, "tokenizer") if found is None else self._libraries[found][1]
+            library = _build(values, self._source) if found is None else self._libraries[found][1]
             self._libraries[key] = values, library
         return self._libraries[key][1]
 
@@ -341,8 +343,16 @@ def _build(values: Mapping[str, Any], source: str) -> "tokenizers.Tokenizer":
     """The library's object. Raises TokenizerError with its reason."""
     import tokenizers
 
-    try:
+    with _refusing(source):
         return tokenizers.Tokenizer.from_buffer(msgspec.json.encode(values))
+
+
+@contextmanager
+def _refusing(source: str) -> Iterator[None]:
+    """Raise TokenizerError, with its reason, for what the library says of a file: some of it as
+    soon as the file is read, some only about a text."""
+    try:
+        yield
     except BaseException as error:  # a panic of the library is no Exception
         if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
             raise
