@@ -123,9 +123,9 @@ chaos: $(VENV)/.dev ## kill, starve and damage real runs: 1,500 tries with TRIES
 	@tools/system.sh --required clang
 	$(PY) tests/chaos/chaos.py --tries $(TRIES) --lanes 2 --out docs/reliability.md
 
-fuzz: $(VENV)/.fuzz ## damaged files to every parser, odd sizes to every C kernel, for SECONDS=60
+fuzz: $(VENV)/.fuzz ## damaged files to every parser, odd sizes to every C kernel, for SECONDS=60 (SEED=number)
 	@tools/system.sh --required clang sanitizers
-	$(PY) tests/fuzz/fuzz.py --seconds $(SECONDS)
+	$(PY) tests/fuzz/fuzz.py --seconds $(SECONDS) $(addprefix --seed ,$(SEED))
 
 anomalies: $(VENV)/.dev ## how often anomalies are found that are there, and that are not (20 minutes)
 	@tools/system.sh clang

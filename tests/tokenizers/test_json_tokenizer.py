@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 
 import pytest
 import tokenizers
@@ -205,6 +206,22 @@ def test_what_the_library_says_only_of_a_text_is_an_error_too():
     tokenizer = JsonTokenizer(given, "t")
     with pytest.raises(TokenizerError, match=r"^t: tokenizer\.json: cannot be used: Unk token"):
         tokenizer.encode("b")
+
+
+def test_a_large_id_makes_no_long_list():
+    made = json.loads(byte_level())
+    made["model"]["vocab"]["far"] = len(made["model"]["vocab"]) + (1 << 17)
+    given = {**byte_level_files(), "tokenizer.json": json.dumps(made).encode()}
+    with pytest.raises(TokenizerError, match=r"ids of pieces must be numbers, of \d+ below \d+$"):
+        JsonTokenizer(given, "t")
+
+
+def test_a_component_that_is_spelled_as_a_list_is_read():
+    made = json.loads(byte_level())
+    made["normalizer"] = {"type": "Sequence", "normalizers": [["NFC"]]}
+    given = {**byte_level_files(), "tokenizer.json": json.dumps(made).encode()}
+    with suppress(TokenizerError):  # where the library does not take it
+        assert JsonTokenizer(given, "t").encode("b", continued=True)
 
 
 def test_tokens_of_other_files_are_added_with_their_ids():

@@ -318,8 +318,12 @@ def _vocabulary(values: Mapping[str, Any], source: str) -> dict[str, int]:
             f"{source}: {JSON_FILE}: a model of type {kind!r}, must be 'BPE' or 'Unigram' as those"
             " of LLaMA models"
         )
-    if not all(type(number) is int and 0 <= number < 1 << 24 for number in numbers.values()):
-        raise TokenizerError(f"{source}: {JSON_FILE}: damaged: the ids of pieces must be numbers")
+    end = len(numbers) + special.MAX_GAP
+    if not all(type(number) is int and 0 <= number < end for number in numbers.values()):
+        raise TokenizerError(
+            f"{source}: {JSON_FILE}: damaged: the ids of pieces must be numbers, of"
+            f" {len(numbers)} below {end}"
+        )
     return numbers
 
 
@@ -380,16 +384,22 @@ def _parts(component: Any) -> Iterator[dict[str, Any]]:
         yield component
 
 
+def _is_prepend(component: Any) -> bool:
+    """Whether it puts something before a text; the library also reads components of other kinds
+    than objects."""
+    return isinstance(component, dict) and component.get("type") == "Prepend"
+
+
 def _without_space(values: Mapping[str, Any]) -> dict[str, Any]:
     """The file without what puts a space before a text."""
     values = {**values, "normalizer": copy.deepcopy(values.get("normalizer"))}
     values["pre_tokenizer"] = copy.deepcopy(values.get("pre_tokenizer"))
     normalizer = values["normalizer"]
-    if isinstance(normalizer, dict) and normalizer.get("type") == "Prepend":
+    if _is_prepend(normalizer):
         values["normalizer"] = None
     for part in _parts(values["normalizer"]):
         if isinstance(part.get("normalizers"), list):
-            part["normalizers"] = [p for p in part["normalizers"] if p.get("type") != "Prepend"]
+            part["normalizers"] = [p for p in part["normalizers"] if not _is_prepend(p)]
     for part in _parts(values["pre_tokenizer"]):
         if "add_prefix_space" in part:
             part["add_prefix_space"] = False

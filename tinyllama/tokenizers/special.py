@@ -7,7 +7,7 @@ from tinyllama.errors import TokenizerError
 from tinyllama.tokenizers.tokenizer import SpecialToken
 
 # Ids between the pieces and an added token that may have no token: LLaMA 3 reserves 256.
-_MAX_GAP = 1 << 16
+MAX_GAP = 1 << 16
 
 
 def check(
@@ -17,7 +17,7 @@ def check(
     two ids beyond them."""
     numbers: dict[str, int] = {}
     for number, token in added.items():
-        if number >= n_pieces + len(added) + _MAX_GAP:
+        if number >= n_pieces + len(added) + MAX_GAP:
             raise TokenizerError(
                 f"{source}: the added token {token.content!r} has id {number}, and there are"
                 f" {n_pieces} pieces: its file belongs to another tokenizer or is damaged"
