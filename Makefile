@@ -119,7 +119,7 @@ $(LLAMA_DEMOS):
 
 llama-ci: lint llama-tests $(LLAMA_DEMOS) ## lint, then all llama- targets in this order
 
-chaos: $(VENV)/.dev ## kill, starve and damage real runs: 1,500 tries with TRIES=45 (an hour)
+chaos: $(VENV)/.dev ## kill, starve and damage real runs: 1,500 tries with TRIES=45 (10 minutes)
 	@tools/system.sh --required clang
 	$(PY) tests/chaos/chaos.py --tries $(TRIES) --lanes 2 --out docs/reliability.md
 
