@@ -55,6 +55,12 @@ def test_a_piece_that_is_not_utf8_is_a_damaged_model() -> None:
         SentencePieceTokenizer(damaged, "name")
 
 
+def test_a_model_without_an_unknown_piece_is_damaged() -> None:
+    model = (CORPUS / "tokenizer_model" / "found-no-unknown").read_bytes()
+    with pytest.raises(TokenizerError, match=r"^name: damaged: none of its pieces is the unknown"):
+        SentencePieceTokenizer(model, "name")
+
+
 def test_a_post_processor_that_leaves_no_text_is_refused() -> None:
     from tinyllama.tokenizers.opening import from_files
 

@@ -476,6 +476,8 @@ def _load_processor(model: bytes, source: str) -> sentencepiece.SentencePiecePro
         )
     if not loaded or processor.get_piece_size() == 0:
         raise TokenizerError(f"{source}: not a SentencePiece model ({len(model)} bytes)")
+    if not 0 <= processor.unk_id() < processor.get_piece_size():
+        raise TokenizerError(f"{source}: damaged: none of its pieces is the unknown one")
     return processor
 
 
