@@ -57,9 +57,10 @@ def worker(options: argparse.Namespace) -> None:
 
     model = load_model(options.model)
     generator = Generator(model, options.prompt + options.new + 1)
-    prompt = [5 + i * 37 % 1000 for i in range(options.prompt)]
     now = getattr(time, clock_of(options))
-    for _ in sys.stdin:
+    for run, _ in enumerate(sys.stdin):
+        # Another first token each time: the generator keeps what it has read.
+        prompt = [5 + (run + i * 37) % 1000 for i in range(options.prompt)]
         start = now()
         tokens = generator.tokens(prompt, options.new + 1, Sampling(temperature=0))
         next(tokens)
