@@ -20,6 +20,16 @@ def test_the_longest_wait_of_a_thread_since_the_last_question_counts(tmp_path: P
     assert waiting.take() == 0.0
 
 
+def test_threads_that_have_ended_hide_no_other(tmp_path: Path) -> None:
+    ended = [tmp_path / f"ended-{number}" for number in range(20)]
+    for thread in ended:
+        thread.mkdir()
+    write(tmp_path, a=1_000_000_000, b=1_000_000_000)
+    waiting = Waiting(str(tmp_path))
+    write(tmp_path, a=1_500_000_000, b=2_000_000_000)
+    assert waiting.take() == 1.0
+
+
 def test_it_is_none_where_the_system_does_not_say(tmp_path: Path) -> None:
     assert Waiting(str(tmp_path / "missing")).take() == 0.0
     write(tmp_path, a=1)

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from gpu_rows import hashed
 from model_helpers import SQUARE, build, random_batch
 from runs_helpers import configuration, finished_run, metrics, train
 from tinygrad import Tensor, dtypes
@@ -48,17 +49,6 @@ def updated(form, m, v, grad, *, key=(1234567, 7654321), first=77):
         firsts = made(np.array([first], np.uint32), dtypes.uint32)
         Tensor.realize(*adamw.adamw([parameter], made(scalars), firsts))
         return read(state[1]).copy(), read(state[2]).copy()
-
-
-def hashed(indices, key):
-    """The random bits of indices, by the definition in ops/random_bits.py."""
-    bits = indices.astype(np.uint64)
-    for word in key:
-        bits ^= np.uint64(word)
-        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-            bits = (bits ^ bits >> np.uint64(shift)) * np.uint64(factor) & np.uint64(0xFFFFFFFF)
-        bits ^= bits >> np.uint64(16)
-    return bits.astype(np.uint32)
 
 
 @pytest.mark.parametrize("form", FORMS)

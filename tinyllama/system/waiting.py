@@ -5,6 +5,7 @@ sched-stats.rst: time on the processor, time on a run queue, slices). Elsewhere 
 """
 
 import os
+from contextlib import suppress
 
 
 class Waiting:
@@ -17,12 +18,18 @@ class Waiting:
     def take(self) -> float:
         """The longest time that one of the threads waited since the last call."""
         now = dict[str, int]()
-        try:
-            for task in os.listdir(self._tasks):
-                with open(f"{self._tasks}/{task}/schedstat", "rb", buffering=0) as file:
-                    now[task] = int(file.read(100).split()[1])
-        except (OSError, ValueError, IndexError):  # a thread that ended, another system
-            pass
+        for task in self._threads():
+            with (
+                suppress(OSError, ValueError, IndexError),  # a thread that ended, another system
+                open(f"{self._tasks}/{task}/schedstat", "rb", buffering=0) as file,
+            ):
+                now[task] = int(file.read(100).split()[1])
         waits = [time - self._before.get(name, time) for name, time in now.items()]
         self._before = now
         return max(waits, default=0) / 1e9
+
+    def _threads(self) -> list[str]:
+        try:
+            return os.listdir(self._tasks)
+        except OSError:  # another system
+            return []
