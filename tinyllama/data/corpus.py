@@ -46,14 +46,12 @@ from tinyllama.data.files import (
     read_rows,
     unpacked,
 )
-from tinyllama.data.kept import opened
+from tinyllama.data.kept import opened, opened_or_made
 from tinyllama.errors import DataError, reason
 from tinyllama.system import checked
 from tinyllama.system.files import (
     atomic_directory,
-    make_folder,
     pieces_digest,
-    remove_partials,
 )
 from tinyllama.system.processes import ordered_map
 from tinyllama.system.untrusted import read_json_file
@@ -164,20 +162,13 @@ def prepare(
     way = _Way(tokenizer.has_markup and not special_tokens, form, part)
     try:
         folder = cache / _make_key(content_digests(sources, cache), sources, tokenizer, way)
-        dataset = _opened(folder, tokenizer)
-        if dataset is None:
-            make_folder(cache, 0o700)
-            remove_partials(cache)
-            try:
-                _build(folder, sources, tokenizer, way, workers, progress)
-            except FileExistsError:
-                if _opened(folder, tokenizer) is None:  # else another run made it meanwhile
-                    raise
-            dataset = _opened(folder, tokenizer)
+        dataset = opened_or_made(
+            folder,
+            lambda: _opened(folder, tokenizer),
+            lambda: _build(folder, sources, tokenizer, way, workers, progress),
+        )
     except OSError as error:
         raise DataError(f"{cache}: cannot keep the tokens there: {reason(error)}") from error
-    if dataset is None:
-        raise DataError(f"{folder}: damaged while it was being written")
     if dataset.n_documents == 0:
         raise DataError(f"{name}: {_nothing(dataset, form, part)}")
     return replace(dataset, name=name)

@@ -86,18 +86,26 @@ def kept(
     """
     folder = cache / name
     try:
-        found = _opened(folder, kinds)
-        if found is None:
-            make_folder(cache, 0o700)
-            remove_partials(cache)
-            try:
-                _make(folder, kinds, make)
-            except FileExistsError:
-                if _opened(folder, kinds) is None:  # else another run made it meanwhile
-                    raise
-            found = _opened(folder, kinds)
+        return opened_or_made(
+            folder, lambda: _opened(folder, kinds), lambda: _make(folder, kinds, make)
+        )
     except OSError as error:
         raise DataError(f"{cache}: cannot keep what was computed there: {reason(error)}") from error
+
+
+def opened_or_made(folder: Path, find: Callable[[], T | None], make: Callable[[], None]) -> T:
+    """What `find` finds in a folder of a cache; where that is None, what it finds once `make` has
+    made the folder. Raises OSError where that cannot be written, DataError where it is damaged."""
+    found = find()
+    if found is None:
+        make_folder(folder.parent, 0o700)
+        remove_partials(folder.parent)
+        try:
+            make()
+        except FileExistsError:
+            if find() is None:  # else another run made it meanwhile
+                raise
+        found = find()
     if found is None:
         raise DataError(f"{folder}: damaged while it was being written")
     return found
