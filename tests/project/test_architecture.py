@@ -40,6 +40,7 @@ INTERNALS = ("codegen", "engine", "function", "renderer", "runtime", "schedule",
 MAY_KNOW = {
     ("system.device", "tinygrad.renderer.cstyle"),
     ("system.gpu_driver", "tinygrad.runtime.autogen"),
+    ("system.bindings", "tinygrad.runtime.autogen"),
 }
 # Attributes of tensors, captured steps and buffers that belong to tinygrad's inside.
 INSIDE = {"uop", "captured", "jit_cache", "lazydata", "_buf", "_bufs", "va_addr"}
