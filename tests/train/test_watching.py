@@ -160,6 +160,28 @@ def test_a_rollback_takes_the_last_checkpoint_and_the_data_that_follows(tmp_path
 
 
 @pytest.mark.usefixtures("loss_alone")
+def test_a_rollback_does_not_take_a_checkpoint_that_a_disk_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save = Trainer.save
+
+    def damaging(self: Trainer, name: str) -> Path:
+        folder = save(self, name)
+        data = bytearray((folder / "model.safetensors").read_bytes())
+        data[-9] ^= 1
+        (folder / "model.safetensors").write_bytes(data)
+        return folder
+
+    monkeypatch.setattr(Trainer, "save", damaging)
+    run = tmp_path / "run"
+    assert train(configuration(run, *options(tmp_path, "rollback"))).finished
+    assert spikes(run) and not any("rolled_back" in line for line in metrics(run).values())
+    said = capsys.readouterr().err
+    assert "model.safetensors: changed: SHA-256 is " in said
+    assert ": the run does not go back to it\n" in said
+
+
+@pytest.mark.usefixtures("loss_alone")
 def test_a_run_that_stops_saves_what_came_before_and_can_go_on(tmp_path: Path) -> None:
     run = tmp_path / "run"
     with pytest.raises(TrainingError, match=r"so training stops as observe\.on_anomaly says") as e:

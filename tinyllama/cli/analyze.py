@@ -7,6 +7,7 @@ import argparse
 
 from tinyllama.cli.arguments import path
 from tinyllama.errors import ConfigError
+from tinyllama.system.notices import to_stdout
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -26,4 +27,4 @@ def run(options: argparse.Namespace) -> None:
             "(or pip install scikit-learn)"
         )
     for line in findings(found):
-        print(line)
+        to_stdout(line)

@@ -15,9 +15,9 @@ from tinyllama.cli.shared import (
     form_of,
     load,
     select_device,
-    to_stderr,
 )
 from tinyllama.errors import ConfigError, TrainingError
+from tinyllama.system.notices import to_stderr
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

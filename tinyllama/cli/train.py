@@ -9,7 +9,8 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from tinyllama.cli.arguments import seconds
-from tinyllama.cli.shared import add_set, add_threads, select_device, to_stderr
+from tinyllama.cli.shared import add_set, add_threads, select_device
+from tinyllama.system.notices import to_stderr, to_stdout
 
 if TYPE_CHECKING:
     from tinyllama.config import Config
@@ -127,7 +128,7 @@ def _train(
 
 def _say(*lines: str) -> None:
     for line in lines:
-        print(line, flush=True)
+        to_stdout(line)
 
 
 def _say_nothing(*_: str) -> None:

@@ -1,6 +1,7 @@
 """What a run keeps on disk: its folder, its resolved configuration, its checkpoints."""
 
 import json
+import os
 import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,13 +27,13 @@ from tinyllama.model.llama import Llama
 from tinyllama.model.lora import adapter_tensors, write_adapter
 from tinyllama.runtime.storage import read, write
 from tinyllama.system import device, processor
-from tinyllama.system.files import InUseError, atomic_write, held
+from tinyllama.system.files import InUseError, atomic_write, free_name, held, is_regular
 from tinyllama.tokenizers.tokenizer import Tokenizer, write_files
+from tinyllama.train.best import Best
 from tinyllama.train.checkpoint import (
     later_than,
     list_checkpoints,
     looks_whole,
-    name_aside,
     read_state,
     recover,
     save_checkpoint,
@@ -117,7 +118,7 @@ def restore(folder: Path, optimizer: AdamW, batches: Batches) -> int:
         else:  # optimizer_state has changed; nearest, since this happens once
             write(tensor, to_bfloat16(file.float32(name)))
         file.forget(name)
-    if "data" not in state:
+    if state.get("data") is None:
         raise CheckpointError(f"{folder}: its state holds no position in the data")
     batches.restore(state["data"])
     step = state["step"]
@@ -141,6 +142,14 @@ def schedule_anchor(state: Mapping[str, Any]) -> Anchor | None:
     """Where the learning rate of a checkpoint began to fall, if not at the end of its warm-up."""
     anchor = state.get("schedule_anchor")
     return None if anchor is None else Anchor(int(anchor["step"]), float(anchor["share"]))
+
+
+def best(state: Mapping[str, Any]) -> Best | None:
+    """The lowest validation loss of a checkpoint's run, if it looks for that."""
+    found = state.get("best")
+    if found is None:
+        return None
+    return Best(int(found["step"]), float(found["val_loss"]), int(found["since"]))
 
 
 @contextmanager
@@ -172,10 +181,10 @@ def go_back(folder: Path, resumed: Path, step: int) -> list[tuple[Path, Path]]:
     here belong to another run and are renamed.
     """
     metrics, is_ours = folder / METRICS, resumed.resolve().parent == folder.resolve()
-    if metrics.exists() and not is_ours:
-        metrics.rename(name_aside(metrics))
-    elif metrics.exists() and later_than(folder, step):
-        atomic_write(name_aside(metrics), metrics.read_bytes())
+    if os.path.lexists(metrics) and not is_ours:
+        metrics.rename(free_name(metrics))
+    elif is_regular(metrics) and later_than(folder, step):
+        atomic_write(free_name(metrics), metrics.read_bytes())
     return set_aside(folder, step)
 
 
@@ -196,7 +205,7 @@ def check_holds_none(folder: Path) -> None:
 
 def write_config(folder: Path, config: Config) -> None:
     """Write config.toml: every option with the value that the run uses."""
-    atomic_write(folder / "config.toml", config.to_toml().encode())
+    atomic_write(folder / "config.toml", config.to_toml().encode(), links=False)
 
 
 def write_machine(folder: Path) -> None:
@@ -211,7 +220,7 @@ def write_machine(folder: Path) -> None:
         "tinygrad": metadata.version("tinygrad"),
         "tinyllama": __version__,
     }
-    atomic_write(folder / MACHINE, f"{json.dumps(machine, indent=2)}\n".encode())
+    atomic_write(folder / MACHINE, f"{json.dumps(machine, indent=2)}\n".encode(), links=False)
 
 
 def so_far(step: int, saved: Path | None) -> str:
