@@ -15,10 +15,10 @@ pytest.importorskip("sklearn")
 from test_report import write_run
 
 from tinyllama.errors import CheckpointError
+from tinyllama.observe.samples import SAMPLES
 from tinyllama.reports.analyze import document_lengths, findings
 from tinyllama.reports.page import page
 from tinyllama.reports.runs import read_run
-from tinyllama.train.samples import SAMPLES
 
 ESCAPE = "\x1b[2J\x9b31m\u202e"
 OPERATION: dict[str, Any] = {
@@ -170,3 +170,14 @@ def test_a_cache_that_a_run_names_is_not_made(tmp_path: Path) -> None:
             elsewhere.mkdir()
         assert document_lengths(read_run(folder)) is None
         assert not elsewhere.exists() or not os.listdir(elsewhere)
+
+
+def test_every_value_that_toml_has_is_shown(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", 40)
+    (folder / "config.toml").write_text(
+        f"[data]\nday = 1979-05-27\nat = 07:32:00\nwide = 0x{'f' * 5000}\nno = nan\n"
+        f'some = ["<b>", 1]\ntext = "\\u001b[2J"\n'
+    )
+    text = page([read_run(folder)])
+    for shown in ("1979-05-27", "07:32:00", "0xfff", "nan", "&lt;b&gt;", r"\u001b[2J"):
+        assert f">{shown}" in text or f"{shown}&quot;" in text

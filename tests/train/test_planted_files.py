@@ -9,9 +9,9 @@ import pytest
 from runs_helpers import cli, config_file, finished_run, metrics, names
 
 from tinyllama.observe.metrics import MetricsLog, read_metrics
+from tinyllama.observe.samples import SAMPLES, Sample, forget_after, read_samples
 from tinyllama.train.checkpoint import STATE, read_state, step_name
 from tinyllama.train.manifest import MANIFEST, write_manifest
-from tinyllama.train.samples import SAMPLES, Sample, forget_after, read_samples
 
 WRITTEN = ("metrics.jsonl", "config.toml", "machine.json", SAMPLES)
 

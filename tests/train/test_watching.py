@@ -12,9 +12,9 @@ from tinyllama.errors import TrainingError
 from tinyllama.formats.safetensors import SafetensorsFile
 from tinyllama.observe import anomalies
 from tinyllama.observe import text as watched_text
+from tinyllama.observe.samples import read_samples
 from tinyllama.runtime.storage import read
 from tinyllama.train.checkpoint import read_state
-from tinyllama.train.samples import read_samples
 from tinyllama.train.trainer import Trainer
 from tinyllama.train.watching import layer_of, update_ratios
 

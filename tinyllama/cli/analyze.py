@@ -17,10 +17,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Print one line per finding."""
-    from tinyllama.reports.analyze import available, findings
     from tinyllama.reports.runs import read_run
 
     found = read_run(options.folder)
+    from tinyllama.reports.analyze import available, findings
+
     if not available():
         raise ConfigError(
             "scikit-learn is not installed: pip install 'tinyllama-trainer[observe]' "

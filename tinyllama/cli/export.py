@@ -69,12 +69,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Write the export; print what it is, and how far it is from its source."""
-    from tinyllama.convert.export import KINDS, Job, export
-
     out: Path = options.out
-    select_device(None)  # before tinygrad chooses one, by its own reading of the environment
     source = model_folder(options.source)
     verify_model(source, options.base, remembered=False)
+    select_device(None)  # before tinygrad chooses one, by its own reading of the environment
+    from tinyllama.convert.export import KINDS, Job, export
+
     done = export(
         Job(
             source,

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from tinyllama.cli.arguments import count, naming_text, path
 from tinyllama.cli.sampling import add_sampling, sampling_of
-from tinyllama.cli.shared import add_model, add_threads, load, select_device
+from tinyllama.cli.shared import add_model, add_threads, load, model_folder, select_device
 from tinyllama.cli.talking import template_of
 from tinyllama.errors import ConfigError, DataError, naming
 from tinyllama.system.notices import text_to_stdout, to_stderr
@@ -66,8 +66,9 @@ def run(options: argparse.Namespace) -> None:
     """Print the prompt and its continuation, or write those of a file."""
     _check(options)
     sampling_of(options)
+    folder = model_folder(options.model)
     choice = select_device(options.threads)
-    tokenizer, model = load(options.model, options.base)
+    tokenizer, model = load(folder, options.base)
     to_stderr(choice.line())
     work = _Work(options, tokenizer, model)
     if options.out is not None:

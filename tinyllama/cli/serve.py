@@ -22,7 +22,6 @@ from tinyllama.cli.talking import (
 from tinyllama.errors import ConfigError, missing, reason
 from tinyllama.system.notices import to_stderr
 from tinyllama.system.signals import stopping_on_signals
-from tinyllama.system.untrusted import read_small
 
 if TYPE_CHECKING:
     from tinyllama.model.llama import Llama
@@ -183,6 +182,8 @@ def _key(options: argparse.Namespace) -> str | None:
     file: Path | None = options.api_key_file
     if file is None:
         return None
+    from tinyllama.system.untrusted import read_small
+
     key = read_small(file, ConfigError, _MOST_KEY_BYTES).decode(errors="replace").strip()
     if not key or not key.isascii() or not key.isprintable():
         raise ConfigError(f"{file}: must hold a key of one line of ASCII characters")

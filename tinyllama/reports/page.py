@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tinyllama.config.options import to_toml
 from tinyllama.reports.runs import Column, Note, Run
 from tinyllama.system.files import is_regular
 from tinyllama.version import __version__
@@ -371,7 +372,7 @@ def _configuration(runs: Sequence[Run]) -> str:
 
 
 def _shown(value: object) -> str:
-    return "not set" if value is None else json.dumps(value, ensure_ascii=False)
+    return "not set" if value is None else to_toml(value)
 
 
 def _machines(runs: Sequence[Run]) -> str:

@@ -19,11 +19,11 @@ import numpy.typing as npt
 from tinyllama.config.loader import parse_toml
 from tinyllama.errors import CheckpointError, reason
 from tinyllama.observe.metrics import read_metrics
+from tinyllama.observe.samples import Sample, read_samples
 from tinyllama.system.files import read_file
 from tinyllama.system.untrusted import MAX_JSON_BYTES, place_first, printable, read_json_file
 from tinyllama.train.checkpoint import list_checkpoints, read_state
 from tinyllama.train.run_folder import MACHINE, METRICS
-from tinyllama.train.samples import Sample, read_samples
 
 PROFILE = "profile.json"
 _MOST_CONFIG_BYTES = 1 << 20

@@ -9,8 +9,6 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-from tinygrad import Device
-
 from tinyllama.config import Config, RopeScaling
 from tinyllama.config.options import got, shown, to_toml
 from tinyllama.data.conversations import Form
@@ -226,6 +224,8 @@ def with_micro_batch_of(checkpoint: Path, config: Config) -> Config:
 
 def made_with(config: Config) -> dict[str, Any]:
     """What decides the losses of a run besides text and weights: options, device, threads."""
+    from tinygrad import Device  # takes a while: what is wrong with the files is said before
+
     options = {k: v for k, v in config.values().items() if not k.startswith(_FREE_OF_NUMBERS)}
     options[_MICRO_BATCH] = config.training.micro_batch
     values = options | {"device": Device.DEFAULT, "threads": device.threads()}

@@ -29,6 +29,7 @@ from tinyllama.model.noise import noising
 from tinyllama.observe.ceiling import known_gflops
 from tinyllama.observe.metrics import MetricsLog
 from tinyllama.observe.progress import Progress
+from tinyllama.observe.samples import forget_after
 from tinyllama.observe.trace import Tracing
 from tinyllama.observe.trackers import Trackers
 from tinyllama.runtime import precompile
@@ -38,7 +39,7 @@ from tinyllama.system.memory import memory_in_use_bytes
 from tinyllama.system.notices import to_stderr
 from tinyllama.system.signals import stopping_on_signals
 from tinyllama.system.waiting import Waiting
-from tinyllama.train import run_folder
+from tinyllama.train import run_folder, saving
 from tinyllama.train.best import better
 from tinyllama.train.checkpoint import BEST, verify
 from tinyllama.train.evaluate import Evaluation, PairEvaluation
@@ -55,7 +56,7 @@ from tinyllama.train.prepare import (
     unused_rows,
     without_effect,
 )
-from tinyllama.train.samples import Samples, forget_after
+from tinyllama.train.samples import Samples
 from tinyllama.train.schedule import Place, learning_rate, with_warmup_steps
 from tinyllama.train.step import StepResult, TrainStep
 from tinyllama.train.watching import MOST_ROLLBACKS, Moves, Watching, greatest, update_ratios
@@ -119,7 +120,7 @@ class Trainer:
         if planned is not None:
             self.train_step.take_over(planned)
         self.evaluator = self.material.evaluator(config, self.model)
-        self.step = run_folder.restore(resume, self.optimizer, self.batches) if resume else 0
+        self.step = saving.restore(resume, self.optimizer, self.batches) if resume else 0
         state = run_folder.read_state(resume) if resume else {}
         place = self._place()
         self.total_steps = self.planned_steps = place.total_steps(t.batch_size)
@@ -439,7 +440,7 @@ class Trainer:
             self.model.read_weights(open_model(folder))
         else:
             read_adapters(self.model, AdapterFolder(folder))
-        run_folder.restore(folder, self.optimizer, self.batches)
+        saving.restore(folder, self.optimizer, self.batches)
         self.train_step.weights_were_written = True
         self.batches.restore(position)
         state = run_folder.read_state(folder)
@@ -565,7 +566,7 @@ class Trainer:
         return folder
 
     def _save(self, name: str) -> Path:
-        if broken := run_folder.not_finite(self.optimizer.parameters):
+        if broken := saving.not_finite(self.optimizer.parameters):
             raise self._broken(self.step, f"{broken}: the weights are no longer finite")
         if self._metrics is not None:
             if self._metrics.is_gone():
@@ -573,7 +574,7 @@ class Trainer:
             self._metrics.sync()
         folder, keep = self.folder / name, self.config.checkpointing.keep_last_n
         try:
-            run_folder.save(
+            saving.save(
                 folder, self.model, self.optimizer, self.tokenizer,
                 self._state(), keep, self.adapter,
             )  # fmt: skip
