@@ -65,8 +65,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Print the prompt and its continuation, or write those of a file."""
     _check(options)
-    sampling_of(options)
     folder = model_folder(options.model)
+    sampling_of(options)
     choice = select_device(options.threads)
     tokenizer, model = load(folder, options.base)
     to_stderr(choice.line())
