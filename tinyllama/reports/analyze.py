@@ -19,8 +19,10 @@ import numpy.typing as npt
 
 from tinyllama.config import load_config
 from tinyllama.data.batches import Batches
+from tinyllama.data.files import is_cache
 from tinyllama.errors import TinyllamaError
 from tinyllama.reports.runs import Column, Run
+from tinyllama.system.untrusted import printable
 from tinyllama.tokenizers.opening import open_tokenizer
 from tinyllama.train.preferences import PAIR_OBJECTIVES
 from tinyllama.train.prepare import texts
@@ -30,6 +32,7 @@ _MOST_POINTS = 2000  # that k-means and the silhouette look at
 _SLOWER = 1.15  # times, that are worth a line
 _AROUND = 51  # steps that a step is compared with
 _SEED = 0
+_MOST_GAPS = 10  # steps per line of metrics: a run that came in from elsewhere begins late
 
 Mask = npt.NDArray[np.bool_]
 
@@ -109,11 +112,15 @@ def _local_median(values: Column) -> Column:
 
 def document_lengths(run: Run) -> Column | None:
     """The longest document of each step's batch, in tokens, found from the text's own order; None
-    where the text is not here any more, it is pairs, or the run left that order."""
-    if run.rollbacks or not run.config:
+    where the text or the run's cache is not here any more, it is pairs, or the run left that
+    order."""
+    last = int(run.steps[-1])
+    if run.rollbacks or not run.config or not 0 < last <= _MOST_GAPS * len(run.steps):
         return None
     with suppress(TinyllamaError, OSError):
         config = load_config(str(run.path / "config.toml"))
+        if not is_cache(Path(config.data.cache_dir)):
+            return None  # what somebody else's run names is not written to
         folder = run.path / run.checkpoints[-1][1] if run.checkpoints else Path()
         tokenizer = open_tokenizer(folder)
         t = config.training
@@ -125,7 +132,7 @@ def document_lengths(run: Run) -> Column | None:
         sizes = np.diff(np.append(text.starts, text.n_tokens))
         longest = np.full(len(run.steps), np.nan)
         place = {int(step): index for index, step in enumerate(run.steps)}
-        for step in range(1, int(run.steps[-1]) + 1):
+        for step in range(1, last + 1):
             batches.skip()
             if step in place:
                 longest[place[step]] = sizes[batches.documents()].max(initial=0)
@@ -164,7 +171,8 @@ def _clusters(table: npt.NDArray[np.float64]) -> npt.NDArray[np.int64] | None:
     scaled = (table - table.mean(axis=0)) / np.where(spread > 1e-9, spread, 1.0)
     seen = scaled[:: max(1, len(scaled) // _MOST_POINTS)]
     best, best_score = None, 0.35
-    for k in range(2, min(5, len(seen) - 1) + 1):
+    distinct = len(np.unique(seen, axis=0))
+    for k in range(2, min(5, len(seen) - 1, distinct) + 1):
         model = KMeans(k, n_init=4, random_state=_SEED).fit(seen)
         labels = np.unique(model.labels_)
         score = silhouette_score(seen, model.labels_) if len(labels) > 1 else 0.0
@@ -264,7 +272,7 @@ def _kernels(run: Run) -> list[Kernel]:
             gflops, rate = _number(operation, "gflops"), _number(operation, "gb_per_second")
             found.append(
                 Kernel(
-                    str(operation.get("name")),
+                    printable(operation.get("name")),
                     _number(operation, "seconds"),
                     max(1.0, _number(operation, "calls")),
                     _number(operation, "share"),
@@ -276,7 +284,8 @@ def _kernels(run: Run) -> list[Kernel]:
 
 def _number(operation: dict[str, Any], key: str) -> float:
     value = operation.get(key)
-    return float(value) if isinstance(value, int | float) and np.isfinite(value) else 0.0
+    is_number = isinstance(value, int | float) and abs(value) < 1e30
+    return float(value) if is_number else 0.0  # type: ignore[arg-type]
 
 
 def _kernel_lines(kernels: Sequence[Kernel]) -> Iterator[str]:

@@ -11,7 +11,6 @@ import base64
 import hashlib
 import html
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,13 +18,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tinyllama.config.options import to_toml
 from tinyllama.reports.runs import Column, Note, Run
+from tinyllama.system.files import is_regular
 from tinyllama.version import __version__
 
 UPLOT_VERSION = "1.6.32"
 _HERE = Path(__file__).parent
 _MOST_ROWS = 200  # of a table
 _MOST_SAMPLES = 40
+_MOST_CHARACTERS = 20_000  # of a sample
 
 
 class Line(NamedTuple):
@@ -291,20 +293,27 @@ def _anomalies(runs: Sequence[Run]) -> str:
             html.escape(note.action),
         ]
         for run in runs
-        for note in run.anomalies
+        for note in run.anomalies[:_MOST_ROWS]
     ]
     back = [
         f"<p>went back from step {r.origin:,} to {r.target:,}: "
         f"{html.escape('; '.join(map(_what, r.anomalies)))}</p>"
         for run in runs
-        for r in run.rollbacks
+        for r in run.rollbacks[:_MOST_ROWS]
     ]
     if not rows and not back:
         return card("Anomalies", '<p class="empty">none found</p>')
     head = [*(["run"] if several else []), "step", "kind", "what", "text of the batch", "action"]
-    more = f"<p>and {len(rows) - _MOST_ROWS:,} more</p>" if len(rows) > _MOST_ROWS else ""
+    count = sum(len(run.anomalies) for run in runs)
+    more = f"<p>and {count - _MOST_ROWS:,} more</p>" if count > _MOST_ROWS else ""
     body = table(head, rows[:_MOST_ROWS], (int(several),)) if rows else ""
     return card("Anomalies", "".join(back) + body + more, wide=bool(rows))
+
+
+def _escaped(text: str) -> str:
+    """Text from a file as HTML, of bounded length."""
+    cut = text[:_MOST_CHARACTERS]
+    return html.escape(cut if len(cut) == len(text) else f"{cut}...")
 
 
 def _what(note: Note) -> str:
@@ -325,7 +334,7 @@ def _samples(runs: Sequence[Run]) -> str:
     blocks = []
     for run in runs:
         for sample in reversed(run.samples[-_MOST_SAMPLES:]):
-            prompt, text = html.escape(sample.prompt), html.escape(sample.text)
+            prompt, text = _escaped(sample.prompt), _escaped(sample.text)
             if text.startswith(prompt):
                 text = f"<b>{prompt}</b>{text[len(prompt) :]}"
             name = f"{html.escape(run.name)}, " if len(runs) > 1 else ""
@@ -363,7 +372,7 @@ def _configuration(runs: Sequence[Run]) -> str:
 
 
 def _shown(value: object) -> str:
-    return "not set" if value is None else json.dumps(value, ensure_ascii=False)
+    return "not set" if value is None else to_toml(value)
 
 
 def _machines(runs: Sequence[Run]) -> str:
@@ -413,7 +422,7 @@ def _roofline(run: Run) -> str:
     """The picture that `tinyllama profile` writes, as it is, if there is one."""
     for name, kind in (("roofline.svg", "svg+xml"), ("roofline.png", "png")):
         path = run.path / name
-        if path.is_file() and path.stat().st_size < 8 << 20:
+        if is_regular(path) and path.stat().st_size < 8 << 20:  # a link could show any file
             content = base64.b64encode(path.read_bytes()).decode()
             return f'<img alt="roofline" src="data:image/{kind};base64,{content}">'
     return ""
@@ -422,4 +431,4 @@ def _roofline(run: Run) -> str:
 def _figure(value: object) -> float:
     """A number of a profile; 0 where there is none."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number and math.isfinite(value) else 0.0  # type: ignore[arg-type]
+    return float(value) if is_number and abs(value) < 1e30 else 0.0  # type: ignore[arg-type]
