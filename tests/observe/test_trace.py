@@ -14,6 +14,7 @@ from runs_helpers import VAL_FILES, configuration, environment, metrics, train
 
 from tinyllama.errors import ConfigError
 from tinyllama.observe import trace
+from tinyllama.observe.anomalies import Anomaly, Watch
 from tinyllama.observe.trace import FLUSH_SECONDS, GAUGES, Tracing, tracing
 from tinyllama.train import trainer as trainer_module
 
@@ -207,3 +208,29 @@ def test_the_variable_of_all_programs_switches_traces_on(tmp_path, monkeypatch):
         with tracing(config, print) as traces:
             train(config, tracing=traces)
     assert len(got.named("step")) == 1
+
+
+def test_the_variables_of_the_sdk_name_the_service(tmp_path, monkeypatch):
+    monkeypatch.setenv("OTEL_SERVICE_NAME", "night runs")
+    monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "deployment.environment=test")
+    with collector() as (endpoint, got):
+        traced(tmp_path / "run", endpoint)
+    resource = attributes(got.resources[0])
+    assert (resource["service.name"], resource["deployment.environment"]) == ("night runs", "test")
+    assert resource["service.version"]
+
+
+def test_an_anomaly_is_an_event_of_its_step_with_what_metrics_jsonl_says(tmp_path, monkeypatch):
+    found = [Anomaly(3, "spike", "loss", 9.0, 5.0)]
+    monkeypatch.setattr(
+        Watch, "numbers", lambda self, step, *_: found if step == 3 else [], raising=True
+    )
+    with collector() as (endpoint, got):
+        traced(tmp_path / "run", endpoint)
+    (event,) = [e for step in got.named("step") for e in step.events if e.name == "anomaly"]
+    said = attributes(event)
+    (entry,) = metrics(tmp_path / "run")[3]["anomalies"]
+    assert (said["tinyllama.series"], said["tinyllama.value"]) == ("loss", 9.0)
+    assert (said["tinyllama.kind"], said["tinyllama.action"]) == ("spike", "note")
+    documents = [value.string_value for value in said["tinyllama.documents"].values]
+    assert documents == entry["documents"] != []

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 from fake_cuda import needs_nvrtc, variables
 from model_helpers import SQUARE, build, random_batch
@@ -259,8 +260,11 @@ def test_a_profile_is_kept_beside_the_run_of_the_same_model_where_its_report_fin
     done = command("124m", *words, "--json")
     assert done.returncode == 0 and f"`tinyllama report {run}` shows it" in done.stderr
     found = read_run(run).profile
-    assert found == json.loads(done.stdout)
-    assert any(operation["source"] for operation in found["operations"])
+    assert msgspec.to_builtins(found) == json.loads(done.stdout)
+    assert any(operation.source for operation in found.operations)
+    measured = json.loads((run / "roofline.json").read_text())
+    assert msgspec.to_builtins(read_run(run).ceilings) == measured
+    assert "ceilings: float32" in done.stderr
 
 
 def test_a_command_that_names_neither_or_both_is_refused():

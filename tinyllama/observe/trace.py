@@ -124,7 +124,7 @@ class OtlpTracing(Tracing):
         say: Callable[[str], None],
     ) -> None:
         """`every` is the number of steps between those with a span per operation."""
-        from opentelemetry.sdk.resources import Resource
+        from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 
         self.endpoint, self.recorder, self.every, self.say = endpoint, recorder, every, say
         self._ended = self._sent = 0
@@ -132,7 +132,9 @@ class OtlpTracing(Tracing):
         self._epoch = ExitStack()
         # The clock of spans is that of the day, in nanoseconds.
         self._offset = time.time_ns() - time.perf_counter_ns()
-        resource = Resource.create({"service.name": "tinyllama", "service.version": __version__})
+        ours = Resource({"service.name": "tinyllama", "service.version": __version__})
+        # What OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES say wins over that.
+        resource = Resource.create().merge(ours).merge(OTELResourceDetector().detect())
         _silence()
         self._open_spans(resource)
         self._open_metrics(resource)

@@ -9,10 +9,11 @@ scikit-learn is the extra `observe`.
 """
 
 import importlib.util
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +21,7 @@ import numpy.typing as npt
 from tinyllama.config import load_config
 from tinyllama.data.batches import Batches
 from tinyllama.errors import TinyllamaError
-from tinyllama.reports.runs import Column, Run
+from tinyllama.reports.runs import Column, KeptOperation, Run
 from tinyllama.tokenizers.opening import open_tokenizer
 from tinyllama.train.preferences import PAIR_OBJECTIVES
 from tinyllama.train.prepare import texts
@@ -32,16 +33,6 @@ _AROUND = 51  # steps that a step is compared with
 _SEED = 0
 
 Mask = npt.NDArray[np.bool_]
-
-
-class Kernel(NamedTuple):
-    """A profile's operation."""
-
-    name: str
-    seconds: float
-    calls: float
-    share: float
-    intensity: float  # floating-point operations per byte; 0 where it is not known
 
 
 def available() -> bool:
@@ -57,8 +48,7 @@ def findings(run: Run) -> list[str]:
     with threadpool_limits(1):
         few = f"{len(run.steps)} steps: too few to group, {_LEAST_STEPS} are needed"
         lines = list(_step_lines(run)) or [few]
-        kernels = _kernels(run)
-        if len(kernels) >= 4:
+        if len(kernels := run.roofline_points) >= 4:
             lines += _kernel_lines(kernels)
     return lines
 
@@ -253,48 +243,25 @@ def _outlier_lines(
 # ---- kernels
 
 
-def _kernels(run: Run) -> list[Kernel]:
-    """The operations of the profile beside a run that took time."""
-    operations = (run.profile or {}).get("operations")
-    if not isinstance(operations, list):
-        return []
-    found = []
-    for operation in operations:
-        if isinstance(operation, dict) and _number(operation, "seconds") > 0:
-            gflops, rate = _number(operation, "gflops"), _number(operation, "gb_per_second")
-            found.append(
-                Kernel(
-                    str(operation.get("name")),
-                    _number(operation, "seconds"),
-                    max(1.0, _number(operation, "calls")),
-                    _number(operation, "share"),
-                    gflops / rate if rate > 0 else 0.0,
-                )
-            )
-    return found
-
-
-def _number(operation: dict[str, Any], key: str) -> float:
-    value = operation.get(key)
-    return float(value) if isinstance(value, int | float) and np.isfinite(value) else 0.0
-
-
-def _kernel_lines(kernels: Sequence[Kernel]) -> Iterator[str]:
-    """Groups of kernels by time per call, arithmetic intensity and bytes."""
-    known = [kernel for kernel in kernels if kernel.intensity > 0]
-    table = np.array(
-        [[np.log(k.seconds / k.calls), np.log(k.intensity), np.log(k.seconds)] for k in known]
-    )
-    labels = _clusters(table) if len(known) >= 4 else None
+def _kernel_lines(kernels: Sequence[KeptOperation]) -> Iterator[str]:
+    """Groups of kernels by time per call, arithmetic intensity and size: bytes per call."""
+    table = np.array([[math.log(value) for value in _features_of(k)] for k in kernels])
+    labels = _clusters(table)
     if labels is None:
         return
     for label in np.unique(labels):
-        group = [kernel for kernel, of in zip(known, labels, strict=True) if of == label]
+        group = [kernel for kernel, of in zip(kernels, labels, strict=True) if of == label]
         group.sort(key=lambda kernel: -kernel.share)
-        intensity = np.median([kernel.intensity for kernel in group])
-        call = np.median([kernel.seconds / kernel.calls for kernel in group])
+        seconds, intensity, size = np.median([_features_of(k) for k in group], axis=0)
         names = ", ".join(kernel.name for kernel in group[:3])
         yield (
             f"group of {len(group)} kernels, {sum(k.share for k in group):.0%} of a step: "
-            f"{intensity:.1f} FLOP per byte, {1e6 * call:.0f} microseconds per call: {names}"
+            f"{intensity:.1f} FLOP per byte, {1e6 * seconds:.0f} microseconds and "
+            f"{size / 1e6:.2f} MB per call: {names}"
         )
+
+
+def _features_of(kernel: KeptOperation) -> tuple[float, float, float]:
+    """Seconds per call, operations per byte, bytes per call; all above 0."""
+    seconds = max(kernel.seconds, 1e-9) / max(1.0, kernel.calls)
+    return seconds, kernel.intensity, max(1.0, 1e9 * kernel.gb_per_second * seconds)
