@@ -91,8 +91,8 @@ CHARTS = (
     ),
     Chart(
         "memory_bytes",
-        "Memory",
-        "memory in use",
+        "Memory in use",
+        "memory",
         (Line("memory_bytes", "memory"),),
         "memory_bytes",
         "bytes",
@@ -207,10 +207,12 @@ def _lines(chart: Chart) -> dict[str, Any]:
 
 def _chart_element(chart: Chart, runs: Sequence[Run]) -> str:
     kind = "card chart wide" if chart.wide else "card chart"
+    is_said = chart.unit in chart.title.lower()
+    unit = "" if is_said else f"<small>{chart.unit}</small>"
     log = '<button type="button" class="log" aria-pressed="false">log</button>'
     return (
         f'<article class="{kind}" data-chart="{chart.name}" data-points="{_drawn(chart, runs)}">'
-        f"<header><h2>{chart.title}<small>{chart.unit}</small></h2>"
+        f"<header><h2>{chart.title}{unit}</h2>"
         f'<small class="marks"></small>{log if chart.lines else ""}</header>'
         f'<div class="plot" role="img" aria-label="{chart.title}, {chart.unit}"></div></article>'
     )
@@ -275,7 +277,7 @@ def _summary(run: Run) -> list[tuple[str, float | str | None, str]]:
         ("validation loss", _last(c["val_loss"]), "number"),
         ("tokens", _last(c["tokens"]), "number"),
         ("time in steps", _last(c["seconds"]), "clock"),
-        ("tokens per second", _median(c["tokens_per_second"]), "number"),
+        ("tokens/s", _median(c["tokens_per_second"]), "number"),
         ("most memory", _greatest(c["memory_bytes"]), "bytes"),
         ("anomalies", float(len(run.anomalies)), "number"),
     ]

@@ -45,7 +45,7 @@
   function bytes(value) {
     if (!isNumber(value)) return "–";
     for (const [unit, size] of [["GiB", 2 ** 30], ["MiB", 2 ** 20], ["KiB", 1024]])
-      if (Math.abs(value) >= size) return digits(value / size, 2) + " " + unit;
+      if (Math.abs(value) >= size) return digits(value / size, Math.abs(value) >= 100 * size ? 0 : 2) + " " + unit;
     return digits(value, 0) + " B";
   }
   function clock(value) {
