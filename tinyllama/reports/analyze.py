@@ -29,6 +29,7 @@ from tinyllama.train.prepare import texts
 _LEAST_STEPS = 50
 _MOST_POINTS = 2000  # that k-means and the silhouette look at
 _SLOWER = 1.15  # times, that are worth a line
+_SURE = 3.5  # standard deviations from chance
 _AROUND = 51  # steps that a step is compared with
 _SEED = 0
 
@@ -123,6 +124,20 @@ def document_lengths(run: Run) -> Column | None:
     return None
 
 
+def _against_around(values: Column, usable: Mask) -> Column:
+    """Values as a share of the median of the steps around each: a machine that has other work for
+    a while makes all of those slower."""
+    return values / _local_median(np.where(usable, values, np.nan))
+
+
+def _are_larger(some: Column, others: Column) -> bool:
+    """Whether some values are larger than others by more than chance: Wilcoxon's rank-sum test."""
+    n, m = len(some), len(others)
+    ranks = np.argsort(np.argsort(np.concatenate([some, others])))[:n]
+    above = ranks.sum() - n * (n - 1) / 2 - n * m / 2
+    return bool(above > _SURE * math.sqrt(n * m * (n + m + 1) / 12))
+
+
 def _groups(features: dict[str, Column], usable: Mask) -> Iterator[str]:
     """Groups of steps that differ clearly, each with what sets it apart."""
     names = [name for name, values in features.items() if _is_usable(values, usable)]
@@ -180,7 +195,7 @@ def _conditions(run: Run, features: dict[str, Column], usable: Mask) -> Iterator
         if name not in features:
             continue
         values = features[name]
-        threshold = _threshold(values, c["step_seconds"], usable)
+        threshold = _threshold(values, _against_around(c["step_seconds"], usable), usable)
         if threshold is not None:
             yield _Condition(f"with documents over {threshold:.0f} tokens", values > threshold)
 
@@ -192,7 +207,7 @@ def _threshold(values: Column, target: Column, usable: Mask) -> float | None:
     known = usable & np.isfinite(values)
     if known.sum() < _LEAST_STEPS:
         return None
-    least = max(5, int(0.01 * known.sum()))
+    least = max(10, int(0.02 * known.sum()))
     tree = DecisionTreeRegressor(max_depth=1, min_samples_leaf=least, random_state=_SEED)
     tree.fit(values[known].reshape(-1, 1), np.log(target[known]))
     threshold = float(tree.tree_.threshold[0])
@@ -203,12 +218,13 @@ def _speed_lines(
     steps: Column, seconds: Column, usable: Mask, conditions: Sequence[_Condition]
 ) -> Iterator[str]:
     """Conditions under which steps are slower, and the slow steps."""
+    times = _against_around(seconds, usable)
     for words, holds in conditions:
         inside, outside = usable & holds, usable & ~holds
         if min(inside.sum(), outside.sum()) < 5:
             continue
-        ratio = np.median(seconds[inside]) / np.median(seconds[outside])
-        if ratio >= _SLOWER:
+        ratio = np.median(times[inside]) / np.median(times[outside])
+        if ratio >= _SLOWER and _are_larger(times[inside], times[outside]):
             yield f"steps {words} are {ratio:.1f} times slower ({inside.sum():,} steps)"
     yield from _outlier_lines(steps, seconds, usable, "time", conditions)
 
@@ -256,8 +272,8 @@ def _kernel_lines(kernels: Sequence[KeptOperation]) -> Iterator[str]:
         names = ", ".join(kernel.name for kernel in group[:3])
         yield (
             f"group of {len(group)} kernels, {sum(k.share for k in group):.0%} of a step: "
-            f"{intensity:.1f} FLOP per byte, {1e6 * seconds:.0f} microseconds and "
-            f"{size / 1e6:.2f} MB per call: {names}"
+            f"{intensity:.1f} FLOP per byte, {1e6 * seconds:,.3g} microseconds and "
+            f"{size / 1e6:.2g} MB per call: {names}"
         )
 
 

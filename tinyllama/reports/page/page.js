@@ -234,7 +234,7 @@
       ...size(chart),
       series: [{ label: AXES[state.axis], value: (u, v) => atX[state.axis](v ?? u.data[0][u.data[0].length - 1]) },
         ...series.map((one) => ({ spanGaps: true, value: valueOf(one, show), ...one }))],
-      scales: { x: { time: false }, y: { distr: log ? 3 : 1, range: log ? undefined : padded(chart.zero) } },
+      scales: { x: { time: false }, y: { distr: log ? 3 : 1, log: isBytes ? 2 : 10, range: log ? undefined : padded(chart.zero) } },
       axes: axes(
         { ...along, label: AXES[state.axis], values: (u, all) => alongX[state.axis](all) },
         { label: chart.unit, size: isBytes ? 74 : 58, incrs: isBytes ? POWERS : undefined,
@@ -297,7 +297,6 @@
 
   // ---- the roofline: operations under what the machine can do
 
-  const FRAME = 0.75; // of a decade, around the points
   function buildRoofline(chart) {
     remove(chart);
     const place = chart.element.querySelector(".plot"), colors = palette(), several = runs.filter((run) => run.roofline).length > 1;
@@ -311,7 +310,7 @@
     const bandwidth = ceilings && ceilings.gb_per_second;
     const xs = shown.map((p) => p.x).concat(peaks.map(([, peak]) => peak / bandwidth));
     const ys = shown.map((p) => p.y).concat(peaks.map(([, peak]) => peak));
-    const around = (values) => [Math.min(...values) / 10 ** FRAME, Math.max(...values) * 10 ** FRAME];
+    const around = (values) => [10 ** Math.floor(Math.log10(Math.min(...values)) - 0.2), 10 ** Math.ceil(Math.log10(Math.max(...values)) + 0.2)];
     const [low, high] = around(xs), tables = peaks.map(([, peak]) => [[low, peak / bandwidth, high], [low * bandwidth, peak, peak]]);
     const radius = (p) => 3 + 22 * Math.sqrt(p.share);
     const circles = (u) => {
@@ -336,9 +335,10 @@
       if (least > 6) return null;
       const { p } = best;
       return { ...best, lines: [`${p.run}${p.name}`, `${digits(100 * p.share, 1)} % of the step`,
-        `${short(p.y)} GFLOPS at ${short(p.x)} operations per byte`, ...p.source] };
+        `${three(p.y)} GFLOPS at ${three(p.x)} operations per byte`, ...p.source] };
     };
-    const name = ([label, peak]) => `${label}: ${short(peak)} GFLOPS, ${short(bandwidth)} GB/s`;
+    const three = (v) => digits(Number(v.toPrecision(3)), 3);
+    const name = ([label, peak]) => `${label}: ${three(peak)} GFLOPS, ${three(bandwidth)} GB/s`;
     const grey = style("--quiet");
     chart.plot = new uPlot({
       ...size(chart),
