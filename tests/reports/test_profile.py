@@ -90,6 +90,15 @@ def test_products_name_the_line_of_their_layer_forward_and_back(trained, project
     assert forward.flops == 2 * (2 * rows * 64 * width)
 
 
+def test_products_of_the_head_name_the_models_line_forward_and_back(trained):
+    line = line_of(llama.Llama.through_head, "return make()")
+    (forward,) = with_source(trained, line, "gemm")
+    backward = with_source(trained, line, "gemm", backward=True)
+    assert forward.calls == 1 and sum(o.calls for o in backward) == 2  # of hidden, of the weight
+    rows = 24 * 48
+    assert forward.flops == 2 * rows * 64 * 400 == backward[0].flops
+
+
 def test_attention_and_norms_name_their_lines(trained):
     line = line_of(llama.Attention.__call__, "attention(*self.project(x), starts, (cos, sin))")
     assert with_source(trained, line, "attention_forward")
