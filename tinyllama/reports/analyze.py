@@ -272,9 +272,14 @@ def _kernel_lines(kernels: Sequence[KeptOperation]) -> Iterator[str]:
         names = ", ".join(kernel.name for kernel in group[:3])
         yield (
             f"group of {len(group)} kernels, {sum(k.share for k in group):.0%} of a step: "
-            f"{intensity:.1f} FLOP per byte, {1e6 * seconds:,.3g} microseconds and "
+            f"{intensity:.1f} FLOP per byte, {_microseconds(seconds)} microseconds and "
             f"{size / 1e6:.2g} MB per call: {names}"
         )
+
+
+def _microseconds(seconds: float) -> str:
+    value = 1e6 * seconds
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def _features_of(kernel: KeptOperation) -> tuple[float, float, float]:

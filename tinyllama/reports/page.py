@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
-from tinyllama.reports.runs import Column, Note, Run
+from tinyllama.reports.runs import Column, KeptOperation, Note, Run
 from tinyllama.version import __version__
 
 UPLOT_VERSION = "1.6.32"
@@ -446,7 +446,7 @@ def _profile(run: Run) -> str:
         rows.append(
             [
                 f"<code>{html.escape(operation.name)}</code>",
-                "<br>".join(map(html.escape, operation.source)),
+                _lines_of(operation),
                 f"{bar} {100 * operation.share:.1f} %",
                 f"{operation.calls:,.0f}" if is_kernel else "",
                 f"{1000 * operation.seconds:.2f}",
@@ -457,6 +457,13 @@ def _profile(run: Run) -> str:
     head = ["operation", "source", "share", "calls", "ms", "GFLOPS", "GB/s"]
     return card(
         f"Where a step's {1000 * run.profile.step_seconds:.1f} ms go: {run.name}",
-        table(head, rows, (2, 3, 4, 5, 6)),
+        f'<div class="hot">{table(head, rows, (2, 3, 4, 5, 6))}</div>',
         wide=True,
     )
+
+
+def _lines_of(operation: KeptOperation) -> str:
+    """The lines of an operation, as many as a row has room for."""
+    shown = [html.escape(line) for line in operation.source[:_MOST_LINES]]
+    more = len(operation.source) - len(shown)
+    return "<br>".join([*shown, f"and {more} more"] if more else shown)

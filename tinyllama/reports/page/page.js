@@ -156,6 +156,7 @@
     return (u) => {
       const { ctx } = u, { left, top, width, height } = u.bbox, ratio = devicePixelRatio || 1, colors = palette();
       ctx.save();
+      ctx.setLineDash([]);
       ctx.beginPath(); ctx.rect(left - 6 * ratio, top - 10 * ratio, width + 12 * ratio, height + 20 * ratio); ctx.clip();
       for (const mark of chart.found) {
         const x = u.valToPos(mark.x, "x", true), s = 5 * ratio;
@@ -205,9 +206,15 @@
   // ---- charts
 
   const sync = uPlot.sync("report");
+  // The lines of a logarithmic axis stand at powers of ten, where it spans more than one.
+  const decades = (u, splits) => {
+    const whole = splits.filter((v) => Number.isInteger(Math.round(1e9 * Math.log10(v)) / 1e9));
+    return whole.length < 2 ? splits : splits.map((v) => (whole.includes(v) ? v : null));
+  };
   function axes(x, y) {
-    const ink = style("--quiet"), grid = style("--line");
-    const both = { stroke: ink, grid: { stroke: grid, width: 1 }, ticks: { stroke: grid, width: 1 }, labelFont: "12px sans-serif", font: "11px sans-serif", labelSize: 20 };
+    const ink = style("--quiet"), stroke = style("--line");
+    const filter = (u, splits, axis) => (u.scales[axis === 0 ? "x" : "y"].distr === 3 ? decades(u, splits) : splits);
+    const both = { stroke: ink, grid: { stroke, width: 1, filter }, ticks: { stroke, width: 1, filter }, labelFont: "12px sans-serif", font: "11px sans-serif", labelSize: 20 };
     return [{ ...both, size: 34, space: 70, ...x }, { ...both, size: 58, ...y }];
   }
   function remove(chart) {
@@ -316,6 +323,7 @@
     const circles = (u) => {
       const { ctx, bbox } = u, ratio = devicePixelRatio || 1;
       ctx.save();
+      ctx.setLineDash([]);
       ctx.beginPath(); ctx.rect(bbox.left, bbox.top, bbox.width, bbox.height); ctx.clip();
       for (const p of shown) {
         ctx.beginPath();
@@ -350,7 +358,7 @@
       legend: { show: false },
       hooks: { draw: [circles] },
       plugins: [{ hooks: tip(nearest) }],
-      padding: [14, 12, 0, 0],
+      padding: [14, 24, 0, 0],
     }, tables.length ? uPlot.join(tables) : [[low, high], [null, null]], place);
     const key = (ink, label, kind) => `<span class="key"><i class="${kind}" style="--ink:${ink}"></i>${label}</span>`;
     const dots = several ? [] : [key(colors[0], "forward", "dot"), key(colors[1], "backward", "dot")];
