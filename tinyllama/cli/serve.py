@@ -4,7 +4,6 @@ tinyllama serve checkpoints/chat/final --port 8000
 """
 
 import argparse
-import asyncio
 import socket
 from functools import partial
 from pathlib import Path
@@ -83,6 +82,8 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError(
             f"{missing(error)} is not installed: pip install 'tinyllama-trainer[serve]'"
         ) from None
+    import asyncio
+
     from tinyllama.generate.batch import Batch
     from tinyllama.generate.engine import Engine
 
@@ -139,6 +140,7 @@ def run(options: argparse.Namespace) -> int:
 
 async def _serve(server: Any, listening: socket.socket, stopped: Any) -> int:
     """Serve until stopped() gives an exit code, and return it."""
+    import asyncio
 
     async def watch() -> None:
         while not stopped():

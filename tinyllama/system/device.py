@@ -17,6 +17,7 @@ from pathlib import Path
 from tinyllama.errors import DeviceError
 from tinyllama.system import nvrtc, processor
 from tinyllama.system.gpu_driver import bind_nvrtc, cuda_name, opencl_is_processor, try_cuda
+from tinyllama.system.hardware import may_have
 
 # What GPU=1 tries, in this order.
 GPU_ORDER = ("METAL", "CUDA", "NV", "AMD", "CL")
@@ -103,6 +104,8 @@ def select(
     requested_threads(environ)
     failures: dict[str, str] = {}
     for target in candidates:
+        if "CPU" in candidates and not may_have(target, environ):
+            continue  # where a GPU is requested, what its backend says of its absence is shown
         try:
             choice = _open(target, reason)
         except DeviceError as error:
