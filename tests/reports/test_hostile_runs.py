@@ -16,7 +16,7 @@ from test_report import write_run
 
 from tinyllama.errors import CheckpointError
 from tinyllama.observe.samples import SAMPLES
-from tinyllama.reports.analyze import document_lengths, findings
+from tinyllama.reports.analyze import document_lengths
 from tinyllama.reports.page import page
 from tinyllama.reports.runs import read_run
 
