@@ -311,7 +311,7 @@ def test_a_message_is_a_screenful_whatever_the_file_holds() -> None:
         ('[training]\ndtype = "' + "float32," * 100_000 + '"', 'dtype: got "float32,'),
         ("[training]\nlearning_rate = [" + "1," * 400_000 + "]", "learning_rate: got [1, 1,"),
     ],
-    ids=lambda text: repr(text[:30]),
+    ids=lambda text: "".join(filter(str.isalnum, text[:30])),
 )
 def test_hostile_toml_is_refused_in_short_lines_in_time(text: str, said: str) -> None:
     begun = time.process_time()
