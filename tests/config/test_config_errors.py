@@ -51,6 +51,10 @@ def toml(text: str = "", *overrides: str) -> Config:
         ("model.rope_theta = 0", "got 0, must be a finite number more than 0"),
         ("model.tie_word_embeddings = 1", "got 1, must be true or false"),
         ("model.base = ''", 'got "", must be a string that is not empty'),
+        (
+            'observe.otlp_endpoint = "localhost:4318"',
+            'got "localhost:4318", must be an address that begins with http:// or https://',
+        ),
         ("training.learning_rate = nan", "got nan, must be a finite number more than 0"),
         ("training.learning_rate = 1e999", "got inf, must be a finite number more than 0"),
         ("training.learning_rate = true", "got true, must be a finite number more than 0"),

@@ -16,7 +16,7 @@ from test_report import write_run
 
 from tinyllama.errors import CheckpointError
 from tinyllama.observe.samples import SAMPLES
-from tinyllama.reports.analyze import document_lengths, findings
+from tinyllama.reports.analyze import document_lengths
 from tinyllama.reports.page import page
 from tinyllama.reports.runs import read_run
 
@@ -120,7 +120,7 @@ def profiled(folder: Path, **changes: object) -> Path:
         OPERATION | {"seconds": 1.0 + 99 * (n % 2), "gflops": 1 + 999 * (n % 2)} | changes
         for n in range(12)
     ]
-    profile = {"step_seconds": 10**400, "operations": operations}
+    profile = {"step_seconds": 600.0, "operations": operations}
     (folder / "profile.json").write_text(json.dumps(profile))
     return folder
 
@@ -135,11 +135,24 @@ def test_names_of_a_profile_reach_no_terminal(
     assert all(line.isprintable() for line in lines)
 
 
-def test_numbers_that_no_float_can_be_count_as_none(tmp_path: Path) -> None:
-    folder = profiled(write_run(tmp_path / "run", 120), seconds=10**400, share=10**400)
-    run = read_run(folder)
-    assert "ms go" in page([run])
-    assert not any("kernels" in line for line in findings(run))
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [
+        (10**400, "number out of range"),
+        (1e31, "expected float <= 1e+30"),
+        (-1.0, "expected float >= 0.0"),
+        ("many", "expected float, got str"),
+    ],
+)
+def test_numbers_of_a_profile_that_cannot_be_are_refused(
+    tmp_path: Path, value: object, why: str
+) -> None:
+    folder = profiled(write_run(tmp_path / "run", 120), seconds=value)
+    with pytest.raises(CheckpointError) as refused:
+        read_run(folder)
+    place = "" if value == 10**400 else "operations[0].seconds: "
+    assert str(refused.value).startswith(f"{folder / 'profile.json'}: {place}")
+    assert why in str(refused.value)
 
 
 def test_the_work_does_not_follow_the_last_step(tmp_path: Path) -> None:

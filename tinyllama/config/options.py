@@ -161,7 +161,7 @@ def _table(cls: type[msgspec.Struct]) -> str:
 
 def _limited(base: Any, meta: msgspec.Meta) -> str:
     if base is str:
-        return "a string that is not empty"
+        return meta.description or "a string that is not empty"
     if get_origin(base) is tuple:
         return f"a list of one or more, each {allowed(get_args(base)[0])}"
     limits = ((words, getattr(meta, name)) for name, words in _LIMITS.items())

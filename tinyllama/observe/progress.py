@@ -32,7 +32,8 @@ class Progress:
     def __init__(self, done: int, shown: bool = True) -> None:
         self._done, self._shown = done, shown
         self._is_terminal = shown and sys.stderr.isatty()
-        self._started = self._written = time.monotonic()
+        self._written = time.monotonic()
+        self._since = (done, self._written)  # a step, and when it ended: the speed is that since
         self._val_loss: float | None = None
         self._line = ""  # of a terminal: what the line shows once it is drawn again
 
@@ -86,7 +87,7 @@ class Progress:
         now = time.monotonic()
         speed = f"{tokens_per_second:.0f} tok/s"
         more = _more(memory_bytes, flops_share)
-        left = (total - step) * (now - self._started) / max(1, step - self._done)
+        left = (total - step) * self._step_seconds(step, now)
         if self._is_terminal:
             parts = [f"step {step}/{total}", f"loss {loss:.4f}", speed, f"{_clock(left)} left"]
             if self._val_loss is not None:
@@ -104,6 +105,14 @@ class Progress:
             if val_loss is not None:
                 parts.insert(2, f"validation loss {val_loss:.4f}")
             self._write(", ".join([*parts, *more]) + "\n")
+
+    def _step_seconds(self, step: int, now: float) -> float:
+        """How long a step takes, from the run's begin, or the end of its first step: that one waits
+        for compilers, and says nothing of those to come."""
+        first, began = self._since
+        if step == self._done + 1:
+            self._since = step, now
+        return (now - began) / max(1, step - first)
 
     def _is_time_to_draw(self) -> bool:
         return time.monotonic() - self._written >= _SECONDS_BETWEEN_DRAWINGS

@@ -11,7 +11,7 @@ import math
 import os
 import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -354,6 +354,8 @@ class Trainer:
         line |= _finite(**result.measures) | {"lr": lr}
         line |= _finite(grad_norm=result.grad_norm)
         line |= {"tokens_per_second": result.tokens / seconds}
+        if not (self.batches.is_text and self.config.data.pack):  # each step trains other numbers
+            line |= {"trained_tokens": result.tokens}
         line |= {"memory_bytes": memory_in_use_bytes(), "epoch": epoch}
         line |= self._watched(line, result, seconds, clock - began)
         if self._acts(line, metrics, at):
@@ -373,19 +375,19 @@ class Trainer:
         speed, val_loss = line["tokens_per_second"], line.get("val_loss")
         progress.after_step(
             step, self.total_steps, result.loss, speed, val_loss,
-            memory_bytes=line["memory_bytes"], flops_share=self._flops_share(seconds),
+            memory_bytes=line["memory_bytes"], flops_share=self._flops_share(parts, seconds),
         )  # fmt: skip
         if step % self.config.checkpointing.save_every == 0 and step < self.total_steps:
             self.save(run_folder.step_name(step))
 
-    def _flops_share(self, seconds: float) -> float | None:
-        """The share of the device's measured speed that a step reached; None where nobody measured
-        it (`tinyllama profile --out` does)."""
+    def _flops_share(self, parts: Sequence[Rows], seconds: float) -> float | None:
+        """The share of the device's measured speed that a step on these micro-batches reached; None
+        where nobody measured it (`tinyllama profile --out` does)."""
         if self._ceiling is None:
             return None
-        context = self.config.context_length
-        tokens = self.config.training.batch_size * context
-        flops = model_flops(self.config.model, tokens, context, self.config.lora)
+        model, lora = self.config.model, self.config.lora
+        sizes = [(part.tokens.size, part.tokens.shape[1]) for part in parts]
+        flops = sum(model_flops(model, tokens, length, lora) for tokens, length in sizes)
         return flops / seconds / (self._ceiling * 1e9)
 
     def _watched(
@@ -406,7 +408,9 @@ class Trainer:
         layer = greatest(more.get("update_ratios", {}))
         if entries := self.watching.record([*found, *slow], self.watching.action, layer):
             more["anomalies"] = entries
-            self.tracing.event("anomaly", **{"tinyllama.series": entries[0]["series"]})
+            for entry in entries:
+                known = {f"tinyllama.{k}": v for k, v in entry.items() if v is not None}
+                self.tracing.event("anomaly", **known)
         if self._rolled_back is not None:
             more["rolled_back"], self._rolled_back = self._rolled_back, None
         return more
