@@ -398,6 +398,18 @@ def test_a_damaged_checkpoint_is_named_and_not_exported(tmp_path, capsys):
     assert left_in(tmp_path) == ["final"]
 
 
+@pytest.mark.parametrize("target", ["hf", "gguf", "mlx"])
+def test_a_link_out_of_the_model_is_not_copied(tmp_path, target):
+    """It may lead to any file of this user, and the export is given to others."""
+    shutil.copytree(finished_run() / "final", tmp_path / "model")
+    (tmp_path / "secret").write_text("SECRET")
+    (tmp_path / "model" / "chat_template.jinja").unlink(missing_ok=True)
+    (tmp_path / "model" / "chat_template.jinja").symlink_to(tmp_path / "secret")
+    with pytest.raises(WeightsError, match=r"chat_template\.jinja: is a link out of its folder"):
+        export(Job(tmp_path / "model", tmp_path / "out", target))
+    assert left_in(tmp_path) == ["model", "secret"]
+
+
 def test_a_run_stands_for_its_final_checkpoint(tmp_path):
     assert run("export", finished_run(), tmp_path / "a.gguf", "--dtype", "q8_0") == 0
     opened, source = open_model(tmp_path / "a.gguf"), open_model(finished_run() / "final")

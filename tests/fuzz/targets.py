@@ -30,6 +30,9 @@ from tinyllama.formats.safetensors import SafetensorsFile, write_safetensors
 from tinyllama.generate.protocol import ChatWanted, CompletionWanted, parse_request, prompt_ids
 from tinyllama.generate.sampling import Sampling
 from tinyllama.observe.metrics import read_metrics
+from tinyllama.reports.page import data as drawn
+from tinyllama.reports.page import embedded, sections
+from tinyllama.reports.runs import read_run
 from tinyllama.runtime import kernel_cache
 from tinyllama.system import checked
 from tinyllama.system.untrusted import read_json_file
@@ -310,6 +313,38 @@ def metrics(folder: Path) -> Parse:
     return parse
 
 
+def reported(name: str) -> Callable[[Path], Parse]:
+    """A file of a run's folder, up to what its page says and draws."""
+
+    def make(folder: Path) -> Parse:
+        for other in RUN_FILES:
+            (folder / other).write_bytes(RUN_FILES[other])
+
+        def parse(data: bytes) -> None:
+            (folder / name).write_bytes(data)
+            run = read_run(folder)
+            embedded(drawn([run]))
+            sections([run])
+
+        return parse
+
+    return make
+
+
+RUN_FILES = {
+    "metrics.jsonl": b'{"step": 1, "loss": 6.2, "lr": 0.1, "tokens_per_second": 9.5}\n{"step": 2, '
+    b'"loss": 6.1, "anomalies": [{"kind": "spike", "series": "loss", "action": "note", "value": 9, '
+    b'"usual": null, "documents": ["a row 1"], "layer": "head"}], "update_ratios": {"head": 0.1}, '
+    b'"rolled_back": {"from": 2, "to": 1, "anomalies": []}}\n',
+    "config.toml": b'[training]\nbatch_size = 2\n[data]\ncontext_length = 8\ntrain_path = ["a"]\n',
+    "machine.json": b'{"device": "CPU", "threads": 2}',
+    "samples.jsonl": b'{"step": 1, "prompt": "def ", "text": "def f"}\n',
+    "roofline.json": b'{"float32_gflops": 90, "bfloat16_gflops": 120, "gb_per_second": 20}',
+    "profile.json": b'{"step_seconds": 0.1, "operations": [{"name": "a", "source": ["b.py:1"], '
+    b'"calls": 2, "seconds": 0.1, "share": 0.5, "gflops": 3, "gb_per_second": 2}]}',
+}
+
+
 def dataset(folder: Path) -> Path:
     """A folder of tokens, as a run keeps it."""
     (folder / "text.txt").write_text(WORDS * 3)
@@ -470,6 +505,7 @@ TARGETS: dict[str, Callable[[Path], Parse]] = {
     "manifest_summed": summed_manifest,
     "training_state": training_state,
     "metrics": metrics,
+    **{f"run_{name.partition('.')[0]}": reported(name) for name in RUN_FILES},
     "cache_meta": token_cache("meta.json"),
     "cache_meta_summed": summed_meta,
     "cache_tokens": token_cache("tokens.bin"),
@@ -487,7 +523,7 @@ JSON = {
     "hf_config", "hf_generation", "hf_index", "adapter_config", "tokenizer_json",
     "tokenizer_config", "manifest", "manifest_summed", "training_state", "cache_meta",
     "cache_meta_summed", "text_digests", "meta_params", "remembered_checks",
-    "chat_request", "completion_request",
+    "chat_request", "completion_request", "run_machine", "run_profile", "run_roofline",
 }  # fmt: skip
 
 
@@ -497,6 +533,8 @@ def seeds(name: str) -> list[bytes]:
         index = {"weight_map": dict.fromkeys(llama_shapes(MODEL), "model.safetensors")}
         file = model() / MODEL_FILES[name]
         return [file.read_bytes() if file.exists() else json.dumps(index).encode()]
+    if name.startswith("run_"):
+        return [data for file, data in RUN_FILES.items() if file.startswith(name[4:])]
     if name.startswith("cache_"):
         folder = dataset(new_folder())
         kept = {"tokens": "tokens.bin", "documents": "documents.bin"}

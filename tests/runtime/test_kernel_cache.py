@@ -91,7 +91,10 @@ def test_links_pipes_and_huge_files_are_not_read(
     assert kernel_cache.get(KEY) is None
     os.mkfifo(folder / KEY)
     assert kernel_cache.get(KEY) is None
+    (folder / KEY / "inner").mkdir(parents=True)
+    assert kernel_cache.get(KEY) is None
     kernel_cache.put(KEY, b"kernel")
+    assert kernel_cache.get(KEY) == b"kernel"
     monkeypatch.setattr(kernel_cache, "MOST_ENTRY_BYTES", 8)
     assert kernel_cache.get(KEY) is None
 

@@ -141,7 +141,7 @@ def test_the_trial_notices_a_wrong_result(monkeypatch):
 
 
 def test_nothing_is_trained_on_a_device_that_only_compiles(tmp_path):
-    (file := tmp_path / "tiny.toml").write_text("")
+    (file := tmp_path / "tiny.toml").write_text(f"[data]\ntrain_path = '{__file__}'\n")
     code, out, err = run_command("train", file, DEV="NULL")
     assert (code, out) == (2, "")
     assert err.startswith("DEV=NULL: NULL compiles kernels and runs none")
@@ -252,7 +252,7 @@ def test_a_compiler_that_is_no_clang_is_refused(named, monkeypatch):
 def test_training_on_an_absent_device_ends_with_exit_code_2(tmp_path):
     without_cards()
     file = tmp_path / "tiny.toml"
-    file.write_text("")
+    file.write_text(f"[data]\ntrain_path = '{__file__}'\n")
     code, out, err = run_command("train", file, METAL="1")
     assert (code, out) == (2, "")
     assert err.startswith("METAL=1: METAL is not available (") and len(err.splitlines()) == 1

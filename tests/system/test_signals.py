@@ -179,6 +179,7 @@ def test_a_signal_during_imports_ends_with_one_line(tmp_path, command, number, n
     """Python imports sitecustomize first, and that sends the signal when an import begins."""
     (tmp_path / "sitecustomize.py").write_text(INTERRUPTS.format(name=name, number=number))
     path = os.pathsep.join([str(tmp_path), environment()["PYTHONPATH"]])
+    (tmp_path / "config.json").write_text("{}")  # looks like a model, which is read later
     words = {"train": [config_file(tmp_path / "run")], "generate": ["--model", tmp_path]}
     words["bench"] = words["train"]
     args = words.get(command, ["--model", tmp_path, "--data", tmp_path])

@@ -20,6 +20,7 @@ import numpy as np
 
 from tinyllama.config import LlamaConfig
 from tinyllama.convert.check import LIMITS, TEXT, TOKENS, Check, Matrix, Read, compare
+from tinyllama.convert.links import refuse_links_out
 from tinyllama.errors import TokenizerError, WeightsError
 from tinyllama.formats.dtypes import BITS, Array, NumpyArray, RawArray, convert, to_float32
 from tinyllama.formats.gguf import SUFFIX, GgufFile
@@ -39,6 +40,7 @@ from tinyllama.formats.int4 import Packing, as_packed
 from tinyllama.formats.modelfile import NAME as MODELFILE
 from tinyllama.formats.modelfile import modelfile
 from tinyllama.formats.models import ModelSource, open_model
+from tinyllama.tokenizers.files import TRAVELLING
 from tinyllama.tokenizers.opening import holds_tokenizer, open_tokenizer
 from tinyllama.tokenizers.to_gguf import vocabulary_fields
 from tinyllama.tokenizers.tokenizer import Tokenizer
@@ -179,6 +181,7 @@ class Text:
 def text_of(path: Path, source: ModelSource) -> Text:
     """The tokenizer in an adapter's folder, or else in its base's."""
     place = path if path.is_dir() and holds_tokenizer(path) else source.path
+    refuse_links_out(place / name for name in TRAVELLING)
     if not isinstance(source, GgufFile) or place != source.path:
         tokenizer = open_tokenizer(place) if holds_tokenizer(place) else None
         return Text(tokenizer, {}, str(place))

@@ -183,10 +183,9 @@ def _rows(
     chunk: Chunk, of_json: Callable[[bytes], T], of_table: Callable[[dict[str, str]], T]
 ) -> list[T]:
     data, text = _content(chunk)
-    if chunk.source.format == "json":
-        return _array_rows(data, chunk, of_json)
-    if chunk.source.format == "jsonl":
-        return _lines(data, chunk, of_json)
+    if chunk.source.format in ("json", "jsonl"):
+        del text  # a row may be large
+        return (_array_rows if chunk.source.format == "json" else _lines)(data, chunk, of_json)
     return _table_rows(text, chunk, of_table)
 
 

@@ -14,6 +14,7 @@ import hashlib
 import hmac
 import os
 import secrets
+import shutil
 import stat
 import threading
 import time
@@ -76,8 +77,7 @@ def get(key: str) -> bytes | None:
         data = b""
     kernel = data[len(_MAGIC) + _SUM_BYTES :]
     if not hmac.compare_digest(data, _entry(key, kernel)):
-        with suppress(OSError):
-            path.unlink()
+        _remove(path)
         return None
     _mark_used(path)
     return kernel
@@ -122,6 +122,15 @@ def _folder() -> tuple[Path | None, str | None]:
 def _entry(key: str, kernel: bytes) -> bytes:
     summed = hashlib.blake2b(kernel, digest_size=_SUM_BYTES, key=bytes.fromhex(key)).digest()
     return _MAGIC + summed + kernel
+
+
+def _remove(path: Path) -> None:
+    """Remove what is no entry, so that one can take its place."""
+    with suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _mark_used(path: Path) -> None:
