@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinyllama.cli.arguments import count, path
-from tinyllama.cli.shared import add_set, add_threads, load, select_device, to_stderr
+from tinyllama.cli.shared import add_set, add_threads, load, select_device
 from tinyllama.errors import ConfigError
+from tinyllama.system.notices import to_stderr
 
 if TYPE_CHECKING:
     from tinyllama.config import Config

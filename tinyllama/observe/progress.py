@@ -15,6 +15,8 @@ from typing import Self
 
 from tqdm import tqdm
 
+from tinyllama.errors import fit_for_terminal
+
 SECONDS_BETWEEN_LINES = 60.0
 _SECONDS_BETWEEN_DRAWINGS = 0.1
 _BAR = 16  # columns of the bar
@@ -53,7 +55,7 @@ class Progress:
         """Print a line that stays, above the terminal's line."""
         if self._is_terminal and self._line:
             self._write("\r\x1b[K")
-        self._write(f"{text}\n")
+        self._write(f"{fit_for_terminal(text)}\n")
 
     def compiling(self, done: int, total: int) -> None:
         """Show that `done` of `total` kernels for a GPU are compiled."""

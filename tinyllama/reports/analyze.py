@@ -20,8 +20,10 @@ import numpy.typing as npt
 
 from tinyllama.config import load_config
 from tinyllama.data.batches import Batches
+from tinyllama.data.files import is_cache
 from tinyllama.errors import TinyllamaError
 from tinyllama.reports.runs import Column, KeptOperation, Run
+from tinyllama.system.untrusted import printable
 from tinyllama.tokenizers.opening import open_tokenizer
 from tinyllama.train.preferences import PAIR_OBJECTIVES
 from tinyllama.train.prepare import texts
@@ -32,6 +34,7 @@ _SLOWER = 1.15  # times, that are worth a line
 _SURE = 3.5  # standard deviations from chance
 _AROUND = 51  # steps that a step is compared with
 _SEED = 0
+_MOST_GAPS = 10  # steps per line of metrics: a run that came in from elsewhere begins late
 
 Mask = npt.NDArray[np.bool_]
 
@@ -100,11 +103,15 @@ def _local_median(values: Column) -> Column:
 
 def document_lengths(run: Run) -> Column | None:
     """The longest document of each step's batch, in tokens, found from the text's own order; None
-    where the text is not here any more, it is pairs, or the run left that order."""
-    if run.rollbacks or not run.config:
+    where the text or the run's cache is not here any more, it is pairs, or the run left that
+    order."""
+    last = int(run.steps[-1])
+    if run.rollbacks or not run.config or not 0 < last <= _MOST_GAPS * len(run.steps):
         return None
     with suppress(TinyllamaError, OSError):
         config = load_config(str(run.path / "config.toml"))
+        if not is_cache(Path(config.data.cache_dir)):
+            return None  # what somebody else's run names is not written to
         folder = run.path / run.checkpoints[-1][1] if run.checkpoints else Path()
         tokenizer = open_tokenizer(folder)
         t = config.training
@@ -116,7 +123,7 @@ def document_lengths(run: Run) -> Column | None:
         sizes = np.diff(np.append(text.starts, text.n_tokens))
         longest = np.full(len(run.steps), np.nan)
         place = {int(step): index for index, step in enumerate(run.steps)}
-        for step in range(1, int(run.steps[-1]) + 1):
+        for step in range(1, last + 1):
             batches.skip()
             if step in place:
                 longest[place[step]] = sizes[batches.documents()].max(initial=0)
@@ -169,7 +176,8 @@ def _clusters(table: npt.NDArray[np.float64]) -> npt.NDArray[np.int64] | None:
     scaled = (table - table.mean(axis=0)) / np.where(spread > 1e-9, spread, 1.0)
     seen = scaled[:: max(1, len(scaled) // _MOST_POINTS)]
     best, best_score = None, 0.35
-    for k in range(2, min(5, len(seen) - 1) + 1):
+    distinct = len(np.unique(seen, axis=0))
+    for k in range(2, min(5, len(seen) - 1, distinct) + 1):
         model = KMeans(k, n_init=4, random_state=_SEED).fit(seen)
         labels = np.unique(model.labels_)
         score = silhouette_score(seen, model.labels_) if len(labels) > 1 else 0.0
@@ -269,7 +277,7 @@ def _kernel_lines(kernels: Sequence[KeptOperation]) -> Iterator[str]:
         group = [kernel for kernel, of in zip(kernels, labels, strict=True) if of == label]
         group.sort(key=lambda kernel: -kernel.share)
         seconds, intensity, size = np.median([_features_of(k) for k in group], axis=0)
-        names = ", ".join(kernel.name for kernel in group[:3])
+        names = ", ".join(printable(kernel.name) for kernel in group[:3])
         yield (
             f"group of {len(group)} kernels, {sum(k.share for k in group):.0%} of a step: "
             f"{intensity:.1f} FLOP per byte, {_microseconds(seconds)} microseconds and "

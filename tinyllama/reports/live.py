@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from tinyllama.errors import ConfigError, TinyllamaError, reason
+from tinyllama.observe.samples import SAMPLES
 from tinyllama.reports.page import data, elements, page, sections
 from tinyllama.reports.runs import CEILINGS, PROFILE, Run, named_apart, read_run
 from tinyllama.train.run_folder import METRICS
-from tinyllama.train.samples import SAMPLES
 
 HOST = "127.0.0.1"
 

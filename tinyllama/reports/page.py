@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
+from tinyllama.config.options import to_toml
 from tinyllama.reports.runs import Column, KeptOperation, Note, Run
 from tinyllama.version import __version__
 
@@ -26,6 +27,7 @@ UPLOT_VERSION = "1.6.32"
 _HERE = Path(__file__).parent
 _MOST_ROWS = 200  # of a table
 _MOST_SAMPLES = 40
+_MOST_CHARACTERS = 20_000  # of a sample
 _MOST_LINES = 6  # of the model, that the roofline names per operation
 
 
@@ -342,20 +344,27 @@ def _anomalies(runs: Sequence[Run]) -> str:
             html.escape(note.action),
         ]
         for run in runs
-        for note in run.anomalies
+        for note in run.anomalies[:_MOST_ROWS]
     ]
     back = [
         f"<p>went back from step {r.origin:,} to {r.target:,}: "
         f"{html.escape('; '.join(map(_what, r.anomalies)))}</p>"
         for run in runs
-        for r in run.rollbacks
+        for r in run.rollbacks[:_MOST_ROWS]
     ]
     if not rows and not back:
         return card("Anomalies", '<p class="empty">none found</p>')
     head = [*(["run"] if several else []), "step", "kind", "what", "text of the batch", "action"]
-    more = f"<p>and {len(rows) - _MOST_ROWS:,} more</p>" if len(rows) > _MOST_ROWS else ""
+    count = sum(len(run.anomalies) for run in runs)
+    more = f"<p>and {count - _MOST_ROWS:,} more</p>" if count > _MOST_ROWS else ""
     body = table(head, rows[:_MOST_ROWS], (int(several),)) if rows else ""
     return card("Anomalies", "".join(back) + body + more, wide=bool(rows))
+
+
+def _escaped(text: str) -> str:
+    """Text from a file as HTML, of bounded length."""
+    cut = text[:_MOST_CHARACTERS]
+    return html.escape(cut if len(cut) == len(text) else f"{cut}...")
 
 
 def _what(note: Note) -> str:
@@ -384,7 +393,7 @@ def _samples(runs: Sequence[Run]) -> str:
     blocks = []
     for run in runs:
         for sample in reversed(run.samples[-_MOST_SAMPLES:]):
-            prompt, text = html.escape(sample.prompt), html.escape(sample.text)
+            prompt, text = _escaped(sample.prompt), _escaped(sample.text)
             if text.startswith(prompt):
                 text = f"<b>{prompt}</b>{text[len(prompt) :]}"
             name = f"{html.escape(run.name)}, " if len(runs) > 1 else ""
@@ -422,7 +431,7 @@ def _configuration(runs: Sequence[Run]) -> str:
 
 
 def _shown(value: object) -> str:
-    return "not set" if value is None else json.dumps(value, ensure_ascii=False)
+    return "not set" if value is None else to_toml(value)
 
 
 def _machines(runs: Sequence[Run]) -> str:

@@ -8,7 +8,6 @@
 Everything but metrics.jsonl may be missing. What comes from a file is checked before it is used.
 """
 
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,13 +17,14 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from tinyllama.config.loader import parse_toml
 from tinyllama.errors import CheckpointError, reason
 from tinyllama.observe.metrics import read_metrics
+from tinyllama.observe.samples import Sample, read_samples
 from tinyllama.system.files import read_file
-from tinyllama.system.untrusted import read_json_file
+from tinyllama.system.untrusted import MAX_JSON_BYTES, place_first, printable, read_json_file
 from tinyllama.train.checkpoint import list_checkpoints, read_state
 from tinyllama.train.run_folder import MACHINE, METRICS
-from tinyllama.train.samples import Sample, read_samples
 
 CONFIG, PROFILE, CEILINGS = "config.toml", "profile.json", "roofline.json"
 _MOST_CONFIG_BYTES = 1 << 20
@@ -36,32 +36,39 @@ Column = npt.NDArray[np.float64]
 T = TypeVar("T")
 
 
+_Step = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
+_Word = Annotated[str, msgspec.Meta(max_length=200)]
+_Amount = Annotated[float, msgspec.Meta(ge=0, le=_MOST_NUMBER)]
+_Above = Annotated[float, msgspec.Meta(gt=0, le=_MOST_NUMBER)]
+_Place = Annotated[str, msgspec.Meta(max_length=5000)]  # a path, or why there is none
+
+
 class Note(msgspec.Struct):
     """An anomaly as metrics.jsonl holds it, with its step."""
 
-    kind: str
-    series: str
-    action: str
+    kind: _Word
+    series: _Word
+    action: _Word
     value: float | None = None
     usual: float | None = None
-    documents: list[str] = []
-    layer: str | None = None
+    documents: Annotated[list[_Place], msgspec.Meta(max_length=100)] = []
+    layer: _Word | None = None
     step: int = 0
 
 
 class RolledBack(msgspec.Struct, rename={"origin": "from", "target": "to"}):
     """That the run went back, and why."""
 
-    origin: int
-    target: int
-    anomalies: list[Note] = []
+    origin: _Step
+    target: _Step
+    anomalies: Annotated[list[Note], msgspec.Meta(max_length=100)] = []
 
 
 class _Watched(msgspec.Struct):
     """What a line of metrics.jsonl says besides numbers."""
 
     anomalies: list[Note] = []
-    update_ratios: dict[str, float] = {}
+    update_ratios: dict[_Word, float] = {}
     rolled_back: RolledBack | None = None
 
 
@@ -70,11 +77,11 @@ class KeptOperation(msgspec.Struct):
 
     name: str
     source: list[str] = []
-    calls: float = 0.0
-    seconds: float = 0.0
-    share: float = 0.0
-    gflops: float = 0.0
-    gb_per_second: float = 0.0
+    calls: _Amount = 0.0
+    seconds: _Amount = 0.0
+    share: _Amount = 0.0
+    gflops: _Amount = 0.0
+    gb_per_second: _Amount = 0.0
 
     @property
     def intensity(self) -> float:
@@ -85,16 +92,16 @@ class KeptOperation(msgspec.Struct):
 class KeptProfile(msgspec.Struct):
     """What `tinyllama profile` keeps beside a run."""
 
-    step_seconds: float
+    step_seconds: _Amount
     operations: Annotated[list[KeptOperation], msgspec.Meta(max_length=_MOST_OPERATIONS)]
 
 
 class KeptCeilings(msgspec.Struct):
     """What the machine of a profile can do."""
 
-    float32_gflops: Annotated[float, msgspec.Meta(gt=0)]
-    bfloat16_gflops: Annotated[float, msgspec.Meta(gt=0)]
-    gb_per_second: Annotated[float, msgspec.Meta(gt=0)]
+    float32_gflops: _Above
+    bfloat16_gflops: _Above
+    gb_per_second: _Above
 
 
 @dataclass
@@ -218,7 +225,7 @@ def _watched(
             line = msgspec.convert(row, _Watched)
         except msgspec.ValidationError as error:
             raise CheckpointError(
-                f"{path}: not a metrics file: step {row['step']}: {error}"
+                f"{path}: not a metrics file: step {row['step']}: {place_first(error)}"
             ) from None
         for note in line.anomalies:
             note.step = row["step"]
@@ -251,9 +258,9 @@ def _config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        sections = tomllib.loads(read_file(path, _MOST_CONFIG_BYTES).decode())
+        sections = parse_toml(read_file(path, _MOST_CONFIG_BYTES, links=False).decode())
     except (OSError, ValueError) as error:
-        why = reason(error) if isinstance(error, OSError) else str(error)
+        why = reason(error) if isinstance(error, OSError) else printable(error)
         raise CheckpointError(f"{path}: cannot be read: {why}") from None
     flat = {
         f"{section}.{key}": value
@@ -266,4 +273,4 @@ def _config(path: Path) -> dict[str, Any]:
 
 def _if_there(path: Path, kind: type[T]) -> T | None:
     """The object in a JSON file; None without a file."""
-    return read_json_file(path, kind, CheckpointError) if path.is_file() else None
+    return read_json_file(path, kind, CheckpointError, MAX_JSON_BYTES) if path.is_file() else None
