@@ -293,15 +293,20 @@ def test_opencl_is_timed_by_the_events_of_its_queue():
 
 
 @needs_nvrtc
-def test_cuda_is_timed_by_events_between_the_launches(tmp_path):
+@pytest.mark.parametrize("more", [[], ["--set", "lora.rank=4"]], ids=["full", "lora"])
+def test_cuda_is_timed_by_events_between_the_launches(tmp_path, more):
     done = command(
-        "124m", *SMALL, "--steps", "1", "--json", DEV="CUDA", **variables(tmp_path / "log")
+        "124m", *SMALL, *more, "--steps", "1", "--json", DEV="CUDA", **variables(tmp_path / "log")
     )
     assert done.returncode == 0, done.stderr[-2000:]
     kernels = [o for o in json.loads(done.stdout)["operations"] if o["calls"]]
     # The fake driver says that a millisecond passed between any two events.
     assert all(o["seconds"] == pytest.approx(1e-3 * o["calls"]) for o in kernels)
     assert any(o["name"].startswith("gemm") and o["source"] for o in kernels)
+    assert [o["name"] for o in kernels if not o["source"]] == []
+    products = [o for o in kernels if o["name"].startswith("gemm")]
+    assert all(all("/model/" in line for line in o["source"]) for o in products)
+    assert sum("(backward)" in o["name"] for o in products) > len(products) / 2
 
 
 def test_nothing_is_noted_while_nothing_is_recorded(monkeypatch):

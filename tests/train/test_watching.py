@@ -2,6 +2,7 @@
 that is stopped and resumed does the same, bit for bit."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -190,6 +191,7 @@ def test_a_run_that_stops_saves_what_came_before_and_can_go_on(tmp_path: Path) -
     saved = run / f"step-{step - 1:08d}"
     assert str(saved) in str(e.value) and read_state(saved)["step"] == step - 1
     assert list(spikes(run))[-1] == step
+    assert not re.search(r"\d\.\d{6}", str(e.value))  # figures as people read them
     outcome = train(configuration(run, *options(tmp_path, "skip")), resume=saved)
     assert outcome.finished
     whole = tmp_path / "whole"

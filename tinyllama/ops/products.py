@@ -16,7 +16,7 @@ from tinygrad import Tensor
 from tinygrad.uop.ops import Ops, UOp
 
 from tinyllama.ops.gpu.gemm import LAYOUTS, MOST_TOGETHER, Turned, best_cut, default_tile, product
-from tinyllama.runtime import blocks, kernel
+from tinyllama.runtime import blocks, kernel, sources
 from tinyllama.runtime.blocks import TF32X3
 from tinyllama.runtime.kernel import Gradient, empty
 
@@ -184,9 +184,10 @@ def _batched(group: dict[UOp, UOp]) -> dict[UOp, UOp]:
     outputs = [empty(*shape, dtype=out, device=a.device) for _ in calls]
     others = [Tensor(i[1 if layout == NT else 0]) for i in inputs[1:]]
     angles = [Tensor(uop) for uop in turns[0][1]] if turns else []
-    results = blocks.run(launch, outputs, [a, b, *others, *angles])
-    if split > 1:
-        results = [part.sum(0).contiguous() for part in results]
+    with sources.made_for(*calls):
+        results = blocks.run(launch, outputs, [a, b, *others, *angles])
+        if split > 1:
+            results = [part.sum(0).contiguous() for part in results]
     return {
         old: kernel.written(new).uop.reshape(old.shape)
         for old, new in zip(group, results, strict=True)

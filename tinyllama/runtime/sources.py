@@ -108,9 +108,9 @@ def noted(results: Sequence[Tensor], name: str) -> None:
 
 
 @contextmanager
-def made_for(call: UOp, *, backward: bool = False) -> Iterator[None]:
-    """What is made within stands for a kernel or a function of ours, or is its gradient."""
-    made = _metadata_of(call)
+def made_for(*calls: UOp, backward: bool = False) -> Iterator[None]:
+    """What is made within stands for kernels or functions of ours, or is their gradient."""
+    made = [m for call in calls for m in _metadata_of(call)]
     _inherited.append(tuple(dataclasses.replace(m, backward=m.backward or backward) for m in made))
     try:
         yield
@@ -206,13 +206,18 @@ def _written_and_read(kernel: UOp) -> tuple[list[UOp], list[UOp]]:
 
 
 def _region_metadata(roots: Iterable[UOp]) -> list[Metadata]:
-    """The metadata of all operations that roots are made of, down to calls and memory."""
+    """The metadata of all operations that roots are made of, down to calls and memory. Where these
+    have none, as sums of gradients, that of the calls."""
     found: list[Metadata] = []
+    calls: list[UOp] = []
     for root in roots:
         for uop in root.toposort(gate=lambda u: not _is_given(u)):
             if uop.op not in GroupOp.Movement:
                 found += all_metadata.get(uop, ())
-    return found
+            calls += [s.src[1] for s in uop.src if s.op is Ops.AFTER and _is_given(s)]
+    if any(m.caller for m in found):
+        return found
+    return [m for call in calls for m in _metadata_of(call)]
 
 
 def _is_given(uop: UOp) -> bool:

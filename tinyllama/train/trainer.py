@@ -485,9 +485,9 @@ class Trainer:
             saved = self.save(run_folder.step_name(self.step)) if self.step else None
         shown = f"{saved} holds what came before" if saved else "nothing was trained before"
         raise TrainingError(
-            f"step {line['step']}: {first['series']} {first['value']}, the usual is "
-            f"{first['usual']}, so training stops as observe.on_anomaly says; {shown}. To go on "
-            'without that data: --resume --set observe.on_anomaly="skip"'
+            f"step {line['step']}: {first['series']} {_rounded(first['value'])}, the usual is "
+            f"{_rounded(first['usual'])}, so training stops as observe.on_anomaly says; {shown}. "
+            'To go on without that data: --resume --set observe.on_anomaly="skip"'
         )
 
     def _validation_is_due(self, step: int, epoch: int) -> bool:
@@ -607,6 +607,11 @@ class Trainer:
             return state
         was_last = self.step >= self.total_steps
         return state | {"unvalidated": self._unvalidated, "was_last": was_last}
+
+
+def _rounded(value: float | None) -> str:
+    """A value of an anomaly for people."""
+    return "not finite" if value is None else f"{value:.4g}"
 
 
 def _finite(**values: float) -> dict[str, float]:

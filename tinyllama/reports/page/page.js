@@ -457,7 +457,7 @@
       load(); takeCharts(); tiles(); draw(); quietFor();
     }
     // A long run takes a while to read: the machine has something better to do than that.
-    setTimeout(refresh, Math.max(1000 * LIVE_SECONDS, 9 * (performance.now() - begun)));
+    setTimeout(refresh, Math.max(1000 * LIVE_SECONDS, 4 * (performance.now() - begun)));
   }
 
   function start() {
