@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from runs_helpers import ROOT, environment
+from runs_helpers import ROOT, config_file, environment, run_command
 
 from tinyllama.runtime import kernel_cache
 from tinyllama.runtime.cpu import cpu_device
@@ -105,6 +105,20 @@ def test_a_folder_that_others_may_write_to_is_not_used(folder: Path) -> None:
     kernel_cache.put(KEY, b"kernel")
     assert list(folder.iterdir()) == []
     assert "Other users may write to it" in (kernel_cache.problem() or "")
+
+
+def test_a_command_says_once_that_kernels_are_not_kept(tmp_path: Path) -> None:
+    folder = tmp_path / "kernels"
+    folder.mkdir()
+    folder.chmod(0o777)
+    words = ["train", config_file(tmp_path / "run"), "--quiet"]
+    code, _, errors = run_command(*words, TINYLLAMA_KERNEL_CACHE=str(folder))
+    assert code == 0
+    said = [line for line in errors.splitlines() if "not kept" in line]
+    assert said == [
+        "compiled kernels are not kept, so each start compiles them again: "
+        f"{folder}: Other users may write to it"
+    ]
 
 
 def test_a_folder_that_is_a_link_is_not_used(folder: Path, tmp_path: Path) -> None:

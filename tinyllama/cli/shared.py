@@ -53,13 +53,18 @@ def form_of(options: argparse.Namespace) -> "Form":
 
 
 def select_device(threads: int | None) -> device.DeviceChoice:
-    """The device to compute on. Raises DeviceError, also for one that only compiles."""
+    """The device to compute on, and a notice where compiled kernels cannot be kept. Raises
+    DeviceError, also for a device that only compiles."""
+    from tinyllama.runtime import kernel_cache
+
     choice = device.select(threads=threads)
     if choice.device == "NULL":
         raise DeviceError(
             f"{choice.reason}: NULL compiles kernels and runs none, so it gives no "
             "numbers; for those choose one of `tinyllama backends`"
         )
+    if (problem := kernel_cache.problem()) is not None:
+        to_stderr(problem)
     return choice
 
 
