@@ -180,7 +180,7 @@ def test_a_strip_stays_inside_its_tile_and_holds_what_its_queries_see(
     ):
         quoted(HEADER, line)
     nr, mr = text.term("NR"), text.term("MR")
-    assert (nr, mr, 96 % nr, 96 % mr) == (2 * width, group, 0, 0)
+    assert (text.term("TILE"), nr, mr, 96 % nr, 96 % mr) == (96, 2 * width, group, 0, 0)
     tiles = z3.Ints("query_tile key_tile")
     given = [query == 96 * tiles[0], key == 96 * tiles[1], 0 <= key, key <= query, query < T, T > 0]
     given += [queries == text.term("least(96, T - query)", T=T, query=query, **functions)]

@@ -117,8 +117,8 @@ C_FAULTS: dict[str, tuple[str, str, str, Callable[[], Any]]] = {
             "for (int n = r.n0; n < r.n1; n += BLOCK_COLS)"
         ),
     ),
-    "deeper panels than there is room for": (
-        "tile.h", "#define KC 320", "#define KC 640", scratch,
+    "taller blocks of A than there is room for": (
+        "tile.h", "#define MC 144", "#define MC 720", scratch,
     ),
     "deeper panels of AMX": (
         "tile.h", "#define KC 384", "#define KC 1024",
