@@ -166,7 +166,8 @@ class Ranges:
         self._silent = 0
         self._results: dict[tuple[Any, ...], tuple[Range | None, bool]] = {}
         self._returned: list[Range] = []
-        self._left: list[list[Env]] = []
+        self._left: list[list[Env]] = []  # what holds where a loop's body goes on with the next
+        self._broken: list[list[Env]] = []  # round, and where it ends the loop
         self._assigned: dict[int, dict[str, str]] = {}
 
     def _declarations(self) -> None:
@@ -231,7 +232,7 @@ class Ranges:
         self._facts.append({})
         for part in inner(node):
             self._run(part, env)
-            if part["kind"] == "IfStmt" and len(inner(part)) == 2 and _returns(inner(part)[1]):
+            if part["kind"] == "IfStmt" and len(inner(part)) == 2 and _leaves(inner(part)[1]):
                 self._facts[-1] |= self._assumed(inner(part)[0], False, env)
         self._facts.pop()
 
@@ -256,9 +257,10 @@ class Ranges:
                 self._returned.append(value)
 
     def _run_BreakStmt(self, node: Node, env: Env) -> None:
-        self._left[-1].append(dict(env))
+        self._broken[-1].append(dict(env))
 
-    _run_ContinueStmt = _run_BreakStmt
+    def _run_ContinueStmt(self, node: Node, env: Env) -> None:
+        self._left[-1].append(dict(env))
 
     def _run_IfStmt(self, node: Node, env: Env) -> None:
         condition, *branches = inner(node)
@@ -272,7 +274,8 @@ class Ranges:
                 self._facts.append(self._assumed(condition, true, after))
                 self._run(branch, after)
                 self._facts.pop()
-            ends.append(after)
+            if branch is None or not _leaves(branch):
+                ends.append(after)
         _become(env, ends)
 
     def _run_ForStmt(self, node: Node, env: Env) -> None:
@@ -301,9 +304,12 @@ class Ranges:
         if condition is not None and self.value(condition, dict(env)) == (0, 0):
             return
 
+        exits: list[Env] = []
+
         def once(start: Env) -> Env:
             after = dict(start)
             self._left.append([])
+            self._broken.append([])
             learned: dict[str, Range] = {}
             if condition is not None:
                 self.value(condition, after)
@@ -315,6 +321,7 @@ class Ranges:
                 self.value(step, after)
             self._facts.pop()
             self._left.pop()
+            exits[:] = self._broken.pop()
             return after
 
         counted = self._counted(condition, step, body, moving, env)
@@ -325,6 +332,7 @@ class Ranges:
         end = once(env)
         for key in moving:
             assert env[key].holds(end[key]), f"{self._function}: {changed[key]} is not bounded"
+        _become(env, [env, *exits])
 
     def _counted(
         self, condition: Node | None, step: Node | None, body: Node, moving: list[str], env: Env
@@ -573,7 +581,8 @@ class Ranges:
         if kind.low < 0 and kind.high < 1 << 62 and not self._silent:
             name = next(n for n, t in TYPES.items() if t == kind)
             self.found.append(f"{self._function}: {text} {word}{name}: {value.low} to {value.high}")
-        return value & kind if kind.low < 0 else kind
+        kept = value & kind
+        return kept if kind.low < 0 and kind.holds(kept) else kind
 
     def _value_UnaryOperator(self, node: Node, env: Env) -> Range | None:
         (part,), operator, kind = inner(node), node["opcode"], type_of(node)
@@ -681,10 +690,10 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(re.findall(r"\w+", text))
 
 
-def _returns(node: Node) -> bool:
-    """Whether a statement always leaves its function."""
+def _leaves(node: Node) -> bool:
+    """Whether what follows a statement never runs after it."""
     last = inner(node)[-1] if node["kind"] == "CompoundStmt" and inner(node) else node
-    return bool(last["kind"] == "ReturnStmt")
+    return last["kind"] in ("ReturnStmt", "BreakStmt", "ContinueStmt")
 
 
 def _base(node: Node) -> str:

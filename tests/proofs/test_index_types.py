@@ -689,3 +689,44 @@ def test_an_index_of_too_small_a_type_on_a_gpu_is_found(
     with pytest.raises(AssertionError):
         proof()
     assert any(found)
+
+
+# A function's body with `int n` and `long big` as parameters, n up to 1,000 and big up to 2^40; what
+# is found of it, by the first words.
+SNIPPETS = {
+    "return n * 2200000;": ["n * 2200000 int"],
+    "return n * 2100000;": [],
+    "return n * 2200000L > 5;": [],
+    "int x = big; return x;": ["big as int"],
+    "return big < 9 ? big : 9;": [],
+    "return big < n ? n - big : 0;": [],
+    "if (big >= 7) return 0; return (int)big + 2147483640;": [],
+    "if (big >= 9) return 0; return (int)big + 2147483640;": ["big + 2147483640 int"],
+    "int s = 0; for (int i = 0; i < n; i++) s = i * 2000000; return s;": [],
+    "int s = 0; for (int i = 0; i <= n; i++) s = i * 2148000; return s;": ["i * 2148000 int"],
+    "int s = 0; for (int i = 0; i < n; i++) s += 1; return s;": ["s += 1 int"],
+    "int k = 0; for (; k + 16 <= n; k += 16) ; return k * 2000000;": [],
+    "int k = 0; while (k < n) k += 3; return k * 2000000;": [],
+    "int k = n; while (k < 2147483647) k += 3; return k;": ["k += 3 int"],
+    "int k = 0; do k++; while (k < n); return k * 2200000;": ["k * 2200000 int"],
+    "int k = 1; while (1) { if (k > n) break; k = k * 2; } return k * 1000000;": [],
+    "int k = 1; while (1) { if (k > n) break; k = k * 2; } return k * 2000000;": ["k * 2000000 int"],
+    "unsigned u = n; return (int)(u * 4294967295u) + 1;": ["(u * 4294967295) + 1 int"],
+    "return helper(n) * 1000;": [],
+    "return helper(n + 1100000) * 1000;": ["(helper(n + 1100000)) * 1000 int"],
+    "return array[n * 3000000];": ["n * 3000000 int"],
+    "return n ? 5 : 1 << n;": [],
+    "int x = n; x = x - 2147483000; x -= 2147483000; return x;": ["x -= 2147483000 int"],
+    "for (int a = 0; a < n; a++) for (int b = a; b < n; b++) big = a * b * 2200; return 0;": [
+        "(a * b) * 2200 int"
+    ],
+    "for (int a = 0; a < n; a++) { if (a > 9) continue; big = a * 200000000; } return 0;": [],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("body", SNIPPETS)
+def test_the_interpreter_finds_what_overflows_and_nothing_else(body: str) -> None:
+    text = "extern const int array[];\nstatic int helper(int x) { return x * 2; }\n"
+    text += f"int f(int n, long big) {{ {body} }}\n"
+    found = Ranges(text, {}).problems("f", n=(1, 1000), big=(0, 2**40))
+    assert [problem.split(":")[1].strip() for problem in found] == SNIPPETS[body]
