@@ -180,7 +180,7 @@ trackers: $(VENV)-trackers/.made ## read runs back from wandb, trackio, mlflow, 
 	@tools/system.sh clang
 	$(VENV)-trackers/bin/python -m pytest -q tests/observe/test_trackers.py
 
-profile-files: $(VENV)/.dev ## open a profile's files in speedscope (npm, chromium) and Perfetto
+profile-files: $(VENV)/.dev ## open a profile's files in speedscope, Chrome's tools (npm, chromium), Perfetto
 	@tools/system.sh clang
 	@$(PIP) playwright perfetto
 	$(PY) tools/check_profile.py

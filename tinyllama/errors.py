@@ -18,6 +18,8 @@ from contextlib import contextmanager
 
 MOST_LINES = 24  # of a message
 _FIRST_LINES = 20
+MOST_CHARACTERS = 2000  # of a line
+_LAST_CHARACTERS = 400
 
 
 def fit_for_terminal(text: str) -> str:
@@ -28,12 +30,18 @@ def fit_for_terminal(text: str) -> str:
 
 def shortened(text: str) -> str:
     """Of a text with many lines, a screenful: the first ones, how many more, and the last one,
-    which often says what to do."""
+    which often says what to do. Of a long line, its begin and its end."""
     lines = text.split("\n")
-    if len(lines) <= MOST_LINES:
-        return text
-    left_out = len(lines) - _FIRST_LINES - 1
-    return "\n".join([*lines[:_FIRST_LINES], f"... and {left_out} more lines", lines[-1]])
+    if len(lines) > MOST_LINES:
+        left_out = len(lines) - _FIRST_LINES - 1
+        lines = [*lines[:_FIRST_LINES], f"... and {left_out} more lines", lines[-1]]
+    return "\n".join(map(_shortened_line, lines))
+
+
+def _shortened_line(line: str) -> str:
+    if len(line) <= MOST_CHARACTERS:
+        return line
+    return f"{line[: MOST_CHARACTERS - _LAST_CHARACTERS - 5]} ... {line[-_LAST_CHARACTERS:]}"
 
 
 class TinyllamaError(Exception):

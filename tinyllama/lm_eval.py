@@ -10,9 +10,10 @@ import sys
 from typing import Any
 
 from tinyllama.cli.arguments import path
-from tinyllama.cli.shared import load, select_device, to_stderr
+from tinyllama.cli.shared import load, select_device
 from tinyllama.cli.talking import context_length
 from tinyllama.errors import ConfigError, TinyllamaError, missing
+from tinyllama.system.notices import to_stderr
 
 
 def register() -> None:

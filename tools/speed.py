@@ -34,12 +34,14 @@ SMALL = (
 LORA = "--set lora.rank=16 --set lora.alpha=32"
 
 
-def cases(bf16_products: bool) -> dict[str, str]:
+def cases(instructions: str) -> dict[str, str]:
     """The arguments of `tinyllama bench` for each row of the table, by its name.
 
     On a processor without bfloat16 products PyTorch's bfloat16 is some 25 times slower than its
-    float32; there its float32 is compared, which is the faster one.
+    float32; there its float32 is compared, which is the faster one. With AMX, torch.compile,
+    the context of configs/124m.toml and LoRA in bfloat16 are compared too.
     """
+    bf16_products = processor.multiplies_bf16(instructions)
     theirs = "" if bf16_products else " --peer-dtype float32"
     note = "" if bf16_products else " (PyTorch float32)"
     narrow = f"--dtype bfloat16 --peer torch{theirs}"
@@ -57,6 +59,16 @@ def cases(bf16_products: bool) -> dict[str, str]:
         "124m QLoRA rank 16, 1 x 512 (our LoRA)": f"{big} {LORA} {packed} {one} --steps 5"
         " --peer lora",
     }
+    if instructions == "AMX":
+        for rows in (one, four):
+            name = rows.removeprefix("--batch ").replace(" --context ", " x ")
+            commands[f"124m, {name}, bfloat16 (torch.compile)"] = (
+                f"{big} {rows} --steps 5 --dtype bfloat16 --peer torch-compile"
+            )
+        commands["124m, 1 x 2048, bfloat16"] = f"{big} --batch 1 --context 2048 --steps 5 {narrow}"
+        commands["124m LoRA rank 16, 1 x 512, bfloat16 (peft)"] = (
+            f"{big} {LORA} {one} --steps 5 {narrow}"
+        )
     for context in (512, 1024, 2048, 4096):
         commands[f"h 256, 1 x {context}, float32"] = (
             f"{SMALL} --batch 1 --context {context} --steps 6"
@@ -73,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     instructions = device.instruction_set()
     file = DOCS / f"speed-{instructions.lower()}.json"
     results = json.loads(file.read_text()) if file.exists() else {}
-    every = cases(processor.multiplies_bf16(instructions))
+    every = cases(instructions)
     for name in [] if options.plot else [name for name in every if options.only in name]:
         print(f"== {name}", flush=True)
         results[name] = measured(every[name], options.peer_python)

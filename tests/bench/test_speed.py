@@ -14,7 +14,18 @@ TOOLS = Path(__file__).resolve().parents[2] / "tools"
 speed = importlib.import_module("speed")
 
 
-EVERY = {**speed.cases(True), **speed.cases(False)}
+EVERY = {**speed.cases("AMX"), **speed.cases("AVX2")}
+
+
+def test_with_amx_torch_compile_and_the_whole_context_are_compared() -> None:
+    more = speed.cases("AMX").keys() - speed.cases("AVX-512-BF16").keys()
+    peers = {name: parser().parse_args(EVERY[name].split()).peer for name in more}
+    assert peers == {
+        "124m, 1 x 512, bfloat16 (torch.compile)": "torch-compile",
+        "124m, 4 x 256, bfloat16 (torch.compile)": "torch-compile",
+        "124m, 1 x 2048, bfloat16": "torch",
+        "124m LoRA rank 16, 1 x 512, bfloat16 (peft)": "torch",
+    }
 
 
 @pytest.mark.parametrize("name", EVERY)

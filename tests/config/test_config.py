@@ -18,9 +18,12 @@ from tinyllama.config import (
     QloraConfig,
     TrainingConfig,
     config_from_toml,
+    defaults_notice,
     load_config,
+    option_help,
 )
 from tinyllama.config.options import convert, options_of
+from tinyllama.config.rope_scaling import RopeScaling
 from tinyllama.errors import ConfigError, TinyllamaError
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -288,3 +291,57 @@ def test_configuration_loads_without_numeric_libraries() -> None:
         [sys.executable, "-c", script, root], check=True, capture_output=True, text=True
     )
     assert ended.stdout.strip() == "[]"
+
+
+# --- what is said of a configuration ---
+
+
+@pytest.mark.parametrize(
+    ("text", "batch", "last"),
+    [
+        ("", " on 32 x 2048 tokens per step", ", and training.batch_size"),
+        ("[data]\ncontext_length = 64", " on 32 x 64 tokens per step", ", and training.batch_size"),
+        ("[training]\nbatch_size = 2", "", ""),
+        ("[training]\nmicro_batch_size = 2", "", ""),
+    ],
+)
+def test_who_sets_no_size_reads_which_ones_are_trained(text: str, batch: str, last: str) -> None:
+    assert defaults_notice(toml(text)) == (
+        "the configuration sets neither sizes of [model] nor model.base: this trains the sizes of"
+        f" 124m{batch}; set model.hidden_size, model.num_layers, ... or model.base{last}"
+    )
+
+
+@pytest.mark.parametrize("text", ["[model]\nnum_layers = 2", '[model]\nbase = "folder"'])
+def test_who_sets_a_size_or_a_base_reads_nothing(text: str) -> None:
+    assert defaults_notice(toml(text)) is None
+
+
+def test_help_has_the_options_below_the_name_of_their_section() -> None:
+    lines = option_help().split("\n")
+    names = [line for line in lines if line.startswith("[")]
+    assert names == [f"[{name}]" for name in SECTIONS]
+    assert all(lines[lines.index(name) - 1] == "" for name in names[1:])
+    assert lines[:2] == ["[model]", "  model.vocab_size = 32000"] and lines[-1] == ""
+    assert lines[lines.index("[lora]") + 1].startswith("  lora.rank = ")
+
+
+def test_each_value_of_a_base_that_is_overridden_is_a_line() -> None:
+    base = LlamaConfig(rope_theta=1e6, max_seq_len=4096)
+    config = toml("[model]\nrope_theta = 5e5\nmax_seq_len = 8192\nbase = 'b'").with_base(base, "b")
+    assert config.overridden(base, "b/config.json") == [
+        "x.toml: model.max_seq_len: 8192 is used instead of 4096, which b/config.json has",
+        "x.toml: model.rope_theta: 500000.0 is used instead of 1000000.0, which b/config.json has",
+    ]
+    assert toml("[model]\nbase = 'b'").with_base(base, "b").overridden(base, "b") == []
+
+
+def test_a_scaling_keeps_the_length_that_the_base_was_first_trained_on() -> None:
+    yarn = '[model]\nbase = "b"\nmax_seq_len = 256\n'
+    yarn += '[model.rope_scaling]\nrope_type = "yarn"\nfactor = 4.0\n'
+    first = RopeScaling("yarn", 2.0, 16)
+    for base, trained in (
+        (LlamaConfig(max_seq_len=64), 64),
+        (LlamaConfig(max_seq_len=64, rope_scaling=first), 16),
+    ):
+        assert toml(yarn).with_base(base, "b").model.scaling == RopeScaling("yarn", 4.0, trained)

@@ -1,6 +1,8 @@
 """Wrong configurations: what is refused, and what exactly is said about it."""
 
 import dataclasses
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,10 @@ def toml(text: str = "", *overrides: str) -> Config:
         ("model.rope_theta = 0", "got 0, must be a finite number more than 0"),
         ("model.tie_word_embeddings = 1", "got 1, must be true or false"),
         ("model.base = ''", 'got "", must be a string that is not empty'),
+        (
+            'observe.otlp_endpoint = "localhost:4318"',
+            'got "localhost:4318", must be an address that begins with http:// or https://',
+        ),
         ("training.learning_rate = nan", "got nan, must be a finite number more than 0"),
         ("training.learning_rate = 1e999", "got inf, must be a finite number more than 0"),
         ("training.learning_rate = true", "got true, must be a finite number more than 0"),
@@ -284,3 +290,54 @@ def test_a_message_is_a_screenful_whatever_the_file_holds() -> None:
     assert lines[0].startswith("c.toml: training.unheard_of_0: unknown key")
     assert lines[20] == "... and 979 more lines"
     assert lines[21].startswith("c.toml: training.unheard_of_999: unknown key")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "[training]\n" + ".".join("a" * 300_000) + " = 1",
+            "A key of more than 32 parts (at line 2)",
+        ),
+        ("[training]\n\nx = 1\n" + ".".join(['"a=b"'] * 100_000) + " = 1", "32 parts (at line 4)"),
+        ("[training]\n" + "".join(f"k{n} = 1\n" for n in range(90_000)), "k0: unknown key, the"),
+        ("".join(f"[s{n}]\n" for n in range(90_000)), "x.toml: s0: unknown section, the nearest"),
+        ("[training]\n" + "k" * 900_000 + " = 1", "training.kkk"),
+        ("[" + "k" * 900_000 + "]", "x.toml: kkk"),
+        ('[training]\n"\\u001b[2J" = 1', r"training.\x1b[2J: unknown key"),
+        ("[training]\nlearning_rate" + ".a" * 30 + " = 1", "learning_rate: got {"),
+        ("[training]\nmax_steps = 0x" + "f" * 900_000, "max_steps: got 0xffff"),
+        ("[training]\nlearning_rate = 1" + "0" * 400, "number more than 0 and below 2^128"),
+        ('[training]\ndtype = "' + "float32," * 100_000 + '"', 'dtype: got "float32,'),
+        ("[training]\nlearning_rate = [" + "1," * 400_000 + "]", "learning_rate: got [1, 1,"),
+    ],
+    ids=lambda text: repr(text[:30]),
+)
+def test_hostile_toml_is_refused_in_short_lines_in_time(text: str, said: str) -> None:
+    begun = time.process_time()
+    with pytest.raises(ConfigError) as caught:
+        config_from_toml(text, "x.toml")
+    assert time.process_time() - begun < 2
+    lines = str(caught.value).split("\n")
+    assert len(lines) <= 22 and said in lines[0]
+    assert all(line.isprintable() and len(line) < 1000 for line in lines)
+
+
+def test_only_a_small_regular_file_is_read_as_configuration(tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    for make, said in (
+        (lambda: os.mkfifo(file), "is no regular file"),
+        (lambda: file.symlink_to("/dev/zero"), "is no regular file"),
+        (lambda: file.write_bytes(b"#" * (1 << 21)), "2097152 bytes, at most 1048576 are allowed"),
+    ):
+        make()
+        with pytest.raises(ConfigError) as caught:
+            load_config(file)
+        assert str(caught.value) == f"{file}: {said}"
+        file.unlink()
+
+
+def test_names_with_many_dots_are_no_long_key() -> None:
+    files = ", ".join(f'"{n}.a.b.c"' for n in range(100))
+    text = f"[data]\ntrain_path = [{files}]\n[observe]\nsample_prompts = ['''\na.b.c. d\n''']"
+    assert len(config_from_toml(text, "x.toml").data.train_path) == 100

@@ -11,6 +11,7 @@ from tinyllama.config.options import (
     option,
     options_of,
     shown,
+    text_rows,
     to_toml,
 )
 
@@ -53,3 +54,30 @@ def test_initials_make_a_name_near() -> None:
     names = ["kline", "keep_last_n"]
     assert nearest("kln", names) == "keep_last_n"
     assert nearest("klin", names) == "kline"
+
+
+def test_options_for_a_terminal_are_a_line_each_and_indented_text_below() -> None:
+    made = dataclasses.make_dataclass(
+        "Made",
+        [
+            ("width", int, option(3, "how wide the stream is that runs through all layers, say")),
+            ("name", str | None, option(None, "what it is")),
+        ],
+    )
+    assert list(text_rows(options_of("section", made))) == [
+        "  section.width = 3",
+        "      how wide the stream is that runs through all layers, say",
+        "      allowed: an integer",
+        "  section.name = (not set)",
+        "      what it is",
+        "      allowed: a string",
+    ]
+
+
+def test_text_for_a_terminal_is_broken_at_80_columns() -> None:
+    def rows(help_text: str) -> list[str]:
+        made = dataclasses.make_dataclass("Made", [("a", int, option(3, help_text))])
+        return list(text_rows(options_of("s", made)))
+
+    assert rows("x" * 70 + " yyy")[1] == " " * 6 + "x" * 70 + " yyy"
+    assert rows("x" * 70 + " yyyy")[1] == " " * 6 + "x" * 70 + "\n" + " " * 6 + "yyyy"

@@ -456,3 +456,31 @@ def grow_layers(base, layers):
     (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     found = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(found | {"num_hidden_layers": layers}))
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "notes.txt", "chat_template.jinja", "NOTICE.md"])
+def test_a_link_out_of_the_base_is_not_copied(base, tmp_path, name):
+    """It may lead to any file of this user, and the copy is given to others."""
+    secret = tmp_path / "secret"
+    secret.write_text("SECRET")
+    adapter = write_adapter(tmp_path / "a", base)[0]
+    (base / name).symlink_to(secret)
+    with pytest.raises(WeightsError, match=f"{name}: is a link out of its folder"):
+        merge(base, [(adapter, 1.0)], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_link_within_the_base_or_its_place_in_a_hubs_cache_is_copied(base, tmp_path):
+    cache = tmp_path / "models--owner--name"
+    folder = cache / "snapshots" / ("0" * 40)
+    (cache / "blobs").mkdir(parents=True)
+    folder.mkdir(parents=True)
+    for number, path in enumerate(sorted(base.iterdir())):
+        shutil.copy(path, cache / "blobs" / str(number))
+        (folder / path.name).symlink_to(Path("..") / ".." / "blobs" / str(number))
+    (folder / "words.txt").write_text("words")
+    (folder / "LICENSE").symlink_to("words.txt")
+    adapter = write_adapter(tmp_path / "a", base)[0]
+    merge(folder, [(adapter, 1.0)], tmp_path / "out")
+    assert (tmp_path / "out" / "LICENSE").read_text() == "words"
+    assert not (tmp_path / "out" / "LICENSE").is_symlink()

@@ -209,3 +209,13 @@ def test_a_stop_string_ends_what_is_printed(capsys):
     assert cli(*words, "--stop", new[5:8], "--stop", "never there") == 0
     place = new.index(new[5:8])
     assert capsys.readouterr().out == "import sched" + new[:place] + "\n"
+
+
+def test_prompts_that_are_no_text_are_named(tmp_path, capsys, monkeypatch):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(b"a\nb\xff\n")
+    assert cli("generate", "--model", finished_run() / "final", "--prompts", file) == 2
+    assert capsys.readouterr().err.endswith(f"{file}: not UTF-8 text (0xff)\n")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"b\xfe"), "utf-8"))
+    assert cli("generate", "--model", finished_run() / "final", "--prompt", "-") == 2
+    assert capsys.readouterr().err.endswith("--prompt -: not UTF-8 text (0xfe)\n")

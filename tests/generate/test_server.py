@@ -427,3 +427,17 @@ def test_a_port_in_use_is_named(capsys):
         port = taken.getsockname()[1]
         assert cli("serve", chat_model(), "--port", port) == 2
     assert f"--port: 127.0.0.1:{port} cannot be used" in capsys.readouterr().err
+
+
+def test_a_file_that_holds_no_key_is_named(tmp_path, capsys):
+    file = tmp_path / "key"
+    for data, problem in (
+        (b"\xff\xfe", "must hold a key of one line of ASCII characters"),
+        (b"a\nb", "must hold a key of one line of ASCII characters"),
+        (b"k" * 5000, "5000 bytes, at most 4096 are allowed"),
+    ):
+        file.write_bytes(data)
+        assert cli("serve", chat_model(), "--api-key-file", file) == 2
+        assert capsys.readouterr().err == f"{file}: {problem}\n"
+    assert cli("serve", chat_model(), "--api-key-file", "/dev/zero") == 2
+    assert capsys.readouterr().err == "/dev/zero: is no regular file\n"

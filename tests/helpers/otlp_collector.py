@@ -16,6 +16,7 @@ class Collector:
 
     def __init__(self, status: int, delay_seconds: float) -> None:
         self.status, self.delay_seconds = status, delay_seconds
+        self.refused: set[str] = set()  # paths
         self.spans: list = []
         self.metrics: list = []
         self.resources: list = []
@@ -54,10 +55,11 @@ def collector(status: int = 200, delay_seconds: float = 0.0) -> Iterator[tuple[s
             if self.headers.get("Content-Encoding") == "gzip":
                 body = gzip.decompress(body)
             time.sleep(got.delay_seconds)
-            if got.status == 200:
+            status = 404 if self.path in got.refused else got.status
+            if status == 200:
                 got.take(self.path, body)
             try:
-                self.send_response(got.status)
+                self.send_response(status)
                 self.send_header("Content-Length", "0")
                 self.end_headers()
             except OSError:  # the run did not wait for the answer

@@ -74,6 +74,18 @@ def test_a_line_says_loss_validation_speed_and_the_time_left(
     ]
 
 
+def test_the_time_left_forgets_how_long_the_first_step_waited_for_compilers(
+    capsys: pytest.CaptureFixture[str], clock: Clock
+) -> None:
+    with Progress(0) as shown:
+        clock.now += 60
+        shown.after_step(1, 101, 5.0, 10.0)
+        clock.now += 2
+        shown.after_step(2, 101, 5.0, 10.0)
+    first, second = capsys.readouterr().err.splitlines()
+    assert "1:40:00 left" in first and "3:18 left" in second  # 99 steps of 2 s
+
+
 def test_a_validation_before_the_first_step_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     with Progress(0) as shown:
         shown.before_first_step(9.87654)

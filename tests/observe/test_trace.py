@@ -14,6 +14,7 @@ from runs_helpers import VAL_FILES, configuration, environment, metrics, train
 
 from tinyllama.errors import ConfigError
 from tinyllama.observe import trace
+from tinyllama.observe.anomalies import Anomaly, Watch
 from tinyllama.observe.trace import FLUSH_SECONDS, GAUGES, Tracing, tracing
 from tinyllama.train import trainer as trainer_module
 
@@ -173,6 +174,20 @@ def test_the_end_of_a_run_waits_for_a_slow_collector_two_seconds_at_most():
         assert seconds < FLUSH_SECONDS + 0.5 and got.requests
 
 
+def test_the_end_of_a_run_does_not_wait_for_a_collector_that_has_been_silent_for_long():
+    with collector(delay_seconds=20.0) as (endpoint, got):
+        traces = trace.OtlpTracing(endpoint, None, None, lambda _: None)
+        with traces.span("run"):
+            pass
+        while not got.requests:
+            time.sleep(0.05)
+        time.sleep(FLUSH_SECONDS)
+        begun = time.monotonic()
+        traces.close()
+        assert time.monotonic() - begun < 0.5
+    assert traces.dropped == 1
+
+
 def test_without_the_sdk_an_endpoint_is_refused_with_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http", None)
     config = configuration(tmp_path / "run", 'observe.otlp_endpoint="http://127.0.0.1:1"')
@@ -207,3 +222,64 @@ def test_the_variable_of_all_programs_switches_traces_on(tmp_path, monkeypatch):
         with tracing(config, print) as traces:
             train(config, tracing=traces)
     assert len(got.named("step")) == 1
+
+
+def test_the_variables_of_the_sdk_name_the_service(tmp_path, monkeypatch):
+    monkeypatch.setenv("OTEL_SERVICE_NAME", "night runs")
+    monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "deployment.environment=test")
+    with collector() as (endpoint, got):
+        traced(tmp_path / "run", endpoint)
+    resource = attributes(got.resources[0])
+    assert (resource["service.name"], resource["deployment.environment"]) == ("night runs", "test")
+    assert resource["service.version"]
+
+
+def test_an_anomaly_is_an_event_of_its_step_with_what_metrics_jsonl_says(tmp_path, monkeypatch):
+    found = [Anomaly(3, "spike", "loss", 9.0, 5.0)]
+    monkeypatch.setattr(
+        Watch, "numbers", lambda self, step, *_: found if step == 3 else [], raising=True
+    )
+    with collector() as (endpoint, got):
+        traced(tmp_path / "run", endpoint)
+    (event,) = [e for step in got.named("step") for e in step.events if e.name == "anomaly"]
+    said = attributes(event)
+    (entry,) = metrics(tmp_path / "run")[3]["anomalies"]
+    assert (said["tinyllama.series"], said["tinyllama.value"]) == ("loss", 9.0)
+    assert (said["tinyllama.kind"], said["tinyllama.action"]) == ("spike", "note")
+    documents = [value.string_value for value in said["tinyllama.documents"].values]
+    assert documents == entry["documents"] != []
+
+
+def spans_and_metrics(traces: trace.OtlpTracing, *, metrics_first: bool) -> None:
+    """Send a span and a metric now."""
+    with traces.span("run"):
+        traces.metrics({"loss": 1.0})
+    both = [traces._provider.force_flush, traces._meters.force_flush]
+    for flush in reversed(both) if metrics_first else both:
+        flush()
+
+
+def test_a_collector_that_dies_while_a_run_goes_on_is_one_notice():
+    said: list[str] = []
+    with collector() as (endpoint, got):
+        traces = trace.OtlpTracing(endpoint, None, None, said.append)
+        spans_and_metrics(traces, metrics_first=False)
+        assert got.named("run") and got.metrics and not said
+        got.status = 400
+        for _ in range(2):
+            spans_and_metrics(traces, metrics_first=True)
+        traces.close()
+    assert said == [f"{endpoint} takes no spans: they are dropped, and the run goes on"]
+    assert traces.dropped == 2
+
+
+def test_a_collector_that_takes_spans_alone_is_one_notice_about_metrics():
+    said: list[str] = []
+    with collector() as (endpoint, got):
+        got.refused = {"/v1/metrics"}
+        traces = trace.OtlpTracing(endpoint, None, None, said.append)
+        for _ in range(2):
+            spans_and_metrics(traces, metrics_first=True)
+        traces.close()
+    assert said == [f"{endpoint} takes no metrics: they are dropped, and the run goes on"]
+    assert traces.dropped == 0 and len(got.named("run")) == 2

@@ -40,6 +40,7 @@ INTERNALS = ("codegen", "engine", "function", "renderer", "runtime", "schedule",
 MAY_KNOW = {
     ("system.device", "tinygrad.renderer.cstyle"),
     ("system.gpu_driver", "tinygrad.runtime.autogen"),
+    ("system.bindings", "tinygrad.runtime.autogen"),
 }
 # Attributes of tensors, captured steps and buffers that belong to tinygrad's inside.
 INSIDE = {"uop", "captured", "jit_cache", "lazydata", "_buf", "_bufs", "va_addr"}
@@ -324,3 +325,20 @@ def test_a_read_of_the_environment_is_found() -> None:
     ):
         assert environment_reads(ast.parse(line)) == [1], line
     assert environment_reads(parsed("system.device")) != []
+
+
+# These print for people by themselves: the functions for all others, and the last line of a
+# command, whose error is fit for a terminal already.
+MAY_PRINT_TO_STDERR = ("system.notices", "cli.arguments", "cli.app", "reports.backends")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_what_is_said_on_standard_error_is_fit_for_a_terminal(module: str) -> None:
+    calls = [
+        ast.unparse(node)
+        for node in ast.walk(parsed(module))
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) == "print"
+        and any(key.arg == "file" and "stderr" in ast.unparse(key.value) for key in node.keywords)
+    ]
+    assert module in MAY_PRINT_TO_STDERR or package_of(module) == "bench" or calls == []

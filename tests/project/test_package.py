@@ -185,6 +185,32 @@ def test_the_command_line_starts_without_what_a_command_alone_needs():
     assert HEAVY & imported(f"{helped}except SystemExit: pass\nprint(end='')") == set()
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "124m", "--set", "data.train_path='nowhere.txt'"],
+        ["train", "FILE", "--set", "data.train_path='FILE'", "--resume"],
+        ["train", "124m", "--set", "data.train_path='FILE'", "--resume", "nowhere"],
+        ["evaluate", "--model", "nowhere/a/b", "--data", "FILE"],
+        ["generate", "--model", "nowhere/a/b"],
+        ["export", "nowhere/a/b", "out"],
+        ["report", "nowhere"],
+        ["analyze", "nowhere"],
+    ],
+    ids=" ".join,
+)
+def test_what_is_wrong_with_files_is_said_before_a_device_is_opened(words, tmp_path):
+    file = tmp_path / "c.toml"
+    file.write_text(f"[checkpointing]\ncheckpoint_dir = '{tmp_path}/run'\n")
+    words = [word.replace("FILE", str(file)) for word in words]
+    code = (
+        "import sys, os\nfrom tinyllama.cli.app import main\n"
+        f"os.environ['HF_HUB_OFFLINE'] = '1'\ntry: main({words!r})\n"
+        "except SystemExit as ended: assert ended.code == 2\nprint(end='')"
+    )
+    assert "tinygrad" not in imported(code)
+
+
 def test_importing_is_quick():
     def seconds():
         words = [sys.executable, "-c", "import tinyllama.cli.app"]

@@ -52,6 +52,18 @@ def test_two_kinds_of_steps_are_two_groups(tmp_path: Path) -> None:
     assert "time x 3.0" in slow or "time x 2.9" in slow
 
 
+def test_a_machine_that_is_slow_for_a_while_says_nothing_about_documents(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seconds that wander, as on a machine with other work, whatever the documents are."""
+    rng = np.random.default_rng(1)
+    wander = np.exp(np.cumsum(rng.normal(0, 0.05, 301)) + rng.normal(0, 0.3, 301))
+    lengths = rng.integers(100, 20000, 300).astype(float)
+    monkeypatch.setattr(analyze, "document_lengths", lambda run: lengths)
+    folder = write_run(tmp_path / "run", lambda s: 0.1 * float(wander[s]))
+    assert not any("times slower" in line for line in findings(read_run(folder)))
+
+
 def test_steps_that_are_alike_are_one_group(tmp_path: Path) -> None:
     lines = findings(read_run(write_run(tmp_path / "run", lambda s: 0.1)))
     assert any("form one group" in line for line in lines)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 from fake_cuda import needs_nvrtc, variables
 from model_helpers import SQUARE, build, random_batch
@@ -87,6 +88,15 @@ def test_products_name_the_line_of_their_layer_forward_and_back(trained, project
     assert sum(o.calls for o in backward) == 4  # of the input and of the weight, in each layer
     rows, width = 24 * 48, 64 if projection == "q_proj" else 32
     assert forward.flops == 2 * (2 * rows * 64 * width)
+
+
+def test_products_of_the_head_name_the_models_line_forward_and_back(trained):
+    line = line_of(llama.Llama.through_head, "return make()")
+    (forward,) = with_source(trained, line, "gemm")
+    backward = with_source(trained, line, "gemm", backward=True)
+    assert forward.calls == 1 and sum(o.calls for o in backward) == 2  # of hidden, of the weight
+    rows = 24 * 48
+    assert forward.flops == 2 * rows * 64 * 400 == backward[0].flops
 
 
 def test_attention_and_norms_name_their_lines(trained):
@@ -259,8 +269,11 @@ def test_a_profile_is_kept_beside_the_run_of_the_same_model_where_its_report_fin
     done = command("124m", *words, "--json")
     assert done.returncode == 0 and f"`tinyllama report {run}` shows it" in done.stderr
     found = read_run(run).profile
-    assert found == json.loads(done.stdout)
-    assert any(operation["source"] for operation in found["operations"])
+    assert msgspec.to_builtins(found) == json.loads(done.stdout)
+    assert any(operation.source for operation in found.operations)
+    measured = json.loads((run / "roofline.json").read_text())
+    assert msgspec.to_builtins(read_run(run).ceilings) == measured
+    assert "ceilings: float32" in done.stderr
 
 
 def test_a_command_that_names_neither_or_both_is_refused():

@@ -6,8 +6,13 @@ import json
 import math
 import re
 import shutil
+import socket
+import struct
+import threading
 import time
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -17,7 +22,7 @@ import pytest
 from runs_helpers import cli, finished_run, metrics
 
 from tinyllama.errors import CheckpointError
-from tinyllama.reports.live import Live
+from tinyllama.reports.live import Followed, Live
 from tinyllama.reports.page import UPLOT_VERSION, page
 from tinyllama.reports.runs import named_apart, read_run
 
@@ -133,28 +138,126 @@ def test_the_vendored_library_is_that_of_its_package() -> None:
     assert (folder / "LICENSE").read_text().startswith("The MIT License (MIT)")
 
 
+@contextmanager
+def following(*folders: Path) -> Iterator[Live]:
+    """A page that follows runs, while it is served."""
+    followed = Followed(folders)
+    live = Live(0, followed.page, followed.data)
+    try:
+        yield live
+    finally:
+        live.close()
+
+
+def append(folder: Path, *lines: dict[str, Any]) -> None:
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+
+
 def test_a_page_that_follows_a_run_serves_new_steps_to_this_machine_alone(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", 40)
-
-    def fresh() -> str:
-        return json.dumps({"steps": len(read_run(folder).steps)})
-
-    live = Live(0, lambda: page([read_run(folder)], live=True), fresh)
-    try:
+    with following(folder) as live:
         assert live.url.startswith("http://127.0.0.1:")
         with urllib.request.urlopen(live.url) as answer:
             assert '"live":true' in answer.read().decode()
-        with open(folder / "metrics.jsonl", "a") as file:
-            file.write('{"step": 41, "loss": 3.0}\n')
+        append(folder, {"step": 41, "loss": 3.0})
         with urllib.request.urlopen(f"{live.url}data.json") as answer:
-            assert json.load(answer) == {"steps": 41}
+            assert losses_of(json.load(answer)) == 41
         foreign = urllib.request.Request(live.url, headers={"Host": "evil.example:80"})
         with pytest.raises(urllib.error.HTTPError, match="403"):
             urllib.request.urlopen(foreign)
+        with urllib.request.urlopen(
+            urllib.request.Request(live.url, headers={"Host": "127.0.0.1"})  # as of port 80
+        ) as answer:
+            assert answer.status == 200
         with pytest.raises(urllib.error.HTTPError, match="404"):
             urllib.request.urlopen(f"{live.url}../etc/passwd")
+
+
+def losses_of(content: dict[str, Any]) -> int:
+    """How many steps the data of a page have a loss for."""
+    column = np.frombuffer(base64.b64decode(content["runs"][0]["columns"]["loss"]), "<f4")
+    return int(np.isfinite(column).sum())
+
+
+def test_what_has_not_changed_is_not_sent_again(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", 40)
+    followed = Followed([folder])
+    first = json.loads(followed.data(""))
+    assert losses_of(first) == 40
+    assert json.loads(followed.data(first["revision"])) == {"revision": first["revision"]}
+    append(folder, {"step": 41, "loss": 3.0})
+    second = json.loads(followed.data(first["revision"]))
+    assert losses_of(second) == 41
+    with open(folder / "samples.jsonl", "a") as file:  # no number changes, the page does
+        file.write(json.dumps({"step": 41, "prompt": "?", "text": "a new sample"}) + "\n")
+    third = json.loads(followed.data(second["revision"]))
+    assert third["revision"] != second["revision"] and "a new sample" in third["sections"]
+
+
+def test_a_run_that_has_begun_can_be_watched_before_its_first_step(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl: no such file"):
+        Followed([run])
+    (run / "config.toml").write_text("[model]\nmax_seq_len = 64\n")
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl: no such file"):
+        read_run(run)  # a page that stays as it is would be empty
+    followed = Followed([run])
+    assert charts(followed.page())["loss"] == 0
+    append(run, {"step": 1, "loss": 3.0})
+    assert losses_of(json.loads(followed.data(""))) == 1
+
+
+def test_a_run_that_is_gone_is_said_on_the_page_that_follows_it(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", 40)
+    followed = Followed([folder])
+    folder.rename(tmp_path / "elsewhere")
+    assert "no such folder" in json.loads(followed.data(""))["problem"]
+    (tmp_path / "elsewhere").rename(folder)
+    assert losses_of(json.loads(followed.data(""))) == 40
+
+
+def test_a_browser_that_goes_away_costs_no_traceback(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_run(tmp_path / "run", 40)
+    asked, gone = threading.Event(), threading.Event()
+    followed = Followed([folder])
+
+    def slow() -> str:
+        asked.set()
+        gone.wait(10)
+        return followed.page() + " " * (8 << 20)  # more than the sockets hold
+
+    live = Live(0, slow, followed.data)
+    try:
+        port = int(live.url.rstrip("/").rpartition(":")[2])
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            client.sendall(b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+            assert asked.wait(10)
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        gone.set()
+        time.sleep(0.5)
     finally:
         live.close()
+    assert capsys.readouterr().err == ""
+
+
+def test_time_and_tokens_are_those_of_the_tokens_that_were_trained(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.toml").write_text("[model]\nmax_seq_len = 64\n[training]\nbatch_size = 4\n")
+    common = {"loss": 3.0, "tokens_per_second": 100.0}
+    append(
+        run,
+        {"step": 0, "val_loss": 4.0},
+        {"step": 1, **common, "trained_tokens": 50},
+        {"step": 2, **common, "trained_tokens": 150},
+    )
+    columns = read_run(run).columns
+    assert columns["tokens"].tolist() == [0, 50, 200]
+    assert columns["seconds"].tolist() == [0, 0.5, 2.0]
 
 
 # ---- in a real Chromium
@@ -258,3 +361,139 @@ def test_a_hundred_thousand_steps_open_in_two_seconds(browser: Any, tmp_path: Pa
         if seconds[-1] < 2:
             break
     assert min(seconds) < 2
+
+
+def wait_for_points(tab: Any, chart: str, points: int) -> None:
+    tab.wait_for_function(
+        f"document.querySelector('[data-chart={chart}]')?.dataset.points === '{points}'",
+        timeout=20_000,
+    )
+
+
+def test_a_page_that_follows_a_run_shows_new_steps_and_new_charts_and_a_run_that_is_gone(
+    browser: Any, tmp_path: Path
+) -> None:
+    folder = write_run(tmp_path / "run", 10)  # nothing is validated yet
+    with following(folder) as live:
+        tab, said = opened(browser, live.url)
+        other, _ = opened(browser, live.url)
+        wait_for_points(tab, "loss", 10)
+        assert tab.locator("[data-chart=val_loss]").count() == 0
+        append(folder, {"step": 11, "loss": 3.0, "val_loss": 3.5})
+        wait_for_points(tab, "loss", 11)
+        wait_for_points(tab, "val_loss", 1)
+        wait_for_points(other, "val_loss", 1)
+        names = tab.evaluate(
+            "[...document.querySelectorAll('[data-chart]')].map(e => e.dataset.chart)"
+        )
+        assert names[:2] == ["loss", "val_loss"]
+        folder.rename(tmp_path / "elsewhere")
+        tab.wait_for_function("document.querySelector('#live').textContent.includes('no such')")
+        (tmp_path / "elsewhere").rename(folder)
+        append(folder, {"step": 12, "loss": 3.0})
+        wait_for_points(tab, "loss", 12)
+        assert tab.inner_text("#live") == "live"
+        assert said == []
+    tab.wait_for_function("document.querySelector('#live').textContent.includes('has ended')")
+
+
+def test_a_page_that_follows_a_run_leaves_tables_zoom_and_pointer_as_they_are(
+    browser: Any, tmp_path: Path
+) -> None:
+    folder = write_run(tmp_path / "run", 80)
+    with following(folder) as live:
+        tab, said = opened(browser, live.url)
+        tab.set_viewport_size({"width": 1280, "height": 3000})
+        tab.wait_for_timeout(300)
+        tab.evaluate("document.querySelector('#details').firstElementChild.dataset.kept = 'yes'")
+        box = tab.locator("[data-chart=loss] .u-over").bounding_box()
+        middle = box["x"] + box["width"] / 2
+        tab.mouse.move(middle, box["y"] + 50)
+        tab.mouse.down()
+        tab.mouse.move(middle + 200, box["y"] + 50, steps=4)
+        tab.mouse.up()
+        tab.evaluate("document.querySelector('[data-chart=loss] canvas').dataset.kept = 'yes'")
+        append(folder, {"step": 81, "loss": 3.0, "grad_norm": 1.0})
+        wait_for_points(tab, "loss", 81)
+        assert tab.locator("[data-kept=yes]").count() == 2
+        step = tab.inner_text("[data-chart=grad_norm] .u-legend .u-value >> nth=0")
+        assert 40 <= int(step) <= 60  # the pointer's, not the newest
+        assert said == []
+
+
+def with_profile(folder: Path) -> Path:
+    """A run with a profile of two operations and a machine's ceilings."""
+    operations = [
+        {"name": "gemm", "source": ["tinyllama/model/llama.py:54"], "calls": 2, "seconds": 0.3,
+         "share": 0.6, "gflops": 80.0, "gb_per_second": 1.0},
+        {"name": "gemm (backward)", "source": ["tinyllama/model/llama.py:54"], "calls": 4,
+         "seconds": 0.1, "share": 0.2, "gflops": 60.0, "gb_per_second": 3.0},
+        {"name": "launch gaps", "source": [], "calls": 0, "seconds": 0.1, "share": 0.2,
+         "gflops": 0.0, "gb_per_second": 0.0},
+    ]  # fmt: skip
+    profile = {"step_seconds": 0.5, "operations": operations}
+    (folder / "profile.json").write_text(json.dumps(profile))
+    ceilings = {"float32_gflops": 100.0, "bfloat16_gflops": 200.0, "gb_per_second": 20.0}
+    (folder / "roofline.json").write_text(json.dumps(ceilings))
+    return folder
+
+
+def test_a_profile_is_a_table_and_a_roofline(tmp_path: Path) -> None:
+    text = page([read_run(with_profile(write_run(tmp_path / "run", 60)))])
+    assert charts(text)["roofline"] == 2  # a gap computes nothing
+    assert "Where a step&#x27;s 500.0 ms go: run" in text or "Where a step's 500.0 ms go" in text
+    (run,) = embedded(text)["runs"]
+    assert run["roofline"]["ceilings"]["gb_per_second"] == 20.0
+    (forward, backward) = run["roofline"]["points"]
+    assert (forward["x"], forward["y"], forward["backward"]) == (80.0, 80.0, False)
+    assert (backward["x"], backward["y"], backward["backward"]) == (20.0, 60.0, True)
+
+
+def test_a_damaged_profile_is_one_message(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", 40)
+    (folder / "profile.json").write_text('{"step_seconds": 1.0, "operations": [{"name": 3}]}')
+    with pytest.raises(CheckpointError, match=r"profile\.json.*operations"):
+        read_run(folder)
+
+
+def test_pointing_at_the_roofline_and_at_an_anomaly_says_what_is_there(
+    browser: Any, tmp_path: Path
+) -> None:
+    file = tmp_path / "report.html"
+    file.write_text(page([read_run(with_profile(write_run(tmp_path / "run", 80)))]))
+    tab, said = opened(browser, file.as_uri())
+    tab.set_viewport_size({"width": 1280, "height": 4000})
+    tab.wait_for_timeout(300)
+
+    def tip_at(chart: str, share: float, wanted: str) -> str:
+        """The box's text at a place of the chart's width where it says `wanted`."""
+        box = tab.locator(f"[data-chart={chart}] .u-over").bounding_box()
+        x = box["x"] + share * box["width"]
+        for at in range(0, int(box["height"]), 4):
+            tab.mouse.move(x, box["y"] + at)
+            text = tab.locator(f"[data-chart={chart}] .tip").inner_text()
+            if wanted in text:
+                return text
+        raise AssertionError(f"nothing says {wanted!r}")
+
+    assert "the usual is 3" in tip_at("loss", 29 / 79, "step 30: loss 9")
+    share = math.log10(80) / 3  # of the axis: decades around ridges and points, from 5 to 80
+    text = tip_at("roofline", share, "gemm")
+    assert "60 % of the step" in text and "tinyllama/model/llama.py:54" in text
+    assert said == []
+
+
+def test_a_printed_page_is_light_and_as_wide_as_the_paper(browser: Any, tmp_path: Path) -> None:
+    file = tmp_path / "report.html"
+    file.write_text(page([read_run(with_profile(write_run(tmp_path / "run", 80)))]))
+    tab, said = opened(browser, file.as_uri(), width=1400, scheme="dark")
+    tab.evaluate("window.dispatchEvent(new Event('beforeprint'))")
+    tab.emulate_media(media="print")
+    tab.set_viewport_size({"width": 718, "height": 900})  # A4 within Chromium's margins
+    tab.wait_for_timeout(200)
+    assert tab.get_attribute("html", "data-shown") == "light"
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 718
+    inside = tab.evaluate(
+        "[...document.querySelectorAll('.chart')].every(e => e.scrollWidth <= e.clientWidth)"
+    )
+    assert inside and said == []

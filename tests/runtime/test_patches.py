@@ -171,8 +171,8 @@ def test_an_unknown_patch_is_refused_in_one_line(tmp_path: Path) -> None:
     assert code == 2
     assert errors == (
         "TINYLLAMA_PATCHES_OFF: there is no patch 'huge_page', must be one of "
-        "huge_pages, layout, native_launch, cubin, parallel_compilers, opencl_graph, "
-        "free_steps, uninterrupted_compilers\n"
+        "deferred_llvm, huge_pages, layout, native_launch, cubin, parallel_compilers, "
+        "opencl_graph, free_steps, uninterrupted_compilers\n"
     )
 
 

@@ -1,6 +1,7 @@
 """Which tokenizer a path gives, and what is said where there is none."""
 
 import json
+import os
 
 import pytest
 from tokenizers_helpers import (
@@ -62,10 +63,47 @@ def test_a_file_of_no_size_that_a_tokenizer_has_is_refused(tmp_path):
     file = tmp_path / "tokenizer.model"
     with open(file, "wb") as opened:
         opened.truncate(1 << 40)
-    with pytest.raises(TokenizerError, match="more than 256 MiB, which no tokenizer has"):
+    with pytest.raises(TokenizerError, match="more than 64 MiB, which no tokenizer has"):
         open_tokenizer(file)
 
 
 def test_a_folder_is_a_tokenizers_only_if_its_files_are_regular(tmp_path):
     (tmp_path / "tokenizer.model").mkdir()
     assert not holds_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json"])
+def test_a_pipe_or_a_device_is_not_waited_for(tmp_path, name):
+    file = tmp_path / name
+    for make in (lambda: os.mkfifo(file), lambda: file.symlink_to("/dev/zero")):
+        make()
+        with pytest.raises(TokenizerError, match=f"{name}: is no regular file"):
+            open_tokenizer(file)
+        file.unlink()
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "said"),
+    [
+        ("tokenizer_config.json", {"added_tokens_decoder": {"0": ["x" * 10**6]}}, "an added token"),
+        (
+            "tokenizer_config.json",
+            {"added_tokens_decoder": {"x" * 10**6: {"content": "a"}}},
+            "id '",
+        ),
+        ("tokenizer_config.json", {"add_bos_token": ["x" * 10**6]}, "add_bos_token: got ["),
+        ("tokenizer_config.json", {"extra_special_tokens": "x" * 10**6}, "must be a list of texts"),
+        ("special_tokens_map.json", {"bos_token": {"content": [1] * 10**5}}, "bos_token: got {"),
+        ("added_tokens.json", {"x" * 10**6: "y"}, "the added token 'xxx"),
+        ("generation_config.json", {"eos_token_id": "x" * 10**6}, "eos_token_id 'xxx"),
+        ("tokenizer_config.json", {"a": "x" * (5 << 20)}, "more than 4 MiB"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_a_message_about_a_file_is_short(tmp_path, name, data, said):
+    (tmp_path / "tokenizer.model").write_bytes(spm())
+    (tmp_path / name).write_text(json.dumps(data))
+    with pytest.raises(TokenizerError) as caught:
+        open_tokenizer(tmp_path)
+    message = str(caught.value)
+    assert said in message and message.isprintable() and len(message) < 500 + len(str(tmp_path))

@@ -13,6 +13,7 @@ from runs_helpers import configuration, metrics, train, trainer
 from tinyllama.data.batches import layout_of, prepare
 from tinyllama.data.conversations import Form
 from tinyllama.errors import DataError
+from tinyllama.reports.runs import read_run
 from tinyllama.tokenizers.opening import open_tokenizer
 from tinyllama.train.evaluate import Evaluator
 
@@ -80,3 +81,16 @@ def test_a_run_says_what_it_cuts_and_leaves_out(tmp_path):
     assert any("are longer than 64 tokens: their ends are cut off" in line for line in lines)
     with pytest.raises(DataError, match="holds text, in which nobody speaks"):
         trainer(configuration(tmp_path / "other", "data.train_on=last"))
+
+
+def test_lines_of_metrics_say_how_many_tokens_their_steps_trained(tmp_path):
+    config = configuration(tmp_path / "run", *options(tmp_path, "training.num_epochs=1"))
+    batches = trainer(config).batches
+    trained = [int((batches.next().targets >= 0).sum()) for _ in range(batches.steps_per_epoch)]
+    train(config)
+    lines = metrics(tmp_path / "run").values()
+    assert [line["trained_tokens"] for line in lines] == trained
+    assert len(set(trained)) > 1
+    columns = read_run(tmp_path / "run").columns
+    seconds = [line["trained_tokens"] / line["tokens_per_second"] for line in lines]
+    assert columns["step_seconds"] == pytest.approx(seconds)

@@ -9,12 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from data_helpers import load, small_tokenizer, write
+from lora_helpers import write_base
 from model_helpers import SQUARE, build, random_weights, reference_loss
-from runs_helpers import VAL_FILES, cli, finished_run, metrics, shared_folder
+from runs_helpers import VAL_FILES, cli, config_file, finished_run, metrics, shared_folder
 from tinygrad import Tensor
 
+from tinyllama.convert.merge import merge
 from tinyllama.data.batches import sequential
+from tinyllama.errors import CheckpointError
+from tinyllama.system import checked
 from tinyllama.train.evaluate import Evaluator
+from tinyllama.train.manifest import read_manifest, write_manifest
 
 CONFIG = replace(SQUARE, vocab_size=300)
 CONTEXT = 16
@@ -139,6 +144,47 @@ def test_a_checkpoint_with_a_flipped_bit_is_refused_before_a_result(
     (folder / "manifest.json").unlink()  # then it is a model of somebody else's
     if name == "model.safetensors":
         assert cli(command, "--model", folder, *words[command]) == 0
+
+
+@pytest.mark.parametrize("named", ["folder", "file"])
+def test_a_tokenizer_of_ours_with_a_flipped_bit_is_refused(tmp_path, capsys, named):
+    """Also where its folder is named for the tokenizer alone."""
+    folder = damaged_copy(tmp_path / "model", "tokenizer.model", 300)
+    place = folder if named == "folder" else folder / "tokenizer.model"
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    toml = config_file(tmp_path / "run")
+    for words in (
+        ["train", toml, "--set", f"data.tokenizer={place}"],
+        ["inspect", tmp_path / "rows.jsonl", "--model", place],
+    ):
+        assert cli(*words) == 2
+        assert f"{folder / 'tokenizer.model'}: changed: SHA-256 is" in capsys.readouterr().err
+
+
+def test_a_check_that_is_remembered_serves_evaluating_but_not_merging_or_exporting(
+    tmp_path, capsys, monkeypatch
+):
+    """As where a disk changes a byte and none of the file's dates."""
+    folder = damaged_copy(tmp_path / "model", "model.safetensors")
+    sums = dict(read_manifest(folder))
+
+    def remembered(kind, paths, take):
+        name = paths[0].name
+        return sums[name][0] if kind == "sha256" and name in sums else take()
+
+    monkeypatch.setattr(checked, "digest", remembered)
+    assert cli("evaluate", "--model", folder, "--data", *VAL_FILES) == 0
+    capsys.readouterr()
+    assert cli("export", folder, tmp_path / "out") == 2
+    assert "model.safetensors: changed: SHA-256 is" in capsys.readouterr().err
+    base = write_base(tmp_path / "base")
+    data = bytearray((base / "model.safetensors").read_bytes())
+    write_manifest(base, {})
+    data[-9] ^= 1
+    (base / "model.safetensors").write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: changed"):
+        merge(base, [], tmp_path / "merged")
+    assert not (tmp_path / "out").exists() and not (tmp_path / "merged").exists()
 
 
 def test_damage_of_what_only_training_reads_keeps_nobody_from_evaluating(tmp_path, capsys):

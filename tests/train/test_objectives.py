@@ -1,6 +1,7 @@
 """Runs on pairs of answers and with a teacher: they learn, resume bit for bit, and fit the plan."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -9,8 +10,9 @@ from objective_helpers import KINDS, run_config
 from runs_helpers import cli, names, numbers
 
 from tinyllama.config import config_from_toml
-from tinyllama.errors import ConfigError, DataError
+from tinyllama.errors import CheckpointError, ConfigError, DataError
 from tinyllama.observe.anomalies import Limits
+from tinyllama.train.manifest import write_manifest
 from tinyllama.train.prepare import supported
 from tinyllama.train.trainer import Trainer
 
@@ -94,6 +96,20 @@ def test_dpo_without_a_base_is_refused(tmp_path, base):
     text = '[training]\nobjective = "dpo"\n'
     with pytest.raises(ConfigError, match=r"training.objective: got \"dpo\", must come with"):
         supported(config_from_toml(text, "test.toml"))
+
+
+def test_a_teacher_of_ours_with_a_flipped_bit_is_refused(tmp_path, base):
+    teacher = tmp_path / "teacher"
+    shutil.copytree(base, teacher)
+    write_manifest(teacher, {})
+    data = bytearray((teacher / "model.safetensors").read_bytes())
+    data[-9] ^= 1
+    (teacher / "model.safetensors").write_bytes(data)
+    set_teacher = f"distillation.teacher={teacher}"
+    with pytest.raises(
+        CheckpointError, match=r"distillation\.teacher: .*safetensors: changed: SHA"
+    ):
+        Trainer(run_config(tmp_path, base, "distill", "full", set_teacher), show=False)
 
 
 def test_a_teacher_of_another_vocabulary_is_refused(tmp_path, base):

@@ -12,9 +12,9 @@ from tinyllama.errors import TrainingError
 from tinyllama.formats.safetensors import SafetensorsFile
 from tinyllama.observe import anomalies
 from tinyllama.observe import text as watched_text
+from tinyllama.observe.samples import read_samples
 from tinyllama.runtime.storage import read
 from tinyllama.train.checkpoint import read_state
-from tinyllama.train.samples import read_samples
 from tinyllama.train.trainer import Trainer
 from tinyllama.train.watching import layer_of, update_ratios
 
@@ -157,6 +157,28 @@ def test_a_rollback_takes_the_last_checkpoint_and_the_data_that_follows(tmp_path
     assert list(lines) == list(range(1, outcome.step + 1))
     assert list(run.glob("metrics.jsonl.aside-*"))  # what was left behind can be looked at
     assert outcome.finished
+
+
+@pytest.mark.usefixtures("loss_alone")
+def test_a_rollback_does_not_take_a_checkpoint_that_a_disk_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save = Trainer.save
+
+    def damaging(self: Trainer, name: str) -> Path:
+        folder = save(self, name)
+        data = bytearray((folder / "model.safetensors").read_bytes())
+        data[-9] ^= 1
+        (folder / "model.safetensors").write_bytes(data)
+        return folder
+
+    monkeypatch.setattr(Trainer, "save", damaging)
+    run = tmp_path / "run"
+    assert train(configuration(run, *options(tmp_path, "rollback"))).finished
+    assert spikes(run) and not any("rolled_back" in line for line in metrics(run).values())
+    said = capsys.readouterr().err
+    assert "model.safetensors: changed: SHA-256 is " in said
+    assert ": the run does not go back to it\n" in said
 
 
 @pytest.mark.usefixtures("loss_alone")

@@ -7,6 +7,7 @@ import argparse
 
 from tinyllama.cli.arguments import path
 from tinyllama.errors import ConfigError
+from tinyllama.system.notices import to_stdout
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -16,14 +17,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Print one line per finding."""
-    from tinyllama.reports.analyze import available, findings
     from tinyllama.reports.runs import read_run
 
     found = read_run(options.folder)
+    from tinyllama.reports.analyze import available, findings
+
     if not available():
         raise ConfigError(
             "scikit-learn is not installed: pip install 'tinyllama-trainer[observe]' "
             "(or pip install scikit-learn)"
         )
     for line in findings(found):
-        print(line)
+        to_stdout(line)

@@ -100,7 +100,8 @@ def _run(words: list[str]) -> int | None:
         parser = listed.add_parser(
             name, prog=f"tinyllama {name}", description=text, help=_first(text)
         )
-        module.add_options(parser)
+        if words[:1] == [name] or not COMMANDS.keys() & words[:1]:  # the others' take 5 ms
+            module.add_options(parser)
         parser.set_defaults(run=module.run)
     if not words or (words[0] not in COMMANDS and not words[0].startswith("-")):
         root.error(_no_command(words[0] if words else None))

@@ -6,12 +6,12 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-from tinyllama.errors import TinyllamaError, fit_for_terminal, reason
+from tinyllama.errors import DataError, TinyllamaError, fit_for_terminal, reason
 from tinyllama.system.signals import Terminated, reporting_lost_files, terminating
 
 # An option less similar than this to what was typed is not suggested.
@@ -132,6 +132,15 @@ def leave(code: int) -> NoReturn:
     if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
         os._exit(code)
     sys.exit(code)
+
+
+@contextmanager
+def naming_text(source: object) -> Iterator[None]:
+    """Raise DataError, which names the source, for text read in the block that is not UTF-8."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise DataError(f"{source}: not UTF-8 text (0x{error.object[error.start]:02x})") from None
 
 
 def path(word: str) -> Path:

@@ -7,9 +7,9 @@ import argparse
 from pathlib import Path
 
 from tinyllama.cli.arguments import path
-from tinyllama.cli.shared import to_stderr
 from tinyllama.errors import ConfigError
 from tinyllama.system import device
+from tinyllama.system.notices import to_stderr
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

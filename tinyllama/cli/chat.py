@@ -10,11 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinyllama.cli.arguments import path
+from tinyllama.cli.arguments import naming_text, path
 from tinyllama.cli.sampling import add_sampling, sampling_of
-from tinyllama.cli.shared import add_threads, load, model_folder, select_device, to_stderr
+from tinyllama.cli.shared import add_threads, load, model_folder, select_device
 from tinyllama.cli.talking import add_model_word, context_length, template_of
 from tinyllama.errors import ConfigError, TinyllamaError, missing, reason
+from tinyllama.system.notices import text_to_stdout, to_stderr
 from tinyllama.system.signals import Terminated, ignoring_interrupts, stopping_on_interrupt
 
 if TYPE_CHECKING:
@@ -150,7 +151,7 @@ class _Chat:
             to_stderr(f"the oldest {conversation.left_out} messages do not fit the context")
         with stopping_on_interrupt() as is_stopped:
             for piece in answer:
-                print(piece, end="", flush=True)
+                text_to_stdout(piece)
                 if is_stopped():
                     break
         print(flush=True)
@@ -170,8 +171,9 @@ def _check_prompt_toolkit() -> None:
 
 
 def _piped() -> Iterator[str]:
-    for line in sys.stdin:
-        yield line.rstrip("\r\n")
+    with naming_text("standard input"):
+        for line in sys.stdin:
+            yield line.rstrip("\r\n")
 
 
 def _typed(history: Path | None) -> Iterator[str]:

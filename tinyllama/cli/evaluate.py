@@ -14,10 +14,11 @@ from tinyllama.cli.shared import (
     add_threads,
     form_of,
     load,
+    model_folder,
     select_device,
-    to_stderr,
 )
 from tinyllama.errors import ConfigError, TrainingError
+from tinyllama.system.notices import to_stderr
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -48,11 +49,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Print the object."""
+    folder = model_folder(options.model)
     choice = select_device(options.threads)
     from tinyllama.data.batches import layout_of, prepare
     from tinyllama.train.evaluate import Evaluator
 
-    tokenizer, model = load(options.model, options.base)
+    tokenizer, model = load(folder, options.base)
     to_stderr(choice.line())
     longest = model.config.max_seq_len
     context = options.context or longest

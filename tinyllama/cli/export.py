@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tinyllama.cli.arguments import path
 from tinyllama.cli.shared import model_folder, select_device, verify_model
+from tinyllama.system.notices import to_stdout
 
 TARGETS = ("hf", "gguf", "mlx")
 DTYPES = ("float32", "float16", "bfloat16", "q8_0", "q4_0")
@@ -68,12 +69,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Write the export; print what it is, and how far it is from its source."""
-    from tinyllama.convert.export import KINDS, Job, export
-
     out: Path = options.out
-    select_device(None)  # before tinygrad chooses one, by its own reading of the environment
     source = model_folder(options.source)
     verify_model(source, options.base, remembered=False)
+    select_device(None)  # before tinygrad chooses one, by its own reading of the environment
+    from tinyllama.convert.export import KINDS, Job, export
+
     done = export(
         Job(
             source,
@@ -86,7 +87,7 @@ def run(options: argparse.Namespace) -> None:
         )
     )
     for note in done.notes:
-        print(note)
+        to_stdout(note)
     print(f"checked: {done.check}")
     beside = "".join(f", {file.name}" for file in done.files[1:])
     print(f"{done.files[0]}{beside}: {done.size_bytes:,} bytes, {done.kind}")

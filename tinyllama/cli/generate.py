@@ -15,11 +15,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from tinyllama.cli.arguments import count, path
+from tinyllama.cli.arguments import count, naming_text, path
 from tinyllama.cli.sampling import add_sampling, sampling_of
-from tinyllama.cli.shared import add_model, add_threads, load, select_device, to_stderr
+from tinyllama.cli.shared import add_model, add_threads, load, model_folder, select_device
 from tinyllama.cli.talking import template_of
 from tinyllama.errors import ConfigError, DataError, naming
+from tinyllama.system.notices import text_to_stdout, to_stderr
 
 if TYPE_CHECKING:
     from tinyllama.generate.completion import Completion
@@ -64,9 +65,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Print the prompt and its continuation, or write those of a file."""
     _check(options)
+    folder = model_folder(options.model)
     sampling_of(options)
     choice = select_device(options.threads)
-    tokenizer, model = load(options.model, options.base)
+    tokenizer, model = load(folder, options.base)
     to_stderr(choice.line())
     work = _Work(options, tokenizer, model)
     if options.out is not None:
@@ -75,7 +77,8 @@ def run(options: argparse.Namespace) -> None:
     elif options.prompts is not None:
         work.write_all(options.prompts, sys.stdout)
     else:
-        text = sys.stdin.read() if options.prompt == "-" else options.prompt or ""
+        with naming_text("--prompt -"):
+            text = sys.stdin.read() if options.prompt == "-" else options.prompt or ""
         work.print_one(text)
 
 
@@ -112,10 +115,10 @@ class _Work:
         if completion.limit < self._options.max_new_tokens:
             to_stderr(f"{completion.limit} new tokens at most: the model's context ends there")
         if not self._options.chat:
-            print(text, end="", flush=True)
+            text_to_stdout(text)
         length = completion.prompt_tokens + completion.limit
         for piece in completion.run(Generator(self._model, length)):
-            print(piece, end="", flush=True)
+            text_to_stdout(piece)
         print()
 
     def write_all(self, file: Path, output: TextIO) -> None:
@@ -177,7 +180,7 @@ def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
     Raises DataError and OSError.
     """
-    with file.open(encoding="utf-8-sig", newline="\n") as lines:
+    with file.open(encoding="utf-8-sig", newline="\n") as lines, naming_text(file):
         for number, line in enumerate(lines, 1):
             line = line.rstrip("\r\n")
             if line:

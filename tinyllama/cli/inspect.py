@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinyllama.cli.arguments import count, path
-from tinyllama.cli.shared import add_form, form_of, model_folder, to_stderr
+from tinyllama.cli.shared import add_form, form_of, model_folder
+from tinyllama.system.notices import to_stderr
 
 if TYPE_CHECKING:
     from tinyllama.data.inspection import InspectedRow, Totals
@@ -105,11 +106,14 @@ def _opened(model: Path) -> "tuple[Tokenizer, int | None]":
     from tinyllama.formats.peft import AdapterFolder, is_adapter
     from tinyllama.model.build import tokenizer_folder
     from tinyllama.tokenizers.opening import holds_tokenizer, open_tokenizer
+    from tinyllama.train.manifest import verify_tokenizer
 
     is_file = model.is_file() and model.suffix != ".gguf"
     if is_file or (model.is_dir() and holds_tokenizer(model) and not _has_config(model)):
+        verify_tokenizer(model)
         return open_tokenizer(model), None
     folder = model_folder(model)
+    verify_tokenizer(tokenizer_folder(folder))
     base = AdapterFolder(folder).base_folder() if is_adapter(folder) else folder
     return open_tokenizer(tokenizer_folder(folder)), open_model(base).config.max_seq_len
 

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinyllama.cli.arguments import count, path
-from tinyllama.cli.shared import add_set, add_threads, load, select_device, to_stderr
+from tinyllama.cli.shared import add_set, add_threads, load, select_device
 from tinyllama.errors import ConfigError
+from tinyllama.system.notices import to_stderr
 
 if TYPE_CHECKING:
     from tinyllama.config import Config
     from tinyllama.reports.profile import Profile
+    from tinyllama.reports.roofline import Ceilings
 
 _PROMPT = "Once upon a time"
 
@@ -54,11 +56,15 @@ def run(options: argparse.Namespace) -> None:
         raise ConfigError("name a configuration to train, or a model with --generate MODEL")
     config = _config(options)
     profile = _generation(options) if config is None else _training(options, config)
-    if options.out is not None:
-        _write(profile, options.out)
+    of_run = None if config is None else _run_of(config)
+    folders = [folder for folder in (options.out, of_run) if folder is not None]
+    ceilings = _ceilings() if folders else None
+    if options.out is not None and ceilings is not None:
+        _write(profile, ceilings, options.out)
     print(json.dumps(profile.as_dict()) if options.json else profile.table())
-    if config is not None:
-        _keep(profile, config, options.out)
+    if of_run is not None and ceilings is not None:
+        _write_tables(profile, ceilings, of_run)
+        to_stderr(f"wrote {of_run}/profile.json: `tinyllama report {of_run}` shows it")
 
 
 def _config(options: argparse.Namespace) -> "Config | None":
@@ -83,51 +89,52 @@ def _generation(options: argparse.Namespace) -> "Profile":
     return profile_generation(model, prompt, options.steps)
 
 
-def _write_table(profile: "Profile", folder: Path) -> None:
-    from tinyllama.reports.runs import PROFILE
-    from tinyllama.system.files import atomic_write
-
-    atomic_write(folder / PROFILE, (json.dumps(profile.as_dict()) + "\n").encode())
-
-
-def _keep(profile: "Profile", config: "Config", out: Path | None) -> None:
-    """Put the profile beside the run of the same model, if there is one, where its report looks for
-    it."""
+def _run_of(config: "Config") -> Path | None:
+    """The folder of the run of the same model, if there is one: its report shows the profile."""
     from tinyllama.config import load_config
-    from tinyllama.system.files import atomic_write
+    from tinyllama.reports.runs import CONFIG
 
     run = Path(config.checkpointing.checkpoint_dir)
-    made_with = run / "config.toml"
-    if not made_with.is_file():
-        return
-    of_run = load_config(str(made_with), [])
-    if any(getattr(of_run, part) != getattr(config, part) for part in ("model", "lora", "qlora")):
-        return
-    _write_table(profile, run)
-    if out is not None and out.resolve() != run.resolve():
-        for picture in out.glob("roofline.svg"):
-            atomic_write(run / picture.name, picture.read_bytes())
-    to_stderr(f"wrote {run}/profile.json: `tinyllama report {run}` shows it")
+    if not (run / CONFIG).is_file():
+        return None
+    of_run = load_config(str(run / CONFIG), [])
+    parts = ("model", "lora", "qlora")
+    return run if all(getattr(of_run, p) == getattr(config, p) for p in parts) else None
 
 
-def _write(profile: "Profile", folder: Path) -> None:
-    """Write the files beside the table; their names go to stderr."""
+def _ceilings() -> "Ceilings":
+    """Measure what the machine can do, keep it for the runs to come, and say it."""
     from tinyllama.observe.ceiling import keep_ceilings
-    from tinyllama.reports.profile_files import write_speedscope, write_trace
-    from tinyllama.reports.roofline import draw_roofline, measure_ceilings
-    from tinyllama.system.files import make_folder
+    from tinyllama.reports.roofline import measure_ceilings
 
-    make_folder(folder)
-    _write_table(profile, folder)
-    write_trace(profile, folder / "trace.json")
-    write_speedscope(profile, folder / "profile.speedscope.json")
     ceilings = measure_ceilings()
-    (folder / "roofline.json").write_text(json.dumps(ceilings.as_dict()) + "\n")
     keep_ceilings(ceilings.as_dict())
     to_stderr(
         f"ceilings: float32 {ceilings.float32:,.0f} GFLOPS, bfloat16 {ceilings.bfloat16:,.0f}"
         f" GFLOPS, memory {ceilings.gb_per_second:,.1f} GB/s"
     )
+    return ceilings
+
+
+def _write_tables(profile: "Profile", ceilings: "Ceilings", folder: Path) -> None:
+    """Write the table and the ceilings, as a report reads them."""
+    from tinyllama.reports.runs import CEILINGS, PROFILE
+    from tinyllama.system.files import atomic_write
+
+    for name, content in ((PROFILE, profile), (CEILINGS, ceilings)):
+        atomic_write(folder / name, (json.dumps(content.as_dict()) + "\n").encode())
+
+
+def _write(profile: "Profile", ceilings: "Ceilings", folder: Path) -> None:
+    """Write these and the files for other programs; their folder goes to stderr."""
+    from tinyllama.reports.profile_files import write_speedscope, write_trace
+    from tinyllama.reports.roofline import draw_roofline
+    from tinyllama.system.files import make_folder
+
+    make_folder(folder)
+    _write_tables(profile, ceilings, folder)
+    write_trace(profile, folder / "trace.json")
+    write_speedscope(profile, folder / "profile.speedscope.json")
     try:
         draw_roofline(profile, ceilings, folder / "roofline.svg", folder / "roofline.png")
     except ImportError:

@@ -32,21 +32,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Write the page and print its name, or serve it until Ctrl-C."""
-    from tinyllama.reports.page import data, page, sections
+    from tinyllama.reports.page import page
     from tinyllama.system.files import atomic_write
 
     if not 0 <= options.port < 1 << 16:
         raise ConfigError(f"--port: got {options.port}, must be from 0 to 65535")
     if options.watch:
-        from tinyllama.reports.live import Live, as_json
+        from tinyllama.reports.live import Followed, Live
 
-        _read(options.runs)  # mistakes are said at once
-
-        def fresh() -> str:
-            runs = _read(options.runs)
-            return as_json(data(runs, live=True) | {"sections": sections(runs)})
-
-        live = Live(options.port, lambda: page(_read(options.runs), live=True), fresh)
+        followed = Followed(options.runs)  # mistakes are said at once
+        live = Live(options.port, followed.page, followed.data)
         print(f"{live.url} (Ctrl-C ends it)", flush=True)
         live.wait()
         return

@@ -4,7 +4,6 @@ tinyllama serve checkpoints/chat/final --port 8000
 """
 
 import argparse
-import asyncio
 import socket
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tinyllama.cli.arguments import count, path, seconds
 from tinyllama.cli.sampling import add_sampling, sampling_of
-from tinyllama.cli.shared import add_threads, load, model_folder, select_device, to_stderr
+from tinyllama.cli.shared import add_threads, load, model_folder, select_device
 from tinyllama.cli.talking import (
     add_model_word,
     context_length,
@@ -20,11 +19,13 @@ from tinyllama.cli.talking import (
     template_of,
 )
 from tinyllama.errors import ConfigError, missing, reason
+from tinyllama.system.notices import to_stderr
 from tinyllama.system.signals import stopping_on_signals
 
 if TYPE_CHECKING:
     from tinyllama.model.llama import Llama
 
+_MOST_KEY_BYTES = 1 << 12
 GRACE_SECONDS = 5  # in which answers may end after a signal
 
 
@@ -83,6 +84,8 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError(
             f"{missing(error)} is not installed: pip install 'tinyllama-trainer[serve]'"
         ) from None
+    import asyncio
+
     from tinyllama.generate.batch import Batch
     from tinyllama.generate.engine import Engine
 
@@ -139,6 +142,7 @@ def run(options: argparse.Namespace) -> int:
 
 async def _serve(server: Any, listening: socket.socket, stopped: Any) -> int:
     """Serve until stopped() gives an exit code, and return it."""
+    import asyncio
 
     async def watch() -> None:
         while not stopped():
@@ -180,7 +184,9 @@ def _key(options: argparse.Namespace) -> str | None:
     file: Path | None = options.api_key_file
     if file is None:
         return None
-    key = file.read_text(encoding="utf-8").strip()
+    from tinyllama.system.untrusted import read_small
+
+    key = read_small(file, ConfigError, _MOST_KEY_BYTES).decode(errors="replace").strip()
     if not key or not key.isascii() or not key.isprintable():
         raise ConfigError(f"{file}: must hold a key of one line of ASCII characters")
     return key

@@ -1,13 +1,13 @@
 """What several commands do: the options --set and --threads, the device, loading a model."""
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinyllama.cli.arguments import path
-from tinyllama.errors import ConfigError, DeviceError, fit_for_terminal
+from tinyllama.errors import ConfigError, DeviceError
 from tinyllama.system import device
+from tinyllama.system.notices import to_stderr
 
 if TYPE_CHECKING:
     from tinyllama.data.conversations import Form
@@ -152,8 +152,3 @@ def verify_model(folder: Path, base: Path | None = None, *, remembered: bool = T
     verify_loaded(folder, remembered=remembered)
     if is_adapter(folder):
         verify_loaded(base or AdapterFolder(folder).base_folder(), remembered=remembered)
-
-
-def to_stderr(message: str) -> None:
-    """Print a line that is no result."""
-    print(fit_for_terminal(message), file=sys.stderr, flush=True)

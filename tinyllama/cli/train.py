@@ -9,9 +9,12 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from tinyllama.cli.arguments import seconds
-from tinyllama.cli.shared import add_set, add_threads, select_device, to_stderr
+from tinyllama.cli.shared import add_set, add_threads, select_device
+from tinyllama.system.notices import to_stderr, to_stdout
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from tinyllama.config import Config
     from tinyllama.observe.trace import Tracing
     from tinyllama.system.device import DeviceChoice
@@ -65,45 +68,54 @@ def run(options: argparse.Namespace) -> int:
     """Train to the end of the schedule, of the budget, or to a signal; returns the exit code."""
     from tinyllama.config import load_config
 
-    config = load_config(options.config, options.set)
+    config, resume = _checked(load_config(options.config, options.set), options.resume)
     choice = select_device(options.threads)
     from tinyllama.observe.trace import tracing
 
     with tracing(config, to_stderr) as traces:
-        outcome = _train(options, config, choice, traces)
+        outcome = _train(options, config, resume, choice, traces)
     dropped = f"; {traces.dropped} spans dropped" if traces.dropped else ""
     _say(_result(outcome) + dropped)
     return outcome.exit_code
 
 
-def _train(
-    options: argparse.Namespace, config: "Config", choice: "DeviceChoice", traces: "Tracing"
-) -> "Outcome":
-    """Build the run and train."""
-    from tinyllama.config import defaults_notice
-    from tinyllama.train.micro_batch import plan_run
+def _checked(config: "Config", wanted: str | None) -> "tuple[Config, Path | None]":
+    """The configuration and the checkpoint that `--resume` names: what can be wrong with files is
+    found before a device is opened, which takes a while."""
     from tinyllama.train.prepare import (
         check_files,
         check_fresh,
         resume_folder,
         supported,
-        with_base,
         with_micro_batch_of,
     )
-    from tinyllama.train.trainer import Trainer
 
     supported(config)
-    resume = None
-    if options.resume is not None:
-        resume = resume_folder(config, options.resume, to_stderr)
+    resume = None if wanted is None else resume_folder(config, wanted, to_stderr)
     if resume is None:
         check_fresh(config)
     else:
         config = with_micro_batch_of(resume, config)
+    check_files(config)
+    return config, resume
+
+
+def _train(
+    options: argparse.Namespace,
+    config: "Config",
+    resume: "Path | None",
+    choice: "DeviceChoice",
+    traces: "Tracing",
+) -> "Outcome":
+    """Build the run and train."""
+    from tinyllama.config import defaults_notice
+    from tinyllama.train.micro_batch import plan_run
+    from tinyllama.train.prepare import with_base
+    from tinyllama.train.trainer import Trainer
+
     say = _say_nothing if options.quiet else _say
     products = config.training.float32_products
     say(choice.line() + ("" if products == "exact" else f", float32 products as {products}"))
-    check_files(config)
     notices = [notice] if (notice := defaults_notice(config)) else []
     say(*notices)  # planning such a run takes a while
     config, step, report = plan_run(with_base(config, to_stderr), force=options.force)
@@ -127,7 +139,7 @@ def _train(
 
 def _say(*lines: str) -> None:
     for line in lines:
-        print(line, flush=True)
+        to_stdout(line)
 
 
 def _say_nothing(*_: str) -> None:

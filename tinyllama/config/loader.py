@@ -6,6 +6,7 @@ All problems are reported together, one line each, with the file or override, an
 other trainers (other_words.py) with what to write here.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ import tomli
 from tinyllama.config import other_words
 from tinyllama.config.config import OPTIONAL_SECTIONS, SECTIONS, Config, section_problems
 from tinyllama.config.options import (
+    MOST_BITS,
     Relation,
     allowed,
     convert,
     got,
+    is_too_large,
     nearest,
     options_of,
     problems_of,
@@ -26,9 +29,19 @@ from tinyllama.config.options import (
 )
 from tinyllama.config.presets import find_config
 from tinyllama.config.sections import RELATIONS, checkable
-from tinyllama.errors import ConfigError, reason
+from tinyllama.errors import ConfigError
+from tinyllama.system.untrusted import printable, read_small
 
 _UNSET = "none"  # TOML has no null, so `--set section.key=none` stands for "not set"
+_MOST_SUGGESTED = 400  # characters
+_MOST_EXPLAINED = 50  # unknown names for which the nearest known one is looked for
+# tomli needs time and memory that grow with the square of the parts of a key: a.a.a.a.a = 1
+_MOST_PARTS = 32
+_LONG_KEY = re.compile(
+    r"""^[ \t]*+(?:(?:[\w-]++|"(?:[^"\\\n]|\\.)*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+)"""
+    f"{{{_MOST_PARTS}}}",
+    re.MULTILINE,
+)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -38,13 +51,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     first. Raises ConfigError with every problem, one line each.
     """
     path = find_config(path)
+    data = read_small(path, ConfigError)
     try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {reason(error)}") from error
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text (byte {error.start})") from error
-    return config_from_toml(text, str(path), overrides)
+    config = config_from_toml(text, str(path), overrides)
+    if huge := [key for key, value in config.values().items() if is_too_large(value)]:
+        below = f"must be below 2^{MOST_BITS} to be computed with"
+        raise ConfigError("\n".join(f"{config.where(key)}: {below}" for key in huge))
+    return config
 
 
 def config_from_toml(text: str, source_name: str, overrides: Sequence[str] = ()) -> Config:
@@ -54,9 +70,9 @@ def config_from_toml(text: str, source_name: str, overrides: Sequence[str] = ())
     """
     settings = Settings(SECTIONS, OPTIONAL_SECTIONS, source_name)
     try:
-        settings.add_table(tomli.loads(text.removeprefix("\ufeff")))
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{source_name}: not valid TOML: {error}") from error
+        settings.add_table(parse_toml(text.removeprefix("\ufeff")))
+    except ValueError as error:
+        raise ConfigError(f"{source_name}: not valid TOML: {printable(error)}") from error
     for override in overrides:
         settings.add_override(override)
     values = settings.known_values()
@@ -71,6 +87,17 @@ def config_from_toml(text: str, source_name: str, overrides: Sequence[str] = ())
         if settings.has_section(name)
     }
     return Config(**made, given=settings.labels())
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """The tables of a TOML file from anybody. Raises ValueError, whose message has the line."""
+    if found := _LONG_KEY.search(text):
+        line = text.count("\n", 0, found.end()) + 1
+        raise ValueError(f"A key of more than {_MOST_PARTS} parts (at line {line})")
+    try:
+        return tomli.loads(text)
+    except RecursionError as error:
+        raise ValueError(str(error)) from None
 
 
 def meant_key(name: str) -> str | None:
@@ -102,10 +129,9 @@ class Settings:
     def add_table(self, table: Mapping[str, Any]) -> None:
         """Add the keys of a parsed TOML file."""
         for section, keys in table.items():
-            label = f"{self._source}: {section}"
+            label = f"{self._source}: {printable(section)}"
             if section not in self._options and isinstance(keys, dict):
-                near = other_words.SECTIONS.get(section) or nearest(section, self._options)
-                self._problems[section] = f"{label}: unknown section, the nearest is [{near}]"
+                self._problems[section] = f"{label}: {self._unknown_section(section)}"
             elif section not in self._options:
                 self._problems[section] = f"{label}: {self._unknown(section)}"
             elif not isinstance(keys, dict):
@@ -113,7 +139,7 @@ class Settings:
             else:
                 self._present.add(section)
                 for name, value in keys.items():
-                    self._set(f"{section}.{name}", (value,), f"{label}.{name}")
+                    self._set(f"{section}.{name}", (value,), f"{label}.{printable(name)}")
 
     def add_override(self, text: str) -> None:
         """Add one `section.key=value`; a value that is not TOML is a string."""
@@ -172,6 +198,10 @@ class Settings:
         if option is None:
             self._problems[label] = f"{label}: {self._unknown(key)}"
             return
+        if is_too_large(readings[0]) and not key.startswith("model."):
+            problem = got(readings[0], f"{allowed(option.hint)} and below 2^{MOST_BITS}")
+            self._problems[key] = f"{label}: {problem}"
+            return
         for reading in readings:
             try:
                 self.values[key] = convert(reading, option.hint)
@@ -202,8 +232,17 @@ class Settings:
         option = self._options[key.partition(".")[0]].get(key)
         return option is not None and option.default is None
 
+    def _unknown_section(self, name: str) -> str:
+        """What to say about a section that does not exist."""
+        if len(self._problems) > _MOST_EXPLAINED:
+            return "unknown section"
+        near = other_words.SECTIONS.get(name) or nearest(name, self._options)
+        return f"unknown section, the nearest is [{near}]"
+
     def _unknown(self, key: str) -> str:
         """What to say about a key that does not exist."""
+        if len(self._problems) > _MOST_EXPLAINED:
+            return "unknown key"
         known = other_words.WORDS.get(key.rpartition(".")[2])
         if known is not None and " " in known:
             return f"unknown key: {known}"
@@ -246,7 +285,8 @@ def _instead(value: object, hint: Any) -> str:
             convert(meant, hint)
         except ValueError:
             continue
-        return f": write {to_toml(meant)}"
+        text = to_toml(meant)
+        return f": write {text}" if len(text) <= _MOST_SUGGESTED else ""
     return ""
 
 

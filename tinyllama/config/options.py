@@ -29,7 +29,9 @@ _LIMITS = {
 }
 PATH = "path"  # in the `extra` of a hint: text that names a file or folder, `~` is its user's home
 _SHOWN_CHARACTERS = 100
+_COMPARED_CHARACTERS = 100  # of a name that is looked for: no option's is half as long
 _HELP_COLUMNS = 80
+MOST_BITS = 128  # of an integer that is computed with; sizes of models are counted exactly
 _DECIMAL_BITS = 4096  # Python refuses to write far larger integers in decimal
 
 
@@ -112,6 +114,12 @@ def convert(value: object, hint: Any) -> Any:
     return os.path.expanduser(converted) if _is_path(hint, converted) else converted
 
 
+def is_too_large(value: object) -> bool:
+    """Whether arithmetic with a number could fail: a float holds none of more than 1,023 bits, and
+    products of some must be such."""
+    return isinstance(value, int) and value.bit_length() > MOST_BITS
+
+
 def _is_path(hint: Any, value: object) -> bool:
     """Whether a value is text whose hint, or a part of it, is marked as PATH."""
     metas = [meta for part in (hint, *get_args(hint)) for meta in getattr(part, "__metadata__", ())]
@@ -153,7 +161,7 @@ def _table(cls: type[msgspec.Struct]) -> str:
 
 def _limited(base: Any, meta: msgspec.Meta) -> str:
     if base is str:
-        return "a string that is not empty"
+        return meta.description or "a string that is not empty"
     if get_origin(base) is tuple:
         return f"a list of one or more, each {allowed(get_args(base)[0])}"
     limits = ((words, getattr(meta, name)) for name, words in _LIMITS.items())
@@ -174,14 +182,17 @@ def got(value: object, must_be: str) -> str:
 
 def shown(value: object) -> str:
     """A value for a message: as in TOML, and shortened if it is long."""
-    text = "nothing" if value is None else to_toml(value)
+    try:
+        text = "nothing" if value is None else to_toml(value)
+    except RecursionError:
+        text = "a value that is nested too deeply"
     cut = text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
     return printable(cut, 4 * len(cut))  # escapes are longer than what they stand for
 
 
 def nearest(word: str, candidates: Iterable[str]) -> str:
     """The candidate most similar to `word`, by its letters or its initials: wd is weight_decay."""
-    return max(candidates, key=functools.partial(similarity, word))
+    return max(candidates, key=functools.partial(similarity, word[:_COMPARED_CHARACTERS]))
 
 
 def similarity(word: str, candidate: str) -> float:

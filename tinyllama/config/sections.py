@@ -36,7 +36,13 @@ Part = Annotated[float, Meta(gt=0, le=1)]
 Doubt = Annotated[float, Meta(ge=0, lt=0.5)]
 Fraction = Annotated[float, Meta(ge=0, lt=1)]
 Text = Annotated[str, Meta(min_length=1)]
-Address = Annotated[str, Meta(pattern=r"^https?://[^/\s]+")]
+Address = Annotated[
+    str,
+    Meta(
+        pattern=r"^https?://[^/\s]+",
+        description="an address that begins with http:// or https://",
+    ),
+]
 Place = Annotated[str, Meta(min_length=1, extra={PATH: True})]
 Texts = Text | Annotated[tuple[Text, ...], Meta(min_length=1)]
 LinearName = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -25,7 +25,7 @@ from typing import Any, Literal
 import numpy as np
 
 from tinyllama.errors import WeightsError
-from tinyllama.formats import int4
+from tinyllama.formats import hub, int4
 from tinyllama.formats.adapted import replaced
 from tinyllama.formats.dtypes import (
     BITS,
@@ -368,10 +368,19 @@ class _Reader:
 
 
 def _copy_files(base: Path, out: Path) -> None:
-    """Copy all but weights and the state of a run, and what transformers needs of a tokenizer."""
+    """Copy all but weights and the state of a run, and what transformers needs of a tokenizer.
+
+    Raises WeightsError for a link out of the base: it may lead to any file of this user, which the
+    copy would then be given away with.
+    """
     for path in sorted(base.iterdir()) if base.is_dir() else ():
         copied = path.suffix in _COPIED or path.name.startswith(("LICENSE", "NOTICE"))
         if path.is_file() and copied and path.name not in _LEFT:
+            if hub.leads_out(path):
+                raise WeightsError(
+                    f"{path}: is a link out of its folder, which is not followed when a model is "
+                    "copied: put the file itself there"
+                )
             shutil.copyfile(path, out / path.name)
     if holds_tokenizer(base):
         write_files(open_tokenizer(base), out)

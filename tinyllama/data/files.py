@@ -18,7 +18,6 @@ import hashlib
 import io
 import os
 import re
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,9 +34,10 @@ from tinyllama.data.conversations import COLUMNS, Conversation, Kind, kind_of, p
 from tinyllama.data.detect import BOM, COMPRESSED, HEAD_BYTES, SUFFIXES, Format, detect, is_read
 from tinyllama.data.jsonl import parse_object, parse_row
 from tinyllama.data.packed import Packing, decompressed, packing_of, parquet_kind, unpack
-from tinyllama.errors import DataError, WeightsError, fit_for_terminal, reason
+from tinyllama.errors import DataError, WeightsError, reason
 from tinyllama.formats import hub
 from tinyllama.system.files import atomic_write, make_folder, read_file, sha256_file
+from tinyllama.system.notices import to_stderr
 from tinyllama.system.progress_bar import progress_bar
 from tinyllama.system.untrusted import MOST_BYTES, parse_json
 
@@ -291,6 +291,11 @@ class _Digests(msgspec.Struct, forbid_unknown_fields=True):
         return hashlib.blake2b(msgspec.json.encode(self.files), digest_size=32).hexdigest()
 
 
+def is_cache(folder: Path) -> bool:
+    """Whether a folder is one that tokens are kept in."""
+    return bool(_remembered(folder / _DIGESTS_FILE))
+
+
 def _remembered(file: Path) -> dict[str, tuple[list[int], str]]:
     """Digests that were kept; none where they are damaged, since they only save time."""
     if not os.path.lexists(file):
@@ -304,7 +309,7 @@ def _remembered(file: Path) -> dict[str, tuple[list[int], str]]:
         what = f"{file}: cannot be read: {reason(error)}"
     except DataError as error:
         what = str(error)
-    print(fit_for_terminal(f"{what}; the texts are read again"), file=sys.stderr)
+    to_stderr(f"{what}; the texts are read again")
     return {}
 
 

@@ -6,7 +6,6 @@ that is damaged, or was put there by a stranger, is removed and made again.
 
 import hashlib
 import os
-import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from functools import partial
@@ -26,6 +25,7 @@ from tinyllama.system.files import (
     pieces_digest,
     remove_partials,
 )
+from tinyllama.system.notices import to_stderr
 from tinyllama.system.untrusted import read_json_file
 
 _META_FILE = "meta.json"
@@ -145,7 +145,7 @@ def opened(folder: Path, open_folder: Callable[[Path], T], instead: str) -> T | 
     try:
         return open_folder(folder)
     except DataError as error:
-        print(f"{error}; {instead}", file=sys.stderr)
+        to_stderr(f"{error}; {instead}")
         with suppress(FileNotFoundError):  # another run removes it too
             discard(folder)
         return None

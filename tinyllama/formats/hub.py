@@ -71,6 +71,15 @@ def name_of(path: Path) -> str | None:
     return None
 
 
+def leads_out(path: Path) -> bool:
+    """Whether a file is a link to one that lies neither in its folder nor, where that is a snapshot
+    in the cache of a hub, in the same repository there."""
+    folder = path.parent.resolve()
+    if folder.parent.name == "snapshots":
+        folder = folder.parent.parent
+    return path.is_symlink() and not path.resolve().is_relative_to(folder)
+
+
 def fetch(text: str) -> Path:
     """The folder or the file that a name on the hub stands for, fetched if need be.
 

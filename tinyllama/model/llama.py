@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tinygrad import Tensor, dtypes
 from tinygrad.dtype import DType
@@ -46,6 +46,8 @@ from tinyllama.runtime.storage import (
 )
 from tinyllama.system.files import atomic_directory
 from tinyllama.tokenizers.tokenizer import Tokenizer
+
+T = TypeVar("T")
 
 
 class Attention:
@@ -231,6 +233,11 @@ class Llama:
     def head_weight(self) -> Tensor:
         """The output matrix (vocab, hidden)."""
         return self.head_layer().dense_weight()
+
+    def through_head(self, make: Callable[[], T]) -> T:
+        """What `make` makes of the head's weight. A profile names this line for its products, which
+        the loss asks for a chunk of tokens at a time."""
+        return make()
 
     def loss(self, tokens: Tensor, targets: Tensor, starts: Tensor) -> Tensor:
         """Cross entropy summed over targets >= 0, in nats: tokens, targets, starts (B, T)."""

@@ -7,15 +7,22 @@ when the run is resumed, and said.
 import itertools
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
 
 import msgspec
 
-from tinyllama.errors import CheckpointError, fit_for_terminal, reason
-from tinyllama.system.files import atomic_write, naming_file
+from tinyllama.errors import CheckpointError, reason
+from tinyllama.system.files import (
+    append_regular,
+    atomic_write,
+    free_name,
+    is_regular,
+    naming_file,
+    open_regular,
+)
+from tinyllama.system.notices import to_stderr
 from tinyllama.system.untrusted import parse_json
 
 _MOST_LINE_BYTES = 1 << 20
@@ -29,11 +36,6 @@ class _Line(msgspec.Struct):
     val_loss: float | msgspec.UnsetType = msgspec.UNSET
     lr: float | msgspec.UnsetType = msgspec.UNSET
     tokens_per_second: float | msgspec.UnsetType = msgspec.UNSET
-
-
-def to_stderr(line: str) -> None:
-    """Print a notice."""
-    print(fit_for_terminal(line), file=sys.stderr, flush=True)
 
 
 class MetricsLog:
@@ -54,7 +56,7 @@ class MetricsLog:
         self.path = path
         if is_expected or os.path.lexists(path):
             _mend(path, first_step, notice)
-        self._file = open(path, "a", encoding="utf-8")
+        self._file = append_regular(path)
 
     def write(self, values: dict[str, Any]) -> None:
         """Append one object. Raises OSError that names the file."""
@@ -72,14 +74,14 @@ class MetricsLog:
     def reopen(self) -> None:
         """Go on in a new file of that name, whose folder is there."""
         self._file.close()
-        self._file = open(self.path, "a", encoding="utf-8")
+        self._file = append_regular(self.path)
 
     def go_back(self, first_step: int) -> None:
         """Drop the lines of steps from `first_step` on; a copy of the file keeps them."""
         self._file.close()
-        atomic_write(_free_name(self.path), self.path.read_bytes())
+        atomic_write(free_name(self.path), self.path.read_bytes())
         _mend(self.path, first_step, to_stderr)
-        self._file = open(self.path, "a", encoding="utf-8")
+        self._file = append_regular(self.path)
 
     def sync(self) -> None:
         """Wait until every line is on disk. Raises OSError that names the file."""
@@ -99,7 +101,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     Raises CheckpointError, which names the file, if it holds something else.
     """
     try:
-        with open(path, "rb") as file:
+        with open_regular(path, links=False) as file:
             return [
                 _parsed(line, f"{path}: not a metrics file: line {number}")
                 for number, line in _whole_lines(file)
@@ -122,30 +124,37 @@ def _whole_lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
 
 
 def _parsed(line: bytes, source: str) -> dict[str, Any]:
+    if not line.endswith(b"\n"):
+        raise CheckpointError(f"{source}: longer than {_MOST_LINE_BYTES} bytes")
     parse_json(line, _Line, CheckpointError, source)
     return parse_json(line, dict[str, Any], CheckpointError, source)
 
 
 def _mend(path: Path, first_step: int, notice: Callable[[str], None]) -> None:
-    """Leave the whole lines of steps before `first_step`, and say what is missing."""
-    kept, damaged = [], 0
-    if path.exists():
-        with naming_file(path), open(path, "rb") as file:
+    """Leave the last whole line of each step before `first_step`, in their order, and say what is
+    missing."""
+    kept, damaged, wrong = dict[int, bytes](), 0, None
+    if is_regular(path):
+        with naming_file(path), open_regular(path, links=False) as file:
             for _, line in _whole_lines(file):
                 try:
-                    values = _parsed(line, "") if line.strip() else None
+                    step = _parsed(line, "")["step"] if line.strip() else first_step
                 except CheckpointError:
                     damaged += 1
                     continue
-                if values is not None and values["step"] < first_step:
-                    kept.append(values)
+                if step < first_step:
+                    kept[step] = line
+    elif os.path.lexists(path):
+        wrong = "is a link or no file, and begun anew"
     if damaged:
-        aside = _free_name(path)
-        os.rename(path, aside)
         lines = "a line is" if damaged == 1 else f"{damaged} lines are"
-        notice(f"{path}: {lines} damaged and left out; the file as it was is now {aside.name}")
-    atomic_write(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
-    if lacking := _lacking([line["step"] for line in kept], first_step):
+        wrong = f"{lines} damaged and left out"
+    if wrong is not None:
+        aside = free_name(path)
+        os.rename(path, aside)
+        notice(f"{path}: {wrong}; the file as it was is now {aside.name}")
+    atomic_write(path, b"".join(kept[step] for step in sorted(kept)), links=False)
+    if lacking := _lacking([*kept], first_step):
         notice(f"{path}: lacks {lacking}; the run goes on, and its curve has a gap there")
 
 
@@ -159,10 +168,3 @@ def _lacking(steps: Sequence[int], first_step: int) -> str | None:
     first, last = gaps[0]
     more = f" and {sum(b - a + 1 for a, b in gaps[1:])} more" if gaps[1:] else ""
     return f"step {first}{more}" if first == last else f"steps {first} to {last}{more}"
-
-
-def _free_name(path: Path) -> Path:
-    number = 1
-    while os.path.lexists(aside := path.with_name(f"{path.name}.aside-{number}")):
-        number += 1
-    return aside

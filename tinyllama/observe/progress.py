@@ -15,6 +15,8 @@ from typing import Self
 
 from tqdm import tqdm
 
+from tinyllama.errors import fit_for_terminal
+
 SECONDS_BETWEEN_LINES = 60.0
 _SECONDS_BETWEEN_DRAWINGS = 0.1
 _BAR = 16  # columns of the bar
@@ -30,7 +32,8 @@ class Progress:
     def __init__(self, done: int, shown: bool = True) -> None:
         self._done, self._shown = done, shown
         self._is_terminal = shown and sys.stderr.isatty()
-        self._started = self._written = time.monotonic()
+        self._written = time.monotonic()
+        self._since = (done, self._written)  # a step, and when it ended: the speed is that since
         self._val_loss: float | None = None
         self._line = ""  # of a terminal: what the line shows once it is drawn again
 
@@ -52,7 +55,7 @@ class Progress:
         """Print a line that stays, above the terminal's line."""
         if self._is_terminal and self._line:
             self._write("\r\x1b[K")
-        self._write(f"{text}\n")
+        self._write(f"{fit_for_terminal(text)}\n")
 
     def compiling(self, done: int, total: int) -> None:
         """Show that `done` of `total` kernels for a GPU are compiled."""
@@ -84,7 +87,7 @@ class Progress:
         now = time.monotonic()
         speed = f"{tokens_per_second:.0f} tok/s"
         more = _more(memory_bytes, flops_share)
-        left = (total - step) * (now - self._started) / max(1, step - self._done)
+        left = (total - step) * self._step_seconds(step, now)
         if self._is_terminal:
             parts = [f"step {step}/{total}", f"loss {loss:.4f}", speed, f"{_clock(left)} left"]
             if self._val_loss is not None:
@@ -102,6 +105,14 @@ class Progress:
             if val_loss is not None:
                 parts.insert(2, f"validation loss {val_loss:.4f}")
             self._write(", ".join([*parts, *more]) + "\n")
+
+    def _step_seconds(self, step: int, now: float) -> float:
+        """How long a step takes, from the run's begin, or the end of its first step: that one waits
+        for compilers, and says nothing of those to come."""
+        first, began = self._since
+        if step == self._done + 1:
+            self._since = step, now
+        return (now - began) / max(1, step - first)
 
     def _is_time_to_draw(self) -> bool:
         return time.monotonic() - self._written >= _SECONDS_BETWEEN_DRAWINGS

@@ -4,7 +4,7 @@
 
 Spans end up in a queue of the SDK, which another thread sends. The run never waits for it: where
 the collector is down, slow, or refuses, spans are dropped and counted, and one line says so. Only
-the end of a run waits, for FLUSH_SECONDS at most.
+the end of a run waits, for FLUSH_SECONDS at most, and not for a collector that is silent already.
 
 Where the passes forward and back end and the update begins is known from the times of the kernels
 (runtime/timing.py). On the CPU they cost next to nothing and are always recorded; on a GPU only
@@ -124,15 +124,19 @@ class OtlpTracing(Tracing):
         say: Callable[[str], None],
     ) -> None:
         """`every` is the number of steps between those with a span per operation."""
-        from opentelemetry.sdk.resources import Resource
+        from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 
         self.endpoint, self.recorder, self.every, self.say = endpoint, recorder, every, say
         self._ended = self._sent = 0
         self._noted: set[str] = set()
+        self._refuses_metrics = False
+        self._asked: float | None = None  # when the request began that has no answer yet
         self._epoch = ExitStack()
         # The clock of spans is that of the day, in nanoseconds.
         self._offset = time.time_ns() - time.perf_counter_ns()
-        resource = Resource.create({"service.name": "tinyllama", "service.version": __version__})
+        ours = Resource({"service.name": "tinyllama", "service.version": __version__})
+        # What OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES say wins over that.
+        resource = Resource.create().merge(ours).merge(OTELResourceDetector().detect())
         _silence()
         self._open_spans(resource)
         self._open_metrics(resource)
@@ -157,9 +161,12 @@ class OtlpTracing(Tracing):
             """The exporter, whose failures are counted and said once."""
 
             def export(self, spans: Sequence[Any]) -> Any:
+                tracing._asked = time.monotonic()
                 result = tracing._guarded(inner.export, spans)
+                tracing._asked = None
                 if result is SpanExportResult.SUCCESS:
                     tracing._sent += len(spans)
+                    tracing._note_metrics()
                 else:
                     tracing._note()
                 return result or SpanExportResult.FAILURE
@@ -191,12 +198,11 @@ class OtlpTracing(Tracing):
         tracing = self
 
         class Noting(OTLPMetricExporter):
-            """The exporter, whose failures are said once."""
+            """The exporter, whose failures are noted."""
 
             def export(self, *args: Any, **options: Any) -> Any:
                 result = tracing._guarded(super().export, *args, **options)
-                if result is not MetricExportResult.SUCCESS and tracing._sent:
-                    tracing._note("metrics")  # where spans fail too, their notice says it all
+                tracing._refuses_metrics |= result is not MetricExportResult.SUCCESS
                 return result or MetricExportResult.FAILURE
 
         exporter = Noting(f"{self.endpoint.rstrip('/')}/v1/metrics")
@@ -219,6 +225,12 @@ class OtlpTracing(Tracing):
         if what not in self._noted:
             self._noted.add(what)
             self.say(f"{self.endpoint} takes no {what}: they are dropped, and the run goes on")
+
+    def _note_metrics(self) -> None:
+        """Say so where the collector takes spans and no metrics; where it takes neither, the notice
+        about spans says it all."""
+        if self._refuses_metrics and not self._noted:
+            self._note("metrics")
 
     @contextmanager
     def span(self, name: str, **attributes: Any) -> Iterator[None]:
@@ -288,18 +300,21 @@ class OtlpTracing(Tracing):
                 gauge.set(line[key])
 
     def close(self) -> None:
-        """Send what is left; it may take FLUSH_SECONDS."""
+        """Send what is left; it may take FLUSH_SECONDS, less what a request has waited already."""
 
         def finish() -> None:
             self._guarded(self._provider.shutdown)
             self._guarded(self._meters.shutdown, timeout_millis=1000 * FLUSH_SECONDS)
 
         # A thread that Python does not wait for: a collector may keep a request open for minutes.
+        asked = self._asked
+        waited = 0.0 if asked is None else time.monotonic() - asked
         thread = threading.Thread(target=finish, name="traces", daemon=True)
         thread.start()
-        thread.join(FLUSH_SECONDS)
+        thread.join(max(0.0, FLUSH_SECONDS - waited))
         if self.dropped:
             self._note()
+        self._note_metrics()
 
 
 def _updates(kernel: Kernel) -> bool:

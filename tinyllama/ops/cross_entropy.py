@@ -23,7 +23,7 @@ from tinyllama.ops.matmul import (
     linear,
 )
 from tinyllama.ops.soft_targets import SoftTargets
-from tinyllama.runtime import blocks
+from tinyllama.runtime import blocks, sources
 from tinyllama.runtime.c_kernel import Kernel, run
 from tinyllama.runtime.kernel import TYPE_CODE, Call, after, empty, with_gradient
 
@@ -99,7 +99,8 @@ def loss_and_gradients(
         logits = form.logits(rows, weight, free)
         softmax_loss = form.softmax_loss if soft is None else soft.rows(begin, end)
         loss, dlogits = softmax_loss(logits, targets[begin:end], True)
-        dx = form.x_gradient(dlogits, weight)
+        with sources.gradients():
+            dx = form.x_gradient(dlogits, weight)
         done = [dx]
         if shares is not None:  # a row of dlogits times a number is that of dx, and of rows in dW
             share = shares[begin:end]
@@ -108,7 +109,8 @@ def loss_and_gradients(
         losses.append(loss.sum())
         dxs.append(dx)
         if weight_gradient:
-            dw = form.weight_gradient(dlogits, rows, dw)
+            with sources.gradients():
+                dw = form.weight_gradient(dlogits, rows, dw)
             done.append(dw)
         free = after(dlogits, done)
     total = sum(losses[1:], losses[0])

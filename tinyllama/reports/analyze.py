@@ -9,18 +9,21 @@ scikit-learn is the extra `observe`.
 """
 
 import importlib.util
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from tinyllama.config import load_config
 from tinyllama.data.batches import Batches
+from tinyllama.data.files import is_cache
 from tinyllama.errors import TinyllamaError
-from tinyllama.reports.runs import Column, Run
+from tinyllama.reports.runs import Column, KeptOperation, Run
+from tinyllama.system.untrusted import printable
 from tinyllama.tokenizers.opening import open_tokenizer
 from tinyllama.train.preferences import PAIR_OBJECTIVES
 from tinyllama.train.prepare import texts
@@ -28,20 +31,12 @@ from tinyllama.train.prepare import texts
 _LEAST_STEPS = 50
 _MOST_POINTS = 2000  # that k-means and the silhouette look at
 _SLOWER = 1.15  # times, that are worth a line
+_SURE = 3.5  # standard deviations from chance
 _AROUND = 51  # steps that a step is compared with
 _SEED = 0
+_MOST_GAPS = 10  # steps per line of metrics: a run that came in from elsewhere begins late
 
 Mask = npt.NDArray[np.bool_]
-
-
-class Kernel(NamedTuple):
-    """A profile's operation."""
-
-    name: str
-    seconds: float
-    calls: float
-    share: float
-    intensity: float  # floating-point operations per byte; 0 where it is not known
 
 
 def available() -> bool:
@@ -57,8 +52,7 @@ def findings(run: Run) -> list[str]:
     with threadpool_limits(1):
         few = f"{len(run.steps)} steps: too few to group, {_LEAST_STEPS} are needed"
         lines = list(_step_lines(run)) or [few]
-        kernels = _kernels(run)
-        if len(kernels) >= 4:
+        if len(kernels := run.roofline_points) >= 4:
             lines += _kernel_lines(kernels)
     return lines
 
@@ -109,11 +103,15 @@ def _local_median(values: Column) -> Column:
 
 def document_lengths(run: Run) -> Column | None:
     """The longest document of each step's batch, in tokens, found from the text's own order; None
-    where the text is not here any more, it is pairs, or the run left that order."""
-    if run.rollbacks or not run.config:
+    where the text or the run's cache is not here any more, it is pairs, or the run left that
+    order."""
+    last = int(run.steps[-1])
+    if run.rollbacks or not run.config or not 0 < last <= _MOST_GAPS * len(run.steps):
         return None
     with suppress(TinyllamaError, OSError):
         config = load_config(str(run.path / "config.toml"))
+        if not is_cache(Path(config.data.cache_dir)):
+            return None  # what somebody else's run names is not written to
         folder = run.path / run.checkpoints[-1][1] if run.checkpoints else Path()
         tokenizer = open_tokenizer(folder)
         t = config.training
@@ -125,12 +123,26 @@ def document_lengths(run: Run) -> Column | None:
         sizes = np.diff(np.append(text.starts, text.n_tokens))
         longest = np.full(len(run.steps), np.nan)
         place = {int(step): index for index, step in enumerate(run.steps)}
-        for step in range(1, int(run.steps[-1]) + 1):
+        for step in range(1, last + 1):
             batches.skip()
             if step in place:
                 longest[place[step]] = sizes[batches.documents()].max(initial=0)
         return longest
     return None
+
+
+def _against_around(values: Column, usable: Mask) -> Column:
+    """Values as a share of the median of the steps around each: a machine that has other work for
+    a while makes all of those slower."""
+    return values / _local_median(np.where(usable, values, np.nan))
+
+
+def _are_larger(some: Column, others: Column) -> bool:
+    """Whether some values are larger than others by more than chance: Wilcoxon's rank-sum test."""
+    n, m = len(some), len(others)
+    ranks = np.argsort(np.argsort(np.concatenate([some, others])))[:n]
+    above = ranks.sum() - n * (n - 1) / 2 - n * m / 2
+    return bool(above > _SURE * math.sqrt(n * m * (n + m + 1) / 12))
 
 
 def _groups(features: dict[str, Column], usable: Mask) -> Iterator[str]:
@@ -164,7 +176,8 @@ def _clusters(table: npt.NDArray[np.float64]) -> npt.NDArray[np.int64] | None:
     scaled = (table - table.mean(axis=0)) / np.where(spread > 1e-9, spread, 1.0)
     seen = scaled[:: max(1, len(scaled) // _MOST_POINTS)]
     best, best_score = None, 0.35
-    for k in range(2, min(5, len(seen) - 1) + 1):
+    distinct = len(np.unique(seen, axis=0))
+    for k in range(2, min(5, len(seen) - 1, distinct) + 1):
         model = KMeans(k, n_init=4, random_state=_SEED).fit(seen)
         labels = np.unique(model.labels_)
         score = silhouette_score(seen, model.labels_) if len(labels) > 1 else 0.0
@@ -190,7 +203,7 @@ def _conditions(run: Run, features: dict[str, Column], usable: Mask) -> Iterator
         if name not in features:
             continue
         values = features[name]
-        threshold = _threshold(values, c["step_seconds"], usable)
+        threshold = _threshold(values, _against_around(c["step_seconds"], usable), usable)
         if threshold is not None:
             yield _Condition(f"with documents over {threshold:.0f} tokens", values > threshold)
 
@@ -202,7 +215,7 @@ def _threshold(values: Column, target: Column, usable: Mask) -> float | None:
     known = usable & np.isfinite(values)
     if known.sum() < _LEAST_STEPS:
         return None
-    least = max(5, int(0.01 * known.sum()))
+    least = max(10, int(0.02 * known.sum()))
     tree = DecisionTreeRegressor(max_depth=1, min_samples_leaf=least, random_state=_SEED)
     tree.fit(values[known].reshape(-1, 1), np.log(target[known]))
     threshold = float(tree.tree_.threshold[0])
@@ -213,12 +226,13 @@ def _speed_lines(
     steps: Column, seconds: Column, usable: Mask, conditions: Sequence[_Condition]
 ) -> Iterator[str]:
     """Conditions under which steps are slower, and the slow steps."""
+    times = _against_around(seconds, usable)
     for words, holds in conditions:
         inside, outside = usable & holds, usable & ~holds
         if min(inside.sum(), outside.sum()) < 5:
             continue
-        ratio = np.median(seconds[inside]) / np.median(seconds[outside])
-        if ratio >= _SLOWER:
+        ratio = np.median(times[inside]) / np.median(times[outside])
+        if ratio >= _SLOWER and _are_larger(times[inside], times[outside]):
             yield f"steps {words} are {ratio:.1f} times slower ({inside.sum():,} steps)"
     yield from _outlier_lines(steps, seconds, usable, "time", conditions)
 
@@ -253,48 +267,30 @@ def _outlier_lines(
 # ---- kernels
 
 
-def _kernels(run: Run) -> list[Kernel]:
-    """The operations of the profile beside a run that took time."""
-    operations = (run.profile or {}).get("operations")
-    if not isinstance(operations, list):
-        return []
-    found = []
-    for operation in operations:
-        if isinstance(operation, dict) and _number(operation, "seconds") > 0:
-            gflops, rate = _number(operation, "gflops"), _number(operation, "gb_per_second")
-            found.append(
-                Kernel(
-                    str(operation.get("name")),
-                    _number(operation, "seconds"),
-                    max(1.0, _number(operation, "calls")),
-                    _number(operation, "share"),
-                    gflops / rate if rate > 0 else 0.0,
-                )
-            )
-    return found
-
-
-def _number(operation: dict[str, Any], key: str) -> float:
-    value = operation.get(key)
-    return float(value) if isinstance(value, int | float) and np.isfinite(value) else 0.0
-
-
-def _kernel_lines(kernels: Sequence[Kernel]) -> Iterator[str]:
-    """Groups of kernels by time per call, arithmetic intensity and bytes."""
-    known = [kernel for kernel in kernels if kernel.intensity > 0]
-    table = np.array(
-        [[np.log(k.seconds / k.calls), np.log(k.intensity), np.log(k.seconds)] for k in known]
-    )
-    labels = _clusters(table) if len(known) >= 4 else None
+def _kernel_lines(kernels: Sequence[KeptOperation]) -> Iterator[str]:
+    """Groups of kernels by time per call, arithmetic intensity and size: bytes per call."""
+    table = np.array([[math.log(value) for value in _features_of(k)] for k in kernels])
+    labels = _clusters(table)
     if labels is None:
         return
     for label in np.unique(labels):
-        group = [kernel for kernel, of in zip(known, labels, strict=True) if of == label]
+        group = [kernel for kernel, of in zip(kernels, labels, strict=True) if of == label]
         group.sort(key=lambda kernel: -kernel.share)
-        intensity = np.median([kernel.intensity for kernel in group])
-        call = np.median([kernel.seconds / kernel.calls for kernel in group])
-        names = ", ".join(kernel.name for kernel in group[:3])
+        seconds, intensity, size = np.median([_features_of(k) for k in group], axis=0)
+        names = ", ".join(printable(kernel.name) for kernel in group[:3])
         yield (
             f"group of {len(group)} kernels, {sum(k.share for k in group):.0%} of a step: "
-            f"{intensity:.1f} FLOP per byte, {1e6 * call:.0f} microseconds per call: {names}"
+            f"{intensity:.1f} FLOP per byte, {_microseconds(seconds)} microseconds and "
+            f"{size / 1e6:.2g} MB per call: {names}"
         )
+
+
+def _microseconds(seconds: float) -> str:
+    value = 1e6 * seconds
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
+
+
+def _features_of(kernel: KeptOperation) -> tuple[float, float, float]:
+    """Seconds per call, operations per byte, bytes per call; all above 0."""
+    seconds = max(kernel.seconds, 1e-9) / max(1.0, kernel.calls)
+    return seconds, kernel.intensity, max(1.0, 1e9 * kernel.gb_per_second * seconds)

@@ -11,21 +11,24 @@ import base64
 import hashlib
 import html
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 
-from tinyllama.reports.runs import Column, Note, Run
+from tinyllama.config.options import to_toml
+from tinyllama.reports.runs import Column, KeptOperation, Note, Run
 from tinyllama.version import __version__
 
 UPLOT_VERSION = "1.6.32"
 _HERE = Path(__file__).parent
 _MOST_ROWS = 200  # of a table
 _MOST_SAMPLES = 40
+_MOST_CHARACTERS = 20_000  # of a sample
+_MOST_LINES = 6  # of the model, that the roofline names per operation
 
 
 class Line(NamedTuple):
@@ -39,7 +42,7 @@ class Line(NamedTuple):
 
 class Chart(NamedTuple):
     """A chart: `counts` is the column whose values are its points, `marks` the series whose
-    anomalies it shows."""
+    anomalies it shows; a `wide` one has a row of its own."""
 
     name: str
     title: str
@@ -49,6 +52,7 @@ class Chart(NamedTuple):
     kind: str = "number"
     zero: bool = False
     marks: tuple[str, ...] = ()
+    wide: bool = False
 
 
 CHARTS = (
@@ -58,7 +62,8 @@ CHARTS = (
         "nats per token",
         (Line("loss", "training", smooth=True), Line("val_loss", "validation", dots=True)),
         "loss",
-        marks=("loss", "grad_norm"),
+        marks=("loss", "text"),
+        wide=True,
     ),
     Chart(
         "val_loss",
@@ -67,11 +72,11 @@ CHARTS = (
         (Line("val_loss", "validation"),),
         "val_loss",
     ),
-    Chart("lr", "Learning rate", "per step", (Line("lr", "rate"),), "lr", zero=True),
+    Chart("lr", "Learning rate", "rate", (Line("lr", "rate"),), "lr", zero=True),
     Chart(
         "grad_norm",
         "Gradient norm",
-        "before clipping",
+        "norm before clipping",
         (Line("grad_norm", "norm", smooth=True),),
         "grad_norm",
         zero=True,
@@ -88,8 +93,8 @@ CHARTS = (
     ),
     Chart(
         "memory_bytes",
-        "Memory",
-        "in use",
+        "Memory in use",
+        "memory",
         (Line("memory_bytes", "memory"),),
         "memory_bytes",
         "bytes",
@@ -97,6 +102,9 @@ CHARTS = (
         marks=("memory_bytes",),
     ),
 )
+
+# Its points are operations of a profile, not steps.
+ROOFLINE = Chart("roofline", "Roofline", "what the operations reach", (), "", wide=True)
 
 
 def charts_of(runs: Sequence[Run]) -> list[Chart]:
@@ -116,20 +124,21 @@ def charts_of(runs: Sequence[Run]) -> list[Chart]:
                 "update / weights",
                 lines,
                 lines[0].column,
-                marks=tuple(f"update_ratio of {layer}" for layer in layers),
+                marks=("update", *(f"update_ratio of {layer}" for layer in layers)),
             )
         )
+    if any(run.roofline_points for run in runs):
+        found.append(ROOFLINE)
     return found
 
 
 def page(runs: Sequence[Run], *, live: bool = False, words: Iterable[str] = ()) -> str:
     """The whole page; `words` are lines about what stands out, `live` lets it ask for more."""
-    charts = charts_of(runs)
     heading = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     parts = {
         "title": html.escape(f"{heading} · tinyllama"),
         "heading": html.escape(heading),
-        "charts": "\n".join(_chart_element(chart, runs) for chart in charts),
+        "charts": "\n".join(elements(runs).values()),
         "sections": sections(runs, words),
         "version": __version__,
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -149,14 +158,26 @@ def page(runs: Sequence[Run], *, live: bool = False, words: Iterable[str] = ()) 
 
 
 def data(runs: Sequence[Run], *, live: bool = False) -> dict[str, Any]:
-    """What the page's script draws; `revision` changes when the numbers do."""
-    content = {
+    """What the page's script draws. Of a `live` page, `revision` changes when anything does, and
+    `details` when what stands below the charts does."""
+    content: dict[str, Any] = {
         "live": live,
         "charts": [chart._asdict() | _lines(chart) for chart in charts_of(runs)],
         "runs": [_run(run) for run in runs],
     }
-    digest = hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=8)
-    return content | {"revision": digest.hexdigest()}
+    if not live:
+        return content
+    content["details"] = _digest(sections(runs))
+    return content | {"revision": _digest(json.dumps(content, sort_keys=True))}
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def elements(runs: Sequence[Run]) -> dict[str, str]:
+    """The HTML of each chart, before it is drawn, by its name."""
+    return {chart.name: _chart_element(chart, runs) for chart in charts_of(runs)}
 
 
 def embedded(content: Mapping[str, Any]) -> str:
@@ -187,16 +208,26 @@ def _lines(chart: Chart) -> dict[str, Any]:
 
 
 def _chart_element(chart: Chart, runs: Sequence[Run]) -> str:
+    kind = "card chart wide" if chart.wide else "card chart"
+    is_said = chart.unit in chart.title.lower()
+    unit = "" if is_said else f"<small>{chart.unit}</small>"
+    log = '<button type="button" class="log" aria-pressed="false">log</button>'
+    return (
+        f'<article class="{kind}" data-chart="{chart.name}" data-points="{_drawn(chart, runs)}">'
+        f"<header><h2>{chart.title}{unit}</h2>"
+        f'<small class="marks"></small>{log if chart.lines else ""}</header>'
+        f'<div class="plot" role="img" aria-label="{chart.title}, {chart.unit}"></div></article>'
+    )
+
+
+def _drawn(chart: Chart, runs: Sequence[Run]) -> int:
+    """How many points a chart has."""
+    if chart is ROOFLINE:
+        return sum(len(run.roofline_points) for run in runs)
     columns = [run.columns.get(line.column) for run in runs for line in chart.lines]
     if len(chart.lines) <= 2:
         columns = [run.columns.get(chart.counts) for run in runs]
-    points = sum(_points(column) for column in columns if column is not None)
-    return (
-        f'<article class="card chart" data-chart="{chart.name}" data-points="{points}">'
-        f"<header><h2>{chart.title}<small>{chart.unit}</small></h2>"
-        '<button type="button" class="log" aria-pressed="false">log</button></header>'
-        f'<div class="plot" role="img" aria-label="{chart.title}, {chart.unit}"></div></article>'
-    )
+    return sum(_points(column) for column in columns if column is not None)
 
 
 def _points(column: Column) -> int:
@@ -211,10 +242,32 @@ def _run(run: Run) -> dict[str, Any]:
     return {
         "name": run.name,
         "columns": {name: _packed(column) for name, column in run.columns.items()},
-        "anomalies": [{"step": note.step, "series": note.series} for note in run.anomalies],
+        "anomalies": [
+            {"step": note.step, "series": note.series, "what": _what(note)}
+            for note in run.anomalies
+        ],
         "checkpoints": [{"step": step, "name": name} for step, name in run.checkpoints],
         "summary": _summary(run),
+        "roofline": _roofline(run),
     }
+
+
+def _roofline(run: Run) -> dict[str, Any] | None:
+    """What the roofline draws of a run: operations by intensity and speed, and the ceilings."""
+    if not run.roofline_points:
+        return None
+    points = [
+        {
+            "name": point.name,
+            "x": point.intensity,
+            "y": point.gflops,
+            "share": point.share,
+            "source": point.source[:_MOST_LINES],
+            "backward": point.name.endswith("(backward)"),
+        }
+        for point in run.roofline_points
+    ]
+    return {"points": points, "ceilings": run.ceilings and msgspec.to_builtins(run.ceilings)}
 
 
 def _summary(run: Run) -> list[tuple[str, float | str | None, str]]:
@@ -226,11 +279,11 @@ def _summary(run: Run) -> list[tuple[str, float | str | None, str]]:
         ("validation loss", _last(c["val_loss"]), "number"),
         ("tokens", _last(c["tokens"]), "number"),
         ("time in steps", _last(c["seconds"]), "clock"),
-        ("tokens per second", _median(c["tokens_per_second"]), "number"),
+        ("tokens/s", _median(c["tokens_per_second"]), "number"),
         ("most memory", _greatest(c["memory_bytes"]), "bytes"),
         ("anomalies", float(len(run.anomalies)), "number"),
     ]
-    return [figure for figure in figures if figure[1] is not None]
+    return figures  # also those that are not known: runs stand below each other
 
 
 def _finite(column: Column) -> Column:
@@ -291,27 +344,42 @@ def _anomalies(runs: Sequence[Run]) -> str:
             html.escape(note.action),
         ]
         for run in runs
-        for note in run.anomalies
+        for note in run.anomalies[:_MOST_ROWS]
     ]
     back = [
         f"<p>went back from step {r.origin:,} to {r.target:,}: "
         f"{html.escape('; '.join(map(_what, r.anomalies)))}</p>"
         for run in runs
-        for r in run.rollbacks
+        for r in run.rollbacks[:_MOST_ROWS]
     ]
     if not rows and not back:
         return card("Anomalies", '<p class="empty">none found</p>')
     head = [*(["run"] if several else []), "step", "kind", "what", "text of the batch", "action"]
-    more = f"<p>and {len(rows) - _MOST_ROWS:,} more</p>" if len(rows) > _MOST_ROWS else ""
+    count = sum(len(run.anomalies) for run in runs)
+    more = f"<p>and {count - _MOST_ROWS:,} more</p>" if count > _MOST_ROWS else ""
     body = table(head, rows[:_MOST_ROWS], (int(several),)) if rows else ""
     return card("Anomalies", "".join(back) + body + more, wide=bool(rows))
 
 
+def _escaped(text: str) -> str:
+    """Text from a file as HTML, of bounded length."""
+    cut = text[:_MOST_CHARACTERS]
+    return html.escape(cut if len(cut) == len(text) else f"{cut}...")
+
+
 def _what(note: Note) -> str:
-    value = "not finite" if note.value is None else f"{note.value:.4g}"
-    usual = "" if note.usual is None else f", the usual is {note.usual:.4g}"
+    value = "not finite" if note.value is None else _amount(note.series, note.value)
+    usual = "" if note.usual is None else f", the usual is {_amount(note.series, note.usual)}"
     layer = f", most of all in {note.layer}" if note.layer else ""
     return f"{note.series} {value}{usual}{layer}"
+
+
+def _amount(series: str, value: float) -> str:
+    """A value of a series with its unit."""
+    if series.endswith("_bytes"):
+        return f"{value / 2**20:,.0f} MiB"
+    unit = {"text": " nats per character"}.get(series, " s" if series.endswith("_seconds") else "")
+    return f"{value:.4g}{unit}"
 
 
 def _words(lines: list[str]) -> str:
@@ -325,7 +393,7 @@ def _samples(runs: Sequence[Run]) -> str:
     blocks = []
     for run in runs:
         for sample in reversed(run.samples[-_MOST_SAMPLES:]):
-            prompt, text = html.escape(sample.prompt), html.escape(sample.text)
+            prompt, text = _escaped(sample.prompt), _escaped(sample.text)
             if text.startswith(prompt):
                 text = f"<b>{prompt}</b>{text[len(prompt) :]}"
             name = f"{html.escape(run.name)}, " if len(runs) > 1 else ""
@@ -363,7 +431,7 @@ def _configuration(runs: Sequence[Run]) -> str:
 
 
 def _shown(value: object) -> str:
-    return "not set" if value is None else json.dumps(value, ensure_ascii=False)
+    return "not set" if value is None else to_toml(value)
 
 
 def _machines(runs: Sequence[Run]) -> str:
@@ -377,49 +445,34 @@ def _machines(runs: Sequence[Run]) -> str:
 
 def _profile(run: Run) -> str:
     """The table of a profile: `tinyllama profile` writes it beside a run."""
-    profile = run.profile or {}
-    operations = profile.get("operations")
-    if not isinstance(operations, list):
+    if run.profile is None:
         return ""
     rows = []
-    for operation in operations[:_MOST_ROWS]:
-        if not isinstance(operation, dict):
-            return ""
-        share = _figure(operation.get("share"))
-        source = operation.get("source")
-        lines = ", ".join(map(str, source)) if isinstance(source, list) else ""
-        bar = f'<i class="share" style="width:{100 * min(max(share, 0.0), 1.0):.1f}px"></i>'
+    for operation in run.profile.operations[:_MOST_ROWS]:
+        share = min(max(operation.share, 0.0), 1.0)
+        bar = f'<i class="share" style="width:{100 * share:.1f}px"></i>'
+        is_kernel = operation.calls > 0
         rows.append(
             [
-                f"<code>{html.escape(str(operation.get('name', '')))}</code>",
-                html.escape(lines),
-                f"{bar} {100 * share:.1f} %",
-                f"{_figure(operation.get('calls')):,.0f}",
-                f"{1000 * _figure(operation.get('seconds')):.2f}",
-                f"{_figure(operation.get('gflops')):,.1f}",
-                f"{_figure(operation.get('gb_per_second')):,.1f}",
+                f"<code>{html.escape(operation.name)}</code>",
+                _lines_of(operation),
+                f"{bar} {100 * operation.share:.1f} %",
+                f"{operation.calls:,.0f}" if is_kernel else "",
+                f"{1000 * operation.seconds:.2f}",
+                f"{operation.gflops:,.1f}" if operation.gflops else "",
+                f"{operation.gb_per_second:,.1f}" if operation.gb_per_second else "",
             ]
         )
     head = ["operation", "source", "share", "calls", "ms", "GFLOPS", "GB/s"]
-    seconds = _figure(profile.get("step_seconds"))
     return card(
-        f"Where a step's {1000 * seconds:.1f} ms go: {run.name}",
-        table(head, rows, (2, 3, 4, 5, 6)) + _roofline(run),
+        f"Where a step's {1000 * run.profile.step_seconds:.1f} ms go: {run.name}",
+        f'<div class="hot">{table(head, rows, (2, 3, 4, 5, 6))}</div>',
         wide=True,
     )
 
 
-def _roofline(run: Run) -> str:
-    """The picture that `tinyllama profile` writes, as it is, if there is one."""
-    for name, kind in (("roofline.svg", "svg+xml"), ("roofline.png", "png")):
-        path = run.path / name
-        if path.is_file() and path.stat().st_size < 8 << 20:
-            content = base64.b64encode(path.read_bytes()).decode()
-            return f'<img alt="roofline" src="data:image/{kind};base64,{content}">'
-    return ""
-
-
-def _figure(value: object) -> float:
-    """A number of a profile; 0 where there is none."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number and math.isfinite(value) else 0.0  # type: ignore[arg-type]
+def _lines_of(operation: KeptOperation) -> str:
+    """The lines of an operation, as many as a row has room for."""
+    shown = [html.escape(line) for line in operation.source[:_MOST_LINES]]
+    more = len(operation.source) - len(shown)
+    return "<br>".join([*shown, f"and {more} more"] if more else shown)

@@ -3,63 +3,105 @@
     metrics.jsonl    one line per step              config.toml     what the run was made with
     machine.json     where it ran                   samples.jsonl   what it wrote on the way
     profile.json     where a step's time goes       step-*, final   its checkpoints
+    roofline.json    the machine's ceilings
 
 Everything but metrics.jsonl may be missing. What comes from a file is checked before it is used.
 """
 
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from tinyllama.config.loader import parse_toml
 from tinyllama.errors import CheckpointError, reason
 from tinyllama.observe.metrics import read_metrics
+from tinyllama.observe.samples import Sample, read_samples
 from tinyllama.system.files import read_file
-from tinyllama.system.untrusted import read_json_file
+from tinyllama.system.untrusted import MAX_JSON_BYTES, place_first, printable, read_json_file
 from tinyllama.train.checkpoint import list_checkpoints, read_state
 from tinyllama.train.run_folder import MACHINE, METRICS
-from tinyllama.train.samples import Sample, read_samples
 
-PROFILE = "profile.json"
+CONFIG, PROFILE, CEILINGS = "config.toml", "profile.json", "roofline.json"
 _MOST_CONFIG_BYTES = 1 << 20
 _COLUMNS = ("loss", "val_loss", "lr", "grad_norm", "tokens_per_second", "memory_bytes")
 _MOST_LAYERS = 512
+_MOST_OPERATIONS = 5000
 _MOST_NUMBER = 1e30
 Column = npt.NDArray[np.float64]
+T = TypeVar("T")
+
+
+_Step = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
+_Word = Annotated[str, msgspec.Meta(max_length=200)]
+_Amount = Annotated[float, msgspec.Meta(ge=0, le=_MOST_NUMBER)]
+_Above = Annotated[float, msgspec.Meta(gt=0, le=_MOST_NUMBER)]
+_Place = Annotated[str, msgspec.Meta(max_length=5000)]  # a path, or why there is none
 
 
 class Note(msgspec.Struct):
     """An anomaly as metrics.jsonl holds it, with its step."""
 
-    kind: str
-    series: str
-    action: str
+    kind: _Word
+    series: _Word
+    action: _Word
     value: float | None = None
     usual: float | None = None
-    documents: list[str] = []
-    layer: str | None = None
+    documents: Annotated[list[_Place], msgspec.Meta(max_length=100)] = []
+    layer: _Word | None = None
     step: int = 0
 
 
 class RolledBack(msgspec.Struct, rename={"origin": "from", "target": "to"}):
     """That the run went back, and why."""
 
-    origin: int
-    target: int
-    anomalies: list[Note] = []
+    origin: _Step
+    target: _Step
+    anomalies: Annotated[list[Note], msgspec.Meta(max_length=100)] = []
 
 
 class _Watched(msgspec.Struct):
     """What a line of metrics.jsonl says besides numbers."""
 
     anomalies: list[Note] = []
-    update_ratios: dict[str, float] = {}
+    update_ratios: dict[_Word, float] = {}
     rolled_back: RolledBack | None = None
+
+
+class KeptOperation(msgspec.Struct):
+    """An operation of profile.json; calls and seconds are per step."""
+
+    name: str
+    source: list[str] = []
+    calls: _Amount = 0.0
+    seconds: _Amount = 0.0
+    share: _Amount = 0.0
+    gflops: _Amount = 0.0
+    gb_per_second: _Amount = 0.0
+
+    @property
+    def intensity(self) -> float:
+        """Floating-point operations per byte; 0 where it is not known."""
+        return self.gflops / self.gb_per_second if self.gb_per_second > 0 else 0.0
+
+
+class KeptProfile(msgspec.Struct):
+    """What `tinyllama profile` keeps beside a run."""
+
+    step_seconds: _Amount
+    operations: Annotated[list[KeptOperation], msgspec.Meta(max_length=_MOST_OPERATIONS)]
+
+
+class KeptCeilings(msgspec.Struct):
+    """What the machine of a profile can do."""
+
+    float32_gflops: _Above
+    bfloat16_gflops: _Above
+    gb_per_second: _Above
 
 
 @dataclass
@@ -75,7 +117,8 @@ class Run:
     samples: list[Sample] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
     machine: dict[str, Any] = field(default_factory=dict)
-    profile: dict[str, Any] | None = None
+    profile: KeptProfile | None = None
+    ceilings: KeptCeilings | None = None
 
     @property
     def steps(self) -> Column:
@@ -87,18 +130,28 @@ class Run:
         """The layers whose update-to-weight ratio was measured."""
         return [name.removeprefix("ratio ") for name in self.columns if name.startswith("ratio ")]
 
+    @property
+    def roofline_points(self) -> list[KeptOperation]:
+        """The operations of its profile that compute."""
+        operations = self.profile.operations if self.profile else []
+        return [operation for operation in operations if operation.intensity > 0]
 
-def read_run(path: Path) -> Run:
-    """Read the folder of a run. Raises CheckpointError where it is none."""
+
+def read_run(path: Path, *, begun: bool = False) -> Run:
+    """Read the folder of a run. Raises CheckpointError where it is none, or holds no step; with
+    `begun`, a run that has not made its first step is one."""
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder")
+    has_begun = begun and (path / CONFIG).is_file()
     try:
         rows = read_metrics(path / METRICS)
     except FileNotFoundError:
-        raise CheckpointError(f"{path / METRICS}: no such file: name a run's folder") from None
-    if not rows:
+        if not has_begun:
+            raise CheckpointError(f"{path / METRICS}: no such file: name a run's folder") from None
+        rows = []
+    if not rows and not has_begun:
         raise CheckpointError(f"{path / METRICS}: holds no step")
-    config = _config(path / "config.toml")
+    config = _config(path / CONFIG)
     columns = _columns(rows, config)
     anomalies, rollbacks = _watched(rows, columns, path / METRICS)
     return Run(
@@ -110,8 +163,9 @@ def read_run(path: Path) -> Run:
         _checkpoints(path),
         read_samples(path),
         config,
-        _object(path / MACHINE),
-        _object(path / PROFILE) or None,
+        _if_there(path / MACHINE, dict[str, Any]) or {},
+        _if_there(path / PROFILE, KeptProfile),
+        _if_there(path / CEILINGS, KeptCeilings),
     )
 
 
@@ -131,8 +185,12 @@ def _columns(rows: Sequence[dict[str, Any]], config: dict[str, Any]) -> dict[str
     for name in _COLUMNS:
         columns[name] = np.array([_number(row.get(name)) for row in rows], np.float64)
     batch, context = (_size(config.get(key)) for key in ("training.batch_size", "context"))
-    per_step = float(batch * context)
-    columns["tokens"] = columns["step"] * per_step
+    full = float(batch * context)
+    known = np.array([_number(row.get("trained_tokens")) for row in rows], np.float64)
+    per_step = np.where(np.isnan(known), full, known)
+    columns["tokens"] = columns["step"] * full
+    if np.isfinite(known).any():  # rows that are not full, or not trained as a whole
+        columns["tokens"] = np.cumsum(per_step * (columns["step"] > 0))
     speed = columns["tokens_per_second"]
     with np.errstate(divide="ignore", invalid="ignore"):
         seconds = np.where(speed > 0, per_step / speed, 0.0)
@@ -167,7 +225,7 @@ def _watched(
             line = msgspec.convert(row, _Watched)
         except msgspec.ValidationError as error:
             raise CheckpointError(
-                f"{path}: not a metrics file: step {row['step']}: {error}"
+                f"{path}: not a metrics file: step {row['step']}: {place_first(error)}"
             ) from None
         for note in line.anomalies:
             note.step = row["step"]
@@ -200,9 +258,9 @@ def _config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        sections = tomllib.loads(read_file(path, _MOST_CONFIG_BYTES).decode())
+        sections = parse_toml(read_file(path, _MOST_CONFIG_BYTES, links=False).decode())
     except (OSError, ValueError) as error:
-        why = reason(error) if isinstance(error, OSError) else str(error)
+        why = reason(error) if isinstance(error, OSError) else printable(error)
         raise CheckpointError(f"{path}: cannot be read: {why}") from None
     flat = {
         f"{section}.{key}": value
@@ -213,8 +271,6 @@ def _config(path: Path) -> dict[str, Any]:
     return flat | {"context": flat.get("data.context_length", flat.get("model.max_seq_len", 0))}
 
 
-def _object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; an empty one without a file."""
-    if not path.is_file():
-        return {}
-    return read_json_file(path, dict[str, Any], CheckpointError)
+def _if_there(path: Path, kind: type[T]) -> T | None:
+    """The object in a JSON file; None without a file."""
+    return read_json_file(path, kind, CheckpointError, MAX_JSON_BYTES) if path.is_file() else None

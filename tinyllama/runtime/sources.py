@@ -36,6 +36,7 @@ _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 _tracking = 0
 _inherited: list[tuple[Metadata, ...]] = []  # of what an operation is being made for
+_backward = 0  # within how many `gradients` we are
 # By the identity of a call's information, which stays where a graph is rewritten.
 _calls: dict[int, tuple[Any, tuple[Metadata, ...]]] = {}
 
@@ -117,6 +118,17 @@ def made_for(call: UOp, *, backward: bool = False) -> Iterator[None]:
         _inherited.pop()
 
 
+@contextmanager
+def gradients() -> Iterator[None]:
+    """What is made within is part of the backward pass, though nothing is differentiated."""
+    global _backward
+    _backward += 1
+    try:
+        yield
+    finally:
+        _backward -= 1
+
+
 def carried(old: Sequence[UOp], new: Sequence[UOp]) -> None:
     """Give `new`, which is `old` rewritten, the metadata of the operations they both have."""
     ahead, done = list(zip(old, new, strict=True)), set()
@@ -177,9 +189,10 @@ def _metadata_of(call: UOp) -> tuple[Metadata, ...]:
 
 def _metadata(name: str, caller: str, backward: bool = False) -> Metadata:
     """tinygrad's metadata of an operation, whose caller is given in our lines."""
+    backward = backward or _backward > 0
     if _inherited and _inherited[-1]:
         lines = lines_of(_inherited[-1])
-        return Metadata(name, " ".join(lines), is_backward(_inherited[-1]))
+        return Metadata(name, " ".join(lines), backward or is_backward(_inherited[-1]))
     return Metadata(name, " ".join(stack_lines()), backward)
 
 

@@ -16,7 +16,9 @@ from pathlib import Path
 
 from tinyllama.errors import DeviceError
 from tinyllama.system import nvrtc, processor
-from tinyllama.system.gpu_driver import bind_nvrtc, cuda_name, opencl_is_processor, try_cuda
+from tinyllama.system.bindings import bind_nvrtc, defer_llvm
+from tinyllama.system.gpu_driver import cuda_name, opencl_is_processor, try_cuda
+from tinyllama.system.hardware import may_have
 
 # What GPU=1 tries, in this order.
 GPU_ORDER = ("METAL", "CUDA", "NV", "AMD", "CL")
@@ -39,6 +41,7 @@ INSTALL = {
 
 # The version that runtime/patches/ is written for, as pyproject.toml pins it.
 TINYGRAD = "0.13.0"
+DEFERRED_LLVM = "deferred_llvm"  # the patch that acts before a device is imported
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,8 @@ def select(
     requested_threads(environ)
     failures: dict[str, str] = {}
     for target in candidates:
+        if "CPU" in candidates and not may_have(target, environ):
+            continue  # where a GPU is requested, what its backend says of its absence is shown
         try:
             choice = _open(target, reason)
         except DeviceError as error:
@@ -176,6 +181,8 @@ def _open(target: str, reason: str) -> DeviceChoice:
         raise DeviceError(f"there is no backend called {name!r}")
     if name == "CPU" and not rest:
         _find_compiler()
+    if DEFERRED_LLVM not in patches_off():
+        defer_llvm()
     from tinygrad.device import Device
     from tinygrad.helpers import Context
 

@@ -7,6 +7,7 @@ names beside the target are those of partials.py.
 
 import errno
 import hashlib
+import itertools
 import os
 import shutil
 import stat
@@ -15,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from io import RawIOBase
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
 from tinyllama.system import partials
 from tinyllama.system.partials import discard, remove_partials
@@ -23,11 +24,14 @@ from tinyllama.system.partials import discard, remove_partials
 __all__ = [
     "InUseError",
     "NotRegularError",
+    "append_regular",
     "atomic_directory",
     "atomic_write",
     "discard",
+    "free_name",
     "fsync_path",
     "held",
+    "is_regular",
     "make_folder",
     "naming_file",
     "open_regular",
@@ -104,6 +108,14 @@ def open_regular(path: str | os.PathLike[str], *, links: bool = True) -> BinaryI
     return open(handle, "rb")
 
 
+def is_regular(path: str | os.PathLike[str]) -> bool:
+    """Whether a name stands for a regular file, and not for a link to one."""
+    try:
+        return stat.S_ISREG(os.lstat(path).st_mode)
+    except (OSError, ValueError):
+        return False
+
+
 def read_file(path: str | os.PathLike[str], most_bytes: int, *, links: bool = True) -> bytes:
     """All bytes of a regular file, opened by `open_regular`. Raises OSError, also for a file of
     more than `most_bytes`."""
@@ -113,6 +125,25 @@ def read_file(path: str | os.PathLike[str], most_bytes: int, *, links: bool = Tr
             message = f"Has {size} bytes, at most {most_bytes} are read"
             raise OSError(errno.EFBIG, message, os.fspath(path))
         return file.read(most_bytes)  # no more, although it may grow
+
+
+def append_regular(path: str | os.PathLike[str]) -> TextIO:
+    """A regular file, opened for writing text at its end; made where there is none. Raises
+    NotRegularError for anything else, and OSError for a link: a file of a folder from somebody
+    else must not lead to another one."""
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | _flag("O_NONBLOCK") | _flag("O_BINARY")
+    with naming_file(path):
+        handle = os.open(path, flags | _flag("O_NOFOLLOW"), 0o666)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise NotRegularError(errno.EINVAL, "Is not a regular file", os.fspath(path))
+    return open(handle, "a", encoding="utf-8")
+
+
+def free_name(path: Path) -> Path:
+    """A free name for something that must not be deleted: `NAME.aside-1`."""
+    names = (path.with_name(f"{path.name}.aside-{number}") for number in itertools.count(1))
+    return next(name for name in names if not os.path.lexists(name))
 
 
 def private_folder(folder: Path) -> None:

@@ -1,7 +1,6 @@
 """What a driver reports about its device: name, kind, memory."""
 
 import ctypes
-import importlib
 from typing import Any
 
 from tinyllama.errors import DeviceError
@@ -71,11 +70,6 @@ def cuda_name(opened: Any) -> str:
     name = ctypes.create_string_buffer(256)
     failed = cuda.cuDeviceGetName(name, len(name), opened.cu_device)
     return f"{'NVIDIA' if failed else name.value.decode(errors='replace')}, {opened.arch}"
-
-
-def bind_nvrtc() -> None:
-    """Load tinygrad's binding of NVRTC, which takes the library that NVRTC_PATH names."""
-    importlib.import_module("tinygrad.runtime.autogen.nvrtc")
 
 
 # Doubles 64 numbers. The header is what tinygrad's own kernels for bfloat16 need.

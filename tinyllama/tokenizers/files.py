@@ -18,7 +18,8 @@ from typing import Any, TypeGuard
 
 import msgspec
 
-from tinyllama.errors import TokenizerError, reason
+from tinyllama.errors import TokenizerError
+from tinyllama.system.untrusted import open_regular, printable
 from tinyllama.tokenizers.tokenizer import SpecialToken
 
 MODEL_FILE, JSON_FILE = "tokenizer.model", "tokenizer.json"
@@ -34,7 +35,12 @@ TRAVELLING = (
     TEMPLATE_FILE,
     GENERATION_FILE,
 )
-_MAX_BYTES = 256 << 20  # the largest real tokenizer.json has 35 MB
+_MAX_BYTES = 64 << 20  # the largest real tokenizer.json has 35 MB
+_MAX_SMALL_BYTES = 4 << 20  # of the other files; the largest real tokenizer_config.json has 1.2 MB
+# Python makes objects of up to 150 bytes of them. A vocabulary of 262 thousand pieces with 514
+# thousand merges has 2 million values and 300 thousand keys.
+_MOST_VALUES, _MOST_KEYS = 3_000_000, 1_000_000
+_SMALL = frozenset(TRAVELLING) - {MODEL_FILE, JSON_FILE}
 _ROLES = ("bos", "eos", "unk", "pad", "sep", "cls", "mask")
 _LISTS = ("additional_special_tokens", "extra_special_tokens")
 _FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
@@ -72,17 +78,13 @@ def read_files(folder: Path) -> dict[str, bytes]:
 
 def read_file(path: Path) -> bytes:
     """A file's bytes. Raises TokenizerError."""
-    try:
-        with open(path, "rb") as file:
-            is_larger = os.fstat(file.fileno()).st_size > _MAX_BYTES
-            data = b"" if is_larger else file.read()
-    except FileNotFoundError:
-        raise TokenizerError(f"{path}: no such file") from None
-    except OSError as error:
-        raise TokenizerError(f"{path}: cannot be read: {reason(error)}") from error
-    if is_larger:
-        raise TokenizerError(f"{path}: more than {_MAX_BYTES >> 20} MiB, which no tokenizer has")
-    return data
+    if not os.path.lexists(path):
+        raise TokenizerError(f"{path}: no such file")
+    most = _MAX_BYTES if path.name not in _SMALL else _MAX_SMALL_BYTES
+    with open_regular(path, TokenizerError) as (file, size):
+        if size > most:
+            raise TokenizerError(f"{path}: more than {most >> 20} MiB, which no tokenizer has")
+        return file.read(most)
 
 
 def to_json(value: Json) -> bytes:
@@ -132,11 +134,14 @@ def read_settings(files: Mapping[str, bytes], source: str) -> Settings:
 
 def decode_json(data: bytes, source: str, kind: Any = Any) -> Any:
     """JSON as values, or as the msgspec type `kind`. Raises TokenizerError, naming the file."""
+    values = sum(map(data.count, (b",", b"[", b"{")))
+    if values > _MOST_VALUES or data.count(b":") > _MOST_KEYS:
+        raise TokenizerError(f"{source}: damaged: more values than any tokenizer has")
     try:
         return msgspec.json.decode(data, type=kind)
     except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
         damaged = "" if isinstance(error, msgspec.ValidationError) else "not JSON, so damaged: "
-        raise TokenizerError(f"{source}: {damaged}{error}") from None
+        raise TokenizerError(f"{source}: {damaged}{printable(error)}") from None
 
 
 class _WithAdded(msgspec.Struct):
@@ -173,7 +178,7 @@ def _added(files: Mapping[str, bytes], config: Json, source: str) -> Iterator[Sp
 def _token(entry: Any, number: Any, source: str) -> SpecialToken:
     text = _text(entry, "an added token", source)
     if not text:
-        raise TokenizerError(f"{source}: an added token has no text: {entry!r}")
+        raise TokenizerError(f"{source}: an added token has no text: {printable(repr(entry))}")
     flags = {key: bool(entry.get(key, False)) for key in _FLAGS} if isinstance(entry, dict) else {}
     return SpecialToken(text, _id(number, text, source), **flags)
 
@@ -181,7 +186,8 @@ def _token(entry: Any, number: Any, source: str) -> SpecialToken:
 def _id(number: Any, text: str, source: str) -> int:
     if not _is_id(number):
         raise TokenizerError(
-            f"{source}: the added token {text!r}: id {number!r}: must be 0 or more"
+            f"{source}: the added token {printable(repr(text))}: id {printable(repr(number))}: must"
+            " be 0 or more"
         )
     return number
 
@@ -194,23 +200,23 @@ def _text(value: Any, what: str, source: str) -> str | None:
     """The text of a token: a string or an object with `content`; null is none."""
     text = value.get("content") if isinstance(value, dict) else value
     if text is not None and not isinstance(text, str):
-        raise TokenizerError(f"{source}: {what}: got {value!r}, must be a text")
+        raise TokenizerError(f"{source}: {what}: got {printable(repr(value))}, must be a text")
     return text or None
 
 
 def _listed(value: Any, key: str, source: str) -> list[str]:
     entries = list(value.values()) if isinstance(value, dict) else value or []
     if not isinstance(entries, list):
-        raise TokenizerError(f"{source}: {key}: got {value!r}, must be a list of texts")
+        got = printable(repr(value))
+        raise TokenizerError(f"{source}: {key}: got {got}, must be a list of texts")
     return [text for entry in entries if (text := _text(entry, key, source))]
 
 
 def _flag(config: Json, key: str, source: str) -> bool | None:
     value = config.get(key)
     if value is not None and not isinstance(value, bool):
-        raise TokenizerError(
-            f"{source}: {CONFIG_FILE}: {key}: got {value!r}, must be true or false"
-        )
+        got = printable(repr(value))
+        raise TokenizerError(f"{source}: {CONFIG_FILE}: {key}: got {got}, must be true or false")
     return value
 
 
@@ -237,7 +243,7 @@ def _generation_ids(values: Json, source: str) -> tuple[int | None, tuple[int, .
     for value in [*ends, *([] if bos is None else [bos])]:
         if type(value) is not int:
             raise TokenizerError(
-                f"{source}: {GENERATION_FILE}: bos_token_id {bos!r}, eos_token_id {eos!r}: must be"
-                " integers"
+                f"{source}: {GENERATION_FILE}: bos_token_id {printable(repr(bos))}, eos_token_id "
+                f"{printable(repr(eos))}: must be integers"
             )
     return bos if _is_id(bos) else None, tuple(dict.fromkeys(end for end in ends if end >= 0))

@@ -312,11 +312,13 @@ def _vocabulary(values: Mapping[str, Any], source: str) -> dict[str, int]:
     if kind == "BPE" and isinstance(vocab, dict):
         numbers = vocab
     elif kind == "Unigram" and isinstance(vocab, list):
+        if not all(isinstance(e, list) and len(e) == 2 and isinstance(e[0], str) for e in vocab):
+            raise TokenizerError(f"{source}: {JSON_FILE}: model.vocab: must be [piece, score] each")
         numbers = {entry[0]: number for number, entry in enumerate(vocab)}
     else:
         raise TokenizerError(
-            f"{source}: {JSON_FILE}: a model of type {kind!r}, must be 'BPE' or 'Unigram' as those"
-            " of LLaMA models"
+            f"{source}: {JSON_FILE}: a model of type {printable(repr(kind))}, must be 'BPE' or "
+            "'Unigram' as those of LLaMA models"
         )
     end = len(numbers) + special.MAX_GAP
     if not all(type(number) is int and 0 <= number < end for number in numbers.values()):

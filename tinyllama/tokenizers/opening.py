@@ -8,7 +8,13 @@ import msgspec
 from tinyllama.errors import TokenizerError
 from tinyllama.formats.gguf import SUFFIX, read_metadata
 from tinyllama.formats.models import local_path
-from tinyllama.tokenizers.files import JSON_FILE, MODEL_FILE, read_file, read_files
+from tinyllama.tokenizers.files import (
+    JSON_FILE,
+    MODEL_FILE,
+    decode_json,
+    read_file,
+    read_files,
+)
 from tinyllama.tokenizers.gguf import VOCABULARY_KEY, files_of_gguf
 from tinyllama.tokenizers.huggingface import JsonTokenizer
 from tinyllama.tokenizers.sentencepiece import SentencePieceTokenizer
@@ -78,9 +84,9 @@ def _the_models(files: Mapping[str, bytes], source: str) -> Tokenizer | None:
     tokenizer.json. Models since LLaMA 3 carry a tokenizer.model of another kind; some that were
     fine-tuned carry that of their base."""
     try:
-        in_json = msgspec.json.decode(files[JSON_FILE], type=_JsonFile)
+        in_json = decode_json(files[JSON_FILE], source, _JsonFile)
         tokenizer = SentencePieceTokenizer(files[MODEL_FILE], source, files)
-    except (msgspec.MsgspecError, TokenizerError):
+    except TokenizerError:
         return None
     vocab = in_json.model.vocab
     numbers = vocab if isinstance(vocab, dict) else {p: n for n, (p, _) in enumerate(vocab)}

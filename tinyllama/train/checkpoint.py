@@ -19,7 +19,6 @@ absent; elsewhere two renames, between which only .NAME.old and .NAME.next exist
 
 import ctypes
 import errno
-import itertools
 import json
 import os
 import re
@@ -35,10 +34,12 @@ from tinyllama.errors import CheckpointError, reason
 from tinyllama.system.files import (
     atomic_directory,
     discard,
+    free_name,
     fsync_path,
     make_folder,
     remove_partials,
 )
+from tinyllama.system.notices import to_stderr
 from tinyllama.system.untrusted import read_json_file
 from tinyllama.train.manifest import (
     MANIFEST,
@@ -54,7 +55,6 @@ __all__ = [
     "latest_valid",
     "list_checkpoints",
     "looks_whole",
-    "name_aside",
     "read_state",
     "recover",
     "save_checkpoint",
@@ -65,6 +65,7 @@ __all__ = [
 ]
 
 STATE = "training_state.json"
+_MOST_STATE_BYTES = 1 << 20
 BEST = "best"
 _STEP = re.compile(r"step-(\d{8,})")
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
@@ -169,7 +170,7 @@ def later_than(root: str | os.PathLike[str], step: int) -> list[Path]:
 def set_aside(root: str | os.PathLike[str], step: int) -> list[tuple[Path, Path]]:
     """Rename checkpoints of more than `step` steps (`NAME.aside-1`), so that a run that is resumed
     there is not mixed with what followed before; returns old and new names."""
-    renames = [(path, name_aside(path)) for path in later_than(root, step)]
+    renames = [(path, free_name(path)) for path in later_than(root, step)]
     for names in renames:
         os.rename(*names)
     if renames:
@@ -223,8 +224,8 @@ class _State(msgspec.Struct):
 def read_state(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """What `write_state` wrote, checked. Raises CheckpointError."""
     path = Path(folder) / STATE
-    read_json_file(path, _State, CheckpointError)
-    return read_json_file(path, dict[str, Any], CheckpointError)
+    read_json_file(path, _State, CheckpointError, _MOST_STATE_BYTES)
+    return read_json_file(path, dict[str, Any], CheckpointError, _MOST_STATE_BYTES)
 
 
 def _fill(
@@ -278,10 +279,7 @@ def _say_it_stays(error: OSError) -> None:
     name = str(error.filename).partition(".partial-")[0].replace("/.", "/")
     if name not in _not_removed:
         _not_removed.add(name)
-        print(
-            f"{name}: cannot be removed and stays: {reason(error)}; the run goes on",
-            file=sys.stderr,
-        )
+        to_stderr(f"{name}: cannot be removed and stays: {reason(error)}; the run goes on")
 
 
 def _replace(final: Path, new: Path) -> None:
@@ -289,7 +287,7 @@ def _replace(final: Path, new: Path) -> None:
     ours = (final / MANIFEST).is_file()
     old = new
     if not ours or not _exchange(new, final):
-        old = _hidden(final, "old") if ours else name_aside(final)
+        old = _hidden(final, "old") if ours else free_name(final)
         os.rename(final, old)
         os.rename(new, final)
     fsync_path(final.parent)
@@ -311,12 +309,6 @@ def _exchange(first: Path, second: Path) -> bool:
     if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
         return False
     raise OSError(code, os.strerror(code), str(second))
-
-
-def name_aside(final: Path) -> Path:
-    """A free name for something that must not be deleted: `NAME.aside-1`."""
-    names = (final.with_name(f"{final.name}.aside-{number}") for number in itertools.count(1))
-    return next(path for path in names if not os.path.lexists(path))
 
 
 def _hidden(final: Path, role: str) -> Path:

@@ -213,7 +213,10 @@ class StagedLoss:
         pairs = self._copied([weight])
 
         def build() -> list[Tensor]:
-            head = self.criterion.gradients(hidden, weight, targets, *more, trains_weight=trained)
+            given = (hidden, weight, targets, *more)
+            head = self.model.through_head(
+                lambda: self.criterion.gradients(*given, trains_weight=trained)
+            )
             d_weight = [] if head.weight is None else [head.weight]
             made = [head.loss.contiguous(), in_memory(head.hidden), *d_weight]
             return reading_copies(made, pairs)

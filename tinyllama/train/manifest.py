@@ -8,7 +8,7 @@ The manifest's own digest and fixed spelling make changes to the manifest visibl
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
@@ -18,7 +18,8 @@ from tinyllama.errors import CheckpointError, reason
 from tinyllama.system import checked
 from tinyllama.system.files import sha256_file
 from tinyllama.system.threads import together
-from tinyllama.system.untrusted import printable, read_json_file
+from tinyllama.system.untrusted import MAX_JSON_BYTES, printable, read_json_file
+from tinyllama.tokenizers.files import TRAVELLING
 
 MANIFEST = "manifest.json"
 _FORMAT = "tinyllama-checkpoint-1"
@@ -58,8 +59,26 @@ def verify(folder: str | os.PathLike[str]) -> None:
         raise CheckpointError("\n".join(problems))
 
 
-def verify_loaded(folder: str | os.PathLike[str], *, remembered: bool = True) -> None:
-    """Compare with the manifest what is loaded of a model's folder: all but the optimizer's state.
+def verify_tokenizer(path: str | os.PathLike[str]) -> None:
+    """Compare with the manifest the files of a tokenizer in a model's folder, or one of them.
+
+    Raises CheckpointError.
+    """
+    path = Path(path)
+    if path.is_dir():
+        verify_loaded(path, only=TRAVELLING)
+    else:
+        verify_loaded(path.parent, only=(path.name,))
+
+
+def verify_loaded(
+    folder: str | os.PathLike[str],
+    *,
+    remembered: bool = True,
+    only: Collection[str] | None = None,
+) -> None:
+    """Compare with the manifest what is loaded of a model's folder: all but the optimizer's state,
+    or the files named by `only`.
 
     A folder without a manifest is not one of ours, and has no sums. With `remembered`, a large file
     that is as it was when its sum held, within a day, is not read. Raises CheckpointError.
@@ -71,7 +90,9 @@ def verify_loaded(folder: str | os.PathLike[str], *, remembered: bool = True) ->
     files = {
         name: file
         for name, file in read_manifest(folder).items()
-        if name not in _OF_TRAINING and os.path.lexists(folder / name)
+        if name not in _OF_TRAINING
+        and (only is None or name in only)
+        and os.path.lexists(folder / name)
     }
     found = together(
         lambda name: _damage(folder / name, *files[name], deep=True, remembered=remembered),
@@ -116,10 +137,10 @@ def read_manifest(folder: Path) -> dict[str, tuple[str, int]]:
     """Name -> (SHA-256, bytes); raises CheckpointError unless it is exactly as it was written, and
     for names of files that are not in the folder."""
     path = folder / MANIFEST
-    kind = read_json_file(path, _Format, CheckpointError).format
+    kind = read_json_file(path, _Format, CheckpointError, MAX_JSON_BYTES).format
     if kind != _FORMAT:
         raise CheckpointError(f"{path}: format: got {printable(repr(kind), 40)}, must be {_FORMAT}")
-    manifest = read_json_file(path, _Manifest, CheckpointError)
+    manifest = read_json_file(path, _Manifest, CheckpointError, MAX_JSON_BYTES)
     if path.read_bytes() != _spelled(msgspec.to_builtins(manifest)):
         raise CheckpointError(f"{path}: edited or damaged: its SHA-256 of itself does not hold")
     for name in manifest.files:

@@ -39,6 +39,7 @@ from tinyllama.tokenizers.tokenizer import Tokenizer
 from tinyllama.train.evaluate import Evaluator, PairEvaluator
 from tinyllama.train.gradients import StagedLoss
 from tinyllama.train.losses import CrossEntropy, Loss
+from tinyllama.train.manifest import verify_loaded
 from tinyllama.train.preferences import PAIR_OBJECTIVES, loss_of
 from tinyllama.train.prepare import texts
 
@@ -281,6 +282,7 @@ def _teacher(
     assert path is not None
     with naming("distillation.teacher"):
         source = open_model(path)
+        verify_loaded(source.path)
         own = open_tokenizer(tokenizer_folder(source.path))
         print_of_teacher = fingerprint(source)
     if own.vocabulary_digest != tokenizer.vocabulary_digest:

@@ -2,15 +2,12 @@
 
 import hashlib
 import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
-
-from tinygrad import Device
 
 from tinyllama.config import Config, RopeScaling
 from tinyllama.config.options import got, shown, to_toml
@@ -25,9 +22,11 @@ from tinyllama.errors import (
     naming,
     reason,
 )
-from tinyllama.formats.models import open_model
+from tinyllama.formats.models import local_path, open_model
 from tinyllama.system import device
 from tinyllama.system.files import atomic_write, make_folder, read_file
+from tinyllama.system.notices import to_stderr
+from tinyllama.system.untrusted import printable
 from tinyllama.tokenizers.files import MODEL_FILE, TEMPLATE_FILE
 from tinyllama.tokenizers.opening import from_files, holds_tokenizer, open_tokenizer
 from tinyllama.tokenizers.sentencepiece import TRAINING, SentencePieceTokenizer, train_tokenizer
@@ -35,9 +34,10 @@ from tinyllama.tokenizers.templates import portable_template
 from tinyllama.tokenizers.tokenizer import Tokenizer
 from tinyllama.train import run_folder
 from tinyllama.train.checkpoint import latest_valid, list_checkpoints, verify
-from tinyllama.train.manifest import verify_loaded
+from tinyllama.train.manifest import verify_loaded, verify_tokenizer
 
 _MOST_TOKENIZER_BYTES = 64 << 20
+_MOST_DIFFERENCES = 40  # that are named
 
 
 def check_fresh(config: Config) -> None:
@@ -224,6 +224,8 @@ def with_micro_batch_of(checkpoint: Path, config: Config) -> Config:
 
 def made_with(config: Config) -> dict[str, Any]:
     """What decides the losses of a run besides text and weights: options, device, threads."""
+    from tinygrad import Device  # takes a while: what is wrong with the files is said before
+
     options = {k: v for k, v in config.values().items() if not k.startswith(_FREE_OF_NUMBERS)}
     options[_MICRO_BATCH] = config.training.micro_batch
     values = options | {"device": Device.DEFAULT, "threads": device.threads()}
@@ -250,9 +252,12 @@ def differences(config: Config, checkpoint: Path) -> str | None:
     differing = {key for key in was.keys() | now.keys() if was.get(key) != now.get(key)}
     if all(made[_MICRO_BATCH] == made[_BATCH] for made in (was, now)):
         differing.discard(_MICRO_BATCH)  # the whole batch, then and now
-    changes = [f"{key} is {shown(now.get(key))}, was {shown(was.get(key))}" for key in differing]
+    changes = [
+        f"{printable(key)} is {shown(now.get(key))}, was {shown(was.get(key))}"
+        for key in sorted(differing)[:_MOST_DIFFERENCES]
+    ]
     begin = f"{checkpoint} was trained with other options, so the losses are not those of a run"
-    return f"{begin} that was never stopped: {'; '.join(sorted(changes))}" if changes else None
+    return f"{begin} that was never stopped: {'; '.join(changes)}" if changes else None
 
 
 def _defaults() -> dict[str, Any]:
@@ -335,7 +340,9 @@ def _check_against_base(config: Config, tokenizer: Tokenizer) -> None:
 def _new_tokenizer(config: Config, show: bool) -> Tokenizer:
     if config.tokenizer_source != "train":
         with naming("data.tokenizer" if config.data.tokenizer else "model.base"):
-            return open_tokenizer(config.tokenizer_source)
+            place = local_path(config.tokenizer_source)
+            verify_tokenizer(place)
+            return open_tokenizer(place)
     sources = find_sources(config.data.train_path)
     cache = Path(config.data.cache_dir)
     made_of = [f"{TRAINING} {config.tokenizer_vocab_size}", *content_digests(sources, cache)]
@@ -367,7 +374,7 @@ def _kept_tokenizer(file: Path) -> Tokenizer | None:
         why = "damaged: its sum does not hold"
     except (OSError, TokenizerError) as error:
         why = reason(error) if isinstance(error, OSError) else "damaged"
-    print(f"{file}: {why}; the tokenizer is trained again", file=sys.stderr)
+    to_stderr(f"{file}: {why}; the tokenizer is trained again")
     return None
 
 

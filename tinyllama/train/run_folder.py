@@ -1,6 +1,7 @@
 """What a run keeps on disk: its folder, its resolved configuration, its checkpoints."""
 
 import json
+import os
 import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -8,121 +9,27 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from tinygrad import Device, Tensor, dtypes
-
 from tinyllama.config import Config
-from tinyllama.data.batches import Batches
-from tinyllama.errors import (
-    CheckpointError,
-    TrainingError,
-    WeightsError,
-    reason,
-)
-from tinyllama.formats.dtypes import RawArray, to_bfloat16
-from tinyllama.formats.peft import AdapterConfig
-from tinyllama.formats.safetensors import LazyArray, SafetensorsFile, write_safetensors
-from tinyllama.model.llama import Llama
-from tinyllama.model.lora import adapter_tensors, write_adapter
-from tinyllama.runtime.storage import read, write
+from tinyllama.errors import CheckpointError, TrainingError, reason
 from tinyllama.system import device, processor
-from tinyllama.system.files import InUseError, atomic_write, held
-from tinyllama.tokenizers.tokenizer import Tokenizer, write_files
+from tinyllama.system.files import InUseError, atomic_write, free_name, held, is_regular
+from tinyllama.train.best import Best
 from tinyllama.train.checkpoint import (
     later_than,
     list_checkpoints,
     looks_whole,
-    name_aside,
     read_state,
     recover,
-    save_checkpoint,
     set_aside,
     step_name,
-    write_state,
 )
-from tinyllama.train.manifest import Digests
-from tinyllama.train.optimizer import AdamW
 from tinyllama.train.schedule import Anchor
 from tinyllama.version import __version__
 
-__all__ = ["looks_whole", "read_state", "restore", "save", "step_name"]
+__all__ = ["looks_whole", "read_state", "step_name"]
 
 METRICS = "metrics.jsonl"
 MACHINE = "machine.json"
-OPTIMIZER = "optimizer.safetensors"
-
-
-def save(
-    folder: Path,
-    model: Llama,
-    optimizer: AdamW,
-    tokenizer: Tokenizer,
-    state: dict[str, Any],
-    keep_last_n: int,
-    adapter: AdapterConfig | None = None,
-) -> Path:
-    """Save a checkpoint folder: weights, the optimizer, the position in the data.
-
-    The weights are a Hugging Face model, or PEFT's two files where there is an `adapter`.
-    """
-    moments = optimizer.state_dict()
-
-    def fill(partial: Path) -> Digests:
-        if adapter is None:
-            digests = model.write_folder(partial, tokenizer)
-        else:
-            digests = write_adapter(partial, model, adapter)
-            write_files(tokenizer, partial)
-        sources = {name: _stored(t) for name, t in moments.items()}
-        digests[OPTIMIZER] = write_safetensors(partial / OPTIMIZER, sources)
-        write_state(partial, state)
-        return digests
-
-    weights = model.state_dict() if adapter is None else adapter_tensors(model)
-    needed = sum(t.nbytes() for t in (*weights.values(), *moments.values()))
-    return save_checkpoint(folder.parent, folder.name, fill, keep_last_n, needed_bytes=needed)
-
-
-def _stored(moment: Tensor) -> LazyArray:
-    """A moment of the optimizer as a file holds it: in its own type."""
-    name, shape = ("F32" if moment.dtype == dtypes.float32 else "BF16"), tuple(moment.shape)
-    return LazyArray(name, shape, lambda: RawArray(name, shape, read(moment)))
-
-
-def not_finite(weights: Mapping[str, Tensor]) -> str | None:
-    """The name of the first tensor that holds a NaN or an infinity."""
-    for name, tensor in weights.items():
-        values = read(tensor)
-        if not np.isfinite((values.min(), values.max())).all():  # a NaN is the least and greatest
-            return name
-    return None
-
-
-def restore(folder: Path, optimizer: AdamW, batches: Batches) -> int:
-    """Load what `save` kept besides the weights; returns the step. Raises CheckpointError."""
-    state = read_state(folder)
-    file = SafetensorsFile(folder / OPTIMIZER)
-    moments = optimizer.state_dict()
-    if set(file.names) != set(moments):
-        odd = sorted(set(file.names) ^ set(moments))
-        raise CheckpointError(f"{folder / OPTIMIZER}: does not fit the model: {', '.join(odd[:5])}")
-    for name, tensor in moments.items():
-        if file.shape(name) != tensor.shape:
-            shape = file.shape(name)
-            raise WeightsError(f"{folder / OPTIMIZER}: {name}: {shape}, not {tensor.shape}")
-        if tensor.dtype != dtypes.bfloat16:
-            write(tensor, file.float32(name))
-        elif file.dtype(name) == "BF16":
-            write(tensor, file.array(name))
-        else:  # optimizer_state has changed; nearest, since this happens once
-            write(tensor, to_bfloat16(file.float32(name)))
-        file.forget(name)
-    if "data" not in state:
-        raise CheckpointError(f"{folder}: its state holds no position in the data")
-    batches.restore(state["data"])
-    step = state["step"]
-    assert isinstance(step, int)
-    return step
 
 
 def micro_batch_size(folder: Path) -> int | None:
@@ -141,6 +48,14 @@ def schedule_anchor(state: Mapping[str, Any]) -> Anchor | None:
     """Where the learning rate of a checkpoint began to fall, if not at the end of its warm-up."""
     anchor = state.get("schedule_anchor")
     return None if anchor is None else Anchor(int(anchor["step"]), float(anchor["share"]))
+
+
+def best(state: Mapping[str, Any]) -> Best | None:
+    """The lowest validation loss of a checkpoint's run, if it looks for that."""
+    found = state.get("best")
+    if found is None:
+        return None
+    return Best(int(found["step"]), float(found["val_loss"]), int(found["since"]))
 
 
 @contextmanager
@@ -172,10 +87,10 @@ def go_back(folder: Path, resumed: Path, step: int) -> list[tuple[Path, Path]]:
     here belong to another run and are renamed.
     """
     metrics, is_ours = folder / METRICS, resumed.resolve().parent == folder.resolve()
-    if metrics.exists() and not is_ours:
-        metrics.rename(name_aside(metrics))
-    elif metrics.exists() and later_than(folder, step):
-        atomic_write(name_aside(metrics), metrics.read_bytes())
+    if os.path.lexists(metrics) and not is_ours:
+        metrics.rename(free_name(metrics))
+    elif is_regular(metrics) and later_than(folder, step):
+        atomic_write(free_name(metrics), metrics.read_bytes())
     return set_aside(folder, step)
 
 
@@ -196,11 +111,13 @@ def check_holds_none(folder: Path) -> None:
 
 def write_config(folder: Path, config: Config) -> None:
     """Write config.toml: every option with the value that the run uses."""
-    atomic_write(folder / "config.toml", config.to_toml().encode())
+    atomic_write(folder / "config.toml", config.to_toml().encode(), links=False)
 
 
 def write_machine(folder: Path) -> None:
     """Write machine.json: the device and processor that the run uses, and the libraries."""
+    from tinygrad import Device  # takes a while: what is wrong with a folder is said before
+
     machine = {
         "device": Device.DEFAULT,
         "processor": processor.processor_name(),
@@ -211,7 +128,7 @@ def write_machine(folder: Path) -> None:
         "tinygrad": metadata.version("tinygrad"),
         "tinyllama": __version__,
     }
-    atomic_write(folder / MACHINE, f"{json.dumps(machine, indent=2)}\n".encode())
+    atomic_write(folder / MACHINE, f"{json.dumps(machine, indent=2)}\n".encode(), links=False)
 
 
 def so_far(step: int, saved: Path | None) -> str:

@@ -6,28 +6,16 @@ what the model has learned. Training's own numbers do not change: nothing it rea
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
 
 import msgspec
 
 from tinyllama.config import Config
-from tinyllama.errors import CheckpointError, ConfigError
+from tinyllama.errors import ConfigError
 from tinyllama.generate.generator import Generator, Sampling
 from tinyllama.model.llama import Llama
-from tinyllama.system.files import atomic_write
-from tinyllama.system.untrusted import parse_json
+from tinyllama.observe.samples import SAMPLES, Sample
+from tinyllama.system.files import append_regular
 from tinyllama.tokenizers.tokenizer import Tokenizer
-
-SAMPLES = "samples.jsonl"
-_MOST_BYTES = 64 << 20
-
-
-class Sample(msgspec.Struct):
-    """What a model wrote after so many steps."""
-
-    step: Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
-    prompt: str
-    text: str
 
 
 class Samples:
@@ -61,7 +49,7 @@ class Samples:
             Sample(step, prompt, self._continued(self._generator, ids))
             for prompt, ids in self._prompts.items()
         ]
-        with open(folder / SAMPLES, "a", encoding="utf-8") as file:
+        with append_regular(folder / SAMPLES) as file:
             file.writelines(json.dumps(msgspec.to_builtins(sample)) + "\n" for sample in samples)
         return samples
 
@@ -69,26 +57,3 @@ class Samples:
         stop = self._tokenizer.eos_ids
         ids = generator.tokens(prompt, self._config.sample_tokens, Sampling(), stop=stop)
         return self._tokenizer.decode([*prompt, *ids])
-
-
-def read_samples(folder: Path) -> list[Sample]:
-    """The samples of a run's folder, without a last line that a kill cut short; none without a
-    file. Raises CheckpointError."""
-    path = folder / SAMPLES
-    if not path.is_file():
-        return []
-    if path.stat().st_size > _MOST_BYTES:
-        raise CheckpointError(f"{path}: larger than {_MOST_BYTES >> 20} MiB, so not ours")
-    *lines, _ = path.read_bytes().split(b"\n")
-    source = f"{path}: not a file of samples"
-    return [parse_json(line, Sample, CheckpointError, source) for line in lines]
-
-
-def forget_after(folder: Path, step: int) -> None:
-    """Remove the samples of later steps, which a run that goes back writes again."""
-    path = folder / SAMPLES
-    if path.is_file():
-        kept: list[dict[str, Any]] = [
-            msgspec.to_builtins(sample) for sample in read_samples(folder) if sample.step <= step
-        ]
-        atomic_write(path, "".join(json.dumps(sample) + "\n" for sample in kept).encode())

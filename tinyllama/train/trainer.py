@@ -10,9 +10,8 @@ tensors of a checkpoint, so a run that is resumed continues bit for bit.
 import math
 import os
 import shlex
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -30,17 +29,19 @@ from tinyllama.model.noise import noising
 from tinyllama.observe.ceiling import known_gflops
 from tinyllama.observe.metrics import MetricsLog
 from tinyllama.observe.progress import Progress
+from tinyllama.observe.samples import forget_after
 from tinyllama.observe.trace import Tracing
 from tinyllama.observe.trackers import Trackers
 from tinyllama.runtime import precompile
 from tinyllama.system import lacking
-from tinyllama.system.files import make_folder
+from tinyllama.system.files import free_name, make_folder
 from tinyllama.system.memory import memory_in_use_bytes
+from tinyllama.system.notices import to_stderr
 from tinyllama.system.signals import stopping_on_signals
 from tinyllama.system.waiting import Waiting
-from tinyllama.train import run_folder
-from tinyllama.train.best import Best, better
-from tinyllama.train.checkpoint import BEST, name_aside
+from tinyllama.train import run_folder, saving
+from tinyllama.train.best import better
+from tinyllama.train.checkpoint import BEST, verify
 from tinyllama.train.evaluate import Evaluation, PairEvaluation
 from tinyllama.train.objective import find_material, rows_per_example
 from tinyllama.train.optimizer import AdamW
@@ -55,7 +56,7 @@ from tinyllama.train.prepare import (
     unused_rows,
     without_effect,
 )
-from tinyllama.train.samples import Samples, forget_after
+from tinyllama.train.samples import Samples
 from tinyllama.train.schedule import Place, learning_rate, with_warmup_steps
 from tinyllama.train.step import StepResult, TrainStep
 from tinyllama.train.watching import MOST_ROLLBACKS, Moves, Watching, greatest, update_ratios
@@ -119,7 +120,7 @@ class Trainer:
         if planned is not None:
             self.train_step.take_over(planned)
         self.evaluator = self.material.evaluator(config, self.model)
-        self.step = run_folder.restore(resume, self.optimizer, self.batches) if resume else 0
+        self.step = saving.restore(resume, self.optimizer, self.batches) if resume else 0
         state = run_folder.read_state(resume) if resume else {}
         place = self._place()
         self.total_steps = self.planned_steps = place.total_steps(t.batch_size)
@@ -129,7 +130,7 @@ class Trainer:
         self.anchor = run_folder.schedule_anchor(state)
         if (was := run_folder.batch_size(state)) not in (None, t.batch_size):
             self.anchor = place.anchor(was, self.schedule, self.anchor)
-        self.best = Best(**state["best"]) if "best" in state else None
+        self.best = run_folder.best(state)
         pieces, watched = self.tokenizer.pieces, state.get("watching") or {}
         self.watching = Watching(config, self.batches, pieces, watched)
         self.moves = Moves(trained, begun=self.step > 0)
@@ -212,7 +213,7 @@ class Trainer:
             run_folder.check_holds_none(self.folder)
         else:
             for old, new in run_folder.go_back(self.folder, self._resumed, self.step):
-                print(f"{old} is of a later step: renamed to {new.name}", file=sys.stderr)
+                to_stderr(f"{old} is of a later step: renamed to {new.name}")
         run_folder.write_config(self.folder, self.config)
         run_folder.write_machine(self.folder)
         forget_after(self.folder, self.step)
@@ -253,18 +254,17 @@ class Trainer:
             try:
                 self._hold_folder()
             except CheckpointError:  # another run trains there now
-                self.folder = name_aside(was)
+                self.folder = free_name(was)
                 make_folder(self.folder)
                 self._hold_folder()
             run_folder.write_config(self.folder, self.config)
             self.saved = self.saved if self.saved and self.saved.is_dir() else None
-            print(
+            to_stderr(
                 f"{was} was removed while training: the run goes on and saves in {self.folder}, "
-                "and what is lost is what was there; to save at once and stop, press Ctrl-C",
-                file=sys.stderr,
+                "and what is lost is what was there; to save at once and stop, press Ctrl-C"
             )
         else:
-            print(f"{metrics.path} was removed while training: begun anew", file=sys.stderr)
+            to_stderr(f"{metrics.path} was removed while training: begun anew")
         metrics.path = self.folder / run_folder.METRICS
         metrics.reopen()
 
@@ -354,6 +354,8 @@ class Trainer:
         line |= _finite(**result.measures) | {"lr": lr}
         line |= _finite(grad_norm=result.grad_norm)
         line |= {"tokens_per_second": result.tokens / seconds}
+        if not (self.batches.is_text and self.config.data.pack):  # each step trains other numbers
+            line |= {"trained_tokens": result.tokens}
         line |= {"memory_bytes": memory_in_use_bytes(), "epoch": epoch}
         line |= self._watched(line, result, seconds, clock - began)
         if self._acts(line, metrics, at):
@@ -373,19 +375,19 @@ class Trainer:
         speed, val_loss = line["tokens_per_second"], line.get("val_loss")
         progress.after_step(
             step, self.total_steps, result.loss, speed, val_loss,
-            memory_bytes=line["memory_bytes"], flops_share=self._flops_share(seconds),
+            memory_bytes=line["memory_bytes"], flops_share=self._flops_share(parts, seconds),
         )  # fmt: skip
         if step % self.config.checkpointing.save_every == 0 and step < self.total_steps:
             self.save(run_folder.step_name(step))
 
-    def _flops_share(self, seconds: float) -> float | None:
-        """The share of the device's measured speed that a step reached; None where nobody measured
-        it (`tinyllama profile --out` does)."""
+    def _flops_share(self, parts: Sequence[Rows], seconds: float) -> float | None:
+        """The share of the device's measured speed that a step on these micro-batches reached; None
+        where nobody measured it (`tinyllama profile --out` does)."""
         if self._ceiling is None:
             return None
-        context = self.config.context_length
-        tokens = self.config.training.batch_size * context
-        flops = model_flops(self.config.model, tokens, context, self.config.lora)
+        model, lora = self.config.model, self.config.lora
+        sizes = [(part.tokens.size, part.tokens.shape[1]) for part in parts]
+        flops = sum(model_flops(model, tokens, length, lora) for tokens, length in sizes)
         return flops / seconds / (self._ceiling * 1e9)
 
     def _watched(
@@ -406,7 +408,9 @@ class Trainer:
         layer = greatest(more.get("update_ratios", {}))
         if entries := self.watching.record([*found, *slow], self.watching.action, layer):
             more["anomalies"] = entries
-            self.tracing.event("anomaly", **{"tinyllama.series": entries[0]["series"]})
+            for entry in entries:
+                known = {f"tinyllama.{k}": v for k, v in entry.items() if v is not None}
+                self.tracing.event("anomaly", **known)
         if self._rolled_back is not None:
             more["rolled_back"], self._rolled_back = self._rolled_back, None
         return more
@@ -425,7 +429,7 @@ class Trainer:
         """Take weights, moments and step from the last checkpoint, and go on with the data that
         follows; False where there is no checkpoint yet, so that the update is only left out."""
         folder, step = self.saved, self._saved_step
-        if folder is None or not run_folder.looks_whole(folder):
+        if folder is None or not self._holds(folder):
             return False
         times = self.watching.rollbacks.get(str(step), 0) + 1
         if times > MOST_ROLLBACKS:
@@ -440,7 +444,7 @@ class Trainer:
             self.model.read_weights(open_model(folder))
         else:
             read_adapters(self.model, AdapterFolder(folder))
-        run_folder.restore(folder, self.optimizer, self.batches)
+        saving.restore(folder, self.optimizer, self.batches)
         self.train_step.weights_were_written = True
         self.batches.restore(position)
         state = run_folder.read_state(folder)
@@ -455,6 +459,15 @@ class Trainer:
         forget_after(self.folder, step)
         why = [entry for entry in line["anomalies"] if entry["action"] == "rollback"]
         self._rolled_back = {"from": line["step"], "to": step, "anomalies": why}
+        return True
+
+    def _holds(self, folder: Path) -> bool:
+        """Whether a checkpoint is as it was saved; where it is not, a notice says so."""
+        try:
+            verify(folder)
+        except CheckpointError as error:
+            self.watching.notice(f"{error}: the run does not go back to it")
+            return False
         return True
 
     def _stop_before(self, line: dict[str, Any], metrics: MetricsLog, at: dict[str, Any]) -> None:
@@ -557,7 +570,7 @@ class Trainer:
         return folder
 
     def _save(self, name: str) -> Path:
-        if broken := run_folder.not_finite(self.optimizer.parameters):
+        if broken := saving.not_finite(self.optimizer.parameters):
             raise self._broken(self.step, f"{broken}: the weights are no longer finite")
         if self._metrics is not None:
             if self._metrics.is_gone():
@@ -565,7 +578,7 @@ class Trainer:
             self._metrics.sync()
         folder, keep = self.folder / name, self.config.checkpointing.keep_last_n
         try:
-            run_folder.save(
+            saving.save(
                 folder, self.model, self.optimizer, self.tokenizer,
                 self._state(), keep, self.adapter,
             )  # fmt: skip

@@ -20,9 +20,9 @@ from tinyllama.data.places import Places
 from tinyllama.errors import CheckpointError, DataError
 from tinyllama.formats.dtypes import NumpyArray, RawArray, to_float32
 from tinyllama.observe.anomalies import NUMBERS, Anomaly, Limits, MachineWatch, Watch
-from tinyllama.observe.metrics import to_stderr
 from tinyllama.observe.text import OddRow, TextWatch
 from tinyllama.runtime.storage import read
+from tinyllama.system.notices import to_stderr
 from tinyllama.train.objective import rows_per_example
 from tinyllama.train.optimizer import AdamW
 from tinyllama.train.step import StepResult

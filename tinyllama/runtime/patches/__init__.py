@@ -11,6 +11,7 @@ from tinyllama.errors import DeviceError
 from tinyllama.runtime.patches import (
     bfloat16,
     cubin,
+    deferred_llvm,
     free_steps,
     huge_pages,
     kernel_cache,
@@ -29,6 +30,7 @@ from tinyllama.system import device
 PATCHES: tuple[Patch, ...] = (
     bfloat16.PATCH,
     kernel_sizes.PATCH,
+    deferred_llvm.PATCH,
     kernel_cache.PATCH,
     huge_pages.PATCH,
     layout.PATCH,
