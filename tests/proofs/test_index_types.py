@@ -691,8 +691,8 @@ def test_an_index_of_too_small_a_type_on_a_gpu_is_found(
     assert any(found)
 
 
-# A function's body with `int n` and `long big` as parameters, n up to 1,000 and big up to 2^40; what
-# is found of it, by the first words.
+# A function's body with parameters `int n`, up to 1,000, and `long big`, up to 2^40; what is found
+# of it, by the first words.
 SNIPPETS = {
     "return n * 2200000;": ["n * 2200000 int"],
     "return n * 2100000;": [],
@@ -710,7 +710,7 @@ SNIPPETS = {
     "int k = n; while (k < 2147483647) k += 3; return k;": ["k += 3 int"],
     "int k = 0; do k++; while (k < n); return k * 2200000;": ["k * 2200000 int"],
     "int k = 1; while (1) { if (k > n) break; k = k * 2; } return k * 1000000;": [],
-    "int k = 1; while (1) { if (k > n) break; k = k * 2; } return k * 2000000;": ["k * 2000000 int"],
+    "int k = 1; while (1) { if (k > n) break; k *= 2; } return k * 2000000;": ["k * 2000000 int"],
     "unsigned u = n; return (int)(u * 4294967295u) + 1;": ["(u * 4294967295) + 1 int"],
     "return helper(n) * 1000;": [],
     "return helper(n + 1100000) * 1000;": ["(helper(n + 1100000)) * 1000 int"],
