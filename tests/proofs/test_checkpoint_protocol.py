@@ -26,7 +26,7 @@ from tinyllama.train import checkpoint
 MODEL = Path(__file__).with_name("checkpoint.pml")
 needs_spin = pytest.mark.skipif(shutil.which("spin") is None, reason="spin is not installed")
 pytestmark = needs_spin
-SEEDS = 40  # of runs that are replayed
+SEEDS = 20  # of runs that are replayed
 EXCHANGE = pytest.mark.parametrize("exchange", [1, 0], ids=["exchange", "two renames"])
 
 

@@ -216,16 +216,14 @@ def test_what_a_block_of_a_product_is_known_for() -> None:
         "int m1 = MIN(m0 + height, r.m1);",
     ):
         quoted(source, line)
-    rows, wide, n, mr, counted, height = z3.Ints("rows wide n mr counted height")
-    # blocks = ceil(rows / wide), and height = ceil(rows / blocks) rounded up to mr: at most wide,
-    # which is a multiple of mr (BLOCK_ROWS).
-    given = (rows > 0, wide > 0, mr > 0, n > 0, (n - 1) * wide < rows, rows <= n * wide)
-    exact = (n * (counted - 1) < rows, rows <= n * counted)
-    proved(counted <= wide, *given, *exact)
-    whole = z3.Int("whole")
-    rounded = (counted <= height, height < counted + mr, wide == whole * mr)
-    tiles = z3.Int("tiles")
-    proved(height <= wide, counted <= wide, mr > 0, *rounded, height == tiles * mr)
+    rows, wide, n, counted, tiles, whole = z3.Ints("rows wide n counted tiles whole")
+    # blocks = ceil(rows / wide), and ceil(rows / blocks) is at most wide. Rounded up to tiles of mr
+    # rows it still is, as wide (BLOCK_ROWS) is in whole tiles.
+    given = (rows > 0, wide > 0, n > 0, (n - 1) * wide < rows, rows <= n * wide)
+    proved(counted <= wide, *given, n * (counted - 1) < rows)
+    for mr in {c_text(tile, pair).term("MR") for tile, pair in forms()}:
+        rounded = (tiles * mr < counted + mr, wide == whole * mr)
+        proved(tiles * mr <= wide, counted <= wide, *rounded)
     k0, k, deep, slots = z3.Ints("k0 k deep slots")
     k1 = least(k0 + deep, slots)
     proved(z3.And(k - k0 >= 0, k - k0 < deep, k1 - k >= 1), k0 <= k, k < k1)
