@@ -98,11 +98,12 @@ class Call(NamedTuple):
     crashed: bool
 
 
-def calls_of(seed: int, exchange: int) -> list[Call]:
-    """A random run of the model."""
+def calls_of(seed: int, exchange: int, folder: Path) -> list[Call]:
+    """A random run of the model; spin writes files of fixed names into the folder."""
     defines = [f"-DEXCHANGE={exchange}", "-DSAVES=30", "-DCRASHES=6", "-DREPLAY"]
     command = ["spin", f"-n{seed}", "-u3000", "-T", "-B", *defines, str(MODEL)]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    printed = done.stdout
     calls: list[Call] = []
     state = {"final": "0", "next": "0", "old": "0", "steps": "0,0", "partials": "0"}
     for line in printed.splitlines():
@@ -221,7 +222,7 @@ def replayed(folder: Path, exchange: int, seeds: Iterable[int]) -> tuple[Counter
     for seed in seeds:
         root = folder / str(seed)
         root.mkdir()
-        for number, call in enumerate(calls_of(seed, exchange)):
+        for number, call in enumerate(calls_of(seed, exchange, folder)):
 
             def replay(call: Call = call, root: Path = root) -> None:
                 with Steps(call, exchange) as steps:
