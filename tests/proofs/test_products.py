@@ -271,12 +271,10 @@ def _prove_scratch(
         python_expression(quoted(inspect.getsource(python.function), expression), theirs)
         for expression in (python.depth, python.width, python.block, python.a_slots, python.rows)
     )
-    # The block of B: needed = (depth * count) * columns.
-    proved(z3.And(columns > 0, needed <= their_block), *given)
-    proved(z3.And(depth * count <= their_depth, columns <= their_width), *given)
-    # The block of A.
-    a_slots = text.term("A_SLOTS", M=M, **block)
-    proved(a_slots <= room, *given)
+    # The block of B: needed = (depth * count) * columns. The block of A.
+    of_b = (columns > 0, needed <= their_block)
+    parts = (depth * count <= their_depth, columns <= their_width)
+    proved(z3.And(*of_b, *parts, text.term("A_SLOTS", M=M, **block) <= room), *given)
     # Sums of several panels, where a 16-bit C needs them: rows * columns.
     used = text.term("SLOTS > DEPTH", K=K, DEPTH=depth)
     if K_given is K and possible(*given, used):
