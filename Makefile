@@ -156,7 +156,7 @@ llamacpp: $(VENV)-llamacpp/.made ## build llama.cpp, and compare our GGUF files 
 	@tools/system.sh clang
 	$(VENV)-llamacpp/bin/python tools/llamacpp.py --out docs/interop.md
 
-proofs: $(VENV)/.dev ## prove properties for all sizes, explore the protocol of checkpoints (90 seconds)
+proofs: $(VENV)/.dev ## prove properties for all sizes, explore the protocol of checkpoints (2 minutes)
 	@tools/system.sh --required clang spin
 	$(PYTEST) -q $(PARALLEL) tests/proofs
 
