@@ -10,6 +10,7 @@ from tinygrad import Tensor, dtypes
 from tinyllama import ops
 from tinyllama.ops import forms
 from tinyllama.runtime.blocks import UnsupportedSize
+from tinyllama.runtime.kernel import LARGEST
 
 
 def modules():
@@ -66,6 +67,17 @@ def test_the_first_form_that_can_compute_the_tensors_is_chosen(monkeypatch):
     assert choice(floats, Tensor.empty(3, device="NULL")) == "portable"
     monkeypatch.setattr(forms, "clang_compiles", lambda: False)
     assert choice(floats) == "portable"
+
+
+@pytest.mark.parametrize("shape", [(LARGEST - 1, 3), (3, LARGEST - 1), (LARGEST - 1,), (8, 9, 7)])
+@pytest.mark.parametrize("device, kernels", [("CPU", "cpu"), ("NULL", "gpu")])
+def test_rows_and_columns_are_as_many_as_kernels_count(shape, device, kernels, monkeypatch):
+    monkeypatch.setattr(forms, "dialect_of", {"NULL": "cuda"}.get)
+    assert choice(Tensor.empty(*shape, device=device)) == kernels
+    one_more = tuple(n + 1 if n == LARGEST - 1 else n for n in shape)
+    expected = kernels if one_more == shape else "portable"
+    assert choice(Tensor.empty(*one_more, device=device)) == expected
+    assert choice(Tensor.empty(2, LARGEST // 2, 3, device=device)) == "portable"
 
 
 def test_kernels_for_a_gpu_compute_what_lies_on_one(monkeypatch):

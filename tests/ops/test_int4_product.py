@@ -93,6 +93,17 @@ def test_few_rows_are_multiplied_without_packing(kind, rows, inputs, block, dtyp
     assert np.abs(y - expected).max() < ROUNDING[dtype] * np.abs(expected).max()
 
 
+@pytest.mark.parametrize("rows", [1, 9])
+def test_rows_of_any_width_have_room_in_scratch(rows):
+    """8 rows of more than 140,000 numbers are larger than a block of panels."""
+    inputs = 160_000
+    packed, scales, weight = packed_weight(3, inputs, 32)
+    x = input_like((rows, inputs), dtypes.float32, 3)
+    found = int4_linear(x, *tensors(packed, scales)).numpy()
+    expected = x.numpy().astype(np.float64) @ weight.T
+    assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_gradient_is_the_slope_of_the_product(form):
     """Finite differences of sum(y * dy) along random directions; it is linear in x."""

@@ -113,8 +113,8 @@ def test_parts_of_a_threads_scratch_lie_one_after_another(width: int) -> None:
 def test_whole_pairs_are_divided_among_threads_once() -> None:
     """core * W + n for n < W is one to one onto 0 .. W * NT - 1."""
     text = c_text(16)
-    quoted(HEADER, "(long)core * WHOLE_PAIRS + n")
-    quoted(HEADER, "(long)WHOLE_PAIRS * NT + n - WHOLE_PAIRS")
+    quoted(HEADER, "core * WHOLE_PAIRS + n")
+    quoted(HEADER, "WHOLE_PAIRS * NT + n - WHOLE_PAIRS")
     whole, first, second, n, m = z3.Ints("whole first second n m")
     given = (whole >= 0, 0 <= first, first < NT, 0 <= second, second < NT)
     given += (0 <= n, n < whole, 0 <= m, m < whole)
@@ -127,7 +127,7 @@ def test_whole_pairs_are_divided_among_threads_once() -> None:
     pairs, left = z3.Ints("pairs left")
     given = (pairs > 0, NT > 0, pairs == whole * NT + left, 0 <= left, left < NT)
     proved(whole * NT + left == pairs, *given)
-    assert text.expanded("PAIRS_PER_THREAD") == "((B * KV / NT) + B * KV % NT)"
+    assert text.expanded("PAIRS_PER_THREAD") == "((((long)B * KV) / NT) + ((long)B * KV) % NT)"
 
 
 def test_each_tile_of_a_shared_pair_has_one_owner() -> None:
@@ -180,7 +180,7 @@ def test_a_strip_stays_inside_its_tile_and_holds_what_its_queries_see(
     ):
         quoted(HEADER, line)
     nr, mr = text.term("NR"), text.term("MR")
-    assert (nr, mr, 96 % nr, 96 % mr) == (2 * width, group, 0, 0)
+    assert (text.term("TILE"), nr, mr, 96 % nr, 96 % mr) == (96, 2 * width, group, 0, 0)
     tiles = z3.Ints("query_tile key_tile")
     given = [query == 96 * tiles[0], key == 96 * tiles[1], 0 <= key, key <= query, query < T, T > 0]
     given += [queries == text.term("least(96, T - query)", T=T, query=query, **functions)]

@@ -13,7 +13,8 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ from tinyllama.train import checkpoint
 MODEL = Path(__file__).with_name("checkpoint.pml")
 needs_spin = pytest.mark.skipif(shutil.which("spin") is None, reason="spin is not installed")
 pytestmark = needs_spin
+SEEDS = 20  # of runs that are replayed
 EXCHANGE = pytest.mark.parametrize("exchange", [1, 0], ids=["exchange", "two renames"])
 
 
@@ -96,11 +98,12 @@ class Call(NamedTuple):
     crashed: bool
 
 
-def calls_of(seed: int, exchange: int) -> list[Call]:
-    """A random run of the model."""
-    defines = [f"-DEXCHANGE={exchange}", "-DSAVES=9", "-DCRASHES=6"]
+def calls_of(seed: int, exchange: int, folder: Path) -> list[Call]:
+    """A random run of the model; spin writes files of fixed names into the folder."""
+    defines = [f"-DEXCHANGE={exchange}", "-DSAVES=30", "-DCRASHES=6", "-DREPLAY"]
     command = ["spin", f"-n{seed}", "-u3000", "-T", "-B", *defines, str(MODEL)]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    printed = done.stdout
     calls: list[Call] = []
     state = {"final": "0", "next": "0", "old": "0", "steps": "0,0", "partials": "0"}
     for line in printed.splitlines():
@@ -211,14 +214,15 @@ def in_a_process(function: Callable[[], None]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-@EXCHANGE
-def test_the_real_code_does_what_the_model_does(tmp_path: Path, exchange: int) -> None:
-    partials._boot()  # as a process that saves has it
-    done, crashes = 0, 0
-    for seed in range(150):
-        root = tmp_path / str(seed)
+def replayed(folder: Path, exchange: int, seeds: Iterable[int]) -> tuple[Counter[str], int]:
+    """Replay runs of the model: how often the real code was called for each of the model's words,
+    and how often it was killed. Whatever has a checkpoint's name is whole at every moment."""
+    done: Counter[str] = Counter()
+    crashes = 0
+    for seed in seeds:
+        root = folder / str(seed)
         root.mkdir()
-        for number, call in enumerate(calls_of(seed, exchange)):
+        for number, call in enumerate(calls_of(seed, exchange, folder)):
 
             def replay(call: Call = call, root: Path = root) -> None:
                 with Steps(call, exchange) as steps:
@@ -228,5 +232,59 @@ def test_the_real_code_does_what_the_model_does(tmp_path: Path, exchange: int) -
             code = in_a_process(replay)
             assert code in ((0, 9) if call.crashed else (0,)), (seed, number, call)
             assert numbers(root) == call.state, (seed, number, call)
-            done, crashes = done + 1, crashes + call.crashed
-    assert done > 150 and crashes  # enough of the model was seen
+            for checkpoint_folder in checkpoint.list_checkpoints(root):
+                checkpoint.verify(checkpoint_folder)
+            done[" ".join(call.words[:2] if call.words[0] == "save" else call.words[:1])] += 1
+            crashes += call.crashed
+    return done, crashes
+
+
+@EXCHANGE
+def test_the_real_code_does_what_the_model_does(tmp_path: Path, exchange: int) -> None:
+    partials._boot()  # as a process that saves has it
+    done, crashes = replayed(tmp_path, exchange, range(SEEDS))
+    # Enough of the model was seen: resuming, both ways of saving, going back, dying.
+    assert done.keys() == {"recover", "save final", "save step", "back"}
+    assert min(done.values()) > SEEDS and crashes > SEEDS
+
+
+def replaces_by_deleting(final: Path, new: Path) -> None:
+    """`_replace`, which deletes the old checkpoint before the new one has its name."""
+    shutil.rmtree(final)
+    os.rename(new, final)
+
+
+def prunes_everything(saved: Path, keep_last_n: int | None) -> None:
+    """`_prune`, which deletes also what was just saved."""
+    for path in checkpoint.list_checkpoints(saved.parent):
+        if path.name.startswith("step-"):
+            checkpoint._discarded(path)
+
+
+def sets_nothing_aside(root: Path, step: int) -> list[tuple[Path, Path]]:
+    """`set_aside`, after which a run is mixed with what followed before."""
+    return []
+
+
+def recovers_nothing(root: Path) -> list[Path]:
+    """`recover`, which leaves a checkpoint without a name after a crash."""
+    return []
+
+
+FAULTS: dict[str, Callable[..., object]] = {
+    "_replace": replaces_by_deleting,
+    "_prune": prunes_everything,
+    "set_aside": sets_nothing_aside,
+    "recover": recovers_nothing,
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_real_code_that_does_something_else_is_found(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    partials._boot()
+    monkeypatch.setattr(checkpoint, name, FAULTS[name])
+    with pytest.raises(AssertionError):
+        replayed(tmp_path, 1, range(SEEDS))
+    capfd.readouterr()

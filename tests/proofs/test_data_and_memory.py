@@ -266,6 +266,85 @@ def test_masks_leave_out_padding_and_the_first_tokens_of_documents_and_nothing_e
     proved((target >= 0) == trained, *given)
 
 
+def test_every_token_of_a_document_that_is_cut_is_a_target_once() -> None:
+    """Pieces: piece p of a document of `size` tokens begins at p * longest. Of a text each token
+    but the first is a target in one piece, of a conversation each of the first `longest` but the
+    first; masks leave out those that are not trained, and no others."""
+    cut = inspect.getsource(rows.Pieces._cut)
+    for line in (
+        "parts = np.where(is_text, np.maximum(-(-(lengths - 1) // longest), 1), 1)",
+        "begins = starts[document] + (pieces - (ends - parts)[document]) * longest",
+        "left = (starts + lengths)[document] - begins",
+        "goes_on = is_text[document] & (left > longest)",
+        "yield begins, np.minimum(left, longest), goes_on",
+    ):
+        quoted(cut, line)
+    piece = inspect.getsource(rows.Pieces._piece)
+    for line in (
+        "end = begin + length + int(self._goes_on[piece])",
+        "targets[: end - begin - 1] = tokens[1:]",
+        "is_trained = self._dataset.trained[begin + 1 : end] == 1",
+        "targets[: end - begin - 1][~is_trained] = -1",
+    ):
+        quoted(piece, line)
+    size, longest, target, first, second, parts = z3.Ints("size longest target first second parts")
+    is_text = z3.Bool("is_text")
+
+    def holds(p: Any) -> Any:
+        left = size - p * longest
+        goes_on = z3.And(is_text, left > longest)
+        end = p * longest + least(left, longest) + z3.If(goes_on, 1, 0)
+        return z3.And(p >= 0, p < parts, p * longest + 1 <= target, target < end)
+
+    given = (size >= 1, longest >= 1, target >= 1, target < size, parts >= 1)
+    # parts = max(ceil((size - 1) / longest), 1) of a text.
+    of_text = (is_text, z3.Or(parts == 1, (parts - 1) * longest < size - 1))
+    of_text += (size - 1 <= parts * longest,)
+    proved(first == second, *given, holds(first), holds(second))
+    q, r = z3.Ints("q r")
+    euclid = (target - 1 == q * longest + r, 0 <= r, r < longest)
+    proved(q >= 0, *given, *euclid)
+    proved(q < parts, *given, *euclid, *of_text, q >= 0)
+    proved(holds(q), *given, *euclid, is_text, q >= 0, q < parts)
+    whole = (z3.Not(is_text), parts == 1)
+    proved(holds(z3.IntVal(0)) == (target < longest), *given, *whole)
+
+
+def test_pieces_lie_in_a_row_one_after_another() -> None:
+    """A piece is put into a row with room for it, and rows begin with room for the longest."""
+    source = inspect.getsource(rows._packed)
+    for line in (
+        "fitting = with_room >> length",
+        "room = length + (fitting & -fitting).bit_length() - 1",
+        "row, room, n_rows = n_rows, longest, n_rows + 1",
+        "if left := room - length:",
+        "rows_with[left].append(row)",
+    ):
+        quoted(source, line)
+    quoted(inspect.getsource(rows.Pieces.batch), "at += length")
+    room, length, longest, lowest, used = z3.Ints("room length longest lowest used")
+    given = (1 <= length, length <= longest)  # np.minimum(left, longest)
+    found = z3.Or(room == longest, z3.And(lowest >= 0, room == length + lowest))
+    proved(room >= length, *given, found)
+    # used tokens and room are the whole row, before and after.
+    kept = (used + room == longest, room >= length)
+    proved(z3.And(used + length <= longest, (used + length) + (room - length) == longest), *kept)
+
+
+def test_starts_do_not_decrease_along_a_row() -> None:
+    """What attention's proofs assume of `starts`: a running maximum, or each piece's place and then
+    the places of padding, each its own."""
+    made = inspect.getsource(rows.Windows.batch)
+    quoted(made, "starts = np.maximum.accumulate(np.where(is_first, positions, 0), axis=1)")
+    pieces = inspect.getsource(rows.Pieces.batch)
+    quoted(pieces, "starts = np.tile(np.arange(self._context_length, dtype=np.int32)")
+    quoted(pieces, "starts[number, place] = at")
+    before, at, length, place = z3.Ints("before at length place")
+    given = (0 <= before, before <= at, length >= 1)
+    proved(z3.And(before <= at, at <= at + length), *given)  # from piece to piece
+    proved(place >= at, *given, place >= at + length)  # behind the last one: padding
+
+
 # ---- 4 bits
 
 

@@ -23,7 +23,7 @@ from proof_source import (
     values_of,
 )
 
-from tinyllama.ops import matmul
+from tinyllama.ops import int4, matmul
 
 TILES = {"TILE_AVX512": 16, "TILE_AVX2": 8, "TILE_NEON": 4, "TILE_GENERIC": 4, "TILE_AMX": 16}
 FILES = ("tile.h", "panels.h", "gemm.c")
@@ -219,6 +219,22 @@ def test_scratch_holds_numbers_that_are_divided_into_pairs() -> None:
         _prove_scratch(text, BOUNDS[1], depth, count, known, K_given=2 * K)
 
 
+@pytest.mark.parametrize("tile", ["TILE_AVX512", "TILE_AVX2", "TILE_NEON"])
+def test_scratch_has_room_for_few_rows_of_a_packed_weight(tile: str) -> None:
+    """DOT_FLOATS of int4.h <= `_dot_floats`, which SCRATCH_FLOATS is not less than."""
+    source = inspect.getsource(int4._product_cpu)
+    quoted(source, 'max(sizes["SCRATCH_FLOATS"], _dot_floats(k, defines["BLOCK"]))')
+    defines = {tile: 1, "VW": TILES[tile], "LAYOUT": 0, "COMPUTE_BF16": 0, "C_T": 0}
+    text = CText(("tile.h", "int4.h", "panels.h"), {**defines, "A_T": 0, "B_T": 0})
+    groups, block = z3.Ints("groups block")
+    theirs = python_term(int4._dot_floats, K, block)["return"]
+    needed = text.term("DOT_FLOATS", K=K, INT4_GROUPS=groups)
+    # Groups of a row, rounded up to whole vectors.
+    of_row = text.term("INT4_GROUPS", K=K, BLOCK=block)
+    proved(of_row <= K / block + 15, K > 0, block > 0)
+    proved(needed <= theirs, K > 0, block > 0, groups <= K / block + 15)
+
+
 class Bound(NamedTuple):
     """How Python bounds scratch: its function, and expressions that stand in it."""
 
@@ -255,12 +271,10 @@ def _prove_scratch(
         python_expression(quoted(inspect.getsource(python.function), expression), theirs)
         for expression in (python.depth, python.width, python.block, python.a_slots, python.rows)
     )
-    # The block of B: needed = (depth * count) * columns.
-    proved(z3.And(columns > 0, needed <= their_block), *given)
-    proved(z3.And(depth * count <= their_depth, columns <= their_width), *given)
-    # The block of A.
-    a_slots = text.term("A_SLOTS", M=M, **block)
-    proved(a_slots <= room, *given)
+    # The block of B: needed = (depth * count) * columns. The block of A.
+    of_b = (columns > 0, needed <= their_block)
+    parts = (depth * count <= their_depth, columns <= their_width)
+    proved(z3.And(*of_b, *parts, text.term("A_SLOTS", M=M, **block) <= room), *given)
     # Sums of several panels, where a 16-bit C needs them: rows * columns.
     used = text.term("SLOTS > DEPTH", K=K, DEPTH=depth)
     if K_given is K and possible(*given, used):

@@ -6,7 +6,8 @@
 
 All forms of an operation have one signature. Of those that an operation offers, the first in
 APPLIES that can compute its tensors runs; where it has none for a GPU, or that one does not take
-the tensors' sizes (UnsupportedSize), the portable one does. `forced` makes every operation take one
+the tensors' sizes (UnsupportedSize, or kernel.LARGEST rows or columns), the portable one does.
+`forced` makes every operation take one
 form, whatever the device; TINYLLAMA_KERNELS=0 leaves the portable one, and TINYLLAMA_KERNELS=all
 takes kernels also in OpenCL on the processor.
 """
@@ -31,20 +32,32 @@ _forced: list[Form] = []
 
 
 def _cpu_applies(tensors: Sequence[Tensor]) -> bool:
-    """Tensors on the CPU, of types that kernels know, compiled by clang, and not switched off."""
+    """Tensors on the CPU, of types and sizes that kernels take, compiled by clang, and not switched
+    off."""
     if any(t.device != "CPU" or t.dtype not in kernel.TYPE_CODE for t in tensors):
+        return False
+    if not all(map(_counted, tensors)):
         return False
     return device.kernels_enabled() and clang_compiles()
 
 
+def _counted(tensor: Tensor) -> bool:
+    """Whether kernels can count a tensor's columns, those of its last axis, and its rows."""
+    columns = tensor.shape[-1] if tensor.ndim else 1
+    return columns < kernel.LARGEST and tensor.numel() < kernel.LARGEST * max(columns, 1)
+
+
 def _gpu_applies(tensors: Sequence[Tensor]) -> bool:
-    """Tensors on one GPU whose language is known, of types that kernels know, not switched off.
+    """Tensors on one GPU whose language is known, of types and sizes that kernels take, and not
+    switched off.
 
     OpenCL on the processor is no GPU: pocl 3.1 runs kernels right on one thread alone, and there a
     small model's step took 1.4 s, in portable form 0.2 s, and on two threads 0.1 s.
     """
     place = tensors[0].device
     if any(t.device != place or t.dtype not in kernel.TYPE_CODE for t in tensors):
+        return False
+    if not all(map(_counted, tensors)):
         return False
     if not device.kernels_enabled() or not isinstance(place, str) or dialect_of(place) is None:
         return False

@@ -164,6 +164,8 @@ def _product_cpu(
     n = rows if layout == NT else columns
     defines, sizes = gemm_macros(layout, m, n, k, a.dtype, dtypes.float32, dtype)
     defines |= _form(weight)
+    if layout == NT:
+        sizes["SCRATCH_FLOATS"] = max(sizes["SCRATCH_FLOATS"], _dot_floats(k, defines["BLOCK"]))
     if addend is not None:
         defines["ADDEND"] = 1
     headers = gemm_headers(defines, "int4.h")
@@ -171,3 +173,8 @@ def _product_cpu(
     written = [empty(m, n, dtype=dtype, device=a.device), per_thread(sizes["SCRATCH_FLOATS"])]
     inputs = [a, *weight] if addend is None else [a, *weight, addend]
     return run(product, written, inputs, gradient)[0]
+
+
+def _dot_floats(k: int, block: int) -> int:
+    """Floats that a thread needs for few rows, on any instruction set (see cpu/int4.h)."""
+    return -(-(8 * k + 9 * (k // block + 15)) // 1024) * 1024

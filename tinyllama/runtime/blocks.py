@@ -21,7 +21,7 @@ from tinygrad.helpers import Context
 from tinygrad.uop.ops import ProgramInfo
 
 from tinyllama.runtime import kernel as common
-from tinyllama.runtime.kernel import Gradient
+from tinyllama.runtime.kernel import LARGEST, Gradient
 from tinyllama.system import gpu_driver
 
 Dialect = Literal["cuda", "metal", "opencl"]
@@ -52,12 +52,13 @@ class Limits:
     shared_bytes: int  # that a kernel declares, per block
     threads: int = 1024  # per block
     buffers: int | None = None  # arguments
+    layers: int = LARGEST - 1  # blocks along z
 
 
 # CUDA: more than 48 KB must be requested at the launch, which tinygrad 0.13 forgets in a captured
 # step. OpenCL: the least that full devices have; many have 48 or 64 KB.
 LIMITS: Mapping[Dialect, Limits] = {
-    "cuda": Limits(48 << 10),
+    "cuda": Limits(48 << 10, layers=65535),
     "metal": Limits(32 << 10, buffers=31),
     "opencl": Limits(32 << 10),
 }
@@ -166,13 +167,14 @@ def launch(
     updates: bool = False,
     headers: Sequence[str] = ("tile.h",),
     limits: Limits | None = None,
+    products: Sequence[int] = (),
 ) -> Launch:
     """The launch of `ops/gpu/<kernel>.c`, whose text is put together here.
 
     name: of the function. dtype: TYPE of the text, its activations. grid: blocks, whose first and
     third numbers are bx and bz. arguments: names of the buffers, outputs first. shared_bytes: per
     block. min_blocks: per multiprocessor, which limits registers on CUDA. headers: files of
-    ops/gpu/ after the dialect's.
+    ops/gpu/ after the dialect's. products: those of sizes that the text computes in 32 bits.
 
     Raises UnsupportedSize if the device does not allow as much.
     """
@@ -181,6 +183,8 @@ def launch(
         (shared_bytes, limits.shared_bytes, "bytes of shared memory per block"),
         (threads, limits.threads, "threads per block"),
         (len(arguments), limits.buffers, "buffers"),
+        (grid[2], LIMITS[dialect].layers, "blocks along z"),
+        (max(*_sizes(macros), *grid[:2], *products), LARGEST - 1, "as a size"),
     ):
         if allowed is not None and found > allowed:
             raise UnsupportedSize(f"{kernel}: {found} {what}; {dialect} allows {allowed}")
@@ -196,6 +200,11 @@ def launch(
         name, text, grid, threads, shared_bytes, tuple(arguments), flops,
         dynamic_bytes=shared_bytes * dynamic, updates=updates,
     )  # fmt: skip
+
+
+def _sizes(macros: Mapping[str, int | str]) -> list[int]:
+    """Numbers among a text's macros, but that of a whole tensor's elements: it has 64 bits."""
+    return [n for name, n in macros.items() if isinstance(n, int) and name != "COUNT"]
 
 
 def run(

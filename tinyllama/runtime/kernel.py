@@ -19,6 +19,10 @@ from tinygrad.uop.ops import KernelInfo, Ops, ProgramInfo, UOp
 from tinyllama.runtime import sources
 from tinyllama.runtime.patches import install
 
+# Kernels index rows, columns and blocks with 32 bits; elements of whole tensors have 64. Each size,
+# and each product of sizes that a kernel computes in 32 bits, is less than this, and what is added
+# before an index is clipped much less than as much again (tests/proofs/test_index_types.py).
+LARGEST = 1 << 30
 # Type codes shared with ops/cpu/common.h and ops/gpu/common.h.
 TYPE_CODE = {dtypes.float32: 0, dtypes.bfloat16: 1, dtypes.float16: 2}
 

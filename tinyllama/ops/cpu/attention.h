@@ -23,7 +23,7 @@
 #endif
 /* Queries and keys in a tile: a multiple of MR and NR on every machine. */
 #define TILE 96
-#define TILES ((T + TILE - 1) / TILE)
+#define TILES ((T + TILE - 1L) / TILE)
 #define GROUP (H / KV)
 /* The columns of a packed row that take part in products, and its stride: an odd number of 64-byte
    lines, so that a column of rows spreads over all cache sets. */
@@ -50,11 +50,12 @@ INLINE float *thread_scratch(float *scratch, long floats, int core) {
 
 /* Each thread gets the same number of whole (sequence, key/value head) pairs; the few of the B * KV
    pairs that are left over are shared by all threads, tile by tile. */
-#define WHOLE_PAIRS (B * KV / NT)
-#define PAIRS_PER_THREAD (WHOLE_PAIRS + B * KV % NT)
-INLINE int is_shared(int n) { return n >= WHOLE_PAIRS; }
-INLINE long pair_of(int n, int core) {
-  return is_shared(n) ? (long)WHOLE_PAIRS * NT + n - WHOLE_PAIRS : (long)core * WHOLE_PAIRS + n;
+#define PAIRS ((long)B * KV)
+#define WHOLE_PAIRS (PAIRS / NT)
+#define PAIRS_PER_THREAD (WHOLE_PAIRS + PAIRS % NT)
+INLINE int is_shared(long n) { return n >= WHOLE_PAIRS; }
+INLINE long pair_of(long n, int core) {
+  return is_shared(n) ? WHOLE_PAIRS * NT + n - WHOLE_PAIRS : core * WHOLE_PAIRS + n;
 }
 /* Tiles of a shared pair go to the threads in the order 0 1 1 0 0 1 .., because a tile's causal work
    grows with its number. */

@@ -119,7 +119,7 @@ NO_LIBC void KERNEL(ELEM(ACT) *restrict dq, ELEM(ACT) *restrict dk, ELEM(ACT) *r
   w.dout_panels = w.query_panels + ROWS_FLOATS;
   w.p = w.dout_panels + ROWS_FLOATS;
   w.ds = w.p + SCORE_FLOATS;
-  AS_WRITTEN for (int n = 0; n < PAIRS_PER_THREAD; n++) {
+  AS_WRITTEN for (long n = 0; n < PAIRS_PER_THREAD; n++) {
     int shared = is_shared(n);
     long pair = pair_of(n, core_id), b = pair / KV, kv = pair % KV;
     long padded = round_up(T, MR), rows_at = (b * T * KV + kv) * D;

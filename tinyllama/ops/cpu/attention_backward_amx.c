@@ -128,7 +128,7 @@ NO_LIBC void KERNEL(ELEM(ACT) *restrict dq, ELEM(ACT) *restrict dk, ELEM(ACT) *r
   w.ds_rows = w.p_rows + HALF_SCORE_FLOATS;
   w.ds_pairs = w.ds_rows + HALF_SCORE_FLOATS;
   tile_begin();
-  AS_WRITTEN for (int n = 0; n < PAIRS_PER_THREAD; n++) {
+  AS_WRITTEN for (long n = 0; n < PAIRS_PER_THREAD; n++) {
     int shared = is_shared(n);
     long pair = pair_of(n, core_id), b = pair / KV, kv = pair % KV;
     long first = (b * T * KV + kv) * D;

@@ -87,7 +87,7 @@ NO_LIBC void KERNEL(ELEM(ACT) *restrict out, float *restrict lse, float *restric
   w.panels = w.queries + ROWS_FLOATS;
   w.out = w.panels + ROWS_FLOATS;
   w.scores = w.out + ROWS_FLOATS;
-  AS_WRITTEN for (int n = 0; n < PAIRS_PER_THREAD; n++) {
+  AS_WRITTEN for (long n = 0; n < PAIRS_PER_THREAD; n++) {
     long pair = pair_of(n, core_id), b = pair / KV, kv = pair % KV;
     pack_rows(w.keys, k + (b * T * KV + kv) * D, KV, 1.0f, T, round_up(T, MR));
     pack_rows(w.values, v + (b * T * KV + kv) * D, KV, 1.0f, T, round_up(T, MR));

@@ -92,7 +92,7 @@ NO_LIBC void KERNEL(ELEM(ACT) *restrict out, float *restrict lse, float *restric
   w.scores = w.out + 2 * PACKED_FLOATS;
   w.weights = w.scores + SCORE_FLOATS;
   tile_begin();
-  AS_WRITTEN for (int n = 0; n < PAIRS_PER_THREAD; n++) {
+  AS_WRITTEN for (long n = 0; n < PAIRS_PER_THREAD; n++) {
     long pair = pair_of(n, core_id), b = pair / KV, kv = pair % KV;
     AS_WRITTEN for (long i = 0; i < TILES; i++) {
       long at = ((b * T + i * TILE) * KV + kv) * D, count = least(TILE, T - i * TILE);

@@ -6,10 +6,11 @@
 NO_LIBC void KERNEL(ELEM(ACT) *restrict keys, ELEM(ACT) *restrict values,
                     const ELEM(ACT) *restrict k, const ELEM(ACT) *restrict v,
                     const int *restrict position, int core_id) {
-  long begin = split(KV * D, 16, core_id, NT), end = split(KV * D, 16, core_id + 1, NT);
+  const long width = (long)KV * D;
+  long begin = split(width, 16, core_id, NT), end = split(width, 16, core_id + 1, NT);
   for (long t = 0; t < T; t++)
     AS_WRITTEN for (long i = begin; i < end; i++) {
-      long head = i / D, d = i % D, from = t * (KV * D) + i, first = FIRST_OF(head);
+      long head = i / D, d = i % D, from = t * width + i, first = FIRST_OF(head);
       if (first + t >= S) continue;
       keys[key_place(head, first + t, d)] = k[from];
       values[value_place(head, first + t) + d] = v[from];

@@ -9,19 +9,20 @@
    of them are computed together, so that what is read is used ROWS times. */
 
 #define GROUP (H / KV)
+#define ROWS_OF_HEAD ((long)T * GROUP) /* of keys and values */
 #define VECTORS (KEY_LANES / VW)
 /* Chains of additions per sum, enough to keep the multipliers busy. */
 #define CHAINS (ROWS == 1 ? 4 : 1)
 #define WIDE 4 /* vectors of out that are summed at a time */
 
 typedef struct {
-  long row, rows;         /* of the head's T * GROUP */
+  long row, rows;         /* of ROWS_OF_HEAD */
   long low[ROWS], high[ROWS]; /* positions that each attends to, [low, high) */
   long first, end;        /* of all of them */
 } strip;
 
 INLINE strip make_strip(long row, long position) {
-  strip s = {row, T * GROUP - row < ROWS ? T * GROUP - row : ROWS, {0}, {0}, 0, 0};
+  strip s = {row, ROWS_OF_HEAD - row < ROWS ? ROWS_OF_HEAD - row : ROWS, {0}, {0}, 0, 0};
   AS_WRITTEN for (long i = 0; i < ROWS; i++) {
     long r = row + (i < s.rows ? i : s.rows - 1);
     s.high[i] = position + r / GROUP + 1;
@@ -53,7 +54,7 @@ INLINE void score_block(float *scores, const float (*query)[D], const ELEM(ACT) 
     for (int j = 0; j < VECTORS; j++) {
       vf total = sum[0][i][j];
       for (int c = 1; c < CHAINS; c++) total += sum[c][i][j];
-      vstore(scores + i * S + j * VW, total);
+      vstore(scores + (long)i * S + j * VW, total);
     }
 }
 
@@ -92,7 +93,7 @@ INLINE void add_values(float (*out)[D + WIDE * VW], const float *p, const ELEM(A
     }
     for (int i = 0; i < ROWS; i++)
       for (int j = 0; j < vectors; j++)
-        sum[i][j] = vfma(vset(p[i * S + slot]), value[j], sum[i][j]);
+        sum[i][j] = vfma(vset(p[(long)i * S + slot]), value[j], sum[i][j]);
   }
   for (int i = 0; i < ROWS; i++)
     for (int j = 0; j < vectors; j++) vstore(out[i] + d + j * VW, sum[i][j]);
@@ -102,7 +103,7 @@ NO_LIBC void KERNEL(ELEM(ACT) *restrict out, float *restrict scratch, const ELEM
             const ELEM(ACT) *restrict keys, const ELEM(ACT) *restrict values,
             const int *restrict position, int core_id) {
   float *scores = scratch + (long)core_id * SCRATCH_FLOATS;
-  long strips = (T * GROUP + ROWS - 1) / ROWS;
+  long strips = (ROWS_OF_HEAD + ROWS - 1) / ROWS;
   long begin = split(KV * strips, 1, core_id, NT), end = split(KV * strips, 1, core_id + 1, NT);
   for (long item = begin; item < end; item++) {
     long head = item / strips;

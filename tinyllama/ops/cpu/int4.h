@@ -193,7 +193,7 @@ INLINE void int4_pack(float *restrict out, B_PARAMS, int k0, int depth, int n0, 
 #define INT4_GROUPS ((K / BLOCK + VW - 1) / VW * VW)
 
 /* In scratch: rows of A (K each), their sums by group, scales of a row of W. */
-#define DOT_FLOATS (8 * K + 9 * INT4_GROUPS)
+#define DOT_FLOATS (8L * K + 9L * INT4_GROUPS)
 #define INT4_SUMS(scratch, rows) ((scratch) + (long)(rows) * K)
 #define INT4_FACTORS(scratch, rows) (INT4_SUMS(scratch, rows) + (long)(rows) * INT4_GROUPS)
 
@@ -212,10 +212,10 @@ INLINE void int4_begin(float *restrict scratch, int rows, const ELEM(A_T) *restr
       }
     }
     if (!MINIMA) continue;
-    AS_WRITTEN for (int g = 0; g < INT4_GROUPS; g++) {
+    AS_WRITTEN for (long g = 0; g < INT4_GROUPS; g++) {
       vf sum = {0};
-      AS_WRITTEN for (int i = g * BLOCK; i < (g + 1) * BLOCK && i < K; i += VW) sum += vload(x + i);
-      sums[m * INT4_GROUPS + g] = hsum(sum);
+      AS_WRITTEN for (long i = g * BLOCK; i < (g + 1) * BLOCK && i < K; i += VW) sum += vload(x + i);
+      sums[(long)m * INT4_GROUPS + g] = hsum(sum);
     }
   }
 }
@@ -243,7 +243,7 @@ INLINE void int4_factors(vf *sum, int rows, float *restrict scratch, B_PARAMS, l
     vf minimum = LOADN(2, minima + first + g, count);
 #pragma clang loop unroll(full)
     for (int m = 0; m < rows; m++)
-      sum[m] = vfma(minimum, vload(sums + m * INT4_GROUPS + g), sum[m]);
+      sum[m] = vfma(minimum, vload(sums + (long)m * INT4_GROUPS + g), sum[m]);
 #endif
   }
 }

@@ -96,7 +96,7 @@ def attention(
         macros["TURNED"] = 1
     if dialect != "opencl":  # where pocl miscompiles branches inside the loop
         macros["MASK_ONLY_EDGES"] = 1
-    products = {"forward": 2, "gradient_q": 3, "gradient_kv": 4}[which]
+    multiplied = {"forward": 2, "gradient_q": 3, "gradient_kv": 4}[which]
     return blocks.launch(
         "attention",
         dialect,
@@ -109,8 +109,9 @@ def attention(
         threads=cut.threads,
         shared_bytes=_attention_bytes(cut, own, D, dtype, fragment),
         arguments=(*arguments, *("cos", "sin") * turned),
-        flops=products * B * H * T * T * D,  # 2 per multiplication, half of them seen
+        flops=multiplied * B * H * T * T * D,  # 2 per multiplication, half of them seen
         limits=limits,
+        products=(B * T, T * D, H * D, T * H),
     )
 
 
@@ -126,6 +127,7 @@ def delta(dialect: Dialect, B: int, T: int, H: int, D: int, dtype: DType) -> Lau
         "delta", dialect, {"B": B, "T": T, "H": H, "D": D}, vec=vec,
         grid=(-(-B * T * H // per_block), 1), dtype=dtype, threads=rows.THREADS,
         arguments=("delta", "dout", "out"), flops=2 * B * T * H * D, shared=rows.THREADS,
+        products=(B * T * H,),
     )  # fmt: skip
 
 

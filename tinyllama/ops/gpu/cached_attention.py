@@ -36,6 +36,7 @@ def parts(
         "cached_attention", dialect, macros, vec=vec, grid=(blocks(S), KV),
         dtype=dtype, threads=PART, arguments=("keys", "values", "parts", "q", "k", "v", "position"),
         flops=4 * S * H * D, shared=PART + shared * (D + PART) + sums, updates=True,
+        products=(KV * D, shared * blocks(S) * (D + 2)),
     )  # fmt: skip
 
 
@@ -45,6 +46,7 @@ def joined(dialect: Dialect, S: int, H: int, KV: int, D: int, dtype: DType) -> L
         "cached_attention", dialect, _macros(S, H, KV, D, "JOINED"),
         vec=rows.vector(itemsize(dtype), D), grid=(H, 1), dtype=dtype, threads=PART,
         arguments=("out", "parts", "position"), flops=4 * H * blocks(S) * D,
+        products=(blocks(S) * (D + 2),),
     )  # fmt: skip
 
 

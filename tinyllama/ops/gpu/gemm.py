@@ -165,6 +165,7 @@ def product(
         flops=2 * M * N * K * terms * batch * (1 + gated),
         updates=accumulate,
         limits=limits,
+        products=(turned.length * turned.head,) if turned else (),
     )
 
 

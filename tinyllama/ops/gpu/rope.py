@@ -15,4 +15,5 @@ def rope(
     return rows.launch(
         "rope", dialect, macros, vec=vec, grid=(-(-count // threads), 1), dtype=dtype,
         threads=threads, arguments=("y", "x", "cos", "sin"), flops=3 * B * T * H * D,
+        products=(T * D, H * D),
     )  # fmt: skip

@@ -64,10 +64,12 @@ def launch(
     shared: int = 0,
     updates: bool = False,
     headers: Sequence[str] = ("rows.h",),
+    products: Sequence[int] = (),
 ) -> Launch:
     """blocks.launch of a kernel that reads rows.h.
 
-    grid: the numbers of bx and bz. shared: numbers of 4 bytes in a block's shared memory.
+    grid: the numbers of bx and bz. shared: numbers of 4 bytes in a block's shared memory. products:
+    see there.
     """
     words = [kernel, dtype, *map(str, macros.values())]
     return blocks.launch(
@@ -83,4 +85,5 @@ def launch(
         shared_bytes=4 * shared,
         updates=updates,
         headers=headers,
+        products=products,
     )
