@@ -117,7 +117,7 @@ def test_a_command_says_once_that_kernels_are_not_kept(tmp_path: Path) -> None:
     said = [line for line in errors.splitlines() if "not kept" in line]
     assert said == [
         "compiled kernels are not kept, so each start compiles them again: "
-        f"{folder}: Other users may write to it"
+        f"{folder}: Other users may write to it: `chmod go-w` it once you trust what it holds"
     ]
 
 
