@@ -88,7 +88,8 @@ def run(*words: str | Path, cwd: Path, codes: Sequence[int] = (0,)) -> str:
         [str(word) for word in words], cwd=cwd, capture_output=True, text=True, check=False
     )
     if done.returncode not in codes:
-        raise RuntimeError(f"{words[0]}: exit code {done.returncode}: {done.stderr[-2000:]}")
+        said = (done.stdout[-2000:] + done.stderr[-2000:]).strip()
+        raise RuntimeError(f"{words[0]}: exit code {done.returncode}: {said}")
     return done.stdout
 
 
