@@ -254,7 +254,7 @@ def coverage(root: Path) -> Figures:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "coverage.json"
         words = ["-q", "-n", "auto", "--dist", "worksteal", f"--cov={PACKAGE}"]
-        run(program("pytest"), *words, f"--cov-report=json:{out}", cwd=root)
+        run(sys.executable, "-m", "pytest", *words, f"--cov-report=json:{out}", cwd=root)
         return {"coverage": json.loads(out.read_text())["totals"]["percent_covered"]}
 
 
