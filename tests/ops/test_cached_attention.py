@@ -102,3 +102,16 @@ def test_one_token_of_several_sequences_is_that_of_each_alone(form, window):
     for b, length in enumerate(lengths):
         q, k, v = (part[b, : length + 1].astype(np.float64) for part in whole)
         assert np.abs(found[b] - expected(q, k, v, window)[-1:]).max() < 1e-5
+
+
+# Widths around the limit, and one whose rows would be larger than a thread's stack of 8 MB.
+@pytest.mark.parametrize("width", [1 << 14, (1 << 14) + 1, 1 << 19])
+def test_heads_too_wide_for_the_stack_are_computed_too(width):
+    rng = np.random.default_rng(0)
+    q, k, v = (Tensor(rng.standard_normal((1, 4, 1, width), np.float32)) for _ in range(3))
+    cache = new_cache(1, 16, width, dtypes.float32)
+    position = Tensor([0], dtype=dtypes.int32)
+    given = [x.realize() for x in (q, k, v, position)]
+    found = cached_attention(*given[:3], cache, given[3]).numpy()[0]
+    want = expected(*(x.numpy()[0].astype(np.float64) for x in (q, k, v)), None)
+    assert np.abs(found - want).max() < 1e-5 * np.abs(want).max()

@@ -26,6 +26,7 @@ from tinyllama.runtime.kernel import TYPE_CODE, empty, empty_like
 from tinyllama.runtime.storage import fill_zero
 
 LANES = 16  # of cpu/cache.h: a number of slots is a multiple of this
+MOST_ON_STACK = 1 << 14  # numbers of a head: the CPU kernel has 8 of its rows on its stack, 512 KB
 
 
 class Cache(NamedTuple):
@@ -54,7 +55,8 @@ def cached_attention(
     The cache, which may hold more sequences than these, is updated in place. With a `window` a
     token attends to so many tokens, itself included.
     """
-    form = forms.choose(q, k, v, *cache, portable=_portable, cpu=_cpu, gpu=_gpu)
+    cpu = _cpu if q.shape[-1] <= MOST_ON_STACK else _portable
+    form = forms.choose(q, k, v, *cache, portable=_portable, cpu=cpu, gpu=_gpu)
     return form(q, k, v, cache, position, window)
 
 
