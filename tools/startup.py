@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from tinyllama.bench import machine, text
-from tinyllama.bench.__main__ import make_spec, parser, resolve
+from tinyllama.bench.benchmark import make_spec, parser, resolve
 from tinyllama.bench.protocol import Spec
 from tinyllama.bench.runner import (
     WARM_UP_STEPS,

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from bench_helpers import SMALL_OPTIONS, resolved, small_spec
 
-from tinyllama.bench import __main__ as command
+from tinyllama.bench import benchmark as command
 from tinyllama.bench import report, text
 from tinyllama.bench.protocol import Spec
 from tinyllama.bench.runner import (

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tinyllama.bench.__main__ import parser, resolve
+from tinyllama.bench.benchmark import parser, resolve
 from tinyllama.system import device
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tinyllama.bench import __main__ as command
+from tinyllama.bench import benchmark as command
 from tinyllama.bench import text
 from tinyllama.bench.protocol import Spec
 from tinyllama.config import Config

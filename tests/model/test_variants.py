@@ -21,7 +21,7 @@ from model_helpers import (
 from tinygrad import Tensor
 
 from tinyllama import Llama, LlamaConfig
-from tinyllama.bench.__main__ import check_peer_computes
+from tinyllama.bench.benchmark import check_peer_computes
 from tinyllama.config import RopeScaling, config_from_toml
 from tinyllama.errors import ConfigError
 from tinyllama.formats.huggingface import llama_shapes

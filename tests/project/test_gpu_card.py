@@ -71,7 +71,7 @@ class Blocked:
             raise ModuleNotFoundError(f"{name} is not here", name=name)
 sys.meta_path.insert(0, Blocked())
 import tools.gpu_card
-import tinyllama.bench.__main__, tinyllama.bench.worker_tinyllama
+import tinyllama.bench.benchmark, tinyllama.bench.worker_tinyllama
 import tinyllama.model.build, tinyllama.train.step, tinyllama.generate.generator
 """
 

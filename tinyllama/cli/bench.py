@@ -12,6 +12,6 @@ __all__ = ["add_options", "run"]
 
 def run(options: argparse.Namespace) -> int:
     """Measure and print; returns the exit code."""
-    from tinyllama.bench.__main__ import run as measure
+    from tinyllama.bench.benchmark import run as measure
 
     return measure(options)

@@ -281,6 +281,7 @@ class Llama:
     def from_pretrained(cls, path: str | Path, *, dtype: DType = dtypes.float32) -> Llama:
         """A Hugging Face LLaMA folder (config.json, safetensors), weights held as float32.
 
+        The sums in a manifest.json are not read, which `train.manifest.verify_loaded` does.
         Raises WeightsError, naming every tensor that is missing, extra or misshapen.
         """
         folder = open_model(path)
