@@ -30,7 +30,7 @@ def fit_for_terminal(text: str) -> str:
 
 def shortened(text: str) -> str:
     """Of a text with many lines, a screenful: the first ones, how many more, and the last one,
-    which often says what to do. Of a long line, its begin and its end."""
+    which often says what to do. Of a long line, its beginning and its end."""
     lines = text.split("\n")
     if len(lines) > MOST_LINES:
         left_out = len(lines) - _FIRST_LINES - 1

@@ -300,6 +300,8 @@ def test_a_message_is_a_screenful_whatever_the_file_holds() -> None:
             "A key of more than 32 parts (at line 2)",
         ),
         ("[training]\n\nx = 1\n" + ".".join(['"a=b"'] * 100_000) + " = 1", "32 parts (at line 4)"),
+        ("[" + ".".join("a" * 900) + "]\n" + ".".join("b" * 31) + " = 1", "32 parts (at line 1)"),
+        ("[[" + ".".join("a" * 900) + "]]\nb = 1", "32 parts (at line 1)"),
         ("[training]\n" + "".join(f"k{n} = 1\n" for n in range(90_000)), "k0: unknown key, the"),
         ("".join(f"[s{n}]\n" for n in range(90_000)), "x.toml: s0: unknown section, the nearest"),
         ("[training]\n" + "k" * 900_000 + " = 1", "training.kkk"),

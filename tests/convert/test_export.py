@@ -410,6 +410,15 @@ def test_a_link_out_of_the_model_is_not_copied(tmp_path, target):
     assert left_in(tmp_path) == ["model", "secret"]
 
 
+def test_a_link_to_itself_ends_no_export_in_a_traceback(tmp_path, capsys):
+    shutil.copytree(finished_run() / "final", tmp_path / "model")
+    loop = tmp_path / "model" / "chat_template.jinja"
+    loop.unlink(missing_ok=True)
+    loop.symlink_to(loop)
+    assert run("export", tmp_path / "model", tmp_path / "out") in (0, 2)
+    assert "Traceback" not in capsys.readouterr().err
+
+
 def test_a_run_stands_for_its_final_checkpoint(tmp_path):
     assert run("export", finished_run(), tmp_path / "a.gguf", "--dtype", "q8_0") == 0
     opened, source = open_model(tmp_path / "a.gguf"), open_model(finished_run() / "final")

@@ -52,7 +52,7 @@ def test_what_a_run_writes_goes_through_no_name_that_was_planted(
     assert all((run / name).is_file() and not (run / name).is_symlink() for name in WRITTEN)
     assert list(metrics(run)) == [5]
     said = capsys.readouterr().err
-    assert f"{run}/metrics.jsonl: is a link or no file, and begun anew" in said
+    assert f"{run}/metrics.jsonl: is a link, a folder or a pipe, so a new file is begun" in said
 
 
 @pytest.mark.parametrize("kind", ["link", "pipe", "zeros"])

@@ -19,7 +19,7 @@ def run(options: argparse.Namespace) -> None:
     """Print one line per finding."""
     from tinyllama.reports.runs import read_run
 
-    found = read_run(options.folder)
+    found = read_run(options.folder)  # mistakes in it come before slow imports
     from tinyllama.reports.analyze import available, findings
 
     if not available():

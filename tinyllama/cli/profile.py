@@ -55,14 +55,15 @@ def run(options: argparse.Namespace) -> None:
     if (options.config is None) == (options.generate is None):
         raise ConfigError("name a configuration to train, or a model with --generate MODEL")
     config = _config(options)
-    profile = _generation(options) if config is None else _training(options, config)
     of_run = None if config is None else _run_of(config)
-    folders = [folder for folder in (options.out, of_run) if folder is not None]
-    ceilings = _ceilings() if folders else None
-    if options.out is not None and ceilings is not None:
+    profile = _generation(options) if config is None else _training(options, config)
+    print(json.dumps(profile.as_dict()) if options.json else profile.table(), flush=True)
+    if options.out is None and of_run is None:
+        return
+    ceilings = _ceilings()
+    if options.out is not None:
         _write(profile, ceilings, options.out)
-    print(json.dumps(profile.as_dict()) if options.json else profile.table())
-    if of_run is not None and ceilings is not None:
+    if of_run is not None:
         _write_tables(profile, ceilings, of_run)
         to_stderr(f"wrote {of_run}/profile.json: `tinyllama report {of_run}` shows it")
 
@@ -90,14 +91,19 @@ def _generation(options: argparse.Namespace) -> "Profile":
 
 
 def _run_of(config: "Config") -> Path | None:
-    """The folder of the run of the same model, if there is one: its report shows the profile."""
+    """The folder of the run of the same model, if there is one: its report shows the profile. A
+    notice where the run's configuration cannot be read."""
     from tinyllama.config import load_config
     from tinyllama.reports.runs import CONFIG
 
     run = Path(config.checkpointing.checkpoint_dir)
     if not (run / CONFIG).is_file():
         return None
-    of_run = load_config(str(run / CONFIG), [])
+    try:
+        of_run = load_config(str(run / CONFIG), [])
+    except ConfigError as error:
+        to_stderr(f"{error}; the profile is not kept in {run}")
+        return None
     parts = ("model", "lora", "qlora")
     return run if all(getattr(of_run, p) == getattr(config, p) for p in parts) else None
 
@@ -122,7 +128,7 @@ def _write_tables(profile: "Profile", ceilings: "Ceilings", folder: Path) -> Non
     from tinyllama.system.files import atomic_write
 
     for name, content in ((PROFILE, profile), (CEILINGS, ceilings)):
-        atomic_write(folder / name, (json.dumps(content.as_dict()) + "\n").encode())
+        atomic_write(folder / name, (json.dumps(content.as_dict()) + "\n").encode(), links=False)
 
 
 def _write(profile: "Profile", ceilings: "Ceilings", folder: Path) -> None:

@@ -40,7 +40,7 @@ def run(options: argparse.Namespace) -> None:
     if options.watch:
         from tinyllama.reports.live import Followed, Live
 
-        followed = Followed(options.runs)  # mistakes are said at once
+        followed = Followed(options.runs)  # mistakes are reported at once
         live = Live(options.port, followed.page, followed.data)
         print(f"{live.url} (Ctrl-C ends it)", flush=True)
         live.wait()

@@ -38,7 +38,7 @@ _MOST_EXPLAINED = 50  # unknown names for which the nearest known one is looked 
 # tomli needs time and memory that grow with the square of the parts of a key: a.a.a.a.a = 1
 _MOST_PARTS = 32
 _LONG_KEY = re.compile(
-    r"""^[ \t]*+(?:(?:[\w-]++|"(?:[^"\\\n]|\\.)*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+)"""
+    r"""^[ \t]*+\[{0,2}[ \t]*+(?:(?:[\w-]++|"(?:[^"\\\n]|\\.)*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+)"""
     f"{{{_MOST_PARTS}}}",
     re.MULTILINE,
 )

@@ -140,6 +140,7 @@ def prepare(
     part: Part | None = None,
     workers: int | None = None,
     progress: bool = True,
+    make: bool = True,
 ) -> TokenDataset:
     """The texts that `patterns` name (see find_sources), as tokens in a folder of `cache_dir`.
 
@@ -149,8 +150,8 @@ def prepare(
     Tokens whose sums do not hold are made again, which standard error says in one line. Special
     tokens written in rows are these tokens if `special_tokens` and the tokenizer has markup; in
     plain text files they are text. `form` says how conversations become tokens; `part` takes some
-    of the rows. `progress` shows a bar. Raises DataError for texts that cannot be read, or a folder
-    that cannot be written.
+    of the rows. `progress` shows a bar. Raises DataError for texts that cannot be read, a folder
+    that cannot be written, and, without `make`, for texts whose tokens are not kept.
     """
     sources = find_sources(patterns)
     _check_form(sources, form, part)
@@ -162,6 +163,8 @@ def prepare(
     way = _Way(tokenizer.has_markup and not special_tokens, form, part)
     try:
         folder = cache / _make_key(content_digests(sources, cache), sources, tokenizer, way)
+        if not make and not folder.is_dir():
+            raise DataError(f"{name}: its tokens are not in {cache}")
         dataset = opened_or_made(
             folder,
             lambda: _opened(folder, tokenizer),

@@ -36,7 +36,13 @@ from tinyllama.data.jsonl import parse_object, parse_row
 from tinyllama.data.packed import Packing, decompressed, packing_of, parquet_kind, unpack
 from tinyllama.errors import DataError, WeightsError, reason
 from tinyllama.formats import hub
-from tinyllama.system.files import atomic_write, make_folder, read_file, sha256_file
+from tinyllama.system.files import (
+    atomic_write,
+    is_regular,
+    make_folder,
+    read_file,
+    sha256_file,
+)
 from tinyllama.system.notices import to_stderr
 from tinyllama.system.progress_bar import progress_bar
 from tinyllama.system.untrusted import MOST_BYTES, parse_json
@@ -292,7 +298,7 @@ class _Digests(msgspec.Struct, forbid_unknown_fields=True):
 
 def is_cache(folder: Path) -> bool:
     """Whether a folder is one that tokens are kept in."""
-    return bool(_remembered(folder / _DIGESTS_FILE))
+    return is_regular(folder / _DIGESTS_FILE)
 
 
 def _remembered(file: Path) -> dict[str, tuple[list[int], str]]:

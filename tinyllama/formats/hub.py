@@ -9,6 +9,7 @@ Where the hub is (HF_ENDPOINT), the cache, the token and whether there is a netw
 (HF_HUB_OFFLINE) are huggingface_hub's own rules. Files that could run code are never fetched.
 """
 
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -74,10 +75,11 @@ def name_of(path: Path) -> str | None:
 def leads_out(path: Path) -> bool:
     """Whether a file is a link to one that lies neither in its folder nor, where that is a snapshot
     in the cache of a hub, in the same repository there."""
-    folder = path.parent.resolve()
+    # Not Path.resolve, which raises RuntimeError for a link to itself.
+    folder, target = (Path(os.path.realpath(place)) for place in (path.parent, path))
     if folder.parent.name == "snapshots":
         folder = folder.parent.parent
-    return path.is_symlink() and not path.resolve().is_relative_to(folder)
+    return path.is_symlink() and not target.is_relative_to(folder)
 
 
 def fetch(text: str) -> Path:

@@ -235,8 +235,8 @@ class Llama:
         return self.head_layer().dense_weight()
 
     def through_head(self, make: Callable[[], T]) -> T:
-        """What `make` makes of the head's weight. A profile names this line for its products, which
-        the loss asks for a chunk of tokens at a time."""
+        """Call `make`. It is here only so that a profile names this line for the head's products,
+        which the loss computes for a chunk of tokens at a time."""
         return make()
 
     def loss(self, tokens: Tensor, targets: Tensor, starts: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The highest speed that was measured on this machine, which a run's own is compared with.
 
-`tinyllama profile --out` measures it and keeps it per device and number of threads; measuring in
-each run would make its start later.
+`tinyllama profile` measures it where it writes files, and keeps it per device and number of
+threads; measuring in each run would make its start later.
 """
 
 import json

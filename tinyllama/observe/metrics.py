@@ -145,7 +145,7 @@ def _mend(path: Path, first_step: int, notice: Callable[[str], None]) -> None:
                 if step < first_step:
                     kept[step] = line
     elif os.path.lexists(path):
-        wrong = "is a link or no file, and begun anew"
+        wrong = "is a link, a folder or a pipe, so a new file is begun"
     if damaged:
         lines = "a line is" if damaged == 1 else f"{damaged} lines are"
         wrong = f"{lines} damaged and left out"

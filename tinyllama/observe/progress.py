@@ -107,8 +107,8 @@ class Progress:
             self._write(", ".join([*parts, *more]) + "\n")
 
     def _step_seconds(self, step: int, now: float) -> float:
-        """How long a step takes, from the run's begin, or the end of its first step: that one waits
-        for compilers, and says nothing of those to come."""
+        """How long a step takes, from the start of the run, or the end of its first step: that one
+        waits for compilers, and says nothing of those to come."""
         first, began = self._since
         if step == self._done + 1:
             self._since = step, now

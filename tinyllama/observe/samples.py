@@ -1,6 +1,5 @@
 """samples.jsonl of a run: what its model wrote after so many steps, one object per line."""
 
-import io
 import os
 from collections import deque
 from collections.abc import Iterator
@@ -10,12 +9,13 @@ from typing import Annotated
 import msgspec
 
 from tinyllama.errors import CheckpointError, reason
-from tinyllama.system.files import atomic_write, free_name, read_file
+from tinyllama.system.files import atomic_write, free_name, open_regular
 from tinyllama.system.notices import to_stderr
 from tinyllama.system.untrusted import parse_json
 
 SAMPLES = "samples.jsonl"
-_MOST_BYTES = 32 << 20
+_MOST_BYTES = 32 << 20  # that are shown, the newest
+_MOST_LINE_BYTES = 1 << 20
 _MOST_SHOWN = 1000  # of the newest
 
 
@@ -33,8 +33,8 @@ def read_samples(folder: Path) -> list[Sample]:
     path = folder / SAMPLES
     source = f"{path}: not a file of samples"
     try:
-        parsed = (parse_json(line, Sample, CheckpointError, source) for line in _lines(path))
-        return [*deque(parsed, _MOST_SHOWN)]
+        newest = deque(_lines(path, _MOST_BYTES), _MOST_SHOWN)
+        return [parse_json(line, Sample, CheckpointError, source) for line in newest]
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {reason(error)}") from error
 
@@ -65,8 +65,15 @@ def forget_after(folder: Path, step: int) -> None:
     atomic_write(path, bytes(kept), links=False)
 
 
-def _lines(path: Path) -> Iterator[bytes]:
-    """The whole lines of a file that is no link; none without a file. Raises OSError."""
-    if os.path.lexists(path):
-        lines = io.BytesIO(read_file(path, _MOST_BYTES, links=False))
-        yield from (line for line in lines if line.endswith(b"\n"))
+def _lines(path: Path, newest_bytes: int | None = None) -> Iterator[bytes]:
+    """The whole lines of a file that is no link, or those of its last bytes, and pieces of lines
+    that are longer than any of ours; none without a file. Raises OSError."""
+    if not os.path.lexists(path):
+        return
+    with open_regular(path, links=False) as file:
+        if newest_bytes is not None and os.fstat(file.fileno()).st_size > newest_bytes:
+            file.seek(-newest_bytes, os.SEEK_END)
+            file.readline(_MOST_LINE_BYTES)  # begins before
+        while line := file.readline(_MOST_LINE_BYTES):
+            if line.endswith(b"\n") or len(line) == _MOST_LINE_BYTES:
+                yield line

@@ -103,21 +103,21 @@ def _local_median(values: Column) -> Column:
 
 def document_lengths(run: Run) -> Column | None:
     """The longest document of each step's batch, in tokens, found from the text's own order; None
-    where the text or the run's cache is not here any more, it is pairs, or the run left that
-    order."""
+    where the text is not here any more, or its tokens are not kept, it is pairs, or the run left
+    that order."""
     last = int(run.steps[-1])
     if run.rollbacks or not run.config or not 0 < last <= _MOST_GAPS * len(run.steps):
         return None
     with suppress(TinyllamaError, OSError):
         config = load_config(str(run.path / "config.toml"))
         if not is_cache(Path(config.data.cache_dir)):
-            return None  # what somebody else's run names is not written to
+            return None  # no cache is made where somebody else's run names a place
         folder = run.path / run.checkpoints[-1][1] if run.checkpoints else Path()
         tokenizer = open_tokenizer(folder)
         t = config.training
         if t.objective in PAIR_OBJECTIVES:
             return None
-        text = texts(config, tokenizer, show=False)[0]
+        text = texts(config, tokenizer, show=False, make=False)[0]
         T = config.context_length
         batches = Batches(text, T, t.batch_size, t.seed, pack=config.data.pack)
         sizes = np.diff(np.append(text.starts, text.n_tokens))

@@ -55,8 +55,9 @@ class Followed:
                 return as_json({"problem": str(error)})
             content = data(runs, live=True)
             self._seen, self._revision = seen, content["revision"]
-        more = {"sections": sections(runs), "elements": elements(runs)}
-        return as_json({"revision": known} if known == content["revision"] else content | more)
+        if known == content["revision"]:
+            return as_json({"revision": known})
+        return as_json(content | {"sections": sections(runs), "elements": elements(runs)})
 
     def _stamps(self) -> list[object]:
         """What changes when a run writes something."""

@@ -182,7 +182,7 @@ def elements(runs: Sequence[Run]) -> dict[str, str]:
 
 def embedded(content: Mapping[str, Any]) -> str:
     """JSON that no HTML parser takes for the end of its script element."""
-    text = json.dumps(content, separators=(",", ":"))
+    text = json.dumps(content, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
 

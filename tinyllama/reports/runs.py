@@ -22,7 +22,7 @@ from tinyllama.errors import CheckpointError, reason
 from tinyllama.observe.metrics import read_metrics
 from tinyllama.observe.samples import Sample, read_samples
 from tinyllama.system.files import read_file
-from tinyllama.system.untrusted import MAX_JSON_BYTES, place_first, printable, read_json_file
+from tinyllama.system.untrusted import MAX_JSON_BYTES, parse_json, place_first, printable
 from tinyllama.train.checkpoint import list_checkpoints, read_state
 from tinyllama.train.run_folder import MACHINE, METRICS
 
@@ -134,7 +134,7 @@ class Run:
     def roofline_points(self) -> list[KeptOperation]:
         """The operations of its profile that compute."""
         operations = self.profile.operations if self.profile else []
-        return [operation for operation in operations if operation.intensity > 0]
+        return [o for o in operations if 0 < o.intensity <= _MOST_NUMBER]
 
 
 def read_run(path: Path, *, begun: bool = False) -> Run:
@@ -272,5 +272,11 @@ def _config(path: Path) -> dict[str, Any]:
 
 
 def _if_there(path: Path, kind: type[T]) -> T | None:
-    """The object in a JSON file; None without a file."""
-    return read_json_file(path, kind, CheckpointError, MAX_JSON_BYTES) if path.is_file() else None
+    """The object in a JSON file that is no link; None without a file."""
+    if not path.is_file():
+        return None
+    try:
+        data = read_file(path, MAX_JSON_BYTES, links=False)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {reason(error)}") from None
+    return parse_json(data, kind, CheckpointError, str(path))

@@ -124,7 +124,7 @@ def read_file(path: str | os.PathLike[str], most_bytes: int, *, links: bool = Tr
         if size > most_bytes:
             message = f"Has {size} bytes, at most {most_bytes} are read"
             raise OSError(errno.EFBIG, message, os.fspath(path))
-        return file.read(most_bytes)  # no more, although it may grow
+        return file.read(size)  # no more, although it may grow; read makes room for so many
 
 
 def append_regular(path: str | os.PathLike[str]) -> TextIO:

@@ -1,4 +1,4 @@
-"""Lines for people: no text from a file reaches a terminal with what that would act on.
+"""Lines for people, of a bounded length, without the characters that a terminal acts on.
 
 Names, values and messages may come from somebody else's files and hold escape sequences, which
 move the cursor, rename the window, or hide what was said before.
@@ -6,17 +6,17 @@ move the cursor, rename the window, or hide what was said before.
 
 import sys
 
-from tinyllama.errors import fit_for_terminal
+from tinyllama.errors import fit_for_terminal, shortened
 
 
 def to_stderr(line: str) -> None:
     """Print a line that is no result."""
-    print(fit_for_terminal(line), file=sys.stderr, flush=True)
+    print(fit_for_terminal(shortened(line)), file=sys.stderr, flush=True)
 
 
 def to_stdout(line: str) -> None:
     """Print a line that is a result."""
-    print(fit_for_terminal(line), flush=True)
+    print(fit_for_terminal(shortened(line)), flush=True)
 
 
 def text_to_stdout(text: str) -> None:

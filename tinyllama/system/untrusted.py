@@ -97,7 +97,7 @@ def read_small(
             raise wrong(f"{path}: is {what}")
         if size > most:
             raise wrong(f"{path}: {size} bytes, at most {most} are allowed")
-        return start + file.read(most + 1 - len(start))
+        return start + file.read(max(0, size - len(start)))  # read makes room for so many
 
 
 def read_json(

@@ -84,7 +84,7 @@ def read_file(path: Path) -> bytes:
     with open_regular(path, TokenizerError) as (file, size):
         if size > most:
             raise TokenizerError(f"{path}: more than {most >> 20} MiB, which no tokenizer has")
-        return file.read(most)
+        return file.read(size)  # which makes room for so many
 
 
 def to_json(value: Json) -> bytes:

@@ -60,15 +60,16 @@ def verify(folder: str | os.PathLike[str]) -> None:
 
 
 def verify_tokenizer(path: str | os.PathLike[str]) -> None:
-    """Compare with the manifest the files of a tokenizer in a model's folder, or one of them.
+    """Compare with the manifest the files of a tokenizer in a model's folder, or one of them; a
+    manifest.json of another program, such as a web page's, has no sums of them.
 
     Raises CheckpointError.
     """
     path = Path(path)
-    if path.is_dir():
-        verify_loaded(path, only=TRAVELLING)
-    else:
-        verify_loaded(path.parent, only=(path.name,))
+    folder, only = (path, TRAVELLING) if path.is_dir() else (path.parent, (path.name,))
+    if os.path.lexists(folder / MANIFEST) and _is_of_another_program(folder / MANIFEST):
+        return
+    verify_loaded(folder, only=only)
 
 
 def verify_loaded(
@@ -149,6 +150,11 @@ def read_manifest(folder: Path) -> dict[str, tuple[str, int]]:
                 f"{path}: {printable(repr(name), 80)} is not the name of a file in the folder"
             )
     return {name: (file.sha256, file.size) for name, file in manifest.files.items()}
+
+
+def _is_of_another_program(path: Path) -> bool:
+    kind = read_json_file(path, _Format, CheckpointError, MAX_JSON_BYTES).format
+    return not kind.startswith(_FORMAT.partition("-")[0])
 
 
 def _is_inside(name: str) -> bool:

@@ -256,6 +256,8 @@ def differences(config: Config, checkpoint: Path) -> str | None:
         f"{printable(key)} is {shown(now.get(key))}, was {shown(was.get(key))}"
         for key in sorted(differing)[:_MOST_DIFFERENCES]
     ]
+    if (more := len(differing) - len(changes)) > 0:
+        changes.append(f"and {more} more")
     begin = f"{checkpoint} was trained with other options, so the losses are not those of a run"
     return f"{begin} that was never stopped: {'; '.join(changes)}" if changes else None
 
@@ -291,9 +293,10 @@ def with_template(tokenizer: Tokenizer, name: str) -> Tokenizer:
 
 
 def texts(
-    config: Config, tokenizer: Tokenizer, show: bool
+    config: Config, tokenizer: Tokenizer, show: bool, make: bool = True
 ) -> tuple[TokenDataset, TokenDataset | None]:
-    """The training text as tokens, and the validation text if there is any."""
+    """The training text as tokens, and the validation text if there is any. Without `make` they
+    must be in the cache; else DataError."""
     data = config.data
     read = partial(
         prepare,
@@ -302,6 +305,7 @@ def texts(
         special_tokens=data.special_tokens,
         form=Form(data.template, data.train_on),
         progress=show,
+        make=make,
     )
     if data.val_fraction is not None:
         parts = (Part(data.val_fraction, rest) for rest in (True, False))

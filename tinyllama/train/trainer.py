@@ -382,7 +382,7 @@ class Trainer:
 
     def _flops_share(self, parts: Sequence[Rows], seconds: float) -> float | None:
         """The share of the device's measured speed that a step on these micro-batches reached; None
-        where nobody measured it (`tinyllama profile --out` does)."""
+        where nobody measured it (`tinyllama profile` does)."""
         if self._ceiling is None:
             return None
         model, lora = self.config.model, self.config.lora
@@ -466,7 +466,7 @@ class Trainer:
         try:
             verify(folder)
         except CheckpointError as error:
-            self.watching.notice(f"{error}: the run does not go back to it")
+            self.watching.notice(f"{folder}: the run does not go back to it\n{error}")
             return False
         return True
 

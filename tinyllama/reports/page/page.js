@@ -444,7 +444,8 @@
     const begun = performance.now();
     let fresh;
     try {
-      fresh = await (await fetch(`data.json?${data.revision}`)).json();
+      const answer = await fetch(`data.json?${data.revision}`);
+      fresh = answer.ok ? await answer.json() : { problem: (await answer.text()).trim() };
     } catch {
       say("the command that served this page has ended", true);
       return;
