@@ -218,11 +218,14 @@ def test_a_cache_that_a_run_names_is_not_made(tmp_path: Path) -> None:
     for path in finished_run().glob("final/*"):
         (folder / "final").mkdir(exist_ok=True)
         (folder / "final" / path.name).write_bytes(path.read_bytes())
-    for there in (False, True):
-        if there:
-            elsewhere.mkdir()
+    for there in ((), (".",), (".", "digests.json")):  # a cache that holds other texts, too
+        if "." in there:
+            elsewhere.mkdir(exist_ok=True)
+        if "digests.json" in there:
+            (elsewhere / "digests.json").write_text("{}")
         assert document_lengths(read_run(folder)) is None
-        assert not elsewhere.exists() or not os.listdir(elsewhere)
+        left = os.listdir(elsewhere) if elsewhere.exists() else []
+        assert left == list(there[1:])
 
 
 def test_every_value_that_toml_has_is_shown(tmp_path: Path) -> None:

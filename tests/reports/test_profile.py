@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -16,6 +17,7 @@ from opencl import needs_opencl
 from runs_helpers import ROOT, configuration, environment, finished_run
 from tinygrad.uop.ops import Ops
 
+from tinyllama.cli.profile import _write_tables
 from tinyllama.cli.shared import load
 from tinyllama.config import TrainingConfig, load_config
 from tinyllama.model import llama, lora
@@ -274,6 +276,26 @@ def test_a_profile_is_kept_beside_the_run_of_the_same_model_where_its_report_fin
     measured = json.loads((run / "roofline.json").read_text())
     assert msgspec.to_builtins(read_run(run).ceilings) == measured
     assert "ceilings: float32" in done.stderr
+
+
+def test_a_run_that_cannot_be_read_costs_no_profile(tmp_path):
+    (tmp_path / "config.toml").write_text("[of_another_version]\n")
+    place = f"checkpointing.checkpoint_dir={str(tmp_path)!r}"
+    done = command("124m", *SMALL, "--set", place, "--steps", "1", "--json")
+    assert done.returncode == 0 and json.loads(done.stdout)["operations"]
+    assert f"; the profile is not kept in {tmp_path}" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["config.toml"]
+
+
+def test_a_profile_is_kept_through_no_link(tmp_path):
+    """A run's folder may come from somebody else."""
+    (tmp_path / "precious").write_text("precious")
+    for name in ("profile.json", "roofline.json"):
+        (tmp_path / name).symlink_to(tmp_path / "precious")
+    content = SimpleNamespace(as_dict=lambda: {"a": 1})
+    _write_tables(content, content, tmp_path)
+    assert (tmp_path / "precious").read_text() == "precious"
+    assert json.loads((tmp_path / "roofline.json").read_text()) == {"a": 1}
 
 
 def test_a_command_that_names_neither_or_both_is_refused():

@@ -19,7 +19,7 @@ from tinyllama.data.batches import sequential
 from tinyllama.errors import CheckpointError
 from tinyllama.system import checked
 from tinyllama.train.evaluate import Evaluator
-from tinyllama.train.manifest import read_manifest, write_manifest
+from tinyllama.train.manifest import read_manifest, verify_tokenizer, write_manifest
 
 CONFIG = replace(SQUARE, vocab_size=300)
 CONTEXT = 16
@@ -159,6 +159,16 @@ def test_a_tokenizer_of_ours_with_a_flipped_bit_is_refused(tmp_path, capsys, nam
     ):
         assert cli(*words) == 2
         assert f"{folder / 'tokenizer.model'}: changed: SHA-256 is" in capsys.readouterr().err
+
+
+def test_a_manifest_of_another_program_beside_a_tokenizer_has_no_sums_of_it(tmp_path):
+    """A folder may be that of a page, whose manifest.json browsers read."""
+    (tmp_path / "manifest.json").write_text('{"name": "page", "start_url": "/"}')
+    verify_tokenizer(tmp_path)
+    verify_tokenizer(tmp_path / "tokenizer.json")
+    (tmp_path / "manifest.json").write_text('{"format": "tinyllama-checkpoint-9"}')
+    with pytest.raises(CheckpointError, match="must be tinyllama-checkpoint-1"):
+        verify_tokenizer(tmp_path)
 
 
 def test_a_check_that_is_remembered_serves_evaluating_but_not_merging_or_exporting(
