@@ -274,9 +274,9 @@ def test_a_fault_in_a_python_function_is_found(fault: str, monkeypatch: pytest.M
         inspect, "getsource", lambda thing: broken_text if thing is broken else getsource(thing)
     )
     monkeypatch.setattr(owner, name, broken)
-    for bounds in (test_products.BOUNDS,):
-        changed = tuple(b._replace(function=broken) if b.function is sound else b for b in bounds)
-        monkeypatch.setattr(test_products, "BOUNDS", changed)
+    bounds = test_products.BOUNDS
+    changed = tuple(b._replace(function=broken) if b.function is sound else b for b in bounds)
+    monkeypatch.setattr(test_products, "BOUNDS", changed)
     with pytest.raises(AssertionError):
         proof()
 
