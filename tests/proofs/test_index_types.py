@@ -109,6 +109,7 @@ def gemm(
     sizes |= {"BLOCK_COLS": (nr, bc // step), "BLOCK_ROWS": (mr, tall)}
     sizes |= {"B_SLOTS": (1, bc), "A_SLOTS": (1, 512 * 384), "BLOCK": (2, MOST)}
     known = {
+        "multiply_block: r.m1 - r.m0": TO_MOST,  # shares of threads do not decrease
         "multiply_block: height": (0, tall),
         "multiply_block: k - k0": (0, 2048 + kc),
         "multiply_block: n - n0": (0, bc // step),
@@ -203,9 +204,11 @@ def test_the_sizes_of_blocks_are_computed_within_an_int(tile: str, pair: int) ->
 
 
 def test_what_a_block_of_a_product_is_known_for() -> None:
-    """The ranges of `height`, `k - k0` and `n - n0` in multiply_block and what it calls."""
+    """The ranges of `height`, `k - k0` and `n - n0` in multiply_block and what it calls. That
+    r.m0 <= r.m1 is proved of `split` in test_products.py."""
     source = CText.source("gemm.c")
     for line in (
+        "return (rectangle){split(M, MR, row, rows), split(M, MR, row + 1, rows),",
         "int blocks = CEIL(r.m1 - r.m0, BLOCK_ROWS);",
         "int height = blocks ? ROUND(CEIL(r.m1 - r.m0, blocks), MR) : 0;",
         "int k1 = MIN(k0 + BLOCK_PANELS * DEPTH, SLOTS);",
@@ -592,6 +595,7 @@ def test_products_of_sizes_that_are_too_large_are_refused_on_a_gpu() -> None:
 
 # ---- that an overflow would be found
 
+OVERFLOW = r" int: -?\d+ to \d+"  # not: a text that clang does not parse
 FAULTS = {
     "partial sums of a product, as an int": (
         "panels.h", "? (long)PARTIAL_ROWS * BLOCK_COLS", "? PARTIAL_ROWS * BLOCK_COLS",
@@ -630,14 +634,13 @@ FAULTS = {
 def test_an_index_of_too_small_a_type_is_found(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     file, right, wrong, proof = FAULTS[fault]
     read = CText.source
+    assert right in read(file)
 
     def changed(name: str) -> str:
-        text = read(name)
-        assert name != file or right in text
-        return text.replace(right, wrong) if name == file else text
+        return read(name).replace(right, wrong) if name == file else read(name)
 
     monkeypatch.setattr(CText, "source", staticmethod(changed))
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match=OVERFLOW):
         proof()
 
 
@@ -684,13 +687,14 @@ def test_an_index_of_too_small_a_type_on_a_gpu_is_found(
         return text.replace(right, wrong)
 
     monkeypatch.setattr(blocks_of_gpu, "source", changed)
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match=OVERFLOW):
         proof()
     assert any(found)
 
 
 # A function's body with parameters `int n`, up to 1,000, and `long big`, up to 2^40; what is found
 # of it, by the first words.
+SMALL = "cells[0] >= 0 && cells[0] < 9"
 SNIPPETS = {
     "return n * 2200000;": ["n * 2200000 int"],
     "return n * 2100000;": [],
@@ -719,12 +723,48 @@ SNIPPETS = {
         "(a * b) * 2200 int"
     ],
     "for (int a = 0; a < n; a++) { if (a > 9) continue; big = a * 200000000; } return 0;": [],
+    "int x = 1; fill(&x); return x * 2147483647;": ["x * 2147483647 int"],
+    "int x = 1; int *p = &x; *p = 2147483647; return x * 2;": ["x * 2 int"],
+    "int x = 1; int *p = &x; if (x >= 0 && x < 9) { *p = n; return x * 2; } return 0;": [
+        "x * 2 int"
+    ],
+    "return n * 2 / (n - 500) - 2147483000;": ["((n * 2) / (n - 500)) - 2147483000 int"],
+    f"if ({SMALL}) return cells[0] * 200000000; return 0;": [],
+    f"if ({SMALL}) {{ cells[0] = 2147483000; return cells[0] * 2; }} return 0;": [
+        "cells[0] * 2 int"
+    ],
+    f"if ({SMALL}) {{ fill(cells); return cells[0] * 2; }} return 0;": ["cells[0] * 2 int"],
+    f"if ({SMALL}) for (int i = 0; i < n; i++) {{ big = cells[0] * 2; cells[0] = n; }} return 0;": [
+        "cells[0] * 2 int"
+    ],
+    f"if ({SMALL}) for (int i = 0; i < n; i++) {{ big = cells[0] * 2; fill(cells); }} return 0;": [
+        "cells[0] * 2 int"
+    ],
 }  # fmt: skip
+# Statements that are not followed are refused: the first words of why.
+REFUSED = {
+    "int x = 1; switch (n) { case 1: x = 2147483647; } return x * 2;": "SwitchStmt",
+    "int x = 1; if (n > 5) goto end; x = 2; end: return x * 1500000000;": "GotoStmt",
+    "int x = 1; back: x += n; if (x < n) goto back; return x;": "LabelStmt",
+    'int x = 1; __asm__("" : "+r"(x)); return x * 2;': "asm writes x",
+}
 
 
 @pytest.mark.parametrize("body", SNIPPETS)
 def test_the_interpreter_finds_what_overflows_and_nothing_else(body: str) -> None:
-    text = "extern const int array[];\nstatic int helper(int x) { return x * 2; }\n"
-    text += f"int f(int n, long big) {{ {body} }}\n"
-    found = Ranges(text, {}).problems("f", n=(1, 1000), big=(0, 2**40))
+    found = problems_of(body)
     assert [problem.split(":")[1].strip() for problem in found] == SNIPPETS[body]
+
+
+@pytest.mark.parametrize("body", REFUSED)
+def test_the_interpreter_refuses_what_it_cannot_follow(body: str) -> None:
+    with pytest.raises(AssertionError, match=f"^{REFUSED[body]}"):
+        problems_of(body)
+
+
+def problems_of(body: str) -> list[str]:
+    """Problems of a function with this body, and with what the bodies call."""
+    text = "extern const int array[];\nextern int cells[];\nvoid fill(int *);\n"
+    text += "static int helper(int x) { return x * 2; }\n"
+    text += f"int f(int n, long big) {{ {body} }}\n"
+    return Ranges(text, {}).problems("f", n=(1, 1000), big=(0, 2**40))
