@@ -20,7 +20,6 @@ def run(options: argparse.Namespace) -> None:
     from tinyllama.reports.runs import read_run
 
     found = read_run(options.folder)
-    # Only now: reading a run is quick, importing scikit-learn and tinygrad is not.
     from tinyllama.reports.analyze import available, findings
 
     if not available():

@@ -61,7 +61,7 @@ LIMITS: Mapping[Dialect, Limits] = {
     "metal": Limits(32 << 10, buffers=31),
     "opencl": Limits(32 << 10),
 }
-# Blocks along z, which no device of a dialect allows more of than another.
+# Blocks along z: the same for every device of a dialect, so they are not in `Limits`.
 LAYERS: Mapping[Dialect, int] = {"cuda": 65535, "metal": LARGEST - 1, "opencl": LARGEST - 1}
 WIDE_MACROS = ("COUNT",)  # numbers of a text that have 64 bits: elements of a whole tensor
 
