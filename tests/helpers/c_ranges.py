@@ -9,6 +9,11 @@ know (that k - k0 is small though k is not) is `known`: by an expression as `pri
 without casts, if need be behind a function's name ("pack_b: k0 + k"), or by a pattern of such (a
 regular expression behind "~"). Every `known` is proved by the caller. Checked are int and what is
 converted to it; sums of 64 bits are not.
+
+An integer whose address is taken has any value of its type. Statements that are not followed
+(switch, goto, asm that writes an integer) are refused with an AssertionError. What memory holds
+goes by the names of arrays and fields: what a function writes there through a pointer with another
+name is not seen.
 """
 
 import functools
@@ -169,6 +174,13 @@ class Ranges:
         self._left: list[list[Env]] = []  # what holds where a loop's body goes on with the next
         self._broken: list[list[Env]] = []  # round, and where it ends the loop
         self._assigned: dict[int, dict[str, str]] = {}
+        self._anything = {
+            str(variable["referencedDecl"]["name"])
+            for node in walk(self.tree)
+            if node["kind"] == "UnaryOperator" and node["opcode"] == "&"
+            for variable in [reached(inner(node)[0])]
+            if variable["kind"] == "DeclRefExpr" and type_of(variable) is not None
+        }  # variables that may change through a pointer
 
     def _declarations(self) -> None:
         fields: dict[str, list[Node]] = {}
@@ -249,6 +261,12 @@ class Ranges:
             kind = type_of(declared)
             if kind is not None:
                 env[declared["id"]] = kind if value is None else value
+
+    def _run_GCCAsmStmt(self, node: Node, env: Env) -> None:
+        for operand in inner(node):
+            self.value(operand, env)
+            is_variable = operand["kind"] == "DeclRefExpr"  # what is only read is a conversion
+            assert not is_variable or type_of(operand) is None, f"asm writes {printed(operand)}"
 
     def _run_ReturnStmt(self, node: Node, env: Env) -> None:
         for part in inner(node):
@@ -380,7 +398,8 @@ class Ranges:
         return {key: start[key] for key in moving}
 
     def _changed(self, node: Node) -> dict[str, str]:
-        """Ids and names of the variables that are assigned in a part of the tree."""
+        """Ids and names of the variables, and names of the memory, that a part of the tree may
+        assign to."""
         if id(node) not in self._assigned:
             found = {}
             for part in walk(node):
@@ -392,6 +411,10 @@ class Ranges:
                     target = reached(inner(part)[0])
                     if target["kind"] == "DeclRefExpr":
                         found[target["referencedDecl"]["id"]] = target["referencedDecl"]["name"]
+                    else:
+                        found[f"memory {_base(target)}"] = _base(target)
+                if part["kind"] == "CallExpr":
+                    found |= {f"memory {name}": name for name in _reachable(part)}
             self._assigned[id(node)] = found
         return self._assigned[id(node)]
 
@@ -488,7 +511,7 @@ class Ranges:
         for limit in self._limits[key]:
             value = value & limit
         for facts in self._facts:
-            if text in facts:
+            if text in facts and not self._anything & _words(text):
                 value = value & facts[text]
         return value
 
@@ -503,6 +526,7 @@ class Ranges:
         if evaluate is not None:
             found = evaluate(node, env)
         else:
+            assert not node["kind"].endswith("Stmt"), node["kind"]
             for part in inner(node):
                 self.value(part, env)
             found = type_of(node)
@@ -515,8 +539,8 @@ class Ranges:
         kind, declared = type_of(node), node["referencedDecl"]
         if declared["id"] in self.constants:
             return self.constants[declared["id"]]
-        if kind is None:
-            return None
+        if kind is None or declared.get("name") in self._anything:
+            return kind
         value = env.get(declared["id"], self.sizes.get(declared.get("name", ""), kind))
         return self._narrowed(declared["name"], value & kind)
 
@@ -552,9 +576,12 @@ class Ranges:
         callee, *arguments = inner(node)
         values = [self.value(part, env) for part in arguments]
         name = printed(callee)
+        result = type_of(node)
         if name in self.functions:
-            return self._narrow(node, self._call(self.functions[name], values))
-        return type_of(node)
+            result = self._narrow(node, self._call(self.functions[name], values))
+        for written in _reachable(node):
+            self._drop(written)
+        return result
 
     def _narrow(self, node: Node, value: Range | None) -> Range | None:
         return value and self._narrowed(printed(node), value)
@@ -674,8 +701,8 @@ class Ranges:
             if kind is not None:
                 env[declared["id"]] = value
         else:
-            name = target["name"] if target["kind"] == "MemberExpr" else _base(target)
-            self._write(name, value, printed(target))
+            self._drop(_base(target))
+            self._write(_base(target), value, printed(target))
 
     def _write(self, name: str, value: Range, text: str) -> None:
         allowed = self.memory.get(name)
@@ -704,6 +731,13 @@ def _base(node: Node) -> str:
         if part["kind"] == "MemberExpr":
             return str(part["name"])
     return ""
+
+
+def _reachable(call: Node) -> list[str]:
+    """Names of what a function may write to through the pointers that a call gives it."""
+    pointers = [part for part in inner(call)[1:] if part["type"]["qualType"].endswith("*")]
+    names = [_base(part) for part in pointers if "const" not in part["type"]["qualType"]]
+    return [name for name in names if name]
 
 
 def _become(env: Env, ends: Sequence[Env]) -> None:
@@ -738,7 +772,7 @@ def _combined(operator: str, a: Range, b: Range) -> Range | None:
     if operator == "*":
         corners = [x * y for x in a for y in b]
         return Range(min(corners), max(corners))
-    if operator in "/%" and b.high > 0:
+    if operator in "/%" and b.low >= 0 and b.high > 0:
         return _divided(operator, a, Range(max(b.low, 1), b.high))
     if operator in _MIRRORED:
         return _compared(operator, a, b)

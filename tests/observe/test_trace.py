@@ -179,7 +179,9 @@ def test_the_end_of_a_run_does_not_wait_for_a_collector_that_has_been_silent_for
         traces = trace.OtlpTracing(endpoint, None, None, lambda _: None)
         with traces.span("run"):
             pass
+        deadline = time.monotonic() + 10
         while not got.requests:
+            assert time.monotonic() < deadline, "no request came"
             time.sleep(0.05)
         time.sleep(FLUSH_SECONDS)
         begun = time.monotonic()

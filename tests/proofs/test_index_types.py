@@ -7,6 +7,7 @@ it, on ranges instead of numbers. What ranges do not know, z3 proves here.
 """
 
 import functools
+import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -94,7 +95,9 @@ def gemm(
     defines |= {"A_T": types[0], "B_T": types[1], "C_T": types[2], "COMPUTE_BF16": pair - 1}
     defines |= {"MANY_ROWS": 1} if rows is None else {"M": rows}
     defines |= {"BF16X3": 1} if divided else {}
-    names = ["N", "K", "NT", *(["M"] if rows is None else [])]
+    added = ("ACCUMULATE", "ADDEND")
+    defines |= {name: name for name in added}  # constants of any value
+    names = ["N", "K", "NT", *added, *(["M"] if rows is None else [])]
     names += ["BLOCK"] if packed is not None else []
     files = gemm_files(tile, *(["int4.h"] if packed is not None else []), divided=divided)
     text = completed(files, {**defines, **(packed or {})}, dict.fromkeys(names, "int"))
@@ -107,8 +110,10 @@ def gemm(
     sizes = {"M": SIZE, "N": SIZE, "K": SIZE, **COMMON, "SCRATCH_FLOATS": (0, 2**40)}
     sizes |= {"DEPTH": (step, kc), "BLOCK_PANELS": (1, 2048 // step)}
     sizes |= {"BLOCK_COLS": (nr, bc // step), "BLOCK_ROWS": (mr, tall)}
+    sizes |= dict.fromkeys(added, (0, 1))
     sizes |= {"B_SLOTS": (1, bc), "A_SLOTS": (1, 512 * 384), "BLOCK": (2, MOST)}
     known = {
+        "multiply_block: r.m1 - r.m0": TO_MOST,  # shares of threads do not decrease
         "multiply_block: height": (0, tall),
         "multiply_block: k - k0": (0, 2048 + kc),
         "multiply_block: n - n0": (0, bc // step),
@@ -136,6 +141,7 @@ PRODUCTS = [
     *((tile, layout, (0, 0, 0), pair, None) for tile, pair in forms() for layout in range(3)),
     *(("TILE_AVX512", layout, (1, 0, 1), 2, None) for layout in range(3)),
     *(("TILE_AMX", layout, (1, 1, 1), 2, None) for layout in range(3)),
+    *(("TILE_NEON", layout, (2, 0, 2), 1, None) for layout in range(3)),
     *((tile, 0, (1, 0, 1), 1, 8) for tile in TILES if tile != "TILE_AMX"),
 ]
 
@@ -203,9 +209,11 @@ def test_the_sizes_of_blocks_are_computed_within_an_int(tile: str, pair: int) ->
 
 
 def test_what_a_block_of_a_product_is_known_for() -> None:
-    """The ranges of `height`, `k - k0` and `n - n0` in multiply_block and what it calls."""
+    """The ranges of `height`, `k - k0` and `n - n0` in multiply_block and what it calls. That
+    r.m0 <= r.m1 is proved of `split` in test_products.py."""
     source = CText.source("gemm.c")
     for line in (
+        "return (rectangle){split(M, MR, row, rows), split(M, MR, row + 1, rows),",
         "int blocks = CEIL(r.m1 - r.m0, BLOCK_ROWS);",
         "int height = blocks ? ROUND(CEIL(r.m1 - r.m0, blocks), MR) : 0;",
         "int k1 = MIN(k0 + BLOCK_PANELS * DEPTH, SLOTS);",
@@ -235,19 +243,19 @@ def test_what_a_block_of_a_product_is_known_for() -> None:
 
 # ---- attention and the other kernels of the CPU
 
-VECTORS = {4: ("TILE_GENERIC", 4), 8: ("TILE_AVX2", 8), 16: ("TILE_AVX512", 16)}
+VECTORS = {  # numbers in a vector
+    "TILE_GENERIC": 4, "TILE_NEON": 4, "TILE_AVX2": 8, "TILE_AVX512": 16,
+}  # fmt: skip
+ACTS = (0, 1, 2)  # codes of storage types
 NUMBERS = ("B", "T", "H", "KV", "D", "NT")
 STARTS = {"starts": (0, MOST)}
 
 
-@pytest.mark.parametrize("width", VECTORS)
 @pytest.mark.parametrize("which", ["forward", "backward"])
-@pytest.mark.parametrize("amx", [False, True], ids=["vectors", "AMX"])
-def test_no_index_of_attention_leaves_its_type(which: str, amx: bool, width: int) -> None:
-    if amx and width != 16:
-        return
-    tile = "TILE_AMX" if amx else VECTORS[width][0]
-    defines: dict[str, object] = {"VW": width, "ACT": 1 if amx else 0, "SCALE": "0.125f"}
+@pytest.mark.parametrize("tile,act", [*itertools.product(VECTORS, ACTS), ("TILE_AMX", 1)])
+def test_no_index_of_attention_leaves_its_type(which: str, tile: str, act: int) -> None:
+    amx = tile == "TILE_AMX"
+    defines: dict[str, object] = {"VW": VECTORS.get(tile, 16), "ACT": act, "SCALE": "0.125f"}
     files: tuple[str, ...] = ("attention.h",)
     if amx:
         defines["TILE_AMX"] = 1
@@ -260,42 +268,61 @@ def test_no_index_of_attention_leaves_its_type(which: str, amx: bool, width: int
     assert ranges.problems("kernel", core_id=CORE) == []
 
 
-# File -> files before it, macros, constants; what memory holds.
+# File -> files before it, macros, constants of any value.
 ANY = (-INT - 1, INT)
 OTHERS: dict[str, tuple[tuple[str, ...], dict[str, object], str]] = {
-    "adamw.c": (("pairs.h", "../random_bits.h"), {"DECAY": 1, "COPY": 1, "STATE_T": 1}, "COUNT"),
-    "cache_write.c": (("cache.h",), {"SEQUENCES": 2}, "KV D S T"),
+    "adamw.c": (("pairs.h", "../random_bits.h"), {}, "COUNT DECAY"),
+    "cache_write.c": (("cache.h",), {"SEQUENCES": "SEQUENCES"}, "KV D S T SEQUENCES"),
     "cached_attention.c": (
-        ("cache.h",), {"SEQUENCES": 2, "ROWS": 4, "WINDOW": 64, "SCALE": "0.125f"},
-        "KV D S T H SCRATCH_FLOATS",
+        ("cache.h",), {"SEQUENCES": "SEQUENCES", "SCALE": "0.125f"},
+        "KV D S T H SEQUENCES WINDOW SCRATCH_FLOATS",
     ),
-    "cross_entropy.c": (("softmax.h",), {"GRADIENT": 1}, "N V"),
+    "cross_entropy.c": (("softmax.h",), {}, "N V GRADIENT"),
     "embedding_backward.c": ((), {}, "N H V"),
     "embedding_forward.c": ((), {}, "N H V"),
     "embedding_packed.c": (("int4.h",), {"LAYOUT": 0, "ROWS_ONLY": 1}, "COUNT N K BLOCK"),
     "narrow.c": (("pairs.h",), {}, "COUNT"),
     "rms_norm_backward.c": ((), {}, "N H"),
     "rms_norm_forward.c": ((), {"EPS": "1e-5f"}, "N H"),
-    "rope.c": ((), {"INVERSE": 0}, "B T HEADS D"),
+    "rope.c": ((), {}, "B T HEADS D INVERSE"),
     "soft_targets.c": (
         ("softmax.h",),
-        {"GRADIENT": 1, "K": 9, "EPS": 0.1, "ZW": 0.1, "TEMP": 2.0, "HARD": 0.5, "SOFT": 2.0},
-        "N V",
+        {"EPS": 0.1, "ZW": 0.1, "TEMP": 2.0, "HARD": 0.5, "SOFT": 2.0}, "N V K GRADIENT",
     ),
-    "square_sum.c": ((), {"ACCUMULATE": 1}, "COUNT"),
+    "square_sum.c": ((), {}, "COUNT"),
     "swiglu_backward.c": ((), {}, "N H"),
     "swiglu_forward.c": ((), {}, "N H"),
 }  # fmt: skip
+# What decides which lines of a file are compiled.
+VARIANTS: dict[str, tuple[dict[str, object], ...]] = {
+    "adamw.c": ({"COPY": 0, "STATE_T": 0}, {"COPY": 1, "STATE_T": 1}),
+    "cached_attention.c": ({"ROWS": 1}, {"ROWS": 4}),
+    "embedding_forward.c": ({"W_T": 0}, {"W_T": 1}),
+    "embedding_packed.c": ({"BITS": 4, "MINIMA": 0}, {"BITS": 8, "MINIMA": 1}),
+    "soft_targets.c": ({}, {"K": 9}),  # the first: any K, in what is compiled for 0
+    "square_sum.c": ({"ACCUMULATE": 0}, {"ACCUMULATE": 1}),
+}
 WIDE = {"COUNT": 2**52, "SCRATCH_FLOATS": 2**40}  # constants with 64 bits, and their largest
+SWITCHES = {**dict.fromkeys(("DECAY", "GRADIENT", "INVERSE"), (0, 1)), "WINDOW": TO_MOST}
 
 
-@pytest.mark.parametrize("width", VECTORS)
+@pytest.mark.parametrize("tile", VECTORS)
 @pytest.mark.parametrize("file", OTHERS)
-def test_no_index_of_another_kernel_leaves_its_type(file: str, width: int) -> None:
+def test_no_index_of_another_kernel_leaves_its_type(file: str, tile: str) -> None:
+    acts = ACTS if re.search(r"\bACT\b", CText.source(file)) else (0,)
+    for act, variant in itertools.product(acts, VARIANTS.get(file, ({},))):
+        assert problems_of_kernel(file, tile, {"ACT": act, **variant}) == [], (act, variant)
+
+
+def problems_of_kernel(file: str, tile: str, variant: Mapping[str, object]) -> list[str]:
+    """Problems of a file of OTHERS where these macros are set."""
     headers, defines, names = OTHERS[file]
-    constants = {name: "long" if name in WIDE else "int" for name in [*names.split(), "NT"]}
-    text = completed((*headers, file), {"VW": width, "ACT": 1, **defines}, constants)
+    free = [name for name in [*names.split(), "NT"] if name not in variant]
+    constants = {name: "long" if name in WIDE else "int" for name in free}
+    width = VECTORS[tile]
+    text = completed((*headers, file), {"VW": width, **defines, **variant}, constants)
     sizes = {name: (1, WIDE.get(name, MOST)) for name in constants} | COMMON
+    sizes |= {name: SWITCHES[name] for name in SWITCHES if name in constants}
     known = {"int4_run: ((i / BLOCK) + 1) * BLOCK": SIZE}
     known["kernel: end - i"] = (0, width - 1)  # what a loop over whole vectors leaves
     if file == "cached_attention.c":  # ends are clipped to the slots
@@ -305,8 +332,7 @@ def test_no_index_of_another_kernel_leaves_its_type(file: str, width: int) -> No
             TO_MOST,
         )
     memory = {"position": (0, MOST), "targets": ANY, "ids": ANY}
-    ranges = Ranges(text, sizes, known, memory, FLAGS[VECTORS[width][0]])
-    assert ranges.problems("kernel", core_id=CORE) == []
+    return Ranges(text, sizes, known, memory, FLAGS[tile]).problems("kernel", core_id=CORE)
 
 
 def test_every_kernel_of_the_cpu_is_among_them() -> None:
@@ -592,6 +618,7 @@ def test_products_of_sizes_that_are_too_large_are_refused_on_a_gpu() -> None:
 
 # ---- that an overflow would be found
 
+OVERFLOW = r" int: -?\d+ to \d+"  # not: a text that clang does not parse
 FAULTS = {
     "partial sums of a product, as an int": (
         "panels.h", "? (long)PARTIAL_ROWS * BLOCK_COLS", "? PARTIAL_ROWS * BLOCK_COLS",
@@ -607,7 +634,7 @@ FAULTS = {
     ),
     "pairs of sequences and heads, as an int": (
         "attention.h", "#define PAIRS ((long)B * KV)", "#define PAIRS (B * KV)",
-        lambda: test_no_index_of_attention_leaves_its_type("forward", False, 16),
+        lambda: test_no_index_of_attention_leaves_its_type("forward", "TILE_AVX512", 0),
     ),
     "rows of few products, as an int": (
         "int4.h", "#define DOT_FLOATS (8L * K + 9L", "#define DOT_FLOATS (8 * K + 9",
@@ -617,11 +644,19 @@ FAULTS = {
     ),
     "a row of the table, as an int": (
         "embedding_forward.c", "weight + (long)ids[row] * H", "weight + ids[row] * H",
-        lambda: test_no_index_of_another_kernel_leaves_its_type("embedding_forward.c", 16),
+        lambda: test_no_index_of_another_kernel_leaves_its_type("embedding_forward.c", "TILE_AVX2"),
     ),
     "scores of a row, as an int": (
         "cached_attention.c", "p[(long)i * S + slot]", "p[i * S + (int)slot]",
-        lambda: test_no_index_of_another_kernel_leaves_its_type("cached_attention.c", 16),
+        lambda: test_no_index_of_another_kernel_leaves_its_type("cached_attention.c", "TILE_AVX2"),
+    ),
+    "windows that are added, as an int": (
+        "cached_attention.c", "? s.high[i] - WINDOW : 0;", "? (int)(s.high[i] + 2L * WINDOW) : 0;",
+        lambda: test_no_index_of_another_kernel_leaves_its_type("cached_attention.c", "TILE_NEON"),
+    ),
+    "heads of many sequences, as an int": (
+        "cache.h", "position[(head) / (KV / SEQUENCES)]", "position[(int)(head) * SEQUENCES]",
+        lambda: test_no_index_of_another_kernel_leaves_its_type("cache_write.c", "TILE_NEON"),
     ),
 }  # fmt: skip
 
@@ -630,14 +665,13 @@ FAULTS = {
 def test_an_index_of_too_small_a_type_is_found(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     file, right, wrong, proof = FAULTS[fault]
     read = CText.source
+    assert right in read(file)
 
     def changed(name: str) -> str:
-        text = read(name)
-        assert name != file or right in text
-        return text.replace(right, wrong) if name == file else text
+        return read(name).replace(right, wrong) if name == file else read(name)
 
     monkeypatch.setattr(CText, "source", staticmethod(changed))
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match=OVERFLOW):
         proof()
 
 
@@ -684,13 +718,14 @@ def test_an_index_of_too_small_a_type_on_a_gpu_is_found(
         return text.replace(right, wrong)
 
     monkeypatch.setattr(blocks_of_gpu, "source", changed)
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match=OVERFLOW):
         proof()
     assert any(found)
 
 
 # A function's body with parameters `int n`, up to 1,000, and `long big`, up to 2^40; what is found
 # of it, by the first words.
+SMALL = "cells[0] >= 0 && cells[0] < 9"
 SNIPPETS = {
     "return n * 2200000;": ["n * 2200000 int"],
     "return n * 2100000;": [],
@@ -719,12 +754,48 @@ SNIPPETS = {
         "(a * b) * 2200 int"
     ],
     "for (int a = 0; a < n; a++) { if (a > 9) continue; big = a * 200000000; } return 0;": [],
+    "int x = 1; fill(&x); return x * 2147483647;": ["x * 2147483647 int"],
+    "int x = 1; int *p = &x; *p = 2147483647; return x * 2;": ["x * 2 int"],
+    "int x = 1; int *p = &x; if (x >= 0 && x < 9) { *p = n; return x * 2; } return 0;": [
+        "x * 2 int"
+    ],
+    "return n * 2 / (n - 500) - 2147483000;": ["((n * 2) / (n - 500)) - 2147483000 int"],
+    f"if ({SMALL}) return cells[0] * 200000000; return 0;": [],
+    f"if ({SMALL}) {{ cells[0] = 2147483000; return cells[0] * 2; }} return 0;": [
+        "cells[0] * 2 int"
+    ],
+    f"if ({SMALL}) {{ fill(cells); return cells[0] * 2; }} return 0;": ["cells[0] * 2 int"],
+    f"if ({SMALL}) for (int i = 0; i < n; i++) {{ big = cells[0] * 2; cells[0] = n; }} return 0;": [
+        "cells[0] * 2 int"
+    ],
+    f"if ({SMALL}) for (int i = 0; i < n; i++) {{ big = cells[0] * 2; fill(cells); }} return 0;": [
+        "cells[0] * 2 int"
+    ],
 }  # fmt: skip
+# Statements that are not followed are refused: the first words of why.
+REFUSED = {
+    "int x = 1; switch (n) { case 1: x = 2147483647; } return x * 2;": "SwitchStmt",
+    "int x = 1; if (n > 5) goto end; x = 2; end: return x * 1500000000;": "GotoStmt",
+    "int x = 1; back: x += n; if (x < n) goto back; return x;": "LabelStmt",
+    'int x = 1; __asm__("" : "+r"(x)); return x * 2;': "asm writes x",
+}
 
 
 @pytest.mark.parametrize("body", SNIPPETS)
 def test_the_interpreter_finds_what_overflows_and_nothing_else(body: str) -> None:
-    text = "extern const int array[];\nstatic int helper(int x) { return x * 2; }\n"
-    text += f"int f(int n, long big) {{ {body} }}\n"
-    found = Ranges(text, {}).problems("f", n=(1, 1000), big=(0, 2**40))
+    found = problems_of(body)
     assert [problem.split(":")[1].strip() for problem in found] == SNIPPETS[body]
+
+
+@pytest.mark.parametrize("body", REFUSED)
+def test_the_interpreter_refuses_what_it_cannot_follow(body: str) -> None:
+    with pytest.raises(AssertionError, match=f"^{REFUSED[body]}"):
+        problems_of(body)
+
+
+def problems_of(body: str) -> list[str]:
+    """Problems of a function with this body, and with what the bodies call."""
+    text = "extern const int array[];\nextern int cells[];\nvoid fill(int *);\n"
+    text += "static int helper(int x) { return x * 2; }\n"
+    text += f"int f(int n, long big) {{ {body} }}\n"
+    return Ranges(text, {}).problems("f", n=(1, 1000), big=(0, 2**40))

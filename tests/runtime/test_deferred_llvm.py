@@ -1,4 +1,4 @@
-"""libLLVM is loaded where it compiles: not by a start with clang."""
+"""libLLVM is loaded where it compiles: by a use of its binding, not by a start with clang."""
 
 import sys
 from pathlib import Path
@@ -18,25 +18,49 @@ loaded = [line for line in open("/proc/self/maps") if "libLLVM" in line]
 print(json.dumps([total, bool(loaded)]))
 """
 
-needs_maps = pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/maps is Linux's")
+# Whether libLLVM is loaded before and after its binding is used, as tinygrad imports it.
+USED = """
+import json
+from tinyllama.system.bindings import defer_llvm
+defer_llvm()
+from tinygrad.runtime.autogen import llvm
+def loaded(): return any("libLLVM" in line for line in open("/proc/self/maps"))
+before = loaded()
+context = llvm.LLVMContextCreate()
+llvm.LLVMContextDispose(context)
+print(json.dumps([before, bool(context), loaded()]))
+"""
+
+needs_maps = pytest.mark.skipif(
+    not Path("/proc/self/maps").exists(), reason="this system shows no /proc/self/maps"
+)
 
 
-def has_llvm() -> bool:
+@pytest.fixture
+def llvm() -> None:
+    """Skips where there is no libLLVM."""
     from tinygrad.runtime.autogen import llvm
 
-    return llvm.dll.nm in llvm.dll._loaded_
+    if llvm.dll.nm not in llvm.dll._loaded_:
+        pytest.skip("no libLLVM")
 
 
 @needs_maps
-def test_llvm_is_loaded_where_it_compiles() -> None:
+def test_a_start_with_clang_does_not_load_llvm() -> None:
     assert printed_json("-c", SELECTED, DEV="CPU") == [12.0, False]
 
 
 @needs_maps
-@pytest.mark.skipif(not Path("/proc/self/maps").exists() or not has_llvm(), reason="no libLLVM")
+@pytest.mark.usefixtures("llvm")
 def test_without_the_patch_a_start_with_clang_loads_llvm() -> None:
     found = printed_json("-c", SELECTED, DEV="CPU", TINYLLAMA_PATCHES_OFF="deferred_llvm")
     assert found == [12.0, True]
+
+
+@needs_maps
+@pytest.mark.usefixtures("llvm")
+def test_a_use_of_the_deferred_binding_loads_llvm() -> None:
+    assert printed_json("-c", USED) == [False, True, True]
 
 
 def test_a_binding_that_has_been_read_stays() -> None:

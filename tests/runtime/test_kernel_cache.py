@@ -118,7 +118,18 @@ def test_a_command_says_once_that_kernels_are_not_kept(tmp_path: Path) -> None:
     assert said == [
         "compiled kernels are not kept, so each start compiles them again: "
         f"{folder}: Other users may write to it: `chmod go-w` it once you trust what it holds"
+        "; TINYLLAMA_KERNEL_CACHE=DIR names another folder"
     ]
+
+
+def test_where_no_folder_can_be_made_the_notice_names_the_variable(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "home").write_text("")
+    monkeypatch.setenv("TINYLLAMA_KERNEL_CACHE", str(tmp_path / "home" / "kernels"))
+    assert (kernel_cache.problem() or "").endswith(
+        "; TINYLLAMA_KERNEL_CACHE=DIR names another folder"
+    )
 
 
 def test_a_folder_that_is_a_link_is_not_used(folder: Path, tmp_path: Path) -> None:

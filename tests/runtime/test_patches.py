@@ -59,6 +59,8 @@ def documented(text: str) -> str:
 
 def value_of(name: str) -> object:
     """What a full name in tinygrad stands for; None if there is no such thing."""
+    if name in sys.modules:  # a look at its attributes would read a binding that is deferred
+        return sys.modules[name]
     words = name.split(".")
     for length in range(len(words) - 1, 0, -1):
         try:
@@ -85,6 +87,8 @@ def installed() -> list[str]:
             table = value_of(patch.replaces[0])
             assert isinstance(table, dict)
             found += [patch.name] * (table.get(dtypes.bfloat16) == "unsigned short")
+        elif patch.name == "deferred_llvm":  # a module that is read when it is used
+            found += [patch.name] * (type(value_of(patch.replaces[0])).__name__ == "_LazyModule")
         elif patch.replaces and all(is_ours(value_of(name)) for name in patch.replaces):
             found.append(patch.name)
     return found

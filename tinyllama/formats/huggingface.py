@@ -28,7 +28,7 @@ from tinyllama.formats.dtypes import (
     dtype_name,
 )
 from tinyllama.formats.model_config import Ids, config_from_hf, config_to_hf, one_or_list
-from tinyllama.formats.packed import Unpacked
+from tinyllama.formats.packed import PackedForm, PackedRows
 from tinyllama.formats.safetensors import (
     FileDigest,
     LazyArray,
@@ -157,7 +157,7 @@ def special_ids(folder: Path, values: Mapping[str, Any]) -> tuple[int | None, tu
 _COMPUTED = ".rotary_emb.inv_freq"  # a table that old folders carry; it follows from rope_theta
 
 
-class HfFolder(Unpacked):
+class HfFolder:
     """A folder's model: configuration, special tokens, and tensors that are read when used."""
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -200,6 +200,18 @@ class HfFolder(Unpacked):
         """Some rows of a tensor as it is stored."""
         values = self.array(name)[rows]
         return RawArray(self.dtype(name), values.shape, values)
+
+    def is_quantized(self, name: str) -> bool:
+        """Whether a tensor is stored in blocks of integers: never here."""
+        return False
+
+    def packed_form(self, name: str) -> PackedForm | None:
+        """The form of such blocks: none."""
+        return None
+
+    def packed(self, name: str, rows: slice) -> PackedRows:
+        """Some rows of a tensor that has a `packed_form`. Raises WeightsError: none has."""
+        raise WeightsError(f"{self.path}: {name}: is not packed")
 
     def float32(self, name: str) -> npt.NDArray[np.float32]:
         """A tensor as float32, exactly."""

@@ -31,7 +31,7 @@ from tinyllama.formats.huggingface import (
     check_names,
     llama_shapes,
 )
-from tinyllama.formats.packed import Unpacked
+from tinyllama.formats.packed import PackedForm, PackedRows
 from tinyllama.formats.safetensors import LazyArray, SafetensorsFile
 from tinyllama.system.untrusted import read_json, some_of, typed
 
@@ -79,7 +79,7 @@ class _Params(msgspec.Struct):
     moe: Any = None
 
 
-class MetaFolder(Unpacked):
+class MetaFolder:
     """A folder's model under Hugging Face's names and in its layout, read when used."""
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -139,6 +139,18 @@ class MetaFolder(Unpacked):
             self._held[name] = self.array(name)
         values = self._held[name][rows]
         return RawArray(self.dtype(name), values.shape, values)
+
+    def is_quantized(self, name: str) -> bool:
+        """Whether a tensor is stored in blocks of integers: never here."""
+        return False
+
+    def packed_form(self, name: str) -> PackedForm | None:
+        """The form of such blocks: none."""
+        return None
+
+    def packed(self, name: str, rows: slice) -> PackedRows:
+        """Some rows of a tensor that has a `packed_form`. Raises WeightsError: none has."""
+        raise WeightsError(f"{self.path}: {name}: is not packed")
 
     def float32(self, name: str) -> npt.NDArray[np.float32]:
         """A tensor as float32, exactly."""

@@ -5,13 +5,10 @@ w = q scale + min    q unsigned, with minima
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-
-from tinyllama.errors import WeightsError
 
 
 class PackedForm(NamedTuple):
@@ -57,21 +54,3 @@ def random_rows(form: PackedForm, shape: Sequence[int], rng: np.random.Generator
     middle = np.float16(-(2**form.bits - 1) / 2)
     minima = scales * middle if form.minima else None
     return PackedRows(packed.view(np.int8) if form.bits == 8 else packed, scales, minima)
-
-
-class Unpacked:
-    """What a model says whose tensors are all stored as numbers, none in blocks of integers."""
-
-    path: Path
-
-    def is_quantized(self, name: str) -> bool:
-        """Whether a tensor is stored in blocks of integers: never here."""
-        return False
-
-    def packed_form(self, name: str) -> PackedForm | None:
-        """The form of such blocks: none."""
-        return None
-
-    def packed(self, name: str, rows: slice) -> PackedRows:
-        """Some rows of a tensor that has a `packed_form`. Raises WeightsError: none has."""
-        raise WeightsError(f"{self.path}: {name}: is not packed")

@@ -130,7 +130,7 @@ class OtlpTracing(Tracing):
         self._ended = self._sent = 0
         self._noted: set[str] = set()
         self._refuses_metrics = False
-        self._asked: float | None = None  # when the request began that has no answer yet
+        self._request_began: float | None = None  # of the request that has no answer yet
         self._epoch = ExitStack()
         # The clock of spans is that of the day, in nanoseconds.
         self._offset = time.time_ns() - time.perf_counter_ns()
@@ -161,9 +161,9 @@ class OtlpTracing(Tracing):
             """The exporter, whose failures are counted and said once."""
 
             def export(self, spans: Sequence[Any]) -> Any:
-                tracing._asked = time.monotonic()
+                tracing._request_began = time.monotonic()
                 result = tracing._guarded(inner.export, spans)
-                tracing._asked = None
+                tracing._request_began = None
                 if result is SpanExportResult.SUCCESS:
                     tracing._sent += len(spans)
                     tracing._note_metrics()
@@ -307,8 +307,8 @@ class OtlpTracing(Tracing):
             self._guarded(self._meters.shutdown, timeout_millis=1000 * FLUSH_SECONDS)
 
         # A thread that Python does not wait for: a collector may keep a request open for minutes.
-        asked = self._asked
-        waited = 0.0 if asked is None else time.monotonic() - asked
+        began = self._request_began
+        waited = 0.0 if began is None else time.monotonic() - began
         thread = threading.Thread(target=finish, name="traces", daemon=True)
         thread.start()
         thread.join(max(0.0, FLUSH_SECONDS - waited))

@@ -7,9 +7,8 @@
 All forms of an operation have one signature. Of those that an operation offers, the first in
 APPLIES that can compute its tensors runs; where it has none for a GPU, or that one does not take
 the tensors' sizes (UnsupportedSize, or kernel.LARGEST rows or columns), the portable one does.
-`forced` makes every operation take one
-form, whatever the device; TINYLLAMA_KERNELS=0 leaves the portable one, and TINYLLAMA_KERNELS=all
-takes kernels also in OpenCL on the processor.
+`forced` makes every operation take one form, whatever the device; TINYLLAMA_KERNELS=0 leaves the
+portable one, and TINYLLAMA_KERNELS=all takes kernels also in OpenCL on the processor.
 """
 
 import contextlib

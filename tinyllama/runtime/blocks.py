@@ -52,16 +52,18 @@ class Limits:
     shared_bytes: int  # that a kernel declares, per block
     threads: int = 1024  # per block
     buffers: int | None = None  # arguments
-    layers: int = LARGEST - 1  # blocks along z
 
 
 # CUDA: more than 48 KB must be requested at the launch, which tinygrad 0.13 forgets in a captured
 # step. OpenCL: the least that full devices have; many have 48 or 64 KB.
 LIMITS: Mapping[Dialect, Limits] = {
-    "cuda": Limits(48 << 10, layers=65535),
+    "cuda": Limits(48 << 10),
     "metal": Limits(32 << 10, buffers=31),
     "opencl": Limits(32 << 10),
 }
+# Blocks along z: the same for every device of a dialect, so they are not in `Limits`.
+LAYERS: Mapping[Dialect, int] = {"cuda": 65535, "metal": LARGEST - 1, "opencl": LARGEST - 1}
+WIDE_MACROS = ("COUNT",)  # numbers of a text that have 64 bits: elements of a whole tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +185,7 @@ def launch(
         (shared_bytes, limits.shared_bytes, "bytes of shared memory per block"),
         (threads, limits.threads, "threads per block"),
         (len(arguments), limits.buffers, "buffers"),
-        (grid[2], LIMITS[dialect].layers, "blocks along z"),
+        (grid[2], LAYERS[dialect], "blocks along z"),
         (max(*_sizes(macros), *grid[:2], *products), LARGEST - 1, "as a size"),
     ):
         if allowed is not None and found > allowed:
@@ -203,8 +205,8 @@ def launch(
 
 
 def _sizes(macros: Mapping[str, int | str]) -> list[int]:
-    """Numbers among a text's macros, but that of a whole tensor's elements: it has 64 bits."""
-    return [n for name, n in macros.items() if isinstance(n, int) and name != "COUNT"]
+    """Numbers among a text's macros that have 32 bits."""
+    return [n for name, n in macros.items() if isinstance(n, int) and name not in WIDE_MACROS]
 
 
 def run(

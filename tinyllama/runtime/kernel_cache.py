@@ -114,8 +114,10 @@ def _folder() -> tuple[Path | None, str | None]:
     try:
         private_folder(folder)
     except OSError as error:
-        why = f"{folder}: {reason(error)}"
-        return None, f"compiled kernels are not kept, so each start compiles them again: {why}"
+        return None, (
+            "compiled kernels are not kept, so each start compiles them again: "
+            f"{folder}: {reason(error)}; TINYLLAMA_KERNEL_CACHE=DIR names another folder"
+        )
     return folder, None
 
 

@@ -16,6 +16,8 @@ def defer_llvm() -> None:
     """Let the binding of LLVM be read when it is first used; no effect where it has been read.
 
     tinygrad's devices read it when they are imported, whichever compiler is used: 50 MB of libLLVM.
+    No second thread may use it before it is read: on Python 3.11 it would find half of it. None
+    does, since tinygrad's LLVM compilers use it as soon as they are made, when a device is opened.
     """
     name = f"{_AUTOGEN}.llvm"
     if name in sys.modules:  # a look at any attribute of it reads it

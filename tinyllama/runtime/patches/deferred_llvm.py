@@ -7,8 +7,8 @@ from tinyllama.system.device import DEFERRED_LLVM
 # system/device.py calls it as well: a device imports the binding before any patch is installed.
 PATCH = Patch(
     name=DEFERRED_LLVM,
-    replaces=(),
+    replaces=("tinygrad.runtime.autogen.llvm",),
     why="loads libLLVM when something is compiled with it: 50 MB, and 0.06 s of every start",
-    test="tests/runtime/test_deferred_llvm.py::test_llvm_is_loaded_where_it_compiles",
+    test="tests/runtime/test_deferred_llvm.py::test_a_start_with_clang_does_not_load_llvm",
     apply=defer_llvm,
 )
