@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+from processor_time import within
 
 from tinyllama.config import (
     CheckpointingConfig,
@@ -319,7 +320,7 @@ def test_hostile_toml_is_refused_in_short_lines_in_time(text: str, said: str) ->
     begun = time.process_time()
     with pytest.raises(ConfigError) as caught:
         config_from_toml(text, "x.toml")
-    assert time.process_time() - begun < 2
+    assert time.process_time() - begun < within(2)
     lines = str(caught.value).split("\n")
     assert len(lines) <= 22 and said in lines[0]
     assert all(line.isprintable() and len(line) < 1000 for line in lines)

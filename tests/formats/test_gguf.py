@@ -10,6 +10,7 @@ import pytest
 from gguf_helpers import CONFIG, gguf, random_blocks, write_gguf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from processor_time import within
 
 from tinyllama.errors import TinyllamaError, WeightsError
 from tinyllama.formats.gguf import MAX_STRINGS, GgufFile, open_gguf
@@ -302,7 +303,7 @@ def test_a_header_of_many_strings_takes_neither_a_second_nor_200_megabytes(tmp_p
     began = time.process_time()
     with pytest.raises(WeightsError, match="truncated"):
         open_gguf(path)
-    assert time.process_time() - began < 2  # of a machine that runs other tests
+    assert time.process_time() - began < within(2)  # of a machine that runs other tests
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processor_time import within
 from runs_helpers import cli, finished_run
 
 pytest.importorskip("sklearn")
@@ -84,7 +85,7 @@ def test_a_bad_run_is_refused_in_one_short_line(case: str, tmp_path: Path) -> No
     message = str(caught.value)
     assert message.isprintable() and str(folder) in message
     assert len(message) < 400 + len(str(folder))
-    assert time.process_time() - begun < 1
+    assert time.process_time() - begun < within(1)
     assert peak_bytes() - before < 200 << 20
 
 
@@ -126,7 +127,7 @@ def test_samples_of_a_run_are_of_bounded_number_and_length(tmp_path: Path) -> No
     run = read_run(folder)
     assert len(run.samples) == 1000
     assert peak_bytes() - before < 200 << 20
-    assert time.process_time() - begun < 2
+    assert time.process_time() - begun < within(2)
     (folder / SAMPLES).write_text(line * 100)
     text = page([read_run(folder)])
     assert len(text) < 1_500_000 and "<b>&lt;</b>ttt" in text and "ttt...</pre>" in text

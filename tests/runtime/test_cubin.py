@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from fake_cuda import needs_nvrtc, starts, variables
-from runs_helpers import ROOT, environment, printed, printed_json, run_command
+from runs_helpers import ROOT, config_file, environment, printed, printed_json, run_command
 
 from tinyllama.runtime.cubin import FRAME_BYTES, REGISTERS, attributes, shared_bytes, spilled_bytes
 from tinyllama.system import device, nvrtc
@@ -85,9 +85,9 @@ def test_a_captured_step_is_started_as_a_few_graphs(tmp_path: Path) -> None:
 
 
 def test_a_driver_that_is_too_old_is_named_with_what_helps(tmp_path: Path) -> None:
-    code, _, errors = run_command(
-        "train", "124m", CUDA="1", **variables(tmp_path / "log", FAKE_CUDA_VERSION="12040")
-    )
+    words = ["train", config_file(tmp_path / "run")]
+    old = variables(tmp_path / "log", FAKE_CUDA_VERSION="12040")
+    code, _, errors = run_command(*words, CUDA="1", **old)
     assert code == 2
     assert "CUDA=1: CUDA is not available (the driver, which is for CUDA 12.4, does not" in errors
     assert len(errors.splitlines()) == 1

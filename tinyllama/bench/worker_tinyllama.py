@@ -20,7 +20,7 @@ from tinyllama.config import config_from_toml
 from tinyllama.data.batches import Batch
 from tinyllama.model.counts import parameters
 from tinyllama.system import device
-from tinyllama.system.memory import collect_seldom, memory_in_use_bytes
+from tinyllama.system.memory import collect_seldom, memory_in_use_bytes, return_freed_arrays
 
 
 class OurContender:
@@ -79,4 +79,5 @@ def build(spec: Spec) -> Contender:
 
 if __name__ == "__main__":
     collect_seldom()  # as the command line does
+    return_freed_arrays()
     sys.exit(serve(build))

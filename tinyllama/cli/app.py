@@ -30,7 +30,7 @@ from tinyllama.cli import (
 )
 from tinyllama.cli.arguments import Parser, exit_code, leave
 from tinyllama.errors import TinyllamaError
-from tinyllama.system.memory import collect_seldom
+from tinyllama.system.memory import collect_seldom, return_freed_arrays
 from tinyllama.version import __version__
 
 COMMANDS: dict[str, ModuleType] = {
@@ -61,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one command and exit; see `arguments.exit_code` for the exit codes."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     collect_seldom()
+    return_freed_arrays()
     sys.exit(exit_code(lambda: _run(words), words[0] if words else "tinyllama"))
 
 
