@@ -4,7 +4,6 @@ say. And any few bytes of a folder changed: a message of ours or the model, noth
 import json
 import os
 import re
-import resource
 import struct
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from tinyllama.errors import TinyllamaError
 from tinyllama.formats.huggingface import INDEX, WEIGHTS, llama_shapes
 from tinyllama.formats.models import open_model
 from tinyllama.formats.peft import AdapterFolder
+from tinyllama.system.memory import resident_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
@@ -249,12 +249,12 @@ def test_27_gb_are_opened_and_read_in_part_without_their_memory(tmp_path):
         text = build_header(((name, "F32", shape) for name, shape in tensors), {"format": "pt"})
         file.write(text)
         file.truncate(len(text) + 4 * 6_738_415_616)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = resident_bytes(peak=True)
     start = time.perf_counter()
     opened = open_model(tmp_path)
     assert float(opened.float32("model.layers.31.mlp.down_proj.weight")[5, 7]) == 0
     assert time.perf_counter() - start < 1
-    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < 30e6
+    assert resident_bytes(peak=True) - before < 30e6
 
 
 @settings(max_examples=300, deadline=None)

@@ -4,6 +4,7 @@
                  clang's own preprocessor has expanded every macro
     python_term  what a Python function of integers returns, by its syntax tree
     quoted       an expression that must stand in a source, word for word
+    with_fault   a C text with a fault, which a proof must find
     proved       shows that a claim holds for all integers, or raises with a counterexample
 
 Integers of z3 have no bounds. Division in C rounds towards 0, in z3 downwards: the two agree where
@@ -21,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import z3
 
 OPS = Path(__file__).resolve().parents[2] / "tinyllama/ops/cpu"
@@ -318,3 +320,14 @@ _COMPUTED: dict[type, Callable[[Any, Any], Any]] = {
     ast.Add: lambda a, b: a + b, ast.Sub: lambda a, b: a - b, ast.Mult: lambda a, b: a * b,
     ast.FloorDiv: _floor_divided, ast.LShift: lambda a, b: a << b, ast.Div: lambda a, b: a / b,
 }  # fmt: skip
+
+
+def with_fault(monkeypatch: pytest.MonkeyPatch, file: str, right: str, wrong: str) -> None:
+    """From here on, CText reads a C file in which `wrong` stands for `right`, which is there."""
+    read = CText.source
+    assert right in read(file)
+
+    def changed(name: str) -> str:
+        return read(name).replace(right, wrong) if name == file else read(name)
+
+    monkeypatch.setattr(CText, "source", staticmethod(changed))

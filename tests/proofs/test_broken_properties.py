@@ -11,7 +11,7 @@ import test_counts_fit
 import test_data_and_memory
 import test_products
 import z3
-from proof_source import CText, proved
+from proof_source import CText, proved, with_fault
 
 from tinyllama.data import batches, corpus
 from tinyllama.data import layout as rows
@@ -141,14 +141,8 @@ C_FAULTS: dict[str, tuple[str, str, str, Callable[[], Any]]] = {
 @pytest.mark.parametrize("fault", C_FAULTS)
 def test_a_fault_in_a_c_file_is_found(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     file, right, wrong, proof = C_FAULTS[fault]
-    source = CText.source
-    assert right in source(file)
-
-    def changed(name: str) -> str:
-        return source(name).replace(right, wrong) if name == file else source(name)
-
-    monkeypatch.setattr(CText, "source", staticmethod(changed))
-    monkeypatch.setattr(test_attention, "HEADER", changed("attention.h"))
+    with_fault(monkeypatch, file, right, wrong)
+    monkeypatch.setattr(test_attention, "HEADER", CText.source("attention.h"))
     test_products.c_text.cache_clear()
     try:
         with pytest.raises(AssertionError, match=FOUND):

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import z3
 from c_ranges import Ranges
-from proof_source import OPS, CText, least, proved, quoted
+from proof_source import OPS, CText, least, proved, quoted, with_fault
 from test_products import TILES, blocks, c_text, divided_text, forms
 
 from tinyllama.ops.gpu import adamw as gpu_adamw
@@ -664,13 +664,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_an_index_of_too_small_a_type_is_found(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     file, right, wrong, proof = FAULTS[fault]
-    read = CText.source
-    assert right in read(file)
-
-    def changed(name: str) -> str:
-        return read(name).replace(right, wrong) if name == file else read(name)
-
-    monkeypatch.setattr(CText, "source", staticmethod(changed))
+    with_fault(monkeypatch, file, right, wrong)
     with pytest.raises(AssertionError, match=OVERFLOW):
         proof()
 

@@ -2,8 +2,6 @@
 
 import json
 import os
-import resource
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from tinyllama.observe.samples import SAMPLES, forget_after
 from tinyllama.reports.analyze import document_lengths
 from tinyllama.reports.page import page
 from tinyllama.reports.runs import read_run
+from tinyllama.system.memory import resident_bytes
 
 ESCAPE = "\x1b[2J\x9b31m\u202e"
 OPERATION: dict[str, Any] = {
@@ -31,11 +30,6 @@ OPERATION: dict[str, Any] = {
 def metrics(folder: Path, *lines: object) -> None:
     with open(folder / "metrics.jsonl", "a") as file:
         file.writelines(json.dumps(line) + "\n" for line in lines)
-
-
-def peak_bytes() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak << 10
 
 
 def anomaly(**changes: object) -> dict[str, object]:
@@ -79,14 +73,14 @@ BAD = {
 def test_a_bad_run_is_refused_in_one_short_line(case: str, tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", 40)
     BAD[case](folder)
-    begun, before = time.process_time(), peak_bytes()
+    begun, before = time.process_time(), resident_bytes(peak=True)
     with pytest.raises(CheckpointError) as caught:
         read_run(folder)
     message = str(caught.value)
     assert message.isprintable() and str(folder) in message
     assert len(message) < 400 + len(str(folder))
     assert time.process_time() - begun < within(1)
-    assert peak_bytes() - before < 200 << 20
+    assert resident_bytes(peak=True) - before < 200 << 20
 
 
 # What a link may lead to, as the file it stands for would be.
@@ -123,10 +117,10 @@ def test_samples_of_a_run_are_of_bounded_number_and_length(tmp_path: Path) -> No
     folder = write_run(tmp_path / "run", 40)
     line = json.dumps({"step": 2, "prompt": "<", "text": "<" + "t" * 100_000}) + "\n"
     (folder / SAMPLES).write_text(line * 100 + '{"step":2,"prompt":"","text":""}\n' * 500_000)
-    begun, before = time.process_time(), peak_bytes()
+    begun, before = time.process_time(), resident_bytes(peak=True)
     run = read_run(folder)
     assert len(run.samples) == 1000
-    assert peak_bytes() - before < 200 << 20
+    assert resident_bytes(peak=True) - before < 200 << 20
     assert time.process_time() - begun < within(2)
     (folder / SAMPLES).write_text(line * 100)
     text = page([read_run(folder)])

@@ -1,6 +1,5 @@
 """Templates of strangers that loop, double, widen: each ends within a second, in one line."""
 
-import resource
 import time
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from processor_time import within
 pytest.importorskip("sentencepiece")
 
 from tinyllama.errors import DataError
+from tinyllama.system.memory import resident_bytes
 from tinyllama.tokenizers.sandbox import Meter, weight
 from tinyllama.tokenizers.sentencepiece import SentencePieceTokenizer, train_tokenizer
 from tinyllama.tokenizers.templates import ChatTemplate
@@ -34,15 +34,11 @@ def tokenizer() -> SentencePieceTokenizer:
     return train_tokenizer(["It was the best of times\n" * 20], 290)
 
 
-def _peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
-
-
 @pytest.mark.parametrize("source", HOSTILE, ids=lambda source: source[:40])
 def test_a_template_ends_in_time_and_in_one_line(
     tokenizer: SentencePieceTokenizer, source: str
 ) -> None:
-    before, begun = _peak_bytes(), time.process_time()
+    before, begun = resident_bytes(peak=True), time.process_time()
     try:
         text = ChatTemplate(source, tokenizer).render(MESSAGES)
         assert len(text) < 3_000_000
@@ -50,7 +46,7 @@ def test_a_template_ends_in_time_and_in_one_line(
         line = str(error)
         assert line.startswith("the chat template") and line.isprintable() and len(line) < 300
     assert time.process_time() - begun < within(2)
-    assert _peak_bytes() - before < 200 << 20
+    assert resident_bytes(peak=True) - before < 200 << 20
 
 
 @pytest.mark.parametrize("turns", [3, 3000])
